@@ -1,0 +1,26 @@
+"""Strict surroundings: eight CPU devices, no implicit broadcasting, and warnings are errors."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def compilations():
+    """Counts the XLA compilations by the name of the compiled function."""
+    counts: dict[str, int] = {}
+
+    def count(event: str, duration: float, **about) -> None:
+        del duration
+        if event == "/jax/core/compile/backend_compile_duration":
+            name = about["fun_name"]
+            counts[name] = counts.get(name, 0) + 1
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    yield counts
+    jax.monitoring.unregister_event_duration_listener(count)

@@ -1,0 +1,35 @@
+"""A functional training core for Flax NNX models, and a thin Trainer around it."""
+
+from trainer.api import Trainer as Trainer
+from trainer.callbacks import Callback as Callback
+from trainer.callbacks import CallbackList as CallbackList
+from trainer.callbacks import Progress as Progress
+from trainer.checkpoints import load_state as load_state
+from trainer.checkpoints import save_state as save_state
+from trainer.config import OptimizerConfig as OptimizerConfig
+from trainer.config import SchedulerConfig as SchedulerConfig
+from trainer.config import TrainingConfig as TrainingConfig
+from trainer.data import InMemoryData as InMemoryData
+from trainer.errors import ArgumentError as ArgumentError
+from trainer.errors import ArgumentTypeError as ArgumentTypeError
+from trainer.errors import BatchError as BatchError
+from trainer.errors import CheckpointError as CheckpointError
+from trainer.errors import ConfigError as ConfigError
+from trainer.errors import ObjectiveError as ObjectiveError
+from trainer.errors import StateError as StateError
+from trainer.errors import TrainerError as TrainerError
+from trainer.extensions import Extension as Extension
+from trainer.extensions import ExtensionConfig as ExtensionConfig
+from trainer.history import History as History
+from trainer.history import WeightedAverage as WeightedAverage
+from trainer.loggers import ConsoleLogger as ConsoleLogger
+from trainer.loggers import FileLogger as FileLogger
+from trainer.loggers import Logger as Logger
+from trainer.loggers import MetricsLogger as MetricsLogger
+from trainer.loggers import WandbLogger as WandbLogger
+from trainer.optimizers import make_optimizer as make_optimizer
+from trainer.optimizers import make_schedule as make_schedule
+from trainer.state import TrainState as TrainState
+from trainer.steps import make_eval_step as make_eval_step
+from trainer.steps import make_train_step as make_train_step
+from trainer.types import LossFn as LossFn

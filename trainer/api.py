@@ -1,0 +1,628 @@
+"""The facade: a `Trainer` that holds a state and calls pure steps on it.
+
+This is the only module that mutates anything, and what it mutates is ``self.state``.
+"""
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+
+from trainer.batches import batch_length
+from trainer.callbacks import CallbackList, emit, listens
+from trainer.checkpoints import default_name, load_state, prune, save_state
+from trainer.config import TrainingConfig
+from trainer.data import InMemoryData, one_pass, seed_from_key
+from trainer.errors import ArgumentError, ArgumentTypeError, ConfigError, StateError, check_count
+from trainer.history import History, WeightedAverage, read
+from trainer.loggers import Logger, MetricsLoggerLike, WandbLogger, prefixed
+from trainer.optimizers import make_optimizer, make_schedule, needs_horizon
+from trainer.state import TrainState, check_model, check_optimizer
+from trainer.steps import check_extensions, check_loss_fn, make_eval_step, make_train_step
+from trainer.types import Batch, ExtensionLike, LogCallback, LossFn, Metrics
+
+# Stands for the length of the run where only the structure of an optimizer's state matters.
+_SOME_HORIZON = 2**31 - 1
+
+
+class Trainer:
+    """Trains an NNX model on the caller's own objective.
+
+    Everything it does is a pure step applied to a state; the docstring of each method shows the
+    lines that it stands for. Metrics that it returns from a step are scalars on the device, and
+    nothing waits for them until one is read: by the caller, by a logger, or for an average.
+
+    Events are emitted in the order given in `trainer.callbacks`.
+
+    Args:
+        model: The module to train. It is copied, and never touched again.
+        training_config: How to train.
+        optimizer: Any optax transformation; if left out, built from ``training_config``.
+        train_data_loader: What `train_epoch` trains on: an iterable of batches, or a callable that
+            returns one and may take the batch size.
+        val_data_loader: What `train_epoch` validates on, in the same forms.
+        workdir: A directory for output; checkpoints go there unless ``checkpoint_dir`` is given.
+        rng: The initial key, raw or typed; ``jax.random.PRNGKey(0)`` if left out. It also seeds
+            the order in which `train` visits its data.
+        loss_fn: The objective, see `trainer.LossFn`.
+        metrics_logger: Is told the metrics of training, validation and the end of a run.
+        logger: Is told the same as scalars, with the hyperparameters and remarks on the run.
+        checkpoint_dir: Where checkpoints without a path go. Made at the first save.
+        save_interval: `train` saves a checkpoint every so many steps.
+        log_callback: Called as ``log_callback(step, metrics, prefix="train")``, or ``"val"``.
+        callbacks: A `trainer.CallbackList`, or any sequence of callbacks.
+        extensions: By name, extensions that contribute losses or hooks.
+        wrt: Which variables of the model are trained, an nnx filter.
+
+    Attributes:
+        state: The training state. Steps consume it: whoever wants to keep one copies it first.
+        history: What was logged, see `trainer.History`.
+        epoch: How many epochs this trainer has finished.
+
+    Raises:
+        ArgumentError: An argument cannot be used; nothing has happened then. Those of a wrong type
+            raise `ArgumentTypeError`, contradictions with the configuration `ConfigError`.
+    """
+
+    def __init__(
+        self,
+        model: nnx.Module,
+        training_config: TrainingConfig,
+        optimizer: optax.GradientTransformation | None = None,
+        train_data_loader: Callable[..., Any] | Iterable[Batch] | None = None,
+        val_data_loader: Callable[..., Any] | Iterable[Batch] | None = None,
+        workdir: str | os.PathLike[str] | None = None,
+        rng: jax.Array | None = None,
+        *,
+        loss_fn: LossFn,
+        metrics_logger: MetricsLoggerLike | None = None,
+        logger: Logger | None = None,
+        checkpoint_dir: str | os.PathLike[str] | None = None,
+        save_interval: int = 1000,
+        log_callback: LogCallback | None = None,
+        callbacks: CallbackList | Iterable[Any] | None = None,
+        extensions: Mapping[str, ExtensionLike] | None = None,
+        wrt: nnx.filterlib.Filter = nnx.Param,
+    ) -> None:
+        check_model(model)
+        _check_config(training_config)
+        if optimizer is not None:
+            check_optimizer(optimizer)
+            _warn_of_unused_schedule(training_config)
+        _check_loader(train_data_loader, "train_data_loader")
+        _check_loader(val_data_loader, "val_data_loader")
+        check_loss_fn(loss_fn)
+        if log_callback is not None and not callable(log_callback):
+            raise ArgumentTypeError(f"`log_callback` is of type {type(log_callback).__name__}; it must be callable.")
+
+        self.training_config = training_config
+        self.train_data_loader = train_data_loader
+        self.val_data_loader = val_data_loader
+        self.loss_fn = loss_fn
+        self.metrics_logger = metrics_logger
+        self.logger = logger
+        self.log_callback = log_callback
+        self.save_interval = check_count(save_interval, "save_interval")
+        self.checkpoint_dir = Path(checkpoint_dir or workdir or training_config.checkpoint_dir)
+        self.callbacks = _as_callback_list(callbacks)
+        self.extensions = check_extensions(extensions)
+        self.history = History()
+        self.epoch = 0
+
+        rng = jax.random.PRNGKey(0) if rng is None else rng
+        self._wrt = wrt
+        self._given_optimizer = optimizer
+        self._horizon = self._horizon_of_loader()
+        self.state = TrainState.create(
+            model,
+            self._build_optimizer(self._horizon or _SOME_HORIZON),
+            rng=rng,
+            wrt=wrt,
+            extensions=self.extensions,
+        )
+        if not jax.tree.leaves(self.state.params):
+            raise ArgumentError(
+                f"`model` has no parameters: `wrt` = {wrt!r} selects none of its variables, so there is nothing "
+                f"to train."
+            )
+        self._seed = seed_from_key(rng)
+        self._loggers = [logger] if logger is not None else []
+        if training_config.use_wandb:
+            self._loggers.append(WandbLogger(training_config.wandb_project, training_config.name))
+        self._introduced = False
+        self._logged_step = 0
+        self._compiled_steps: dict[tuple[str, ...], Callable[..., tuple[TrainState, Metrics]]] = {}
+        self._compiled_eval_step = jax.jit(make_eval_step(loss_fn))
+
+    @property
+    def state(self) -> TrainState:
+        """The training state. Assign another one of the same structure to continue from it."""
+        return self._state
+
+    @state.setter
+    def state(self, state: TrainState) -> None:
+        if not isinstance(state, TrainState):
+            raise ArgumentTypeError(f"`state` is of type {type(state).__name__}; it must be a trainer.TrainState.")
+        self._state = state
+        # Both are read off the state again when next needed, since this one may come from anywhere.
+        self._known_step: int | None = None
+        self._known_weights: dict[str, Any] = {}
+
+    @property
+    def model(self) -> Any:
+        """A new module with the current values. The one that was passed in stays as it was."""
+        return self.state.model()
+
+    @property
+    def step(self) -> int:
+        """The number of updates finished. Counted on the host, so asking does not wait."""
+        if self._known_step is None:
+            self._known_step = int(self.state.step)
+        return self._known_step
+
+    @property
+    def rng(self) -> jax.Array:
+        """The key from which the next step draws."""
+        return self.state.rng
+
+    @property
+    def opt_state(self) -> optax.OptState:
+        """The state of the optimizer."""
+        return self.state.opt_state
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        """What `train_step` updates with: the given or configured optimizer, and gradient clipping.
+
+        Raises:
+            ConfigError: Its schedule needs to know when the run ends, and that is not known yet.
+        """
+        return self._build_optimizer(self._horizon)
+
+    def train_step(self, batch: Batch) -> Metrics:
+        """Runs one update.
+
+        Without hooks and loggers it is::
+
+            step = jax.jit(make_train_step(loss_fn, optimizer, extensions=extensions), donate_argnums=0)
+            trainer.state, metrics = step(trainer.state, batch)
+
+        Args:
+            batch: A mapping of arrays of shape ``(batch_size, ...)``, NumPy or JAX.
+
+        Returns:
+            Scalars on the device: ``loss``, ``step`` (updates finished, this one included), what
+            the objective reports, and ``<name>_loss`` for every enabled extension.
+
+        Raises:
+            BatchError: ``batch`` is no such mapping; no hook has been called then.
+            ObjectiveError: The objective or an extension breaks its contract.
+            StateError: The state was donated to a step outside this trainer.
+        """
+        batch_length(batch)
+        self._emit("on_batch_begin", self.step)
+        advance = self._compiled_step()
+        self._sync_weights()
+        step, weights = self.step + 1, self._known_weights
+        try:
+            self.state, metrics = advance(self.state, batch)
+        except Exception as error:
+            self._explain_lost_state(error)
+            raise
+        self._known_step, self._known_weights = step, weights
+        if step == 1 or step % self.training_config.log_frequency == 0:
+            self._log("train", step, metrics)
+        self._emit("on_batch_end", step, metrics)
+        return metrics
+
+    def validate_step(self, batch: Batch) -> Metrics:
+        """Evaluates the objective on one batch, in evaluation mode, and logs it as validation.
+
+        Without loggers it is::
+
+            metrics = jax.jit(make_eval_step(loss_fn))(trainer.state, batch)
+
+        Args:
+            batch: As for `train_step`.
+
+        Returns:
+            Scalars on the device: ``loss``, ``step``, and what the objective reports.
+
+        Raises:
+            BatchError, ObjectiveError, StateError: As for `train_step`.
+        """
+        batch_length(batch)
+        metrics = self._eval_step(batch, 0)
+        self._log("val", self.step, metrics)
+        return metrics
+
+    def train_epoch(self) -> dict[str, float]:
+        """Trains on one pass over ``train_data_loader``, then validates on ``val_data_loader``.
+
+        Without hooks, loggers and checkpoints (``save_frequency``) it is::
+
+            for batch in loader(batch_size):
+                trainer.state, metrics = step(trainer.state, batch)
+
+        Returns:
+            The averages of the epoch, each batch counted by its weight, and those of the
+            validation as ``val_<name>``.
+
+        Raises:
+            ArgumentError: There is no loader, or it yielded nothing.
+            BatchError, ObjectiveError: As for `train_step`.
+        """
+        if self.train_data_loader is None:
+            raise ArgumentError(
+                "`train_data_loader` was not given to the Trainer, and train_epoch() trains on nothing else; "
+                "pass one, or call train(data, num_epochs, batch_size)."
+            )
+        config = self.training_config
+        self._introduce()
+        batches = one_pass(self.train_data_loader, config.batch_size, "train_data_loader", config.steps_per_epoch)
+
+        def validate() -> dict[str, float]:
+            held_out = one_pass(self.val_data_loader, config.batch_size, "val_data_loader", None)
+            return self._validate(held_out)
+
+        total, validation, _ = self._run_epoch(
+            batches,
+            save_every=config.save_frequency,
+            validate_at_end=validate if self.val_data_loader is not None else None,
+        )
+        return {**total.compute(), **prefixed("val_", validation)}
+
+    def train(
+        self,
+        train_data: Mapping[str, Any],
+        num_epochs: int,
+        batch_size: int,
+        val_data: Mapping[str, Any] | None = None,
+        val_interval: int = 100,
+    ) -> dict[str, float]:
+        """Trains on data in memory.
+
+        Without hooks, loggers, validation and checkpoints (``save_interval``) it is::
+
+            data = InMemoryData(train_data, batch_size)
+            for epoch in range(num_epochs):
+                for batch in data.shuffled(seed, epoch):
+                    trainer.state, metrics = step(trainer.state, batch)
+
+        Every example comes exactly once an epoch, in an order that depends on the initial key and
+        the number of the epoch only; the last batch may be short. Validation, logging, saving and
+        callbacks change nothing in what is learned.
+
+        Args:
+            train_data: A mapping of names to arrays of shape ``(num_examples, ...)``.
+            num_epochs: How many epochs to train, on top of those finished.
+            batch_size: Examples in a batch.
+            val_data: Data to validate on, in the same form.
+            val_interval: Validate every so many steps, and at the end.
+
+        Returns:
+            The final validation averages where ``val_data`` is given, else the averages of the last
+            epoch. The whole course is in ``history``.
+
+        Raises:
+            ArgumentError, BatchError: An argument cannot be used; nothing has happened then.
+            ObjectiveError: As for `train_step`.
+        """
+        num_epochs = check_count(num_epochs, "num_epochs")
+        batch_size = check_count(batch_size, "batch_size")
+        val_interval = check_count(val_interval, "val_interval")
+        data = InMemoryData(train_data, batch_size, "train_data")
+        held_out = None if val_data is None else InMemoryData(val_data, batch_size, "val_data")
+        self._plan(self.step + num_epochs * len(data))
+        if batch_size > data.num_examples:
+            warnings.warn(
+                f"`batch_size` is {batch_size} but `train_data` has {data.num_examples} examples; every epoch is "
+                f"one batch of {data.num_examples}.",
+                stacklevel=2,
+            )
+        validated: dict[int, dict[str, float]] = {}
+
+        def validate() -> dict[str, float]:
+            assert held_out is not None
+            validated.clear()
+            validated[self.step] = self._validate(held_out.in_order())
+            return validated[self.step]
+
+        with self._running():
+            self._introduce()
+            self._log_text("training", f"{num_epochs} epochs of {len(data)} steps, batch size {batch_size}")
+            for _ in range(num_epochs):
+                total, _, metrics = self._run_epoch(
+                    data.shuffled(self._seed, self.epoch),
+                    save_every=self.save_interval,
+                    validate=validate if held_out is not None else None,
+                    validate_every=val_interval,
+                )
+                if self._should_stop():
+                    break
+            if self._logged_step != self.step:
+                self._log("train", self.step, metrics)
+            if held_out is None:
+                return total.compute()
+            averages = validated.get(self.step) or validate()
+            if self.metrics_logger is not None:
+                self.metrics_logger.log_test_metrics(averages)
+            return averages
+
+    def evaluate(self, data: Mapping[str, Any], batch_size: int) -> dict[str, float]:
+        """Averages the objective over data in memory, every example exactly once.
+
+        It changes nothing, not even the key, and calls no hook and no logger::
+
+            average = WeightedAverage()
+            for index, batch in enumerate(InMemoryData(data, batch_size).in_order()):
+                average.add(eval_step(trainer.state, batch, index), examples_in(batch))
+
+        Args:
+            data: A mapping of names to arrays of shape ``(num_examples, ...)``.
+            batch_size: Examples in a batch; the last may be short.
+
+        Returns:
+            The averages, each batch counted by its examples or by the ``batch_weight`` that the
+            objective reports.
+
+        Raises:
+            ArgumentError, BatchError: An argument cannot be used.
+            ObjectiveError: The objective breaks its contract.
+        """
+        return self._evaluate(InMemoryData(data, check_count(batch_size, "batch_size"), "data").in_order())
+
+    def save_checkpoint(self, path: str | os.PathLike[str] | None = None) -> Path:
+        """Writes the state to a file, whole or not at all.
+
+        It is ``save_state(path, trainer.state)``. Without a path the name carries the step, and
+        only the latest ``max_checkpoints`` of these are kept.
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            CheckpointError: It could not be written; earlier checkpoints are untouched.
+        """
+        config = self.training_config
+        target = self.checkpoint_dir / default_name(self.step) if path is None else Path(path)
+        info = {"name": config.name, "metadata": config.to_dict()["metadata"], "epoch": self.epoch}
+        save_state(target, self.state, info)
+        if path is None:
+            prune(target.parent, config.max_checkpoints)
+        self._log_text("checkpoint", f"saved {target}")
+        return target
+
+    def load_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """Restores the state from a file that `save_checkpoint` wrote.
+
+        It is ``trainer.state = load_state(path, like=trainer.state)``: step, parameters, optimizer,
+        key, every other variable, and the variables of the extensions, whose weights stay as set.
+
+        Raises:
+            CheckpointError: The file is damaged or does not fit; the trainer is as it was.
+        """
+        self.state = load_state(path, like=self.state)
+        self._log_text("checkpoint", f"loaded {path}")
+
+    def _run_epoch(
+        self,
+        batches: Iterator[Batch],
+        *,
+        save_every: int,
+        validate: Callable[[], dict[str, float]] | None = None,
+        validate_every: int = 1,
+        validate_at_end: Callable[[], dict[str, float]] | None = None,
+    ) -> tuple[WeightedAverage, dict[str, float], Metrics]:
+        """Trains on ``batches``; returns the epoch's average, latest validation and latest metrics."""
+        epoch = self.epoch
+        total = WeightedAverage()
+        validation: dict[str, float] = {}
+        metrics: Metrics = {}
+        self._emit("on_epoch_begin", epoch)
+        for batch in batches:
+            metrics = self.train_step(batch)
+            total.add(metrics, batch_length(batch))
+            # A checkpoint comes after the validation of its step, so that the two belong together.
+            if validate is not None and self.step % validate_every == 0:
+                validation = validate()
+            if self.step % save_every == 0:
+                self.save_checkpoint()
+        self.epoch += 1
+        if validate_at_end is not None:
+            validation = validate_at_end()
+        # Averages wait for the device, so they are taken only where somebody looks.
+        if any(listens(listener, "on_epoch_end") for listener in self._listeners()):
+            self._emit("on_epoch_end", epoch, {**total.compute(), **prefixed("val_", validation)})
+        return total, validation, metrics
+
+    def _validate(self, batches: Iterator[Batch]) -> dict[str, float]:
+        self._emit("on_validation_begin")
+        averages = self._evaluate(batches)
+        self._log("val", self.step, averages)
+        self._emit("on_validation_end", averages)
+        return averages
+
+    def _evaluate(self, batches: Iterator[Batch]) -> dict[str, float]:
+        average = WeightedAverage()
+        for index, batch in enumerate(batches):
+            examples = batch_length(batch)
+            average.add(self._eval_step(batch, index), examples)
+        return average.compute()
+
+    def _eval_step(self, batch: Batch, index: int) -> Metrics:
+        try:
+            return self._compiled_eval_step(self.state, batch, index)
+        except Exception as error:
+            self._explain_lost_state(error)
+            raise
+
+    def _compiled_step(self) -> Callable[..., tuple[TrainState, Metrics]]:
+        enabled = tuple(name for name, extension in self.extensions.items() if extension.is_enabled())
+        if enabled not in self._compiled_steps:
+            step = make_train_step(self.loss_fn, self.optimizer, wrt=self._wrt, extensions=self.extensions)
+            self._compiled_steps[enabled] = jax.jit(step, donate_argnums=0)
+        return self._compiled_steps[enabled]
+
+    def _sync_weights(self) -> None:
+        """Brings the weights that the extension objects have now into the state, if any changed."""
+        weights = {name: extension.weight for name, extension in self.extensions.items()}
+        if weights == self._known_weights:
+            return
+        held = self.state.extensions
+        step = self._known_step
+        self.state = self.state.replace(
+            extensions={
+                name: {**held[name], "weight": jax.numpy.asarray(weight, held[name]["weight"].dtype)}
+                for name, weight in weights.items()
+            }
+        )
+        self._known_step, self._known_weights = step, weights
+
+    def _build_optimizer(self, total_steps: int | None) -> optax.GradientTransformation:
+        config = self.training_config
+        optimizer = self._given_optimizer
+        if optimizer is None:
+            rate = config.optimizer.learning_rate
+            schedule = None if config.scheduler is None else make_schedule(config.scheduler, rate, total_steps)
+            optimizer = make_optimizer(config.optimizer, schedule)
+        if config.gradient_clip_norm is None:
+            return optimizer
+        return optax.chain(optax.clip_by_global_norm(config.gradient_clip_norm), optimizer)
+
+    def _horizon_of_loader(self) -> int | None:
+        config, loader = self.training_config, self.train_data_loader
+        steps = config.steps_per_epoch
+        if steps is None and isinstance(loader, Iterable) and hasattr(loader, "__len__"):
+            with contextlib.suppress(TypeError):  # an iterable-style torch loader has no length after all
+                steps = len(loader)
+        return None if steps is None else steps * config.num_epochs
+
+    def _plan(self, total_steps: int) -> None:
+        """Tells the schedule when the run will end, if it depends on that."""
+        scheduler = self.training_config.scheduler
+        if self._given_optimizer is not None or scheduler is None or not needs_horizon(scheduler):
+            return
+        if total_steps != self._horizon:
+            self._build_optimizer(total_steps)  # raises before anything is changed
+            self._horizon = total_steps
+            self._compiled_steps.clear()
+
+    def _listeners(self) -> tuple[Any, ...]:
+        return (self.callbacks, *self.extensions.values())
+
+    def _emit(self, event: str, *args: Any) -> None:
+        for listener in self._listeners():
+            emit(listener, event, self, *args)
+
+    def _should_stop(self) -> bool:
+        return any(getattr(listener, "should_stop", False) for listener in self._listeners())
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        try:
+            self._emit("on_train_begin")
+            yield
+        except BaseException as error:
+            for failure in self._end_run():
+                error.add_note(f"and on_train_end raised {failure!r}")
+            raise
+        for failure in self._end_run():
+            raise failure
+
+    def _end_run(self) -> list[Exception]:
+        """Emits ``on_train_end`` to every single listener, and returns what they raised."""
+        failures = []
+        callbacks = self.callbacks if isinstance(self.callbacks, CallbackList) else [self.callbacks]
+        for listener in (*callbacks, *self.extensions.values()):
+            try:
+                emit(listener, "on_train_end", self)
+            except Exception as failure:
+                failures.append(failure)
+        return failures
+
+    def _log(self, prefix: str, step: int, metrics: Mapping[str, Any]) -> None:
+        """Records metrics, and tells them to everyone who asked. ``prefix``: "train" or "val"."""
+        training = prefix == "train"
+        self.history.record(step, metrics, prefix="" if training else "val_")
+        if training:
+            self._logged_step = step
+        if self.log_callback is None and self.metrics_logger is None and not self._loggers:
+            return
+        numbers = {**read(metrics), "step": step}
+        if self.log_callback is not None:
+            self.log_callback(step, numbers, prefix=prefix)
+        if self.metrics_logger is not None:
+            told = self.metrics_logger
+            (told.log_training_metrics if training else told.log_validation_metrics)(numbers, step=step)
+        self._log_scalars(f"{prefix}/", numbers, step)
+
+    def _log_scalars(self, prefix: str, numbers: Mapping[str, float], step: int) -> None:
+        # A metrics logger that wraps a logger has told it already.
+        wrapped = getattr(self.metrics_logger, "logger", None)
+        for logger in self._loggers:
+            if logger is not wrapped:
+                logger.log_scalars(prefixed(prefix, numbers), step)
+
+    def _log_text(self, name: str, text: str) -> None:
+        for logger in self._loggers:
+            logger.log_text(name, text, self.step)
+
+    def _introduce(self) -> None:
+        if not self._introduced:
+            for logger in self._loggers:
+                logger.log_hyperparams(self.training_config.to_dict())
+        self._introduced = True
+
+    def _explain_lost_state(self, error: Exception) -> None:
+        try:
+            self.state.check_alive()
+        except StateError as lost:
+            if "deleted" in str(error) or "donated" in str(error):
+                raise lost from error
+            error.add_note("the state was donated to the step that failed and is gone; load a checkpoint to go on")
+
+
+def _check_config(config: Any) -> None:
+    if not isinstance(config, TrainingConfig):
+        hint = " TrainingConfig.from_dict makes one." if isinstance(config, Mapping) else ""
+        raise ArgumentTypeError(
+            f"`training_config` is of type {type(config).__name__}; it must be a trainer.TrainingConfig.{hint}"
+        )
+
+
+def _check_loader(loader: Any, name: str) -> None:
+    if loader is not None and not callable(loader) and not isinstance(loader, Iterable):
+        raise ArgumentTypeError(
+            f"`{name}` is of type {type(loader).__name__}; it must be an iterable of batches, or a callable that "
+            f"returns one."
+        )
+
+
+def _warn_of_unused_schedule(config: TrainingConfig) -> None:
+    if config.scheduler is not None:
+        warnings.warn(
+            "`training_config.scheduler` does nothing, because an `optimizer` was given; put the schedule into "
+            "that one, for example with trainer.make_schedule.",
+            stacklevel=3,
+        )
+
+
+def _as_callback_list(callbacks: Any) -> Any:
+    if callbacks is None:
+        return CallbackList()
+    # A list of the caller's own kind dispatches by itself.
+    if isinstance(callbacks, CallbackList) or hasattr(callbacks, "on_batch_end"):
+        return callbacks
+    if isinstance(callbacks, Iterable):
+        return CallbackList(callbacks)
+    raise ArgumentTypeError(
+        f"`callbacks` is of type {type(callbacks).__name__}; it must be a trainer.CallbackList or a sequence of "
+        f"callbacks."
+    )

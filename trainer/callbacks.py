@@ -1,0 +1,160 @@
+"""Callbacks: what a caller wants to happen around a run, outside compiled code.
+
+Events come in this order, callbacks in the order of their list and then extensions in theirs::
+
+    on_train_begin(trainer)
+      on_epoch_begin(trainer, epoch)
+        on_batch_begin(trainer, step)          step: updates finished before this batch
+          … the step runs; its metrics are logged …
+        on_batch_end(trainer, step, logs)      step: updates finished after it
+        on_validation_begin(trainer)           when a validation is due
+        on_validation_end(trainer, logs)
+          … a checkpoint is saved when one is due, so after the validation of the same step …
+      on_epoch_end(trainer, epoch, logs)
+    on_train_end(trainer)                      also when anything above raised
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TextIO
+
+EVENTS = (
+    "on_train_begin",
+    "on_train_end",
+    "on_epoch_begin",
+    "on_epoch_end",
+    "on_batch_begin",
+    "on_batch_end",
+    "on_validation_begin",
+    "on_validation_end",
+)
+
+
+class Callback:
+    """Does nothing at every event; override those you need. Any object with such methods works.
+
+    Set ``should_stop`` to end the run after the current epoch.
+    """
+
+    should_stop = False
+
+    def on_train_begin(self, trainer: Any) -> None:
+        """A call of ``train`` starts."""
+
+    def on_train_end(self, trainer: Any) -> None:
+        """A call of ``train`` ends, by itself or by an exception."""
+
+    def on_epoch_begin(self, trainer: Any, epoch: int) -> None:
+        """A pass over the data starts; epochs count from 0 over the life of the trainer."""
+
+    def on_epoch_end(self, trainer: Any, epoch: int, logs: dict[str, float]) -> None:
+        """A pass has ended. ``logs``: its averages, and the last validation's as ``val_<name>``."""
+
+    def on_batch_begin(self, trainer: Any, step: int) -> None:
+        """A step is about to run. ``step``: the updates finished so far."""
+
+    def on_batch_end(self, trainer: Any, step: int, logs: Mapping[str, Any]) -> None:
+        """A step was dispatched. ``logs``: scalars on the device; reading one waits for the step."""
+
+    def on_validation_begin(self, trainer: Any) -> None:
+        """A validation starts."""
+
+    def on_validation_end(self, trainer: Any, logs: dict[str, float]) -> None:
+        """A validation has ended. ``logs``: its averages, without prefix."""
+
+
+class CallbackList(Callback):
+    """Several callbacks as one, called in order."""
+
+    def __init__(self, callbacks: Iterable[Any] | None = None) -> None:
+        self.callbacks: list[Any] = list(callbacks or ())
+
+    def add(self, callback: Any) -> None:
+        """Appends a callback."""
+        self.callbacks.append(callback)
+
+    def remove(self, callback: Any) -> None:
+        """Removes a callback."""
+        self.callbacks.remove(callback)
+
+    def __len__(self) -> int:
+        return len(self.callbacks)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.callbacks)
+
+    @property
+    def should_stop(self) -> bool:  # type: ignore[override]
+        """Whether any of them asks to stop."""
+        return any(getattr(callback, "should_stop", False) for callback in self.callbacks)
+
+
+def emit(listener: Any, event: str, *args: Any) -> None:
+    """Calls an event on a listener, if it has a method for it."""
+    method = getattr(listener, event, None)
+    if method is not None:
+        method(*args)
+
+
+def listens(listener: Any, event: str) -> bool:
+    """Tells whether a listener does anything at an event."""
+    method = getattr(type(listener), event, None)
+    if method is getattr(CallbackList, event):
+        return any(listens(callback, event) for callback in listener.callbacks)
+    return method is not getattr(Callback, event) and hasattr(listener, event)
+
+
+def _dispatcher(event: str) -> Callable[..., None]:
+    def dispatch(self: CallbackList, *args: Any) -> None:
+        for callback in self.callbacks:
+            emit(callback, event, *args)
+
+    dispatch.__name__ = event
+    dispatch.__doc__ = f"Calls ``{event}`` on each, in order."
+    return dispatch
+
+
+for _event in EVENTS:
+    setattr(CallbackList, _event, _dispatcher(_event))
+
+
+class Progress(Callback):
+    """Shows where a run is: one line an epoch that stays, and on a terminal one that moves.
+
+    The moving line is drawn at most ten times a second, from the metrics of the step before, so it
+    hardly ever waits for the device. Nothing but whole lines goes to a file or a pipe.
+    """
+
+    def __init__(self, stream: TextIO | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """Makes a display.
+
+        Args:
+            stream: Where to write, standard error if left out.
+            clock: Tells the time in seconds.
+        """
+        self._stream = sys.stderr if stream is None else stream
+        self._clock = clock
+        self._started = self._painted = 0.0
+        self._previous: Mapping[str, Any] = {}
+
+    def on_epoch_begin(self, trainer: Any, epoch: int) -> None:
+        del trainer, epoch
+        self._started = self._clock()
+
+    def on_batch_end(self, trainer: Any, step: int, logs: Mapping[str, Any]) -> None:
+        now = self._clock()
+        if self._stream.isatty() and now - self._painted >= 0.1:
+            self._write(f"epoch {trainer.epoch + 1}  step {step}", self._previous, now, end="\r")
+            self._painted = now
+        self._previous = logs
+
+    def on_epoch_end(self, trainer: Any, epoch: int, logs: dict[str, float]) -> None:
+        self._write(f"epoch {epoch + 1}  step {trainer.step}", logs, self._clock(), end="\n")
+
+    def _write(self, head: str, logs: Mapping[str, Any], now: float, end: str) -> None:
+        shown = [f"{name} {float(value):.4g}" for name, value in logs.items() if name != "step"]
+        line = "  ".join([head, *shown, f"{now - self._started:.1f} s"])
+        # Padding wipes what a longer line left behind.
+        self._stream.write(f"{line:<100}{end}" if self._stream.isatty() else f"{line}{end}")
+        self._stream.flush()

@@ -1,0 +1,132 @@
+"""Where batches come from: arrays in memory through datarax, or a loader of the caller's."""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import jax
+import numpy as np
+
+from trainer.batches import batch_length
+from trainer.errors import ArgumentError, ArgumentTypeError
+from trainer.types import Batch
+
+
+class InMemoryData:
+    """Batches of arrays in memory, held by a ``datarax.MemorySource``.
+
+    The order of an epoch is one permutation drawn once for it (Fisher-Yates by NumPy's PCG64,
+    seeded with the seed and the epoch), so every example comes exactly once, the last batch may be
+    short, and any batch of any epoch can be found without drawing the ones before.
+
+    Args:
+        data: A mapping of names to arrays, or to trees of arrays, with a common leading dimension.
+            Nothing is copied.
+        batch_size: Examples in a batch.
+        name: What to call the data in an error.
+
+    Raises:
+        BatchError: ``data`` is not such a mapping, or it is empty.
+    """
+
+    def __init__(self, data: Mapping[str, Any], batch_size: int, name: str = "data") -> None:
+        # Loads datarax, and with it Grain, when first used: `import trainer` stays light.
+        from datarax.sources import MemorySource, MemorySourceConfig
+
+        self.num_examples = batch_length(data, name)
+        self.batch_size = batch_size
+        leaves, self._structure = jax.tree.flatten(data)
+        # A source knows flat dicts only, so the leaves travel under their numbers.
+        columns = {str(i): _on_host(leaf) for i, leaf in enumerate(leaves)}
+        self._source = MemorySource(MemorySourceConfig(shuffle=False), columns)
+
+    def __len__(self) -> int:
+        """Returns the number of batches in an epoch, a short last one included."""
+        return -(-self.num_examples // self.batch_size)
+
+    def in_order(self) -> Iterator[Batch]:
+        """Yields every example once, in the order in which they were given."""
+        for start in range(0, self.num_examples, self.batch_size):
+            yield self._gather(slice(start, start + self.batch_size))
+
+    def shuffled(self, seed: tuple[int, ...], epoch: int) -> Iterator[Batch]:
+        """Yields every example once, in an order that is a pure function of seed and epoch."""
+        order = np.random.default_rng([*seed, epoch]).permutation(self.num_examples)
+        for start in range(0, self.num_examples, self.batch_size):
+            yield self._gather(order[start : start + self.batch_size])
+
+    def _gather(self, index: Any) -> Batch:
+        columns = self._source.data
+        leaves = [columns[str(i)][index] for i in range(len(columns))]
+        batch: Batch = jax.tree.unflatten(self._structure, leaves)
+        return batch
+
+
+def seed_from_key(rng: jax.Array) -> tuple[int, ...]:
+    """Returns the words of a key, for orders that are drawn on the host. Waits for the key."""
+    words = jax.random.key_data(rng) if jax.dtypes.issubdtype(rng.dtype, jax.dtypes.prng_key) else rng
+    return tuple(int(word) for word in np.asarray(words).ravel())
+
+
+def open_loader(loader: Any, batch_size: int, name: str) -> Iterable[Batch]:
+    """Returns one pass over a loader.
+
+    Args:
+        loader: Something to iterate over, taken as it is; or a callable that returns such a thing,
+            called with ``batch_size`` if it takes an argument and with nothing if it takes none.
+        batch_size: What to call it with.
+        name: What to call the loader in an error.
+
+    Raises:
+        ArgumentTypeError: It is neither, or what it returned cannot be iterated over.
+    """
+    batches = loader
+    if not isinstance(loader, Iterable) and callable(loader):
+        batches = loader(batch_size) if _takes_argument(loader) else loader()
+    if not isinstance(batches, Iterable):
+        where = f"`{name}`" if batches is loader else f"`{name}` returned an object that"
+        raise ArgumentTypeError(
+            f"{where} is of type {type(batches).__name__}; it must be an iterable of batches, or a callable "
+            f"that returns one."
+        )
+    return batches
+
+
+def one_pass(loader: Any, batch_size: int, name: str, limit: int | None) -> Iterator[Batch]:
+    """Yields the batches of one pass, at most ``limit``.
+
+    Raises:
+        ArgumentError: There was none.
+    """
+    empty = True
+    for batch in islice(open_loader(loader, batch_size, name), limit):
+        empty = False
+        yield batch
+    if empty:
+        raise ArgumentError(
+            f"`{name}` yielded no batch. If it is an iterator it was used up by an earlier pass; pass a callable "
+            f"that makes a new one, or something that can be iterated over again."
+        )
+
+
+def _takes_argument(function: Callable[..., Any]) -> bool:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some builtins have no signature to look at
+        return True
+    kinds = (
+        inspect.Parameter.POSITIONAL_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        inspect.Parameter.VAR_POSITIONAL,
+    )
+    return any(parameter.kind in kinds for parameter in parameters)
+
+
+def _on_host(leaf: Any) -> Any:
+    # Indexing a device array from Python dispatches a kernel; on the CPU the memory is the same.
+    if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return leaf
+    if isinstance(leaf, jax.Array) and next(iter(leaf.devices())).platform != "cpu":
+        return leaf
+    return np.asarray(leaf)

@@ -1,0 +1,77 @@
+"""What this library raises.
+
+    TrainerError
+    ├── ArgumentError (ValueError)        a value that a public call cannot take
+    │   ├── ArgumentTypeError (TypeError) … because it is of the wrong type
+    │   ├── ConfigError                   … in a configuration
+    │   └── BatchError                    … in the data
+    ├── ObjectiveError (ValueError)       what the objective or an extension returned
+    ├── StateError (RuntimeError)         a training state that cannot be used any more
+    └── CheckpointError (ValueError)      a file that cannot be written or loaded
+
+Every message names the argument in backticks, what came, what was wanted and what to do.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any
+
+import jax
+
+
+class TrainerError(Exception):
+    """The root: catches everything that this library raises by itself."""
+
+
+class ArgumentError(TrainerError, ValueError):
+    """An argument has a value that cannot be used."""
+
+
+class ArgumentTypeError(ArgumentError, TypeError):
+    """An argument is of the wrong type."""
+
+
+class ConfigError(ArgumentError):
+    """A configuration has an unknown, mistyped or contradictory field."""
+
+
+class BatchError(ArgumentError):
+    """A batch or a data set is not a mapping of arrays with one common length."""
+
+
+class ObjectiveError(TrainerError, ValueError):
+    """The objective, or an extension, returned or did something a step cannot use."""
+
+
+class StateError(TrainerError, RuntimeError):
+    """The arrays of a training state are gone, usually because it was donated."""
+
+
+class CheckpointError(TrainerError, ValueError):
+    """A checkpoint could not be written, read, or fitted to the state at hand."""
+
+
+def leaf_path(path: Iterable[Any]) -> str:
+    """Formats a JAX key path as ``params/layers/0/kernel``."""
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Returns the end of a message that refuses ``name``: the nearest name, or all of them."""
+    known = sorted(known)
+    near = get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}."
+
+
+def check_count(value: Any, name: str) -> int:
+    """Returns ``value`` as an int, if it is a positive one.
+
+    Raises:
+        ArgumentTypeError: It is no integer.
+        ArgumentError: It is not positive.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ArgumentTypeError(f"`{name}` is {value!r} of type {type(value).__name__}; it must be a positive integer.")
+    if int(value) <= 0:
+        raise ArgumentError(f"`{name}` is {value!r}; it must be a positive integer.")
+    return int(value)

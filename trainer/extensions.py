@@ -1,0 +1,97 @@
+"""Extensions: something beside the objective that adds a loss, watches the run, or both."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from trainer.callbacks import Callback
+from trainer.config import Config
+from trainer.errors import ArgumentTypeError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExtensionConfig(Config):
+    """What every extension has.
+
+    Attributes:
+        name: Its name, for people.
+        weight: The factor of its loss. Changing it compiles nothing.
+        enabled: Whether its loss takes part. Switching it compiles the step once for each setting.
+    """
+
+    weight: float = 1.0
+    enabled: bool = True
+
+
+class Extension(nnx.Module, Callback):
+    """The base of extensions; a plain object with the same methods works as well.
+
+    Its variables live in the training state: `loss_fn` may read and assign them, and the step
+    carries them on, though no optimizer updates them. The hooks of `trainer.Callback` run on the
+    object that was passed to the trainer, with its Python attributes, outside any compiled code; a
+    Python attribute that `loss_fn` reads is a constant from the moment the step is traced.
+
+    Example::
+
+        class OutputPenalty(Extension):
+            def loss_fn(self, batch, model_outputs, **kwargs):
+                return jnp.mean(model_outputs**2)
+
+        Trainer(..., extensions={"penalty": OutputPenalty(ExtensionConfig(weight=1e-3))})
+    """
+
+    def __init__(self, config: ExtensionConfig | None = None, *, rngs: nnx.Rngs | None = None) -> None:
+        """Makes an extension.
+
+        Args:
+            config: Its weight and whether it is enabled.
+            rngs: For subclasses that need random variables; not used here.
+
+        Raises:
+            ArgumentTypeError: ``config`` is something else.
+        """
+        del rngs
+        config = ExtensionConfig() if config is None else config
+        if not isinstance(config, ExtensionConfig):
+            raise ArgumentTypeError(
+                f"`config` is of type {type(config).__name__}; it must be a trainer.ExtensionConfig."
+            )
+        self.config = config
+
+    def is_enabled(self) -> bool:
+        """Whether the loss takes part."""
+        return self.config.enabled
+
+    @property
+    def enabled(self) -> bool:
+        """The same as `is_enabled`; assign it to switch the extension."""
+        return self.config.enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self.config = self.config.replace(enabled=value)
+
+    @property
+    def weight(self) -> float:
+        """The factor of the loss; assign it to change it from the next step on."""
+        return self.config.weight
+
+    @weight.setter
+    def weight(self, value: float) -> None:
+        self.config = self.config.replace(weight=value)
+
+    def loss_fn(self, batch: Any, model_outputs: Any, **kwargs: Any) -> jax.Array:
+        """Returns the loss before weighting, a floating scalar; zero here.
+
+        Args:
+            batch: The batch of the step.
+            model_outputs: What the objective reported under ``model_outputs``, else
+                ``model(batch["input"])`` where that applies, else None.
+            **kwargs: ``model`` (after the objective's forward pass), ``rng`` (a key for this
+                extension and this step) and ``step`` (the updates before this one).
+        """
+        del batch, model_outputs, kwargs
+        return jnp.zeros(())

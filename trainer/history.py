@@ -1,0 +1,134 @@
+"""What a run has measured: averages that weigh, and the record of what was logged."""
+
+import collections
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from trainer.steps import BATCH_WEIGHT
+
+# So many metrics may wait on the device; then the older half is read, which finished long ago.
+_MOST_WAITING = 512
+
+
+def read(metrics: Any) -> Any:
+    """Copies a tree of scalars to the host as Python numbers, waiting for them in one go."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf).item(), jax.device_get(metrics))
+
+
+class WeightedAverage:
+    """The average of the metrics of batches, each counted by its weight.
+
+    A batch weighs as much as it has examples, or what its objective reports as ``batch_weight``
+    (then the average of that is its sum). The sums are float64 on the host; metrics that are still
+    being computed stay on the device until `compute`, or until so many wait that the oldest are
+    long finished.
+
+    Example::
+
+        average = WeightedAverage()
+        average.add({"loss": loss_of_32}, 32)
+        average.add({"loss": loss_of_8}, 8)
+        average.compute()["loss"]  # (32 * loss_of_32 + 8 * loss_of_8) / 40
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[Mapping[str, Any], int]] = []
+        self._sums: dict[str, float] = {}
+        self._weights: dict[str, float] = {}
+
+    def add(self, metrics: Mapping[str, Any], examples: int) -> None:
+        """Counts the metrics of a batch of so many examples."""
+        self._waiting.append((metrics, examples))
+        if len(self._waiting) > _MOST_WAITING:
+            self._settle(_MOST_WAITING // 2)
+
+    def compute(self) -> dict[str, float]:
+        """Returns the averages so far, ``step`` left out; empty if nothing was added."""
+        self._settle(len(self._waiting))
+        averages = {name: total / self._weights[name] for name, total in self._sums.items() if self._weights[name]}
+        # A metric that only ever came with weight zero has no average, and saying so is honest.
+        return {name: averages.get(name, float("nan")) for name in self._sums}
+
+    def _settle(self, count: int) -> None:
+        settled, self._waiting = self._waiting[:count], self._waiting[count:]
+        values = read([metrics for metrics, _ in settled])
+        for metrics, (_, examples) in zip(values, settled, strict=True):
+            weight = float(metrics.get(BATCH_WEIGHT, examples))
+            for name, value in metrics.items():
+                if name == "step":
+                    continue
+                # The average weight of a batch would be of no use; the whole weight is.
+                share, norm = (value, 1.0) if name == BATCH_WEIGHT else (value * weight, weight)
+                self._sums[name] = self._sums.get(name, 0.0) + share
+                self._weights[name] = 1.0 if name == BATCH_WEIGHT else self._weights.get(name, 0.0) + norm
+
+
+class History(Sequence[dict[str, Any]]):
+    """The rows that were logged, oldest first; ``history[-1]`` is the latest.
+
+    A row holds ``step`` and what was measured at it: training metrics under their names, validation
+    averages as ``val_<name>``. Values are read from the device when somebody looks.
+    """
+
+    def __init__(self, max_rows: int = 100_000) -> None:
+        """Makes an empty record that forgets its oldest row for every one above ``max_rows``."""
+        self._rows: collections.deque[dict[str, Any]] = collections.deque(maxlen=max_rows)
+        self._unread = 0
+
+    def record(self, step: int, metrics: Mapping[str, Any], prefix: str = "") -> None:
+        """Adds what was measured at ``step``, to the row of that step if it is the latest."""
+        values = {
+            name if name.startswith(prefix) else prefix + name: value
+            for name, value in metrics.items()
+            if name != "step"
+        }
+        if self._rows and self._rows[-1]["step"] == step:
+            self._rows[-1].update(values)
+            self._unread = max(self._unread, 1)
+        else:
+            self._rows.append({"step": step, **values})
+            self._unread = min(self._unread + 1, len(self._rows))
+        if self._unread > _MOST_WAITING:
+            self._settle(_MOST_WAITING // 2)
+
+    def to_dict(self) -> dict[str, list[Any]]:
+        """Returns columns of one length, None where a row lacks a value: ``pandas.DataFrame`` takes it."""
+        rows = self._read()
+        names = dict.fromkeys(name for row in rows for name in row)
+        return {name: [row.get(name) for row in rows] for name in names}
+
+    def series(self, name: str) -> tuple[list[int], list[Any]]:
+        """Returns the steps at which ``name`` was logged, and its values there.
+
+        Raises:
+            KeyError: Nothing was logged under that name.
+        """
+        rows = [row for row in self._read() if name in row]
+        if not rows:
+            known = sorted({key for row in self._rows for key in row})
+            raise KeyError(f"nothing was logged as {name!r}; there is {', '.join(known) or 'nothing'}")
+        return [row["step"] for row in rows], [row[name] for row in rows]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._read()[index]
+
+    def __repr__(self) -> str:
+        return f"History({len(self)} rows, latest {self[-1] if self else None})"
+
+    def _read(self) -> list[dict[str, Any]]:
+        self._settle(self._unread)
+        return list(self._rows)
+
+    def _settle(self, count: int) -> None:
+        """Reads the ``count`` oldest rows that are still on the device."""
+        first = len(self._rows) - self._unread
+        unread = [self._rows[i] for i in range(first, first + count)]
+        for row, values in zip(unread, read(unread), strict=True):
+            row.update(values)
+        self._unread -= count

@@ -1,0 +1,408 @@
+"""Pure step functions. They open no files, read no clocks, and run wherever JAX can trace.
+
+A step is not compiled here: ``jax.jit``, ``scan``, ``vmap``, ``pmap`` and ``shard_map`` are the
+caller's to choose, and the same function works under each.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+from zlib import crc32
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from trainer.batches import batch_length, describe
+from trainer.errors import ArgumentError, ArgumentTypeError, ObjectiveError
+from trainer.state import (
+    Flat,
+    TrainState,
+    carry,
+    check_optimizer,
+    flatten,
+    split_module,
+    variables_of,
+    with_variables,
+)
+from trainer.types import Batch, ExtensionLike, LossFn, Metrics
+
+AxisName = str | tuple[str, ...]
+ExtensionStates = dict[str, dict[str, Any]]
+
+# Names under which an objective may report something that is more than a metric.
+BATCH_WEIGHT = "batch_weight"
+MODEL_OUTPUTS = "model_outputs"
+
+_EVALUATION = crc32(b"evaluation")
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    wrt: nnx.filterlib.Filter = nnx.Param,
+    extensions: Mapping[str, ExtensionLike] | None = None,
+    axis_name: AxisName | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Makes the function that splits the key, differentiates the objective, updates, and carries on.
+
+    With objective L, params θ, key k, extensions e of weight w_e, and the optimizer's update u::
+
+        k', k_step = split(k)
+        g  = ∇_θ [ L(θ, batch, k_step, step) + Σ_e w_e · L_e(batch, model_outputs) ]
+        θ' = θ + u(g, opt_state, θ),   step' = step + 1
+
+    Assignments that the forward pass makes to variables under ``wrt`` last for that pass only;
+    every other variable (batch statistics, random counts, extension state) is carried into the
+    next state. An extension whose ``is_enabled()`` is false when the step is traced is left out.
+
+    Args:
+        loss_fn: The objective, see `trainer.LossFn`.
+        optimizer: The optax transformation with which the state was created.
+        wrt: The filter with which the state was created.
+        extensions: The extensions with which the state was created, by name. A key of its own is
+            folded from the step's key, so that adding one leaves the objective's draws alone.
+        axis_name: The mapped axis (or axes) under ``pmap``, ``vmap`` or ``shard_map``. Gradients,
+            floating metrics and changed batch statistics are averaged over it, gradients and
+            metrics by ``batch_weight`` where the objective reports one; each device draws from a
+            key of its own. None, also for ``jit`` over sharded arrays, where JAX does it.
+
+    Returns:
+        A pure ``(state, batch) -> (state, metrics)``. ``metrics`` holds scalars on the device: what
+        the objective reports, ``<name>_loss`` for each enabled extension (weighted), ``loss`` (the
+        total) and ``step`` (the updates finished, this one included).
+
+    Raises:
+        ArgumentTypeError: ``loss_fn``, ``optimizer`` or an extension is something else.
+
+    The returned function raises `ObjectiveError`, `BatchError`, `ArgumentError` or `StateError`
+    while it is traced, never while it runs compiled.
+    """
+    check_loss_fn(loss_fn)
+    check_optimizer(optimizer)
+    extensions = check_extensions(extensions)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        _check_call(state, batch)
+        _check_wrt(state, wrt)
+        rng, step_rng = jax.random.split(state.rng)
+        step_rng = _fold_in_device(step_rng, axis_name)
+
+        def objective(params: Any) -> tuple[jax.Array, tuple[Metrics, Flat, ExtensionStates]]:
+            before = state.replace(params=params)
+            model = _training(before.model())
+            loss, metrics, outputs = call_objective(loss_fn, model, batch, step_rng, state.step)
+            enabled = {name: e for name, e in extensions.items() if e.is_enabled()}
+            if enabled and outputs is None:
+                outputs = _forward(before, batch)
+            context = {"model": model, "rng": step_rng, "step": state.step}
+            losses, new_extensions = _extension_losses(enabled, state, batch, outputs, context)
+            _refuse_shadowing(metrics, losses)
+            loss = sum(losses.values(), start=loss)
+            _, _, variables = split_module(model, wrt)
+            return loss, ({**metrics, **losses, "loss": loss}, variables, new_extensions)
+
+        params = _per_device(state.params, axis_name)
+        grads, (metrics, variables, new_extensions) = jax.grad(objective, has_aux=True)(params)
+        variables = _average_changed(variables, state.model_state, axis_name)
+        grads, metrics = _average(grads, metrics, axis_name)
+
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        next_state = state.replace(
+            params=optax.apply_updates(state.params, updates),
+            model_state=carry(state.model_state, variables, "model_state"),
+            opt_state=opt_state,
+            rng=rng,
+            step=state.step + 1,
+            extensions={**state.extensions, **new_extensions},
+        )
+        return next_state, {**metrics, "step": next_state.step}
+
+    return train_step
+
+
+def make_eval_step(loss_fn: LossFn, *, axis_name: AxisName | None = None) -> Callable[..., Metrics]:
+    """Makes the function that evaluates the objective with the model in evaluation mode.
+
+    Args:
+        loss_fn: The objective, as for `make_train_step`. Extensions take no part in evaluation.
+        axis_name: The mapped axis over which metrics are averaged, as for `make_train_step`.
+
+    Returns:
+        A pure ``(state, batch, index=0) -> metrics``. The key that the objective gets is a function
+        of ``state.rng`` and ``index``, which tells the batches of one evaluation apart; the state
+        itself stays as it is, its key and its random counts included. ``metrics`` holds scalars on
+        the device: what the objective reports, ``loss``, and ``step`` (the updates finished).
+
+    Raises:
+        ArgumentTypeError: ``loss_fn`` is something else.
+    """
+    check_loss_fn(loss_fn)
+
+    def eval_step(state: TrainState, batch: Batch, index: jax.typing.ArrayLike = 0) -> Metrics:
+        _check_call(state, batch)
+        rng = jax.random.fold_in(jax.random.fold_in(state.rng, _EVALUATION), index)
+        rng = _fold_in_device(rng, axis_name)
+        model = state.model()
+        model.eval()
+        loss, metrics, _ = call_objective(loss_fn, model, batch, rng, state.step)
+        _, metrics = _average((), {**metrics, "loss": loss}, axis_name)
+        return {**metrics, "step": state.step}
+
+    return eval_step
+
+
+def call_objective(
+    loss_fn: LossFn, model: Any, batch: Batch, rng: jax.Array, step: jax.Array
+) -> tuple[jax.Array, Metrics, Any]:
+    """Calls the objective and checks what it returns.
+
+    Returns:
+        The loss, the metrics as scalars, and what was reported as ``model_outputs``.
+
+    Raises:
+        ObjectiveError: The objective breaks the contract of `trainer.LossFn`.
+    """
+    try:
+        result = loss_fn(model, batch, rng, step)
+    except Exception as error:
+        error.add_note(f"raised in `loss_fn` on a batch of {describe(batch)}")
+        raise
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise ObjectiveError(
+            f"`loss_fn` returned {_describe_result(result)}; it must return a pair (loss, metrics), "
+            f"with an empty mapping where there are no metrics."
+        )
+    loss, metrics = result
+    loss = check_loss(loss, "`loss_fn` returned a loss that")
+    if not isinstance(metrics, Mapping):
+        raise ObjectiveError(
+            f"`loss_fn` returned metrics of type {type(metrics).__name__}; they must be a mapping of names to scalars."
+        )
+    if "step" in metrics:
+        raise ObjectiveError(
+            "`loss_fn` returned a metric `step`, which is the name of the number of updates finished; use another name."
+        )
+    outputs = metrics.get(MODEL_OUTPUTS)
+    named = {name: value for name, value in metrics.items() if name not in (MODEL_OUTPUTS, "loss")}
+    return loss, {name: _metric(name, value) for name, value in named.items()}, outputs
+
+
+def check_loss(loss: Any, subject: str) -> jax.Array:
+    """Returns ``loss`` as an array, if it is a floating scalar."""
+    try:
+        array = jnp.asarray(loss)
+    except (TypeError, ValueError) as error:
+        raise ObjectiveError(f"{subject} is of type {type(loss).__name__}; it must be a scalar.") from error
+    if array.shape != ():
+        raise ObjectiveError(
+            f"{subject} has shape {array.shape}; it must be a scalar. Average or sum over the examples."
+        )
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ObjectiveError(f"{subject} has dtype {array.dtype}; it must be floating to be differentiated.")
+    return array
+
+
+def check_loss_fn(loss_fn: Any) -> None:
+    if not callable(loss_fn):
+        raise ArgumentTypeError(
+            f"`loss_fn` is of type {type(loss_fn).__name__}; it must be a callable "
+            f"loss_fn(model, batch, rng, step) -> (loss, metrics)."
+        )
+
+
+def check_extensions(extensions: Mapping[str, ExtensionLike] | None) -> dict[str, ExtensionLike]:
+    """Returns the extensions as a dict, if each has what a step needs and a name of its own."""
+    if extensions is None:
+        return {}
+    if not isinstance(extensions, Mapping):
+        raise ArgumentTypeError(
+            f"`extensions` is of type {type(extensions).__name__}; it must be a mapping of names to extensions."
+        )
+    names: dict[str, str] = {}
+    for key, extension in extensions.items():
+        lacks = [
+            what
+            for what, present in (
+                ("is_enabled()", callable(getattr(extension, "is_enabled", None))),
+                ("weight", hasattr(extension, "weight")),
+                ("loss_fn(batch, model_outputs, **kwargs)", callable(getattr(extension, "loss_fn", None))),
+            )
+            if not present
+        ]
+        if lacks:
+            raise ArgumentTypeError(
+                f"`extensions[{key!r}]` is of type {type(extension).__name__} and has no "
+                f"{', no '.join(lacks)}; derive it from trainer.Extension or add what is missing."
+            )
+        name = getattr(getattr(extension, "config", None), "name", None) or key
+        if name in names:
+            raise ArgumentError(
+                f"`extensions[{names[name]!r}]` and `extensions[{key!r}]` are both named {name!r}; "
+                f"give each a name of its own."
+            )
+        names[name] = key
+    return dict(extensions)
+
+
+def _check_call(state: Any, batch: Any) -> None:
+    if not isinstance(state, TrainState):
+        raise ArgumentTypeError(f"`state` is of type {type(state).__name__}; it must be a trainer.TrainState.")
+    state.check_alive()
+    batch_length(batch)
+
+
+def _check_wrt(state: TrainState, wrt: nnx.filterlib.Filter) -> None:
+    _, selected, _ = split_module(state.model(), wrt)
+    if not selected or not jax.tree.leaves(state.params):
+        raise ArgumentError(
+            f"the model has no parameters: `wrt` = {wrt!r} selects none of its variables, so there is nothing to train."
+        )
+    absent = object()
+    if any(v is absent for v in flatten(state.params, paths=selected, missing=absent).values()) or len(
+        jax.tree.leaves(selected)
+    ) != len(jax.tree.leaves(state.params)):
+        raise ArgumentError(
+            f"`wrt` = {wrt!r} selects other variables than the filter that the state was created with; "
+            f"pass the same one to TrainState.create and make_train_step."
+        )
+
+
+def _training(model: Any) -> Any:
+    model.train()
+    return model
+
+
+def _forward(state: TrainState, batch: Batch) -> Any:
+    """Returns ``model(batch["input"])`` where that can be called, else None.
+
+    It runs on a model of its own that starts from the same variables, random counts included. So
+    an extension that looks on changes no batch statistics, and where the objective made the very
+    same call XLA computes it once.
+    """
+    model = _training(state.model())
+    if "input" not in batch or not callable(model):
+        return None
+    try:
+        return model(batch["input"])
+    except Exception as error:
+        error.add_note(
+            'raised in `model(batch["input"])`, called because an extension is enabled and `loss_fn` '
+            f"returned no `{MODEL_OUTPUTS}` in its metrics; return them (they may be None) to avoid this call"
+        )
+        raise
+
+
+def _extension_losses(
+    enabled: dict[str, ExtensionLike],
+    state: TrainState,
+    batch: Batch,
+    outputs: Any,
+    context: dict[str, Any],
+) -> tuple[Metrics, ExtensionStates]:
+    losses: Metrics = {}
+    states: ExtensionStates = {}
+    for name, extension in enabled.items():
+        if name not in state.extensions:
+            raise ArgumentError(
+                f"`extensions[{name!r}]` is not in the state, which was created with "
+                f"{sorted(state.extensions) or 'none'}; pass the same extensions to TrainState.create."
+            )
+        held = state.extensions[name]
+        # The variables come from the state; Python attributes are those of the caller's object.
+        traced = with_variables(extension, held["variables"])
+        rng = jax.random.fold_in(context["rng"], crc32(name.encode()))
+        loss = traced.loss_fn(batch, outputs, **{**context, "rng": rng})
+        loss = check_loss(loss, f"`extensions[{name!r}].loss_fn` returned a loss that")
+        losses[f"{name}_loss"] = held["weight"].astype(loss.dtype) * loss
+        after = variables_of(traced)
+        states[name] = {**held, "variables": carry(held["variables"], after, f"extensions/{name}")}
+    return losses, states
+
+
+def _refuse_shadowing(metrics: Metrics, losses: Metrics) -> None:
+    for name in losses:
+        if name in metrics:
+            raise ObjectiveError(
+                f"`loss_fn` returned a metric `{name}`, which is also the loss of the extension "
+                f"{name.removesuffix('_loss')!r}; rename one of the two."
+            )
+
+
+def _metric(name: Any, value: Any) -> jax.Array:
+    if not isinstance(name, str):
+        raise ObjectiveError(f"`loss_fn` returned a metric named {name!r}; names must be strings.")
+    try:
+        array = jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise ObjectiveError(
+            f"`loss_fn` returned a metric `{name}` of type {type(value).__name__}; it must be a scalar."
+        ) from error
+    if array.shape != ():
+        raise ObjectiveError(
+            f"`loss_fn` returned a metric `{name}` of shape {array.shape}; metrics are scalars. Average it, "
+            f"or report it as `{MODEL_OUTPUTS}`."
+        )
+    return array
+
+
+def _describe_result(result: Any) -> str:
+    if isinstance(result, tuple):
+        return f"a tuple of {len(result)}"
+    return "a bare loss" if jnp.ndim(result) == 0 and hasattr(result, "dtype") else f"{type(result).__name__}"
+
+
+def _fold_in_device(rng: jax.Array, axis_name: AxisName | None) -> jax.Array:
+    return rng if axis_name is None else jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
+
+
+def _per_device(params: Any, axis_name: AxisName | None) -> Any:
+    """Marks replicated params as differing by device, so that each device gets its own gradient.
+
+    Under ``shard_map`` JAX sums the gradient of a replicated value over the devices by itself,
+    without weights; under ``pmap`` and ``vmap`` it does not. After this it never does.
+    """
+    if axis_name is None:
+        return params
+    axes = (axis_name,) if isinstance(axis_name, str) else axis_name
+
+    def mark(leaf: jax.Array) -> jax.Array:
+        missing = tuple(axis for axis in axes if axis not in getattr(jax.typeof(leaf), "vma", ()))
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(mark, params)
+
+
+def _average(grads: Any, metrics: Metrics, axis_name: AxisName | None) -> tuple[Any, Metrics]:
+    """Averages over the mapped axis, by ``batch_weight`` where there is one; that itself is summed."""
+    if axis_name is None:
+        return grads, metrics
+    weight = metrics.get(BATCH_WEIGHT)
+    if weight is None:
+        return jax.lax.pmean((grads, jax.tree.map(_floating, metrics)), axis_name)
+    total = jax.lax.psum(weight, axis_name)
+    share = weight / total
+    grads, metrics = jax.lax.psum(
+        jax.tree.map(lambda leaf: leaf * share.astype(leaf.dtype), (grads, jax.tree.map(_floating, metrics))),
+        axis_name,
+    )
+    return grads, {**metrics, BATCH_WEIGHT: total}
+
+
+def _average_changed(after: Flat, before: Any, axis_name: AxisName | None) -> Flat:
+    """Averages the floating variables that the forward pass assigned; the others are equal already."""
+    if axis_name is None:
+        return after
+    old = flatten(before, paths=after.keys())
+
+    def average(path: Any, leaf: Any) -> Any:
+        changed = leaf is not old[path]
+        floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+        return jax.lax.pmean(leaf, axis_name) if changed and floating else leaf
+
+    return {path: average(path, leaf) for path, leaf in after.items()}
+
+
+def _floating(metric: jax.Array) -> jax.Array:
+    return metric if jnp.issubdtype(metric.dtype, jnp.inexact) else metric.astype(jnp.float32)

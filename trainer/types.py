@@ -1,0 +1,68 @@
+"""The words that signatures are written in: aliases and documented callables, no logic."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import jax
+from flax import nnx
+
+Batch = Mapping[str, Any]
+"""Names to arrays (or trees of arrays) that share their leading dimension, the examples."""
+
+Metrics = dict[str, jax.Array]
+"""Names to scalars on the device. Reading one as a number waits for the step that made it."""
+
+
+class LossFn(Protocol):
+    """The objective: what to minimize. The only thing that a caller must bring."""
+
+    def __call__(
+        self, model: Any, batch: Any, rng: jax.Array, step: jax.Array, /
+    ) -> tuple[jax.Array, Mapping[str, Any]]:
+        """Evaluates the objective on one batch.
+
+        It is traced, so it sees abstract values and runs again only for a new shape. It may change
+        the variables of ``model`` (batch statistics, random counts): the step carries them on.
+
+        Args:
+            model: The module, in training mode under a train step, in evaluation mode otherwise.
+            batch: A mapping of arrays, each of shape ``(batch_size, ...)``.
+            rng: A key for this step and no other.
+            step: The number of updates before this one, an int32 scalar.
+
+        Returns:
+            The loss, a floating scalar, and a mapping of scalar metrics. Some names are special:
+
+            * ``batch_weight``: how much this batch counts in averages (tokens that are not
+              padding, say). Left out, a batch counts by its number of examples.
+            * ``model_outputs``: handed to the extensions, not reported. It may be any tree.
+            * ``loss`` is replaced by the total, extensions included; ``step`` is refused.
+        """
+        ...
+
+
+class TrainStep(Protocol):
+    """A pure function from a state and a batch to the next state and the metrics of the step."""
+
+    def __call__(self, state: Any, batch: Batch, /) -> tuple[Any, Metrics]: ...
+
+
+class LogCallback(Protocol):
+    """Called with plain floats, ``prefix="train"`` or ``prefix="val"``."""
+
+    def __call__(self, step: int, metrics: dict[str, float], *, prefix: str) -> Any: ...
+
+
+class ExtensionLike(Protocol):
+    """What a step and a trainer need of an extension; `trainer.Extension` has all of it."""
+
+    @property
+    def weight(self) -> float: ...
+
+    def is_enabled(self) -> bool: ...
+
+    def loss_fn(self, batch: Any, model_outputs: Any, **kwargs: Any) -> jax.Array: ...
+
+
+Model = nnx.Module
+DataLoader = Iterable[Batch]

@@ -6,7 +6,7 @@ This is the only module that mutates anything, and what it mutates is ``self.sta
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from trainer.callbacks import CallbackList, emit, listens
 from trainer.checkpoints import default_name, load_state, prune, save_state
 from trainer.config import TrainingConfig
 from trainer.data import InMemoryData, one_pass, seed_from_key
-from trainer.errors import ArgumentError, ArgumentTypeError, ConfigError, StateError, check_count
+from trainer.errors import ArgumentError, ArgumentTypeError, StateError, check_count
 from trainer.history import History, WeightedAverage, read
 from trainer.loggers import Logger, MetricsLoggerLike, WandbLogger, prefixed
 from trainer.optimizers import make_optimizer, make_schedule, needs_horizon
@@ -156,8 +156,12 @@ class Trainer:
 
     @property
     def model(self) -> Any:
-        """A new module with the current values. The one that was passed in stays as it was."""
-        return self.state.model()
+        """A new module with a copy of the current values, which training on leaves alone.
+
+        The module that was passed in stays as it was. ``trainer.state.model()`` copies nothing, and
+        is gone after the next step.
+        """
+        return self.state.replace(opt_state=(), extensions={}).copy().model()
 
     @property
     def step(self) -> int:
@@ -458,7 +462,8 @@ class Trainer:
 
     def _eval_step(self, batch: Batch, index: int) -> Metrics:
         try:
-            return self._compiled_eval_step(self.state, batch, index)
+            metrics: Metrics = self._compiled_eval_step(self.state, batch, index)
+            return metrics
         except Exception as error:
             self._explain_lost_state(error)
             raise
@@ -497,9 +502,10 @@ class Trainer:
         return optax.chain(optax.clip_by_global_norm(config.gradient_clip_norm), optimizer)
 
     def _horizon_of_loader(self) -> int | None:
-        config, loader = self.training_config, self.train_data_loader
+        config = self.training_config
+        loader: Any = self.train_data_loader
         steps = config.steps_per_epoch
-        if steps is None and isinstance(loader, Iterable) and hasattr(loader, "__len__"):
+        if steps is None and isinstance(loader, Iterable) and isinstance(loader, Sized):
             with contextlib.suppress(TypeError):  # an iterable-style torch loader has no length after all
                 steps = len(loader)
         return None if steps is None else steps * config.num_epochs

@@ -15,16 +15,8 @@ from flax import nnx
 
 from trainer.batches import batch_length, describe
 from trainer.errors import ArgumentError, ArgumentTypeError, ObjectiveError
-from trainer.state import (
-    Flat,
-    TrainState,
-    carry,
-    check_optimizer,
-    flatten,
-    split_module,
-    variables_of,
-    with_variables,
-)
+from trainer.modules import Flat, carry, flatten, split_variables, variables_of, with_variables
+from trainer.state import TrainState, check_optimizer
 from trainer.types import Batch, ExtensionLike, LossFn, Metrics
 
 AxisName = str | tuple[str, ...]
@@ -100,7 +92,7 @@ def make_train_step(
             losses, new_extensions = _extension_losses(enabled, state, batch, outputs, context)
             _refuse_shadowing(metrics, losses)
             loss = sum(losses.values(), start=loss)
-            _, _, variables = split_module(model, wrt)
+            _, variables = split_variables(model, wrt)
             return loss, ({**metrics, **losses, "loss": loss}, variables, new_extensions)
 
         params = _per_device(state.params, axis_name)
@@ -205,6 +197,7 @@ def check_loss(loss: Any, subject: str) -> jax.Array:
 
 
 def check_loss_fn(loss_fn: Any) -> None:
+    """Refuses what cannot be called."""
     if not callable(loss_fn):
         raise ArgumentTypeError(
             f"`loss_fn` is of type {type(loss_fn).__name__}; it must be a callable "
@@ -254,7 +247,7 @@ def _check_call(state: Any, batch: Any) -> None:
 
 
 def _check_wrt(state: TrainState, wrt: nnx.filterlib.Filter) -> None:
-    _, selected, _ = split_module(state.model(), wrt)
+    selected, _ = split_variables(state.model(), wrt)
     if not selected or not jax.tree.leaves(state.params):
         raise ArgumentError(
             f"the model has no parameters: `wrt` = {wrt!r} selects none of its variables, so there is nothing to train."
@@ -350,7 +343,7 @@ def _metric(name: Any, value: Any) -> jax.Array:
 def _describe_result(result: Any) -> str:
     if isinstance(result, tuple):
         return f"a tuple of {len(result)}"
-    return "a bare loss" if jnp.ndim(result) == 0 and hasattr(result, "dtype") else f"{type(result).__name__}"
+    return "a bare loss" if getattr(result, "shape", None) == () else type(result).__name__
 
 
 def _fold_in_device(rng: jax.Array, axis_name: AxisName | None) -> jax.Array:
@@ -366,9 +359,11 @@ def _per_device(params: Any, axis_name: AxisName | None) -> Any:
     if axis_name is None:
         return params
     axes = (axis_name,) if isinstance(axis_name, str) else axis_name
+    mapped_by_shard_map = jax.sharding.get_abstract_mesh().manual_axes
 
     def mark(leaf: jax.Array) -> jax.Array:
-        missing = tuple(axis for axis in axes if axis not in getattr(jax.typeof(leaf), "vma", ()))
+        varying = jax.typeof(leaf).manual_axis_type.varying
+        missing = tuple(axis for axis in axes if axis in mapped_by_shard_map and axis not in varying)
         return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
 
     return jax.tree.map(mark, params)
@@ -379,12 +374,14 @@ def _average(grads: Any, metrics: Metrics, axis_name: AxisName | None) -> tuple[
     if axis_name is None:
         return grads, metrics
     weight = metrics.get(BATCH_WEIGHT)
+    metrics = jax.tree.map(_floating, metrics)
     if weight is None:
-        return jax.lax.pmean((grads, jax.tree.map(_floating, metrics)), axis_name)
+        averaged: tuple[Any, Metrics] = jax.lax.pmean((grads, metrics), axis_name)
+        return averaged
     total = jax.lax.psum(weight, axis_name)
     share = weight / total
     grads, metrics = jax.lax.psum(
-        jax.tree.map(lambda leaf: leaf * share.astype(leaf.dtype), (grads, jax.tree.map(_floating, metrics))),
+        jax.tree.map(lambda leaf: leaf * share.astype(leaf.dtype), (grads, metrics)),
         axis_name,
     )
     return grads, {**metrics, BATCH_WEIGHT: total}

@@ -1,0 +1,280 @@
+"""The state: what it holds, that it holds it alone, and that equal architectures are one."""
+
+import copy
+import gc
+import pickle
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from tests.problems import Busy, Counting, Linear, regression, squared_error
+from trainer import ArgumentError, ArgumentTypeError, StateError, TrainState, make_train_step
+
+
+class Tied(nnx.Module):
+    def __init__(self, rngs):
+        self.encoder = nnx.Linear(3, 3, rngs=rngs)
+        self.decoder = self.encoder
+
+
+class Containers(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.List([nnx.Linear(2, 2, rngs=rngs) for _ in range(12)])
+        self.table = nnx.Dict(a=nnx.Param(jnp.ones(3)), b=nnx.BatchStat(jnp.zeros(2)))
+
+
+class Statistic(nnx.Variable):
+    """A variable type of the user's own."""
+
+
+class Odd(nnx.Module):
+    def __init__(self, rngs):
+        self.weight = nnx.Param(jnp.ones(2, jnp.bfloat16))
+        self.statistic = Statistic(jnp.zeros(3))
+        self.number = nnx.Variable(7)
+        self.nothing = nnx.Variable(None)
+        self.tree = nnx.Variable({"p": jnp.ones(2), "q": [jnp.zeros(1), jnp.ones(())]})
+        self.bare = jnp.arange(3)
+        self.host = np.arange(2, dtype=np.float32)
+        self.key = nnx.Variable(jax.random.key(3))
+
+
+class Empty(nnx.Module):
+    pass
+
+
+def create(model, **changes):
+    return TrainState.create(model, optax.adam(1e-2), **{"rng": jax.random.key(0), **changes})
+
+
+@pytest.mark.parametrize("make", [Linear, Busy, Tied, Containers, Odd], ids=lambda make: make.__name__)
+def test_a_module_comes_back_as_it_went_in(make):
+    module = make(rngs=nnx.Rngs(0))
+    again = create(module).model()
+    graphdef, values = nnx.split(module)
+    graphdef_again, values_again = nnx.split(again)
+    assert graphdef == graphdef_again
+    chex.assert_trees_all_equal(nnx.to_pure_dict(values), nnx.to_pure_dict(values_again))
+
+
+def test_a_module_without_variables_comes_back():
+    state = create(Empty())
+    assert isinstance(state.model(), Empty)
+    assert state.params == {}
+    assert state.model_state == {}
+
+
+def test_tied_parameters_are_held_once_and_come_back_tied():
+    state = create(Tied(nnx.Rngs(0)))
+    assert list(state.params) == ["decoder"]
+    model = state.model()
+    assert model.encoder is model.decoder
+
+
+def test_params_are_plain_nested_dicts_by_attribute():
+    state = create(Containers(nnx.Rngs(0)))
+    assert state.params["layers"][11]["kernel"].shape == (2, 2)
+    assert type(state.params["layers"]) is dict
+    assert list(state.model_state) == ["table"]
+
+
+def test_wrt_decides_what_is_trained():
+    state = create(Busy(), wrt=nnx.All(nnx.Param, nnx.PathContains("outer")))
+    assert list(state.params) == ["outer"]
+    assert "kernel" in state.model_state["inner"]
+
+
+def test_flax_can_merge_what_the_state_holds():
+    state = create(Busy())
+    module = nnx.merge(state.graphdef, state.params, state.model_state)
+    assert isinstance(module, Busy)
+
+
+def test_two_states_of_one_architecture_share_their_graphdef():
+    first, second = create(Busy(rngs=nnx.Rngs(0))), create(Busy(rngs=nnx.Rngs(1)))
+    assert first.graphdef is second.graphdef
+    assert hash(first.graphdef) == hash(second.graphdef)
+    assert first.graphdef != create(Linear()).graphdef
+    assert first.graphdef != "graphdef"
+
+
+def test_a_graphdef_equals_its_plain_twin_and_survives_pickle_and_copy():
+    state = create(Busy())
+    assert state.graphdef == nnx.graphdef(Busy())
+    assert pickle.loads(pickle.dumps(state.graphdef)) is state.graphdef
+    assert copy.deepcopy(state).graphdef is state.graphdef
+
+
+def test_graphdefs_nobody_uses_are_forgotten():
+    from trainer.modules import _interned
+
+    class Unique(nnx.Module):
+        def __init__(self):
+            self.mark = object()
+
+    state = create(Unique())
+    code = hash(state.graphdef)
+    assert code in _interned
+    del state
+    gc.collect()
+    assert code not in _interned
+
+
+def test_two_states_and_a_rebuilt_optimizer_share_one_compiled_step(compilations):
+    step = jax.jit(make_train_step(squared_error, optax.adam(1e-2)))
+    batch = regression()
+    for seed in range(3):
+        state = TrainState.create(Busy(rngs=nnx.Rngs(seed)), optax.adam(1e-2), rng=jax.random.key(seed))
+        step(state, batch)
+    assert compilations["jit(train_step)"] == 1
+
+
+def test_nothing_is_shared_with_the_module_that_was_passed():
+    module, batch = Busy(), regression()
+    before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(module, nnx.Not(nnx.RngKey))))
+    state = create(module)
+    step = jax.jit(make_train_step(squared_error, optax.adam(1e-2)), donate_argnums=0)
+    for _ in range(3):
+        state, _ = step(state, batch)
+    after = nnx.to_pure_dict(nnx.state(module, nnx.Not(nnx.RngKey)))
+    chex.assert_trees_all_equal(before, jax.tree.map(np.asarray, after))
+
+
+def test_no_two_leaves_share_a_buffer_even_if_the_optimizer_keeps_the_params():
+    lookahead = optax.GradientTransformation(lambda params: {"slow": params}, optax.identity().update)
+    state = TrainState.create(Linear(), lookahead, rng=jax.random.key(0))
+    buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((state.params, state.opt_state))]
+    assert len(set(buffers)) == len(buffers)
+
+
+def test_weak_types_are_made_strong():
+    state = create(Odd(nnx.Rngs(0)))
+    assert not any(getattr(leaf, "weak_type", False) for leaf in jax.tree.leaves(state))
+    assert state.model_state["number"].dtype == jnp.int32
+
+
+def test_sown_values_are_not_part_of_the_state():
+    module = Linear()
+    module.seen = nnx.Intermediate((jnp.ones(3),))
+    state = create(module)
+    assert state.model_state == {}
+    assert hasattr(module, "seen")
+
+
+@pytest.mark.parametrize(
+    "rng", [jax.random.key(1), jax.random.PRNGKey(1), jax.random.key(1, impl="rbg")], ids=["typed", "raw", "rbg"]
+)
+def test_keys_of_every_kind_are_kept_as_they_came(rng):
+    state = create(Linear(), rng=rng)
+    assert state.rng.dtype == rng.dtype
+    stepped, _ = make_train_step(squared_error, optax.adam(1e-2))(state, regression(features=3))
+    assert stepped.rng.dtype == rng.dtype
+    assert not np.array_equal(jax.random.key_data(stepped.rng), jax.random.key_data(rng))
+
+
+def test_step_starts_at_zero_as_an_int32_scalar():
+    step = create(Linear()).step
+    assert (step.dtype, step.shape, int(step)) == (jnp.int32, (), 0)
+
+
+def test_extension_variables_and_weights_are_arrays_of_the_state():
+    extension = Counting()
+    extension.weight = 0.25
+    held = create(Linear(), extensions={"count": extension}).extensions["count"]
+    assert held["weight"] == jnp.float32(0.25)
+    assert held["variables"]["evaluations"].dtype == jnp.int32
+
+
+def test_replace_leaves_the_original():
+    state = create(Linear())
+    changed = state.replace(step=jnp.int32(5))
+    assert (int(state.step), int(changed.step)) == (0, 5)
+    with pytest.raises(AttributeError):
+        state.step = 3
+
+
+def test_a_copy_outlives_the_donation_of_the_original():
+    state = create(Busy())
+    kept = state.copy()
+    jax.jit(make_train_step(squared_error, optax.adam(1e-2)), donate_argnums=0)(state, regression())
+    assert kept.model()(regression()["input"]).shape == (64,)
+    with pytest.raises(StateError, match=r"`state` was donated: the buffer of `params/inner/bias` is gone"):
+        state.model()
+    with pytest.raises(StateError, match=r"keep a `state.copy\(\)`"):
+        make_train_step(squared_error, optax.adam(1e-2))(state, regression())
+
+
+def test_an_ensemble_is_made_under_vmap():
+    def member(key):
+        return create(Busy(rngs=nnx.Rngs(key)), rng=key)
+
+    states = jax.vmap(member)(jax.random.split(jax.random.key(0), 5))
+    assert states.params["inner"]["kernel"].shape == (5, 4, 8)
+    alone = create(Busy(rngs=nnx.Rngs(jax.random.split(jax.random.key(0), 5)[2])))
+    chex.assert_trees_all_close(jax.tree.map(lambda leaf: leaf[2], states.params), alone.params, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Linear, r"`model` is the class Linear; it must be a flax.nnx.Module instance. Call the class to make one."),
+        (lambda x: x, "`model` is of type function; it must be a flax.nnx.Module instance."),
+    ],
+)
+def test_what_is_no_module_is_refused(model, message):
+    with pytest.raises(ArgumentTypeError, match=message):
+        create(model)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (1e-3, "`optimizer` is of type float; it must be an optax.GradientTransformation"),
+        (lambda: nnx.Optimizer(Linear(), optax.sgd(1.0), wrt=nnx.Param), "which holds its own state"),
+    ],
+)
+def test_what_is_no_optimizer_is_refused(optimizer, message):
+    optimizer = optimizer() if callable(optimizer) else optimizer
+    with pytest.raises(ArgumentTypeError, match=message):
+        TrainState.create(Linear(), optimizer, rng=jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    ("rng", "described"),
+    [
+        (0, "`rng` is 0;"),
+        (jnp.zeros(2), r"`rng` is float32\(2,\);"),
+        (jax.random.split(jax.random.key(0)), r"`rng` is key<fry>\(2,\);"),
+        (jnp.zeros(3, jnp.uint32), r"`rng` is uint32\(3,\);"),
+    ],
+    ids=["int", "floats", "keys", "long"],
+)
+def test_what_is_no_key_is_refused(rng, described):
+    with pytest.raises(ArgumentTypeError, match=described + r" it must be one key, jax.random.key\(0\)"):
+        create(Linear(), rng=rng)
+
+
+def test_variables_without_arrays_are_named():
+    module = Linear()
+    module.label = nnx.Variable("seven")
+    with pytest.raises(ArgumentError, match=r"`model_state/label` holds 'seven', of type str; a variable must hold"):
+        create(module)
+
+
+def test_parameters_without_gradients_are_named():
+    module = Linear()
+    module.table = nnx.Param(jnp.arange(3))
+    with pytest.raises(ArgumentError, match=r"`wrt` selects variables without a gradient: `params/table` \(int32\)"):
+        create(module)
+
+
+def test_attributes_that_cannot_be_hashed_are_named():
+    module = Linear()
+    module.notes = ["a"]
+    with pytest.raises(ArgumentError, match=r"`model` has the attribute `notes` = \['a'\], a plain Python list"):
+        create(module)

@@ -1,0 +1,225 @@
+"""One step under every transformation: jit with donation, scan, vmap, pmap, shard_map, sharded jit."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P  # noqa: N817 - as everyone writes it
+
+from tests.problems import Busy, Linear, regression, squared_error
+from trainer import TrainState, make_eval_step, make_train_step
+
+ADAM = optax.adam(1e-2)
+
+
+def create(model, optimizer=ADAM, seed=0):
+    return TrainState.create(model, optimizer, rng=jax.random.key(seed))
+
+
+def mesh(devices=8):
+    return jax.make_mesh(
+        (devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices]
+    )
+
+
+def masked_error(model, batch, rng, step):
+    """A mean over the examples that count, which says how many those are."""
+    del rng, step
+    error = (model(batch["input"]) - batch["target"]) ** 2
+    weight = batch["mask"].sum()
+    return (error * batch["mask"]).sum() / weight, {"batch_weight": weight, "count": jnp.int32(1)}
+
+
+def masked(num_examples=16):
+    data = regression(num_examples)
+    return {**data, "mask": np.arange(num_examples, dtype=np.float32) % 4 + 0.5}
+
+
+class TestJit:
+    def test_every_buffer_of_a_donated_state_is_given_away(self):
+        state = create(Busy())
+        leaves = jax.tree.leaves(state)
+        jax.jit(make_train_step(squared_error, ADAM), donate_argnums=0)(state, regression())
+        assert all(leaf.is_deleted() for leaf in leaves)
+
+    def test_a_state_that_was_not_donated_lives_on(self):
+        state = create(Busy())
+        step = jax.jit(make_train_step(squared_error, ADAM))
+        chex.assert_trees_all_equal(step(state, regression())[1], step(state, regression())[1])
+
+    def test_steps_of_one_shape_compile_once(self, compilations):
+        step = jax.jit(make_train_step(squared_error, ADAM), donate_argnums=0)
+        state = create(Busy())
+        for _ in range(5):
+            state, _ = step(state, regression())
+        assert compilations["jit(train_step)"] == 1
+
+
+class TestScan:
+    def test_a_scan_is_a_loop(self):
+        step = make_train_step(squared_error, ADAM)
+        batches = [regression(seed=seed) for seed in range(5)]
+        scanned, metrics = jax.jit(lambda s, b: jax.lax.scan(step, s, b))(
+            create(Busy()), jax.tree.map(lambda *x: np.stack(x), *batches)
+        )
+        looped, losses = create(Busy()), []
+        for batch in batches:
+            looped, one = jax.jit(step)(looped, batch)
+            losses.append(one["loss"])
+        # XLA may fuse the body of a loop differently, so these agree to rounding and not to the bit.
+        np.testing.assert_allclose(metrics["loss"], jnp.stack(losses), rtol=1e-5)
+        chex.assert_trees_all_close(scanned.params, looped.params, rtol=1e-4, atol=1e-6)
+        assert metrics["step"].tolist() == [1, 2, 3, 4, 5]
+
+
+class TestVmap:
+    def test_an_ensemble_of_eight_equals_eight_runs(self):
+        step = make_train_step(squared_error, optax.sgd(0.05, 0.9))
+        alone = [create(Busy(rngs=nnx.Rngs(seed)), optax.sgd(0.05, 0.9), seed) for seed in range(8)]
+        together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *alone)
+        run_together = jax.jit(jax.vmap(step, in_axes=(0, None)))
+        run_alone = jax.jit(step)
+        for seed in range(20):
+            batch = regression(seed=seed)
+            together, metrics = run_together(together, batch)
+            alone, losses = zip(*(run_alone(state, batch) for state in alone), strict=True)
+        # Batched matrix products round differently from single ones. (Not with Adam: batch normalization
+        # makes the gradient of the bias before it zero but for rounding, and Adam scales that up.)
+        np.testing.assert_allclose(metrics["loss"], [m["loss"] for m in losses], rtol=1e-4)
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *alone)
+        chex.assert_trees_all_close(together.params, stacked.params, rtol=1e-3, atol=1e-5)
+        chex.assert_trees_all_equal(jax.random.key_data(together.rng), jax.random.key_data(stacked.rng))
+
+    def test_an_axis_name_averages_gradients_over_the_mapped_axis(self):
+        step = make_train_step(squared_error, optax.sgd(0.1), axis_name="data")
+        state = create(Linear(features=4), optax.sgd(0.1))
+        shards = jax.tree.map(lambda x: x.reshape(4, 4, *x.shape[1:]), regression(16))
+        after, metrics = jax.vmap(step, in_axes=(None, 0), axis_name="data")(state, shards)
+        whole, expected = make_train_step(squared_error, optax.sgd(0.1))(state, regression(16))
+        chex.assert_trees_all_close(
+            jax.tree.map(lambda leaf: leaf[3], after.params), whole.params, rtol=1e-5, atol=1e-7
+        )
+        np.testing.assert_allclose(metrics["loss"], np.repeat(expected["loss"], 4), rtol=1e-5)
+
+
+class TestDevices:
+    """Eight devices on eighths of a batch equal one device on all of it.
+
+    A mean of eight means rounds differently from one mean: float32 agrees to about 1e-6 a step.
+    """
+
+    tolerance = {"rtol": 1e-4, "atol": 1e-6}
+
+    def run_on_one(self, objective, batch, steps=10):
+        state, step = create(Linear(features=4)), jax.jit(make_train_step(objective, ADAM))
+        for _ in range(steps):
+            state, metrics = step(state, batch)
+        return state, metrics
+
+    @pytest.mark.parametrize(("objective", "batch"), [(squared_error, regression(16)), (masked_error, masked())])
+    def test_pmap(self, objective, batch):
+        step = jax.pmap(make_train_step(objective, ADAM, axis_name="data"), axis_name="data", donate_argnums=0)
+        state = jax.tree.map(lambda leaf: jnp.stack([leaf] * 8), create(Linear(features=4)))
+        shards = jax.tree.map(lambda x: x.reshape(8, 2, *x.shape[1:]), batch)
+        for _ in range(10):
+            state, metrics = step(state, shards)
+        expected_state, expected = self.run_on_one(objective, batch)
+        for device in (0, 7):
+            on_device = jax.tree.map(lambda leaf, i=device: np.asarray(leaf)[i], state.params)
+            chex.assert_trees_all_close(on_device, expected_state.params, **self.tolerance)
+        np.testing.assert_allclose(metrics["loss"], np.repeat(expected["loss"], 8), rtol=1e-4)
+
+    @pytest.mark.parametrize("check_vma", [True, False])
+    @pytest.mark.parametrize(("objective", "batch"), [(squared_error, regression(16)), (masked_error, masked())])
+    def test_shard_map(self, objective, batch, check_vma):
+        step = jax.jit(
+            jax.shard_map(
+                make_train_step(objective, ADAM, axis_name="data"),
+                mesh=mesh(),
+                in_specs=(P(), P("data")),
+                out_specs=(P(), P()),
+                check_vma=check_vma,
+            )
+        )
+        state = create(Linear(features=4))
+        for _ in range(10):
+            state, metrics = step(state, batch)
+        expected_state, expected = self.run_on_one(objective, batch)
+        chex.assert_trees_all_close(
+            jax.tree.map(np.asarray, state.params), jax.tree.map(np.asarray, expected_state.params), **self.tolerance
+        )
+        np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-4)
+        if "batch_weight" in metrics:
+            np.testing.assert_allclose(metrics["batch_weight"], batch["mask"].sum())
+            assert metrics["count"] == 1.0
+
+    def test_shard_map_over_a_state_that_each_device_has_for_itself(self):
+        step = make_train_step(squared_error, ADAM, axis_name="data")
+
+        def on_device(state, batch):
+            state, metrics = step(jax.tree.map(lambda leaf: leaf[0], state), batch)
+            return jax.tree.map(lambda leaf: leaf[None], (state, metrics))
+
+        mapped = jax.jit(jax.shard_map(on_device, mesh=mesh(), in_specs=P("data"), out_specs=P("data")))
+        stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * 8), create(Linear(features=4)))
+        after, _ = mapped(stacked, regression(16))
+        expected, _ = self.run_on_one(squared_error, regression(16), steps=1)
+        on_last = jax.tree.map(lambda leaf: np.asarray(leaf)[7], after.params)
+        chex.assert_trees_all_close(on_last, expected.params, **self.tolerance)
+
+    def test_jit_over_sharded_arrays(self):
+        step = jax.jit(make_train_step(squared_error, ADAM), donate_argnums=0)
+        sharded = NamedSharding(mesh(), P("data"))
+        state = jax.device_put(create(Linear(features=4)), NamedSharding(mesh(), P()))
+        batch = jax.device_put(regression(16), sharded)
+        for _ in range(10):
+            state, metrics = step(state, batch)
+        expected_state, expected = self.run_on_one(squared_error, regression(16))
+        chex.assert_trees_all_close(
+            jax.tree.map(np.asarray, state.params), jax.tree.map(np.asarray, expected_state.params), **self.tolerance
+        )
+        np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-4)
+
+    def test_batch_statistics_are_averaged_and_frozen_variables_untouched(self):
+        model = Busy()
+        model.frozen = nnx.BatchStat(jnp.full(3, 0.1))
+        step = make_train_step(squared_error, ADAM, axis_name="data")
+        state = create(model)
+        mapped = jax.jit(jax.shard_map(step, mesh=mesh(6), in_specs=(P(), P("data")), out_specs=(P(), P())))
+        data = regression(12)
+        after, _ = mapped(state, data)
+        each = [
+            make_train_step(squared_error, ADAM)(state, jax.tree.map(lambda x, i=i: x[2 * i : 2 * i + 2], data))[0]
+            for i in range(6)
+        ]
+        mean = np.mean([np.asarray(one.model_state["norm"]["mean"]) for one in each], axis=0)
+        np.testing.assert_allclose(after.model_state["norm"]["mean"], mean, rtol=1e-5, atol=1e-7)
+        # An average of six equal numbers need not be that number; so what did not change is not averaged.
+        np.testing.assert_array_equal(after.model_state["frozen"], state.model_state["frozen"])
+        assert int(after.model_state["dropout"]["rngs"]["count"]) == 1
+
+    def test_every_device_draws_from_a_key_of_its_own(self):
+        def drawing(model, batch, rng, step):
+            return jnp.mean(model(batch["input"])), {
+                "square": jax.random.uniform(rng) ** 2,
+                "draw": jax.random.uniform(rng),
+            }
+
+        step = make_train_step(drawing, ADAM, axis_name="data")
+        mapped = jax.shard_map(step, mesh=mesh(), in_specs=(P(), P("data")), out_specs=(P(), P()))
+        after, metrics = jax.jit(mapped)(create(Linear(features=4)), regression(16))
+        # Equal draws would make the mean of squares the square of the mean.
+        assert metrics["square"] > metrics["draw"] ** 2 + 1e-3
+        assert after.rng.sharding.is_fully_replicated
+
+    def test_evaluation_averages_over_the_axis(self):
+        evaluate = make_eval_step(masked_error, axis_name="data")
+        mapped = jax.jit(jax.shard_map(evaluate, mesh=mesh(), in_specs=(P(), P("data")), out_specs=P()))
+        state = create(Linear(features=4))
+        metrics, expected = mapped(state, masked()), make_eval_step(masked_error)(state, masked())
+        np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-5)
+        np.testing.assert_allclose(metrics["batch_weight"], expected["batch_weight"])

@@ -1,0 +1,234 @@
+"""Between nnx modules, which refer and mutate, and plain trees of arrays, which JAX can transform."""
+
+import functools
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from trainer.errors import ArgumentError, ObjectiveError, leaf_path
+
+Path = tuple[Any, ...]
+"""Where a variable sits in a module: attribute names and list indices."""
+
+Flat = dict[Path, Any]
+"""The values of variables, by path."""
+
+
+class GraphDef(nnx.GraphDef[Any]):
+    """An `nnx.GraphDef` that hashes in no time and is one object for all its equals.
+
+    ``jax.jit`` hashes and compares the static part of its arguments on every call. Flax recomputes
+    the hash each time (76 µs for four layers); here it is computed once, and interning makes the
+    comparison an identity. ``nnx.merge(state.graphdef, state.params, state.model_state)`` works.
+    """
+
+    __slots__ = ("__weakref__", "_hash", "paths")
+
+    _hash: int
+    paths: tuple[Path, ...]
+    """Where each variable sits in the module, in the order that ``nnx.merge`` wants them."""
+
+    def __new__(cls, graphdef: nnx.GraphDef[Any], paths: Iterable[Path]) -> "GraphDef":
+        code = _hash(graphdef)
+        known = _interned.get(code)
+        if known is not None and known == graphdef:
+            return known
+        self = object.__new__(cls)
+        object.__setattr__(self, "nodes", graphdef.nodes)
+        object.__setattr__(self, "attributes", graphdef.attributes)
+        object.__setattr__(self, "num_leaves", graphdef.num_leaves)
+        object.__setattr__(self, "paths", tuple(paths))
+        object.__setattr__(self, "_hash", code)
+        _interned[code] = self
+        return self
+
+    def __init__(self, graphdef: nnx.GraphDef[Any], paths: Iterable[Path]) -> None:
+        del graphdef, paths  # the fields of an interned object are set once, in __new__
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if not isinstance(other, nnx.GraphDef):
+            return NotImplemented
+        same = self.nodes == other.nodes and self.attributes == other.attributes
+        return same and self.num_leaves == other.num_leaves
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        plain: nnx.GraphDef[Any] = nnx.GraphDef(self.nodes, self.attributes, self.num_leaves)
+        return GraphDef, (plain, self.paths)
+
+
+_interned: weakref.WeakValueDictionary[int, GraphDef] = weakref.WeakValueDictionary()
+
+
+def graphdef_of(module: nnx.Module) -> GraphDef:
+    """Returns the static structure of a module.
+
+    Raises:
+        ArgumentError: It has an attribute that cannot be hashed, named.
+    """
+    graphdef, flat = nnx.flatten(without_intermediates(module))
+    return GraphDef(graphdef, flat.paths)
+
+
+def split_variables(module: nnx.Module, wrt: nnx.filterlib.Filter) -> tuple[Flat, Flat]:
+    """Returns the values of the variables under ``wrt``, and those of all others."""
+    state = nnx.state(without_intermediates(module))
+    selected, rest = nnx.split_state(state, wrt, ...)
+    return _values(selected), _values(rest)
+
+
+def variables_of(module: Any) -> Flat:
+    """Returns the values of a module's variables by path; an object that is no module has none."""
+    return split_variables(module, ...)[0] if isinstance(module, nnx.Module) else {}
+
+
+def with_variables(module: Any, variables: chex.ArrayTree) -> Any:
+    """Returns a copy of a module that holds ``variables``; an object that is no module as it is."""
+    if not isinstance(module, nnx.Module):
+        return module
+    graphdef, flat = nnx.flatten(without_intermediates(module))
+    values = flatten(variables, paths=flat.paths)
+    return nnx.merge(graphdef, [values[path] for path in flat.paths])
+
+
+def without_intermediates(module: nnx.Module) -> nnx.Module:
+    """Returns the module, or a copy of it, without what `nnx.Module.sow` left behind.
+
+    Sown values grow with every call, so they cannot be part of a state that keeps its type.
+    """
+    _, flat = nnx.flatten(module)
+    if not any(isinstance(leaf, nnx.Intermediate) for leaf in flat.leaves):
+        return module
+    module = nnx.clone(module)
+    nnx.pop(module, nnx.Intermediate)
+    return module
+
+
+def carry(before: chex.ArrayTree, after: Flat, where: str) -> chex.ArrayTree:
+    """Returns what a step carries on: the values ``after`` it, in the structure ``before`` it.
+
+    A variable that appears, vanishes or changes its kind would make the next state another type
+    than this one, which neither ``jit`` nor ``scan`` can run.
+
+    Raises:
+        ObjectiveError: Naming every variable that appeared, vanished or changed shape or dtype.
+    """
+    flat = flatten(before, paths=after.keys(), missing=_ABSENT)
+    problems: list[str] = []
+    carried: Flat = {}
+    for path, value in after.items():
+        if flat[path] is _ABSENT:
+            problems.append(f"`{join_path(where, path)}` was created; create it in the module's constructor")
+            continue
+        kept = jax.tree.map(_as_before, flat[path], value) if _same_tree(flat[path], value) else value
+        if not _same_type(flat[path], kept):
+            problems.append(
+                f"`{join_path(where, path)}` was {_types(flat[path])} and became {_types(kept)}; a variable keeps "
+                f"its shape and dtype"
+            )
+        carried[path] = kept
+    result = nest(carried)
+    if not problems:
+        problems = [f"`{where}/{name}` was removed" for name in sorted(_names(before) - _names(result))]
+    if problems:
+        raise ObjectiveError(f"The forward pass changed the structure of the state: {'; '.join(problems)}.")
+    return result
+
+
+def nest(flat: Flat) -> dict[Any, Any]:
+    """Turns ``{("a", 0): x}`` into ``{"a": {0: x}}``."""
+    tree: dict[Any, Any] = {}
+    for path, value in flat.items():
+        *parents, last = path
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = value
+    return tree
+
+
+_ABSENT = object()
+
+
+def flatten(*trees: Any, paths: Iterable[Path], missing: Any = None) -> Flat:
+    """Looks every path up in the nested dicts; the first tree that has it wins."""
+
+    def look_up(path: Path) -> Any:
+        for tree in trees:
+            try:
+                return functools.reduce(lambda node, key: node[key], path, tree)
+            except (KeyError, TypeError, IndexError):
+                continue
+        return missing
+
+    return {path: look_up(path) for path in paths}
+
+
+def join_path(where: str, path: Path) -> str:
+    """Formats the path of a variable as ``model_state/layers/0/mean``."""
+    return "/".join([where, *map(str, path)])
+
+
+def _hash(graphdef: nnx.GraphDef[Any]) -> int:
+    try:
+        return hash(graphdef)
+    except TypeError:
+        for name, attribute in graphdef.attributes:
+            value = getattr(attribute, "value", None)
+            try:
+                hash(value)
+            except TypeError:
+                raise ArgumentError(
+                    f"`model` has the attribute `{name}` = {value!r:.60}, a plain Python {type(value).__name__} "
+                    f"that cannot be part of a compiled program's identity. Use a tuple, nnx.List or "
+                    f"nnx.Dict, or keep it outside the module."
+                ) from None
+        raise
+
+
+def _values(state: nnx.State[Any, Any]) -> Flat:
+    return {
+        path: leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf
+        for path, leaf in nnx.to_flat_state(state)
+    }
+
+
+def _names(tree: chex.ArrayTree) -> set[str]:
+    return {leaf_path(path) for path, _ in jax.tree.leaves_with_path(tree)}
+
+
+def _same_tree(before: Any, after: Any) -> bool:
+    structure: Any = jax.tree.structure(before)
+    return bool(structure == jax.tree.structure(after))
+
+
+def _as_before(before: Any, after: Any) -> Any:
+    # A Python number, or a result of one, takes the dtype that the variable has.
+    if isinstance(after, bool | int | float | complex) or getattr(after, "weak_type", False):
+        return jnp.asarray(after, before.dtype)
+    return after
+
+
+def _same_type(before: Any, after: Any) -> bool:
+    return _same_tree(before, after) and all(
+        jnp.shape(a) == jnp.shape(b) and _dtype(a) == _dtype(b)
+        for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    )
+
+
+def _dtype(leaf: Any) -> Any:
+    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+
+
+def _types(value: Any) -> str:
+    leaves = [f"{_dtype(leaf)}{jnp.shape(leaf)}" for leaf in jax.tree.leaves(value)]
+    return leaves[0] if len(leaves) == 1 else f"({', '.join(leaves)})"

@@ -209,6 +209,15 @@ def test_a_copy_outlives_the_donation_of_the_original():
         make_train_step(squared_error, optax.adam(1e-2))(state, regression())
 
 
+def test_its_description_has_sizes_and_no_values():
+    state = create(Linear())
+    described = repr(state)
+    assert described.startswith("TrainState(params: 2 arrays, 4 entries; model_state: 0 arrays, 0 entries; opt_state: ")
+    for leaf in jax.tree.leaves(state):
+        leaf.delete()
+    assert repr(state) == described
+
+
 def test_an_ensemble_is_made_under_vmap():
     def member(key):
         return create(Busy(rngs=nnx.Rngs(key)), rng=key)

@@ -167,6 +167,7 @@ class Trainer:
     def step(self) -> int:
         """The number of updates finished. Counted on the host, so asking does not wait."""
         if self._known_step is None:
+            self.state.check_alive()
             self._known_step = int(self.state.step)
         return self._known_step
 

@@ -44,7 +44,8 @@ def describe(tree: Any) -> str:
 
 def _is_numeric(leaf: Any) -> bool:
     # Extended dtypes (keys, bfloat16, fp8) have a kind of their own; only these cannot be computed with.
-    return getattr(leaf.dtype, "kind", "") not in ("O", "U", "S", "T", "M", "m")
+    # A data frame has a shape but no dtype.
+    return hasattr(leaf, "dtype") and getattr(leaf.dtype, "kind", "") not in ("O", "U", "S", "T", "M", "m")
 
 
 def _short(leaf: Any) -> str:

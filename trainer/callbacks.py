@@ -99,15 +99,17 @@ def emit(listener: Any, event: str, *args: Any) -> None:
 
 def listens(listener: Any, event: str) -> bool:
     """Tells whether a listener does anything at an event."""
-    method = getattr(type(listener), event, None)
-    if method is getattr(CallbackList, event):
+    method = getattr(listener, event, None)
+    function = getattr(method, "__func__", method)
+    if function is getattr(CallbackList, event):
         return any(listens(callback, event) for callback in listener.callbacks)
-    return method is not getattr(Callback, event) and hasattr(listener, event)
+    return function is not None and function is not getattr(Callback, event)
 
 
 def _dispatcher(event: str) -> Callable[..., None]:
     def dispatch(self: CallbackList, *args: Any) -> None:
-        for callback in self.callbacks:
+        # A copy: a callback may remove itself, which must not skip the next one.
+        for callback in tuple(self.callbacks):
             emit(callback, event, *args)
 
     dispatch.__name__ = event
@@ -137,6 +139,7 @@ class Progress(Callback):
         self._clock = clock
         self._started = self._painted = 0.0
         self._previous: Mapping[str, Any] = {}
+        self._width = 0
 
     def on_epoch_begin(self, trainer: Any, epoch: int) -> None:
         del trainer, epoch
@@ -156,5 +159,6 @@ class Progress(Callback):
         shown = [f"{name} {float(value):.4g}" for name, value in logs.items() if name != "step"]
         line = "  ".join([head, *shown, f"{now - self._started:.1f} s"])
         # Padding wipes what a longer line left behind.
-        self._stream.write(f"{line:<100}{end}" if self._stream.isatty() else f"{line}{end}")
+        self._stream.write(f"{line:<{self._width}}{end}" if self._stream.isatty() else f"{line}{end}")
+        self._width = len(line) if end == "\r" else 0
         self._stream.flush()

@@ -202,9 +202,9 @@ def _place(data: bytes, like: jax.Array) -> jax.Array:
 
 
 def _sync_directory(directory: Path) -> None:
-    if os.name != "posix":  # elsewhere a directory cannot be opened, and the rename is durable enough
+    if not hasattr(os, "O_DIRECTORY"):  # Windows cannot open one
         return
-    descriptor = os.open(directory, os.O_RDONLY)
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
     finally:

@@ -70,10 +70,11 @@ class Config:
         Raises:
             ConfigError: Also for unknown fields, with their path and the nearest known name.
         """
-        return _from_mapping(cls, data, cls.__name__)
+        config: Self = _from_mapping(cls, data, cls.__name__)
+        return config
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns nested dicts of plain values, such that ``from_dict`` gives an equal object."""
+        """Returns nested dicts of plain values; ``from_dict`` reads them back, a Path as its string."""
         return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
     @classmethod
@@ -114,8 +115,8 @@ class Config:
         if chosen not in table:
             raise ConfigError(f"`{self._path(kind)}` is {chosen!r}; {did_you_mean(chosen, table)}")
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        for field in defaults.keys() - common - table[chosen]:
-            if getattr(self, field) != defaults[field]:
+        for field, default in defaults.items():
+            if field not in common | table[chosen] and getattr(self, field) != default:
                 readers = sorted(name for name, fields in table.items() if field in fields)
                 raise ConfigError(
                     f"`{self._path(field)}` is {getattr(self, field)!r}, but {chosen!r} does not read it, "
@@ -131,7 +132,7 @@ class OptimizerConfig(Config):
         optimizer_type: One of the keys of `trainer.config.OPTIMIZER_FIELDS`.
         learning_rate: The step size, or the peak of the schedule.
         weight_decay: Decoupled where the optimizer has that (adamw, lamb, lion, adafactor, muon),
-            else added to the gradient (L2).
+            else added to the gradient (L2). Only adafactor's is not multiplied by the learning rate.
         beta1: Decay of the first moment.
         beta2: Decay of the second moment; the decay of rmsprop.
         eps: Added to denominators.
@@ -215,8 +216,10 @@ class SchedulerConfig(Config):
         self._require("milestones", "ascending, and later than `warmup_steps`", ascending and late)
         if self.scheduler_type == "multistep":
             self._require("milestones", "at least one step", bool(self.milestones))
-        if self.scheduler_type == "cosine" and self.cycle_length is not None:
+        if self.cycle_length is not None:
             self._require("total_steps", "left out where `cycle_length` is given", self.total_steps is None)
+        if self.scheduler_type == "cosine" and self.cycle_length is not None:
+            self._require("cycle_length", "more than `warmup_steps`", self.cycle_length > self.warmup_steps)
         if self.total_steps is not None:
             self._require("total_steps", "more than `warmup_steps`", self.total_steps > self.warmup_steps)
 
@@ -310,7 +313,8 @@ def _config_class(hint: Any) -> type[Config] | None:
 
 def _coerce(value: Any, hint: Any, path: str) -> Any:
     """Returns ``value`` as the annotated type, refusing whatever would lose or invent something."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    options = typing.get_args(hint) if union else (hint,)
     for option in options:
         origin = typing.get_origin(option) or option
         if option is types.NoneType and value is None:
@@ -318,10 +322,16 @@ def _coerce(value: Any, hint: Any, path: str) -> Any:
         if option is float and isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
         if origin is tuple and isinstance(value, list | tuple):
-            item = typing.get_args(option)[0]
-            return tuple(_coerce(entry, item, f"{path}[{i}]") for i, entry in enumerate(value))
+            items = typing.get_args(option) or (Any, ...)
+            items = items[:1] * len(value) if items[-1] is ... else items
+            if len(items) != len(value):
+                continue
+            return tuple(_coerce(entry, items[i], f"{path}[{i}]") for i, entry in enumerate(value))
         if origin is dict and isinstance(value, Mapping):
             return dict(value)
+        # Any, Literal and the like in a subclass: nothing that isinstance could tell.
+        if origin is Any or not isinstance(origin, type):
+            return value
         # A bool is an int to Python; here it is a mistake.
         if isinstance(value, origin) and not (isinstance(value, bool) and origin is not bool):
             return value

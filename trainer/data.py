@@ -6,10 +6,11 @@ from itertools import islice
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from trainer.batches import batch_length
-from trainer.errors import ArgumentError, ArgumentTypeError
+from trainer.errors import ArgumentError, ArgumentTypeError, check_count
 from trainer.types import Batch
 
 
@@ -28,6 +29,7 @@ class InMemoryData:
 
     Raises:
         BatchError: ``data`` is not such a mapping, or it is empty.
+        ArgumentError: ``batch_size`` is no positive integer.
     """
 
     def __init__(self, data: Mapping[str, Any], batch_size: int, name: str = "data") -> None:
@@ -35,7 +37,7 @@ class InMemoryData:
         from datarax.sources import MemorySource, MemorySourceConfig
 
         self.num_examples = batch_length(data, name)
-        self.batch_size = batch_size
+        self.batch_size = check_count(batch_size, "batch_size")
         leaves, self._structure = jax.tree.flatten(data)
         # A source knows flat dicts only, so the leaves travel under their numbers.
         columns = {str(i): _on_host(leaf) for i, leaf in enumerate(leaves)}
@@ -57,7 +59,7 @@ class InMemoryData:
             yield self._gather(order[start : start + self.batch_size])
 
     def _gather(self, index: Any) -> Batch:
-        columns = self._source.data
+        columns: Any = self._source.data
         leaves = [columns[str(i)][index] for i in range(len(columns))]
         batch: Batch = jax.tree.unflatten(self._structure, leaves)
         return batch
@@ -65,7 +67,7 @@ class InMemoryData:
 
 def seed_from_key(rng: jax.Array) -> tuple[int, ...]:
     """Returns the words of a key, for orders that are drawn on the host. Waits for the key."""
-    words = jax.random.key_data(rng) if jax.dtypes.issubdtype(rng.dtype, jax.dtypes.prng_key) else rng
+    words = jax.random.key_data(rng) if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) else rng
     return tuple(int(word) for word in np.asarray(words).ravel())
 
 
@@ -125,7 +127,7 @@ def _takes_argument(function: Callable[..., Any]) -> bool:
 
 def _on_host(leaf: Any) -> Any:
     # Indexing a device array from Python dispatches a kernel; on the CPU the memory is the same.
-    if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return leaf
     if isinstance(leaf, jax.Array) and next(iter(leaf.devices())).platform != "cpu":
         return leaf

@@ -1,7 +1,7 @@
 """What a run has measured: averages that weigh, and the record of what was logged."""
 
 import collections
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -41,7 +41,7 @@ class WeightedAverage:
 
     def add(self, metrics: Mapping[str, Any], examples: int) -> None:
         """Counts the metrics of a batch of so many examples."""
-        self._waiting.append((metrics, examples))
+        self._waiting.append((dict(metrics), examples))
         if len(self._waiting) > _MOST_WAITING:
             self._settle(_MOST_WAITING // 2)
 
@@ -116,14 +116,18 @@ class History(Sequence[dict[str, Any]]):
         return len(self._rows)
 
     def __getitem__(self, index: Any) -> Any:
-        return self._read()[index]
+        rows = self._read()
+        return list(rows)[index] if isinstance(index, slice) else rows[index]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(list(self._read()))
 
     def __repr__(self) -> str:
         return f"History({len(self)} rows, latest {self[-1] if self else None})"
 
-    def _read(self) -> list[dict[str, Any]]:
+    def _read(self) -> collections.deque[dict[str, Any]]:
         self._settle(self._unread)
-        return list(self._rows)
+        return self._rows
 
     def _settle(self, count: int) -> None:
         """Reads the ``count`` oldest rows that are still on the device."""

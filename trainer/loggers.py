@@ -87,8 +87,12 @@ class FileLogger(Logger):
         self._write(step, {name: {"shape": list(np.shape(image)), **_summary(image)}})
 
     def log_histogram(self, name: str, values: Any, step: int | None = None) -> None:
-        counts, edges = np.histogram(np.asarray(values, np.float64), bins=30)
-        self._write(step, {name: {"counts": counts.tolist(), "edges": edges.tolist()}})
+        array = np.asarray(values, np.float64)
+        # Of NaN and infinity NumPy makes no histogram, and they are what one most wants to hear of.
+        finite = array[np.isfinite(array)]
+        counts, edges = np.histogram(finite, bins=30)
+        row = {"counts": counts.tolist(), "edges": edges.tolist(), "not_finite": array.size - finite.size}
+        self._write(step, {name: row})
 
     def log_hyperparams(self, params: Mapping[str, Any]) -> None:
         self._write(None, {"hyperparameters": dict(params)})

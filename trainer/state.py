@@ -26,7 +26,7 @@ from trainer.types import ExtensionLike
     data_fields=["params", "model_state", "opt_state", "rng", "step", "extensions"],
     meta_fields=["graphdef"],
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class TrainState:
     """What training changes. Make one with `create`, advance it with a step, never change it.
 
@@ -126,6 +126,14 @@ class TrainState:
         self.check_alive()
         copied: Self = jax.tree.map(_own, self)
         return copied
+
+    def __repr__(self) -> str:
+        """Tells sizes and no values, so that printing a state neither waits nor fills the screen."""
+        parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del parts["graphdef"]
+        leaves = {name: jax.tree.leaves(part) for name, part in parts.items()}
+        sizes = [f"{name}: {len(held)} arrays, {sum(map(jnp.size, held)):,} entries" for name, held in leaves.items()]
+        return f"TrainState({'; '.join(sizes)})"
 
     def check_alive(self) -> None:
         """Does nothing, unless an array of this state was given away.

@@ -1,0 +1,158 @@
+"""The outside of the package: what imports what, how light the import is, and that the README is true."""
+
+import ast
+import re
+import statistics
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import trainer
+
+ROOT = Path(__file__).parent.parent
+
+PURE = {"types", "errors", "batches", "modules", "state", "steps"}
+ARROWS = {
+    "types": set(),
+    "errors": set(),
+    "batches": {"errors"},
+    "modules": {"errors"},
+    "state": {"errors", "modules", "types"},
+    "steps": {"batches", "errors", "modules", "state", "types"},
+    "config": {"errors"},
+    "optimizers": {"config", "errors"},
+    "callbacks": set(),
+    "extensions": {"callbacks", "config", "errors"},
+    "loggers": {"errors"},
+    "history": {"steps"},
+    "data": {"batches", "errors", "types"},
+    "checkpoints": {"errors", "state"},
+}
+
+
+def imports_of(path):
+    """Names of all modules that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+@pytest.mark.parametrize("name", sorted(ARROWS))
+def test_arrows_point_one_way(name):
+    imported = set(imports_of(ROOT / "trainer" / f"{name}.py"))
+    own = {module.removeprefix("trainer.") for module in imported if module.split(".")[0] == "trainer"}
+    assert own <= ARROWS[name]
+
+
+def test_every_file_has_its_arrows():
+    files = {path.stem for path in (ROOT / "trainer").glob("*.py")}
+    assert files == set(ARROWS) | {"api", "__init__"}
+
+
+@pytest.mark.parametrize("name", sorted(PURE))
+def test_the_core_touches_no_files_clocks_or_loggers(name):
+    allowed = {"jax", "flax", "optax", "chex", "numpy", "trainer"}
+    allowed |= {"collections", "dataclasses", "difflib", "functools", "typing", "weakref", "zlib"}
+    assert {module.split(".")[0] for module in imports_of(ROOT / "trainer" / f"{name}.py")} <= allowed
+
+
+def test_state_is_assigned_in_few_places():
+    text = (ROOT / "trainer" / "api.py").read_text(encoding="utf-8")
+    assert len(re.findall(r"self\.state(, metrics)? = ", text)) == 4  # made, advanced, weights, restored
+
+
+def test_the_ledger_is_sorted_and_complete():
+    lines = [line for line in (ROOT / "trainer" / "__init__.py").read_text(encoding="utf-8").splitlines()[2:] if line]
+    assert lines == sorted(lines, key=lambda line: (line.split()[1], line.split()[3]))
+    names = [line.split()[-1] for line in lines]
+    assert all(getattr(trainer, name).__module__.startswith("trainer.") for name in names)
+
+
+def fresh_python(code):
+    """Runs code in another interpreter and returns what it prints."""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT)
+    return done.stdout.strip()
+
+
+BASE = "import jax, flax.nnx, optax"
+HEAVY = {"datarax", "grain", "matplotlib", "orbax", "sklearn", "tensorflow", "wandb"}
+
+
+def loaded_beyond_base(statement):
+    code = f"{BASE}; import sys; before = set(sys.modules); {statement}; print(*(set(sys.modules) - before))"
+    return {module.split(".")[0] for module in fresh_python(code).split()}
+
+
+def import_seconds(statement):
+    return float(
+        fresh_python(f"import time; start = time.perf_counter(); {statement}; print(time.perf_counter() - start)")
+    )
+
+
+def import_ratio(statement, repeats=5):
+    """The median over pairs of how long a statement takes beside the imports that it builds on."""
+    return statistics.median(import_seconds(statement) / import_seconds(BASE) for _ in range(repeats))
+
+
+class TestLightImport:
+    def test_nothing_heavy_is_loaded(self):
+        assert not loaded_beyond_base("import trainer") & HEAVY
+
+    def test_the_check_would_notice(self):
+        assert "grain" in loaded_beyond_base("import trainer, datarax.sources") & HEAVY
+
+    def test_it_takes_little_longer_than_what_it_builds_on(self):
+        assert import_ratio("import trainer") <= 1.2
+
+    def test_that_check_would_notice_too(self):
+        assert import_ratio("import trainer, datarax.sources", repeats=3) > 1.2
+
+    def test_in_memory_data_needs_no_tensorflow(self):
+        code = "import trainer; trainer.InMemoryData({'x': __import__('numpy').ones(3)}, 2); import sys; print(*sys.modules)"
+        loaded = {module.split(".")[0] for module in fresh_python(code).split()}
+        assert "datarax" in loaded
+        assert not loaded & {"tensorflow", "tensorflow_datasets"}
+
+
+def test_the_snippets_of_the_readme_run_in_order(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(snippets) == 6
+    names = {}
+    for number, snippet in enumerate(snippets):
+        exec(compile(snippet, f"README snippet {number}", "exec"), names)
+    assert names["metrics"]["loss"].shape == ()
+    assert names["result"]["accuracy"] > 0.9
+    assert "did you mean 'learning_rate'?" in capsys.readouterr().out
+
+
+def test_the_digits_example_reaches_its_accuracy(tmp_path, capsys):
+    sys.path.insert(0, str(ROOT / "examples"))
+    try:
+        import digits
+
+        result = digits.main(["--workdir", str(tmp_path)])
+    finally:
+        sys.path.remove(str(ROOT / "examples"))
+    assert result["accuracy"] > 0.97
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert str(tmp_path / "curves.png") in capsys.readouterr().out
+
+
+def test_pins_are_names_and_versions_only():
+    lines = (ROOT / "requirements-dev.txt").read_text(encoding="utf-8").splitlines()
+    assert all(re.fullmatch(r"[A-Za-z0-9.-]+==[\w.!+]+( ; .+)?", line) for line in lines)
+    names = {line.split("==")[0] for line in lines}
+    assert "datarax" in names
+    assert not names & {"tensorflow", "tensorflow-datasets"}
+
+
+def test_runtime_dependencies_are_the_agreed_ones():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    names = {re.split("[>=<]", dependency)[0] for dependency in project["dependencies"]}
+    assert names == {"jax", "flax", "optax", "chex", "datarax", "msgpack"}

@@ -181,6 +181,14 @@ class TestAtomicity:
         assert path.read_bytes() == before
         assert list(tmp_path.iterdir()) == [path]
 
+    def test_others_may_read_it_as_far_as_the_umask_allows(self, tmp_path):
+        before = os.umask(0o027)
+        try:
+            path = save_state(tmp_path / "s.msgpack", create(Linear()))
+        finally:
+            os.umask(before)
+        assert path.stat().st_mode & 0o777 == 0o640
+
     def test_a_directory_that_cannot_be_made(self, tmp_path):
         (tmp_path / "file").write_text("")
         with pytest.raises(CheckpointError, match="could not be written"):

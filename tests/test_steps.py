@@ -325,6 +325,20 @@ class TestExtensions:
         assert int(with_it.model_state["calls"]) == 1
         chex.assert_trees_all_close(with_it.params, without.params, rtol=1e-6, atol=1e-7)
 
+    def test_outputs_reported_as_none_are_none(self):
+        seen = []
+
+        class Looking(Counting):
+            def loss_fn(self, batch, model_outputs, **kwargs):
+                seen.append(model_outputs)
+                return jnp.zeros(())
+
+        def objective(model, batch, rng, step):
+            return jnp.mean(model(batch["input"])), {"model_outputs": None}
+
+        one_step(objective, extensions={"look": Looking()})
+        assert seen == [None]
+
     @pytest.mark.parametrize("case", ["no input", "not callable"])
     def test_else_they_get_none(self, case):
         class Bare(nnx.Module):

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P  # noqa: N817 - as everyone writes it
 
 from tests.problems import Busy, Linear, regression, squared_error
-from trainer import TrainState, make_eval_step, make_train_step
+from trainer import Extension, TrainState, make_eval_step, make_train_step
 
 ADAM = optax.adam(1e-2)
 
@@ -45,6 +45,24 @@ class TestJit:
         leaves = jax.tree.leaves(state)
         jax.jit(make_train_step(squared_error, ADAM), donate_argnums=0)(state, regression())
         assert all(leaf.is_deleted() for leaf in leaves)
+
+    def test_metrics_outlive_the_donation_of_the_state_they_came_with(self):
+        def reporting(model, batch, rng, step):
+            loss, metrics = squared_error(model, batch, rng, step)
+            return loss, {"calls": model.calls[...], "bias": model.outer.bias[0], "scale": model.scale[...]}
+
+        model = Busy()
+        model.scale = nnx.Param(jnp.float32(3))
+        step = jax.jit(make_train_step(reporting, ADAM), donate_argnums=0)
+        state, metrics = step(create(model), regression())
+        for _ in range(2):
+            state, _ = step(state, regression())
+        assert {name: int(value) for name, value in metrics.items() if name != "loss"} == {
+            "calls": 1,
+            "bias": 0,
+            "scale": 3,
+            "step": 1,
+        }
 
     def test_a_state_that_was_not_donated_lives_on(self):
         state = create(Busy())
@@ -201,6 +219,24 @@ class TestDevices:
         # An average of six equal numbers need not be that number; so what did not change is not averaged.
         np.testing.assert_array_equal(after.model_state["frozen"], state.model_state["frozen"])
         assert int(after.model_state["dropout"]["rngs"]["count"]) == 1
+
+    def test_extension_variables_are_averaged(self):
+        class Averaging(Extension):
+            def __init__(self):
+                super().__init__()
+                self.mean = nnx.BatchStat({"target": jnp.zeros(())})
+
+            def loss_fn(self, batch, model_outputs, **kwargs):
+                self.mean.set_value({"target": jnp.mean(batch["target"])})
+                return jnp.zeros(())
+
+        extensions = {"mean": Averaging()}
+        step = make_train_step(squared_error, ADAM, extensions=extensions, axis_name="data")
+        state = TrainState.create(Linear(features=4), ADAM, rng=jax.random.key(0), extensions=extensions)
+        mapped = jax.jit(jax.shard_map(step, mesh=mesh(), in_specs=(P(), P("data")), out_specs=(P(), P())))
+        after, _ = mapped(state, regression(16))
+        mean = after.extensions["mean"]["variables"]["mean"]["target"]
+        np.testing.assert_allclose(mean, regression(16)["target"].mean(), rtol=1e-5)
 
     def test_every_device_draws_from_a_key_of_its_own(self):
         def drawing(model, batch, rng, step):

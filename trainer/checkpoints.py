@@ -9,7 +9,7 @@ structure comes from the state that it is loaded into.
 import importlib.metadata
 import os
 import re
-import tempfile
+import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -52,15 +52,15 @@ def save_state(path: str | os.PathLike[str], state: TrainState, info: Mapping[st
         raise CheckpointError(f"`{path}`: the pickle layout is not supported by this version; use the suffix .msgpack.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            try:
-                _write(cast(BinaryIO, file), state, info or {})
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+        try:
+            with temporary.open("xb") as file:
+                _write(file, state, info or {})
                 file.flush()
                 os.fsync(file.fileno())
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
         _sync_directory(path.parent)
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"`{path}` could not be written: {error}") from error

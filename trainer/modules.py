@@ -2,7 +2,7 @@
 
 import functools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import chex
@@ -113,11 +113,19 @@ def without_intermediates(module: nnx.Module) -> nnx.Module:
     return module
 
 
-def carry(before: chex.ArrayTree, after: Flat, where: str) -> chex.ArrayTree:
+def carry(
+    before: chex.ArrayTree, after: Flat, where: str, reduce: Callable[[Any, Any], Any] = lambda old, new: new
+) -> chex.ArrayTree:
     """Returns what a step carries on: the values ``after`` it, in the structure ``before`` it.
 
     A variable that appears, vanishes or changes its kind would make the next state another type
     than this one, which neither ``jit`` nor ``scan`` can run.
+
+    Args:
+        before: The nested variables that the step started from.
+        after: The values after the forward pass, by path.
+        where: What to call them in an error.
+        reduce: Makes the array to carry from the old and the new one.
 
     Raises:
         ObjectiveError: Naming every variable that appeared, vanished or changed shape or dtype.
@@ -129,7 +137,9 @@ def carry(before: chex.ArrayTree, after: Flat, where: str) -> chex.ArrayTree:
         if flat[path] is _ABSENT:
             problems.append(f"`{join_path(where, path)}` was created; create it in the module's constructor")
             continue
-        kept = jax.tree.map(_as_before, flat[path], value) if _same_tree(flat[path], value) else value
+        kept = value
+        if _same_tree(flat[path], value):
+            kept = jax.tree.map(lambda old, new: reduce(old, _as_before(old, new)), flat[path], value)
         if not _same_type(flat[path], kept):
             problems.append(
                 f"`{join_path(where, path)}` was {_types(flat[path])} and became {_types(kept)}; a variable keeps "

@@ -20,11 +20,12 @@ from trainer.state import TrainState, check_optimizer
 from trainer.types import Batch, ExtensionLike, LossFn, Metrics
 
 AxisName = str | tuple[str, ...]
-ExtensionStates = dict[str, dict[str, Any]]
 
 # Names under which an objective may report something that is more than a metric.
 BATCH_WEIGHT = "batch_weight"
 MODEL_OUTPUTS = "model_outputs"
+
+_NOT_REPORTED = object()
 
 _EVALUATION = crc32(b"evaluation")
 
@@ -74,6 +75,7 @@ def make_train_step(
     check_loss_fn(loss_fn)
     check_optimizer(optimizer)
     extensions = check_extensions(extensions)
+    reduce = _average_if_changed(axis_name)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         _check_call(state, batch)
@@ -81,33 +83,36 @@ def make_train_step(
         rng, step_rng = jax.random.split(state.rng)
         step_rng = _fold_in_device(step_rng, axis_name)
 
-        def objective(params: Any) -> tuple[jax.Array, tuple[Metrics, Flat, ExtensionStates]]:
+        def objective(params: Any) -> tuple[jax.Array, tuple[Metrics, Flat, dict[str, Flat]]]:
             before = state.replace(params=params)
             model = _training(before.model())
             loss, metrics, outputs = call_objective(loss_fn, model, batch, step_rng, state.step)
             enabled = {name: e for name, e in extensions.items() if e.is_enabled()}
-            if enabled and outputs is None:
+            if enabled and outputs is _NOT_REPORTED:
                 outputs = _forward(before, batch)
             context = {"model": model, "rng": step_rng, "step": state.step}
-            losses, new_extensions = _extension_losses(enabled, state, batch, outputs, context)
+            losses, extension_variables = _extension_losses(enabled, state, batch, outputs, context)
             _refuse_shadowing(metrics, losses)
-            loss = sum(losses.values(), start=loss)
             _, variables = split_variables(model, wrt)
-            return loss, ({**metrics, **losses, "loss": loss}, variables, new_extensions)
+            return sum(losses.values(), start=loss), ({**metrics, **losses}, variables, extension_variables)
 
-        params = _per_device(state.params, axis_name)
-        grads, (metrics, variables, new_extensions) = jax.grad(objective, has_aux=True)(params)
-        variables = _average_changed(variables, state.model_state, axis_name)
-        grads, metrics = _average(grads, metrics, axis_name)
+        evaluate = jax.value_and_grad(objective, has_aux=True)
+        (loss, (metrics, variables, extension_variables)), grads = evaluate(_per_device(state.params, axis_name))
+        grads, metrics = _average(grads, {**metrics, "loss": loss}, axis_name)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         next_state = state.replace(
             params=optax.apply_updates(state.params, updates),
-            model_state=carry(state.model_state, variables, "model_state"),
+            model_state=carry(state.model_state, variables, "model_state", reduce),
             opt_state=opt_state,
             rng=rng,
             step=state.step + 1,
-            extensions={**state.extensions, **new_extensions},
+            extensions={
+                name: {**held, "variables": carry(held["variables"], after, f"extensions/{name}", reduce)}
+                if (after := extension_variables.get(name)) is not None
+                else held
+                for name, held in state.extensions.items()
+            },
         )
         return next_state, {**metrics, "step": next_state.step}
 
@@ -151,7 +156,7 @@ def call_objective(
     """Calls the objective and checks what it returns.
 
     Returns:
-        The loss, the metrics as scalars, and what was reported as ``model_outputs``.
+        The loss, the metrics as scalars, and what was reported as ``model_outputs``, if anything.
 
     Raises:
         ObjectiveError: The objective breaks the contract of `trainer.LossFn`.
@@ -176,7 +181,7 @@ def call_objective(
         raise ObjectiveError(
             "`loss_fn` returned a metric `step`, which is the name of the number of updates finished; use another name."
         )
-    outputs = metrics.get(MODEL_OUTPUTS)
+    outputs = metrics.get(MODEL_OUTPUTS, _NOT_REPORTED)
     named = {name: value for name, value in metrics.items() if name not in (MODEL_OUTPUTS, "loss")}
     return loss, {name: _metric(name, value) for name, value in named.items()}, outputs
 
@@ -293,9 +298,10 @@ def _extension_losses(
     batch: Batch,
     outputs: Any,
     context: dict[str, Any],
-) -> tuple[Metrics, ExtensionStates]:
+) -> tuple[Metrics, dict[str, Flat]]:
+    """Returns the weighted losses, and the variables of each extension after its evaluation."""
     losses: Metrics = {}
-    states: ExtensionStates = {}
+    variables: dict[str, Flat] = {}
     for name, extension in enabled.items():
         if name not in state.extensions:
             raise ArgumentError(
@@ -309,9 +315,8 @@ def _extension_losses(
         loss = traced.loss_fn(batch, outputs, **{**context, "rng": rng})
         loss = check_loss(loss, f"`extensions[{name!r}].loss_fn` returned a loss that")
         losses[f"{name}_loss"] = held["weight"].astype(loss.dtype) * loss
-        after = variables_of(traced)
-        states[name] = {**held, "variables": carry(held["variables"], after, f"extensions/{name}")}
-    return losses, states
+        variables[name] = variables_of(traced)
+    return losses, variables
 
 
 def _refuse_shadowing(metrics: Metrics, losses: Metrics) -> None:
@@ -387,18 +392,17 @@ def _average(grads: Any, metrics: Metrics, axis_name: AxisName | None) -> tuple[
     return grads, {**metrics, BATCH_WEIGHT: total}
 
 
-def _average_changed(after: Flat, before: Any, axis_name: AxisName | None) -> Flat:
-    """Averages the floating variables that the forward pass assigned; the others are equal already."""
-    if axis_name is None:
-        return after
-    old = flatten(before, paths=after.keys())
+def _average_if_changed(axis_name: AxisName | None) -> Callable[[Any, Any], Any]:
+    """Returns how variables are carried on: averaged over the mapped axis if the forward pass assigned them.
 
-    def average(path: Any, leaf: Any) -> Any:
-        changed = leaf is not old[path]
-        floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
-        return jax.lax.pmean(leaf, axis_name) if changed and floating else leaf
+    The others are equal on all devices already, and an average of equal numbers may round.
+    """
 
-    return {path: average(path, leaf) for path, leaf in after.items()}
+    def reduce(old: Any, new: Any) -> Any:
+        changed = axis_name is not None and new is not old and jnp.issubdtype(new.dtype, jnp.floating)
+        return jax.lax.pmean(new, axis_name) if changed else new
+
+    return reduce
 
 
 def _floating(metric: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from trainer import OptimizerConfig, Progress, SchedulerConfig, Trainer, TrainingConfig
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402 - the backend comes first
+import matplotlib.pyplot as plt
 
 
 class ConvNet(nnx.Module):

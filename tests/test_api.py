@@ -1,6 +1,7 @@
 """The Trainer: the same as the functional code it stands for, with everything around it in order."""
 
 import inspect
+from types import MappingProxyType
 
 import chex
 import jax
@@ -73,14 +74,13 @@ class Recorder(Callback):
 class TestReference:
     """A call that was written from the reference runs as it stands."""
 
-    reference = (
-        "model training_config optimizer train_data_loader val_data_loader workdir rng loss_fn metrics_logger logger "
-        "checkpoint_dir save_interval log_callback callbacks extensions"
-    ).split()
+    positional = ("model", "training_config", "optimizer", "train_data_loader", "val_data_loader", "workdir", "rng")
+    by_keyword = ("loss_fn", "metrics_logger", "logger", "checkpoint_dir", "save_interval", "log_callback")
+    reference = (*positional, *by_keyword, "callbacks", "extensions")
 
     def test_the_constructor(self):
         parameters = list(inspect.signature(Trainer).parameters.values())
-        assert [p.name for p in parameters[:15]] == self.reference
+        assert tuple(p.name for p in parameters[:15]) == self.reference
         kinds = [p.kind for p in parameters]
         assert kinds[:7] == [inspect.Parameter.POSITIONAL_OR_KEYWORD] * 7
         assert set(kinds[7:]) == {inspect.Parameter.KEYWORD_ONLY}
@@ -334,6 +334,25 @@ class TestData:
         trainer.train_epoch()
         assert asked == [(8,) if arguments else ()] * 2
         assert (trainer.step, trainer.epoch) == (2, 2)
+
+    def test_tensors_of_another_framework_and_other_mappings_are_taken(self):
+        class Tensor:
+            """As much of a torch tensor as NumPy asks for."""
+
+            def __init__(self, values):
+                self.values, self.shape, self.dtype = values, values.shape, "torch.float32"
+
+            def __array__(self, dtype=None, copy=None):
+                return self.values
+
+        expected, foreign = build(), build(train_data_loader=[])
+        batch = {name: Tensor(values) for name, values in regression(8).items()}
+        foreign.train_data_loader = [MappingProxyType(batch)]
+        foreign.train_epoch()
+        expected.train_step(regression(8))
+        assert_same_bits(foreign.state, expected.state)
+        assert foreign.evaluate(batch, 8) == expected.evaluate(regression(8), 8)
+        assert foreign.validate_step(batch)["loss"] == expected.validate_step(regression(8))["loss"]
 
     def test_an_endless_loader_is_bounded_by_steps_per_epoch(self):
         def endless():
@@ -641,7 +660,7 @@ class TestSchedules:
     def test_a_refused_plan_changes_nothing(self):
         settings = self.settings().replace(scheduler=SchedulerConfig(scheduler_type="linear", warmup_steps=50))
         trainer = build(settings=settings)
-        with pytest.raises(ConfigError, match="`SchedulerConfig.warmup_steps` is 50, but the run ends after 4 steps"):
+        with pytest.raises(ConfigError, match=r"`SchedulerConfig.warmup_steps` is 50, but the run ends after 4 steps"):
             trainer.train(regression(16), 2, 8)
         assert (trainer.step, len(trainer.history)) == (0, 0)
 
@@ -731,7 +750,7 @@ class TestBadInput:
         class Empty(nnx.Module):
             pass
 
-        with pytest.raises(ArgumentError, match="`model` has no parameters: `wrt` = .*Param.* selects none"):
+        with pytest.raises(ArgumentError, match=r"`model` has no parameters: `wrt` = .*Param.* selects none"):
             build(model=Empty())
 
     @pytest.mark.parametrize("name", ["num_epochs", "batch_size", "val_interval"])
@@ -746,7 +765,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("data", "message"),
         [
-            (np.ones((4, 4)), r"`train_data` is a ndarray; it must be a mapping of names to arrays"),
+            (np.ones((4, 4)), r"`train_data` is of type ndarray; it must be a mapping of names to arrays"),
             ({}, "`train_data` is empty; it must hold at least one array"),
             ({"input": np.ones((0, 4))}, r"`train_data` holds no examples: input: float64\(0, 4\)"),
             (
@@ -754,7 +773,7 @@ class TestBadInput:
                 r"`train_data` has leading dimensions that differ: input: float64\(4, 4\), target: float64\(3,\)",
             ),
             ({"input": np.array(["a", "b"])}, "`train_data/input` has dtype <U1, which no model can take"),
-            ({"input": [1.0, 2.0]}, "`train_data/input/0` is a float, not an array"),
+            ({"input": [1.0, 2.0]}, "`train_data/input/0` is of type float, not an array"),
         ],
     )
     def test_data_of_train(self, data, message):

@@ -103,6 +103,18 @@ def test_two_states_of_one_architecture_share_their_graphdef():
     assert first.graphdef != "graphdef"
 
 
+def test_attributes_that_are_equal_only_to_python_make_another_architecture():
+    class Scaled(nnx.Module):
+        def __init__(self, factor):
+            self.factor = factor
+            self.weight = nnx.Param(jnp.ones(2))
+
+    whole, floating = create(Scaled(1)), create(Scaled(1.0))
+    assert whole.graphdef != floating.graphdef
+    assert type(whole.model().factor) is int
+    assert type(floating.model().factor) is float
+
+
 def test_a_graphdef_equals_its_plain_twin_and_survives_pickle_and_copy():
     state = create(Busy())
     assert state.graphdef == nnx.graphdef(Busy())

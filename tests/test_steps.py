@@ -445,7 +445,7 @@ class TestBadCalls:
             make_train_step(squared_error, SGD)({}, regression())
 
     def test_a_batch_that_is_none(self):
-        with pytest.raises(BatchError, match="`batch` is a list; it must be a mapping"):
+        with pytest.raises(BatchError, match="`batch` is of type list; it must be a mapping"):
             one_step(squared_error, batch=[1, 2])
 
     def test_a_filter_other_than_that_of_the_state(self):
@@ -457,5 +457,5 @@ class TestBadCalls:
         class Empty(nnx.Module):
             pass
 
-        with pytest.raises(ArgumentError, match="the model has no parameters: `wrt` = .* selects none"):
+        with pytest.raises(ArgumentError, match=r"the model has no parameters: `wrt` = .* selects none"):
             one_step(lambda *_: (jnp.zeros(()), {}), Empty())

@@ -8,7 +8,7 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P  # noqa: N817 - as everyone writes it
+from jax.sharding import PartitionSpec as P
 
 from tests.problems import Busy, Linear, regression, squared_error
 from trainer import Extension, TrainState, make_eval_step, make_train_step
@@ -48,7 +48,7 @@ class TestJit:
 
     def test_metrics_outlive_the_donation_of_the_state_they_came_with(self):
         def reporting(model, batch, rng, step):
-            loss, metrics = squared_error(model, batch, rng, step)
+            loss, _ = squared_error(model, batch, rng, step)
             return loss, {"calls": model.calls[...], "bias": model.outer.bias[0], "scale": model.scale[...]}
 
         model = Busy()

@@ -14,7 +14,7 @@ import jax
 import optax
 from flax import nnx
 
-from trainer.batches import batch_length
+from trainer.batches import as_batch, batch_length
 from trainer.callbacks import CallbackList, emit, listens
 from trainer.checkpoints import default_name, load_state, prune, save_state
 from trainer.config import TrainingConfig
@@ -199,7 +199,8 @@ class Trainer:
             trainer.state, metrics = step(trainer.state, batch)
 
         Args:
-            batch: A mapping of arrays of shape ``(batch_size, ...)``, NumPy or JAX.
+            batch: A mapping of arrays of shape ``(batch_size, ...)``: NumPy, JAX, or whatever NumPy
+                can look at in place, such as torch tensors on the CPU.
 
         Returns:
             Scalars on the device: ``loss``, ``step`` (updates finished, this one included), what
@@ -210,6 +211,7 @@ class Trainer:
             ObjectiveError: The objective or an extension breaks its contract.
             StateError: The state was donated to a step outside this trainer.
         """
+        batch = as_batch(batch)
         batch_length(batch)
         self._emit("on_batch_begin", self.step)
         advance = self._compiled_step()
@@ -242,6 +244,7 @@ class Trainer:
         Raises:
             BatchError, ObjectiveError, StateError: As for `train_step`.
         """
+        batch = as_batch(batch)
         batch_length(batch)
         metrics = self._eval_step(batch, 0)
         self._log("val", self.step, metrics)
@@ -457,8 +460,8 @@ class Trainer:
     def _evaluate(self, batches: Iterator[Batch]) -> dict[str, float]:
         average = WeightedAverage()
         for index, batch in enumerate(batches):
-            examples = batch_length(batch)
-            average.add(self._eval_step(batch, index), examples)
+            batch = as_batch(batch)
+            average.add(self._eval_step(batch, index), batch_length(batch))
         return average.compute()
 
     def _eval_step(self, batch: Batch, index: int) -> Metrics:

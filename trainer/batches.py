@@ -22,7 +22,7 @@ def batch_length(batch: Any, name: str = "batch") -> int:
     """
     if not isinstance(batch, Mapping):
         raise BatchError(
-            f"`{name}` is {_article(type(batch).__name__)}; it must be a mapping of names to arrays, "
+            f"`{name}` is of type {type(batch).__name__}; it must be a mapping of names to arrays, "
             f'such as {{"input": images, "label": labels}}.'
         )
     leaves = jax.tree.leaves(batch)
@@ -37,6 +37,19 @@ def batch_length(batch: Any, name: str = "batch") -> int:
     return int(lengths.pop())
 
 
+def as_batch(batch: Any) -> Any:
+    """Returns the batch as JAX can take it, itself where that is possible.
+
+    A mapping of another kind becomes a dict, and a leaf of another framework (a torch tensor on the
+    CPU, say) a NumPy array over the same memory. What is no batch stays what it is.
+    """
+    if isinstance(batch, Mapping) and not isinstance(batch, dict):
+        batch = dict(batch)
+    if all(isinstance(leaf, np.ndarray | jax.Array) for leaf in jax.tree.leaves(batch)):
+        return batch
+    return jax.tree.map(lambda leaf: np.asarray(leaf) if _is_foreign(leaf) else leaf, batch)
+
+
 def describe(tree: Any) -> str:
     """Writes a tree of arrays as ``image: float32(32, 8, 8, 1), label: int32(32,)``."""
     return ", ".join(f"{leaf_path(path)}: {_short(leaf)}" for path, leaf in jax.tree.leaves_with_path(tree))
@@ -48,14 +61,15 @@ def _is_numeric(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and getattr(leaf.dtype, "kind", "") not in ("O", "U", "S", "T", "M", "m")
 
 
+def _is_foreign(leaf: Any) -> bool:
+    known = isinstance(leaf, np.ndarray | np.generic | jax.Array)
+    return not known and all(hasattr(leaf, name) for name in ("__array__", "shape", "dtype"))
+
+
 def _short(leaf: Any) -> str:
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
         return f"{leaf.dtype}{tuple(leaf.shape)}"
     return type(leaf).__name__
-
-
-def _article(noun: str) -> str:
-    return f"{'an' if noun[0].lower() in 'aeiou' else 'a'} {noun}"
 
 
 def _explain(batch: Mapping[Any, Any], name: str) -> str:
@@ -66,7 +80,7 @@ def _explain(batch: Mapping[Any, Any], name: str) -> str:
     for path, leaf in leaves:
         where = f"`{name}/{leaf_path(path)}`"
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-            wrong.append(f"{where} is {_article(type(leaf).__name__)}, not an array")
+            wrong.append(f"{where} is of type {type(leaf).__name__}, not an array")
         elif not _is_numeric(leaf):
             wrong.append(f"{where} has dtype {leaf.dtype}, which no model can take")
         elif np.ndim(leaf) == 0:

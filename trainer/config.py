@@ -162,7 +162,7 @@ class OptimizerConfig(Config):
         super().__post_init__()
         self._positive("learning_rate", "eps", "gradient_clip_norm", "gradient_clip_value")
         for field in ("beta1", "beta2", "momentum"):
-            self._within(field, 0, 1)
+            self._require(field, "at least 0 and less than 1", 0 <= getattr(self, field) < 1)
         for field in ("weight_decay", "initial_accumulator_value"):
             self._require(field, "zero or more, and finite", 0 <= getattr(self, field) < math.inf)
         common = {"name", "optimizer_type", "learning_rate", "gradient_clip_norm", "gradient_clip_value"}
@@ -217,6 +217,7 @@ class SchedulerConfig(Config):
         if self.scheduler_type == "multistep":
             self._require("milestones", "at least one step", bool(self.milestones))
         if self.cycle_length is not None:
+            self._require("cycle_length", "at least 2", self.cycle_length >= 2)
             self._require("total_steps", "left out where `cycle_length` is given", self.total_steps is None)
         if self.scheduler_type == "cosine" and self.cycle_length is not None:
             self._require("cycle_length", "more than `warmup_steps`", self.cycle_length > self.warmup_steps)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trainer.batches import batch_length
+from trainer.batches import as_batch, batch_length
 from trainer.errors import ArgumentError, ArgumentTypeError, check_count
 from trainer.types import Batch
 
@@ -36,6 +36,7 @@ class InMemoryData:
         # Loads datarax, and with it Grain, when first used: `import trainer` stays light.
         from datarax.sources import MemorySource, MemorySourceConfig
 
+        data = as_batch(data)
         self.num_examples = batch_length(data, name)
         self.batch_size = check_count(batch_size, "batch_size")
         leaves, self._structure = jax.tree.flatten(data)

@@ -59,7 +59,8 @@ class GraphDef(nnx.GraphDef[Any]):
         if not isinstance(other, nnx.GraphDef):
             return NotImplemented
         same = self.nodes == other.nodes and self.attributes == other.attributes
-        return same and self.num_leaves == other.num_leaves
+        # To Python 1 == 1.0 == True, but a module with one of them computes something else than the next.
+        return same and self.num_leaves == other.num_leaves and _kinds(self) == _kinds(other)
 
     def __reduce__(self) -> tuple[Any, ...]:
         plain: nnx.GraphDef[Any] = nnx.GraphDef(self.nodes, self.attributes, self.num_leaves)
@@ -186,6 +187,10 @@ def flatten(*trees: Any, paths: Iterable[Path], missing: Any = None) -> Flat:
 def join_path(where: str, path: Path) -> str:
     """Formats the path of a variable as ``model_state/layers/0/mean``."""
     return "/".join([where, *map(str, path)])
+
+
+def _kinds(graphdef: nnx.GraphDef[Any]) -> list[type]:
+    return [type(getattr(attribute, "value", None)) for _, attribute in graphdef.attributes]
 
 
 def _hash(graphdef: nnx.GraphDef[Any]) -> int:

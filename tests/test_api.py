@@ -642,6 +642,13 @@ class TestSchedules:
         trainer.train_epoch()
         assert [self.rate(trainer, step) for step in (0, 5, 10)] == [1.0, 0.5, 0.0]
 
+    def test_a_run_of_the_length_that_was_known_keeps_its_compiled_step(self, compilations):
+        trainer = build(settings=self.settings(num_epochs=2), train_data_loader=[regression(8)] * 2)
+        trainer.train_step(regression(8))
+        trainer.state = trainer.state.replace(step=jnp.int32(0))
+        trainer.train(regression(16), 2, 8)
+        assert compilations["jit(train_step)"] == 1
+
     def test_a_loader_whose_length_is_unknown_is_no_error_until_a_schedule_asks(self):
         class Stream(list):
             def __len__(self):
@@ -787,6 +794,17 @@ class TestBadInput:
             trainer.train(regression(), 1, 8, data)
         assert recorder.events == []
         assert trainer.step == 0
+
+    @pytest.mark.parametrize("method", ["train_step", "validate_step"])
+    def test_an_objective_that_raises(self, method):
+        def failing(model, batch, rng, step):
+            raise KeyError("label")
+
+        trainer = build(loss_fn=failing)
+        with pytest.raises(KeyError, match="label"):
+            getattr(trainer, method)(regression())
+        assert trainer.step == 0
+        assert np.isfinite(trainer.model(regression()["input"])).all()
 
     def test_train_epoch_without_a_loader(self):
         with pytest.raises(ArgumentError, match="`train_data_loader` was not given to the Trainer"):

@@ -98,6 +98,7 @@ def test_flax_can_merge_what_the_state_holds():
 def test_two_states_of_one_architecture_share_their_graphdef():
     first, second = create(Busy(rngs=nnx.Rngs(0))), create(Busy(rngs=nnx.Rngs(1)))
     assert first.graphdef is second.graphdef
+    assert first.graphdef == second.graphdef
     assert hash(first.graphdef) == hash(second.graphdef)
     assert first.graphdef != create(Linear()).graphdef
     assert first.graphdef != "graphdef"
@@ -298,4 +299,11 @@ def test_attributes_that_cannot_be_hashed_are_named():
     module = Linear()
     module.notes = ["a"]
     with pytest.raises(ArgumentError, match=r"`model` has the attribute `notes` = \['a'\], a plain Python list"):
+        create(module)
+
+
+def test_metadata_that_cannot_be_hashed_is_refused():
+    module = Linear()
+    module.noted = nnx.BatchStat(jnp.zeros(2), note=["a"])
+    with pytest.raises(ArgumentError, match=r"`model` has a variable whose metadata cannot be hashed \(unhashable"):
         create(module)

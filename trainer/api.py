@@ -434,7 +434,7 @@ class Trainer:
         validation: dict[str, float] = {}
         metrics: Metrics = {}
         self._emit("on_epoch_begin", epoch)
-        for batch in batches:
+        for batch in map(as_batch, batches):
             metrics = self.train_step(batch)
             total.add(metrics, batch_length(batch))
             # A checkpoint comes after the validation of its step, so that the two belong together.

@@ -196,7 +196,7 @@ def _kinds(graphdef: nnx.GraphDef[Any]) -> list[type]:
 def _hash(graphdef: nnx.GraphDef[Any]) -> int:
     try:
         return hash(graphdef)
-    except TypeError:
+    except TypeError as error:
         for name, attribute in graphdef.attributes:
             value = getattr(attribute, "value", None)
             try:
@@ -207,7 +207,9 @@ def _hash(graphdef: nnx.GraphDef[Any]) -> int:
                     f"that cannot be part of a compiled program's identity. Use a tuple, nnx.List or "
                     f"nnx.Dict, or keep it outside the module."
                 ) from None
-        raise
+        raise ArgumentError(
+            f"`model` has a variable whose metadata cannot be hashed ({error}); use tuples and names there."
+        ) from error
 
 
 def _values(state: nnx.State[Any, Any]) -> Flat:

@@ -128,6 +128,11 @@ class Config:
 class OptimizerConfig(Config):
     """An optimizer of optax by name, see `trainer.make_optimizer` for what each reads.
 
+    Example:
+        >>> OptimizerConfig(optimizer_type="adam", learning_rate=1e-3, momentum=0.9)
+        Traceback (most recent call last):
+        trainer.errors.ConfigError: `OptimizerConfig.momentum` is 0.9, but 'adam' does not read it, ...
+
     Attributes:
         optimizer_type: One of the keys of `trainer.config.OPTIMIZER_FIELDS`.
         learning_rate: The step size, or the peak of the schedule.

@@ -26,12 +26,12 @@ class WeightedAverage:
     being computed stay on the device until `compute`, or until so many wait that the oldest are
     long finished.
 
-    Example::
-
-        average = WeightedAverage()
-        average.add({"loss": loss_of_32}, 32)
-        average.add({"loss": loss_of_8}, 8)
-        average.compute()["loss"]  # (32 * loss_of_32 + 8 * loss_of_8) / 40
+    Example:
+        >>> average = WeightedAverage()
+        >>> average.add({"loss": 1.0}, 30)
+        >>> average.add({"loss": 5.0}, 10)
+        >>> average.compute()
+        {'loss': 2.0}
     """
 
     def __init__(self) -> None:
@@ -71,6 +71,16 @@ class History(Sequence[dict[str, Any]]):
 
     A row holds ``step`` and what was measured at it: training metrics under their names, validation
     averages as ``val_<name>``. Values are read from the device when somebody looks.
+
+    Example:
+        >>> history = History()
+        >>> history.record(1, {"loss": 0.5})
+        >>> history.record(2, {"loss": 0.25})
+        >>> history.record(2, {"loss": 0.3}, prefix="val_")
+        >>> history.to_dict()
+        {'step': [1, 2], 'loss': [0.5, 0.25], 'val_loss': [None, 0.3]}
+        >>> history.series("val_loss")
+        ([2], [0.3])
     """
 
     def __init__(self, max_rows: int = 100_000) -> None:

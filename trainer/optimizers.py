@@ -58,6 +58,11 @@ def make_schedule(config: SchedulerConfig, learning_rate: float, total_steps: in
         learning_rate: η.
         total_steps: The horizon where the configuration leaves it out: the last step of the run.
 
+    Example:
+        >>> warm = SchedulerConfig(scheduler_type="linear", warmup_steps=2)
+        >>> [float(make_schedule(warm, 1.0, total_steps=6)(step)) for step in range(7)]
+        [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0]
+
     Raises:
         ConfigError: The schedule needs a horizon and neither names one, or it is over before the
             warm-up is.

@@ -67,10 +67,21 @@ def make_train_step(
         total) and ``step`` (the updates finished, this one included).
 
     Raises:
-        ArgumentTypeError: ``loss_fn``, ``optimizer`` or an extension is something else.
+        ArgumentTypeError: ``loss_fn``, ``optimizer`` or an extension is something else. The
+            returned function raises `ObjectiveError`, `BatchError`, `ArgumentError` or `StateError`
+            while it is traced, never while it runs compiled.
 
-    The returned function raises `ObjectiveError`, `BatchError`, `ArgumentError` or `StateError`
-    while it is traced, never while it runs compiled.
+    Example:
+        >>> model, optimizer = nnx.Linear(2, 1, rngs=nnx.Rngs(0)), optax.sgd(0.5)
+        >>> state = TrainState.create(model, optimizer, rng=jax.random.key(0))
+        >>> def loss_fn(model, batch, rng, step):
+        ...     return jnp.mean((model(batch["x"]) - batch["y"]) ** 2), {}
+        >>> step = jax.jit(make_train_step(loss_fn, optimizer), donate_argnums=0)
+        >>> batch = {"x": jnp.eye(2), "y": jnp.array([[1.0], [2.0]])}
+        >>> for _ in range(100):
+        ...     state, metrics = step(state, batch)
+        >>> print(f"{metrics['step']} steps, loss {metrics['loss']:.4f}")
+        100 steps, loss 0.0000
     """
     check_loss_fn(loss_fn)
     check_optimizer(optimizer)

@@ -34,6 +34,18 @@ def loss_fn(model, batch, rng, step):
     return jnp.mean((model(batch["input"]) - batch["target"]) ** 2), {}
 
 
+def loop(step, state):
+    """Returns a function that advances a state of its own by a batch."""
+    compiled = jax.jit(step, donate_argnums=0)
+
+    def run(batch):
+        nonlocal state
+        state, metrics = compiled(state, batch)
+        return metrics
+
+    return run
+
+
 def by_hand(model, optimizer):
     """The best step without a library: plain dicts, one compiled function, everything donated."""
     graphdef, variables = nnx.split(model)
@@ -49,26 +61,12 @@ def by_hand(model, optimizer):
         state = (optax.apply_updates(params, updates), opt_state, rng, count + 1)
         return state, {**metrics, "loss": loss, "step": count + 1}
 
-    compiled = jax.jit(step, donate_argnums=0)
-
-    def run(batch):
-        nonlocal state
-        state, metrics = compiled(state, batch)
-        return metrics
-
-    return run
+    return loop(step, state)
 
 
 def pure_step(model, optimizer):
     state = TrainState.create(model, optimizer, rng=jax.random.key(0))
-    compiled = jax.jit(make_train_step(loss_fn, optimizer), donate_argnums=0)
-
-    def run(batch):
-        nonlocal state
-        state, metrics = compiled(state, batch)
-        return metrics
-
-    return run
+    return loop(make_train_step(loss_fn, optimizer), state)
 
 
 def facade(model, optimizer):

@@ -29,7 +29,11 @@ ARROWS = {
     "loggers": {"errors"},
     "history": {"steps"},
     "data": {"batches", "errors", "types"},
-    "checkpoints": {"errors", "state"},
+    "durable": set(),
+    "bundle": {"durable", "errors"},
+    "checkpoints": {"bundle", "errors", "state"},
+    "cli": {"bundle", "checkpoints", "errors"},
+    "__main__": {"cli"},
 }
 
 
@@ -122,7 +126,7 @@ class TestLightImport:
 def test_the_snippets_of_the_readme_run_in_order(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert len(snippets) == 6
+    assert len(snippets) == 7
     names = {}
     for number, snippet in enumerate(snippets):
         exec(compile(snippet, f"README snippet {number}", "exec"), names)
@@ -155,4 +159,4 @@ def test_pins_are_names_and_versions_only():
 def test_runtime_dependencies_are_the_agreed_ones():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     names = {re.split("[>=<]", dependency)[0] for dependency in project["dependencies"]}
-    assert names == {"jax", "flax", "optax", "chex", "datarax", "msgpack"}
+    assert names == {"jax", "flax", "optax", "chex", "datarax", "msgpack", "xxhash"}

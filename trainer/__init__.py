@@ -4,6 +4,7 @@ from trainer.api import Trainer as Trainer
 from trainer.callbacks import Callback as Callback
 from trainer.callbacks import CallbackList as CallbackList
 from trainer.callbacks import Progress as Progress
+from trainer.checkpoints import latest_checkpoint as latest_checkpoint
 from trainer.checkpoints import load_state as load_state
 from trainer.checkpoints import save_state as save_state
 from trainer.config import OptimizerConfig as OptimizerConfig

@@ -400,7 +400,12 @@ class Trainer:
         """
         config = self.training_config
         target = self.checkpoint_dir / default_name(self.step) if path is None else Path(path)
-        info = {"name": config.name, "metadata": config.to_dict()["metadata"], "epoch": self.epoch}
+        info = {
+            "name": config.name,
+            "metadata": config.to_dict()["metadata"],
+            "epoch": self.epoch,
+            "metrics": self.history[-1] if self.history else {},
+        }
         save_state(target, self.state, info)
         if path is None:
             prune(target.parent, config.max_checkpoints)

@@ -1,43 +1,44 @@
-"""Checkpoints: the state, written to one file and read back into an equal one.
+"""Checkpoints: a state in a file, whole or not at all, checked before anything is touched."""
 
-The file is a MessagePack map: ``format``, ``version``, ``info`` (step, name, library versions), and
-``leaves``, one ``[path, dtype, shape, key implementation or nil, little-endian bytes]`` per array,
-in the order in which JAX flattens the state. It holds data only: reading one runs no code, and the
-structure comes from the state that it is loaded into.
-"""
-
+import datetime
+import functools
 import importlib.metadata
 import os
 import re
-import secrets
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-import msgpack
 import numpy as np
 
-from trainer.errors import CheckpointError, leaf_path
+from trainer.bundle import DTYPES, Bundle, Leaf, LeafPath, write_bundle
+from trainer.errors import ArgumentError, CheckpointError, did_you_mean
 from trainer.state import TrainState
-
-FORMAT = "nnx-trainer checkpoint"
-VERSION = 1
 
 _OWN_NAME = re.compile(r"checkpoint_(\d+)\.msgpack")
 
 
-def save_state(path: str | os.PathLike[str], state: TrainState, info: Mapping[str, Any] | None = None) -> Path:
-    """Writes ``state`` to a file, which is either there as a whole or not at all.
+class Found(NamedTuple):
+    """An array in a file: what it is, and how to get it."""
 
-    The bytes go to a temporary file in the same directory, are flushed to the disk, and then take
-    the name; an earlier file of that name stays until that moment.
+    leaf: Leaf
+    read: Callable[[], np.ndarray[Any, Any]]
+
+
+def save_state(path: str | os.PathLike[str], state: TrainState, info: Mapping[str, Any] | None = None) -> Path:
+    """Writes ``state`` to a file, see `trainer.bundle` for its format.
+
+    The file is either there as a whole or not at all, after a crash as well (`trainer.durable`).
+    One array at a time is on the host.
 
     Args:
         path: The file. Its directory is made if it is missing.
-        state: The state. Its arrays are copied to the host, one at a time.
-        info: Plain values to keep beside it.
+        state: The state.
+        info: Plain values to keep beside it, shown by ``trainer inspect``.
 
     Returns:
         The path.
@@ -48,31 +49,41 @@ def save_state(path: str | os.PathLike[str], state: TrainState, info: Mapping[st
     """
     path = Path(path)
     state.check_alive()
+    leaves = [_to_write(keys, leaf) for keys, leaf in jax.tree.leaves_with_path(state)]
+    about = {
+        "step": int(state.step),
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {name: _version(name) for name in ("nnx-trainer", "jax", "flax", "optax")},
+        **(info or {}),
+    }
     if path.suffix == ".pkl":
         raise CheckpointError(f"`{path}`: the pickle layout is not supported by this version; use the suffix .msgpack.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-        try:
-            with temporary.open("xb") as file:
-                _write(file, state, info or {})
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        _sync_directory(path.parent)
+        write_bundle(path, about, leaves)
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"`{path}` could not be written: {error}") from error
     return path
 
 
-def load_state(path: str | os.PathLike[str], like: TrainState) -> TrainState:
+def load_state(
+    path: str | os.PathLike[str],
+    like: TrainState,
+    *,
+    strict: bool = True,
+    only: Iterable[str] | None = None,
+) -> TrainState:
     """Reads a state of the same structure as ``like``, which stays as it is.
+
+    Everything is compared before an array is read, and every array's checksum is verified.
 
     Args:
         path: A file written by `save_state`.
-        like: A state of the same model, optimizer and extensions. Its values do not matter.
+        like: A state of the same model, optimizer and extensions. Its values matter only where the
+            file's are not wanted; it may be a donated one if all are.
+        strict: Whether everything must fit. If not, what does not keeps the value that it has in
+            ``like``, and a warning names it.
+        only: Names of fields (``"params"``, ``"opt_state"``, …) to load; the others are copied.
 
     Returns:
         A new state, each array where its counterpart in ``like`` is.
@@ -80,23 +91,63 @@ def load_state(path: str | os.PathLike[str], like: TrainState) -> TrainState:
     Raises:
         CheckpointError: The file is missing, damaged, of another kind or version, or does not fit;
             every array that does not fit is named.
+        ArgumentError: ``only`` names no field of a state.
     """
     path = Path(path)
-    bundle = _read(path)
-    wanted, structure = jax.tree.flatten_with_path(like)
-    found = {leaf[0]: leaf for leaf in bundle["leaves"]}
-    problems = list(_mismatches(wanted, found))
-    if problems:
-        shown = "; ".join(problems[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
-        raise CheckpointError(f"`{path}` does not fit the state: {shown}.")
-    leaves = [_place(found[leaf_path(keys)][4], leaf) for keys, leaf in wanted]
-    return cast(TrainState, jax.tree.unflatten(structure, leaves))
+    fields = _fields_to_load(only)
+    leaves, structure = jax.tree.flatten_with_path(like)
+    wanted = {_parts(keys): leaf for keys, leaf in leaves}
+    with ExitStack() as stack:
+        found = {key: value for key, value in _open(path, stack).items() if key[0] in fields}
+        problems = dict(_mismatches({key: leaf for key, leaf in wanted.items() if key[0] in fields}, found))
+        if problems:
+            shown = "; ".join(list(problems.values())[:20])
+            shown += f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
+            if strict:
+                raise CheckpointError(f"`{path}` does not fit the state: {shown}.")
+            warnings.warn(f"`{path}` does not fit the state everywhere; not loaded: {shown}.", stacklevel=2)
+        loadable = found.keys() & wanted.keys() - problems.keys()
+        new = [
+            _place(found[key].read(), leaf) if key in loadable else jnp.array(leaf, copy=True)
+            for key, leaf in wanted.items()
+        ]
+    return cast(TrainState, jax.tree.unflatten(structure, new))
+
+
+def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
+    """Returns the newest checkpoint of a directory that is undamaged, by the step in its name.
+
+    Only default names (``checkpoint_<step>.msgpack``) are looked at. A damaged one is passed over
+    with a warning that says why. Whether a checkpoint fits the model is not asked here: loading one
+    that does not is a mistake to hear of, not a reason to go back to an older one.
+
+    Returns:
+        The path, or None where there is no checkpoint at all.
+
+    Raises:
+        CheckpointError: There are checkpoints, and all are damaged.
+    """
+    directory = Path(directory)
+    passed_over = []
+    for step in reversed(_own_steps(directory)):
+        path = directory / default_name(step)
+        try:
+            with Bundle(path) as bundle:
+                bundle.verify()
+        except CheckpointError as error:
+            passed_over.append(str(error))
+            continue
+        if passed_over:
+            warnings.warn(f"using `{path}`, since newer ones are unusable: {' '.join(passed_over)}", stacklevel=2)
+        return path
+    if passed_over:
+        raise CheckpointError(f"no checkpoint in `{directory}` can be used: {' '.join(passed_over)}")
+    return None
 
 
 def prune(directory: Path, keep: int) -> None:
     """Removes all but the ``keep`` latest checkpoints with default names, and nothing else."""
-    steps = sorted(int(m[1]) for name in os.listdir(directory) if (m := _OWN_NAME.fullmatch(name)))
-    for step in steps[:-keep]:
+    for step in _own_steps(directory)[:-keep]:
         (directory / default_name(step)).unlink(missing_ok=True)
 
 
@@ -105,107 +156,91 @@ def default_name(step: int) -> str:
     return f"checkpoint_{step}.msgpack"
 
 
-def _write(file: BinaryIO, state: TrainState, info: Mapping[str, Any]) -> None:
-    packer = msgpack.Packer()
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")}
-    about = {"step": int(state.step), "versions": versions, **info}
-    file.write(packer.pack_map_header(4))
-    for key, value in (("format", FORMAT), ("version", VERSION), ("info", about), ("leaves", None)):
-        file.write(packer.pack(key))
-        if value is not None:
-            file.write(packer.pack(value))
-    leaves = jax.tree.leaves_with_path(state)
-    file.write(packer.pack_array_header(len(leaves)))
-    for keys, leaf in leaves:
-        dtype, shape, implementation = _signature(leaf)
-        data = np.asarray(jax.random.key_data(leaf) if implementation else leaf)
-        file.write(packer.pack([leaf_path(keys), dtype, shape, implementation, data.tobytes()]))
+def describe_leaf(leaf: Leaf) -> str:
+    """Formats shape and dtype, as ``(3, 3, 1, 16) float32``."""
+    shape = ", ".join(map(str, leaf.shape)) + ("," if len(leaf.shape) == 1 else "")
+    return f"({shape}) {leaf.dtype if leaf.key is None else f'key<{leaf.key}>'}"
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"`{path}` could not be read: {error}") from error
-    try:
-        bundle = msgpack.unpackb(data, max_bin_len=len(data), max_str_len=len(data))
-    except (ValueError, msgpack.exceptions.UnpackException) as error:
-        raise CheckpointError(f"`{path}` is damaged or no checkpoint: {error!r}.") from error
-    if not isinstance(bundle, dict) or bundle.get("format") != FORMAT:
-        raise CheckpointError(f"`{path}` is no checkpoint of this library.")
-    if bundle.get("version") != VERSION:
+def _own_steps(directory: Path) -> list[int]:
+    names = os.listdir(directory) if directory.is_dir() else []
+    matches = filter(None, map(_OWN_NAME.fullmatch, names))
+    # A name with leading zeros is not one that we give.
+    return sorted(int(match[1]) for match in matches if match[0] == default_name(int(match[1])))
+
+
+def _to_write(keys: Any, leaf: jax.Array) -> tuple[Leaf, Callable[[], np.ndarray[Any, Any]]]:
+    described = _described(_parts(keys), leaf)
+    if not leaf.is_fully_addressable:
         raise CheckpointError(
-            f"`{path}` has format version {bundle.get('version')}; this release reads version {VERSION}."
+            f"`{described.name}` lies on devices of other processes, which one file cannot hold; save sharded states "
+            f"with Orbax."
         )
-    leaves = bundle.get("leaves")
-    if not isinstance(leaves, list) or not all(_is_record(leaf) for leaf in leaves):
-        raise CheckpointError(f"`{path}` is damaged: its list of arrays cannot be understood.")
-    return bundle
+    if described.dtype not in DTYPES:
+        raise CheckpointError(f"`{described.name}` has dtype {described.dtype}, which checkpoints do not know.")
+
+    def get() -> np.ndarray[Any, Any]:
+        words = jax.random.key_data(leaf) if described.key is not None else leaf
+        # An array keeps the copy that it makes for the host; that of its only shard goes with the shard.
+        return np.asarray(words.addressable_data(0) if words.is_fully_replicated else words)
+
+    return described, get
 
 
-def _is_record(leaf: Any) -> bool:
-    kinds = (str, str, list, str | None, bytes)
-    return (
-        isinstance(leaf, list)
-        and len(leaf) == len(kinds)
-        and all(isinstance(entry, kind) for entry, kind in zip(leaf, kinds, strict=True))
-    )
+def _described(path: LeafPath, leaf: jax.Array) -> Leaf:
+    if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return Leaf(path, str(leaf.dtype), tuple(leaf.shape))
+    words = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+    return Leaf(path, str(words.dtype), tuple(words.shape), str(jax.random.key_impl(leaf)))
 
 
-def _mismatches(wanted: list[tuple[Any, Any]], found: dict[str, Any]) -> Iterator[str]:
-    paths = [leaf_path(keys) for keys, _ in wanted]
-    for path, (_, leaf) in zip(paths, wanted, strict=True):
-        here = _signature(leaf)
+def _parts(keys: Iterable[Any]) -> LeafPath:
+    """Turns a JAX key path into attribute names, dict keys and indices."""
+    names = ("name", "key", "idx")
+    parts = [next(getattr(key, name) for name in names if hasattr(key, name)) for key in keys]
+    return tuple(part if isinstance(part, int) else str(part) for part in parts)
+
+
+def _fields_to_load(only: Iterable[str] | None) -> set[str]:
+    fields = {"params", "model_state", "opt_state", "rng", "step", "extensions"}
+    chosen = fields if only is None else set(only)
+    for name in sorted(chosen - fields):
+        raise ArgumentError(f"`only` names {name!r}, which is no field of a state; {did_you_mean(name, fields)}")
+    return chosen
+
+
+def _open(path: Path, stack: ExitStack) -> dict[LeafPath, Found]:
+    bundle = stack.enter_context(Bundle(path))
+    return {leaf.path: Found(leaf, functools.partial(bundle.read, leaf)) for leaf in bundle.leaves}
+
+
+def _mismatches(wanted: dict[LeafPath, jax.Array], found: dict[LeafPath, Found]) -> Iterator[tuple[LeafPath, str]]:
+    for path, leaf in wanted.items():
+        here = _described(path, leaf)
         if path not in found:
-            yield f"{path}: not in the file, {_describe(here)} here"
+            yield path, f"{here.name}: not in the file, {describe_leaf(here)} here"
             continue
-        _, dtype, shape, implementation, data = found[path]
-        there = (dtype, shape, implementation)
-        if there != here:
-            yield f"{path}: {_describe(there)} in the file, {_describe(here)} here"
-        elif len(data) != _host_type(leaf).itemsize * int(np.prod(_host_shape(leaf))):
-            yield f"{path}: {len(data)} bytes in the file, which is not {_describe(here)}"
-    for path in found.keys() - set(paths):
-        yield f"{path}: {_describe(tuple(found[path][1:4]))} in the file, nothing here"
+        there = found[path].leaf
+        if (there.dtype, there.shape, there.key) != (here.dtype, here.shape, here.key):
+            wide = DTYPES[there.dtype].name in ("int64", "uint64", "float64", "complex128")
+            hint = "" if not wide or jax.config.read("jax_enable_x64") else " (64 bits need jax_enable_x64)"
+            yield path, f"{here.name}: {describe_leaf(there)} in the file{hint}, {describe_leaf(here)} here"
+    for path in found.keys() - wanted.keys():
+        yield path, f"{found[path].leaf.name}: {describe_leaf(found[path].leaf)} in the file, nothing here"
 
 
-def _signature(leaf: jax.Array) -> tuple[str, list[int], str | None]:
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return "key", list(leaf.shape), str(jax.random.key_impl(leaf))
-    return str(leaf.dtype), list(leaf.shape), None
-
-
-def _describe(signature: tuple[str, list[int], str | None]) -> str:
-    dtype, shape, implementation = signature
-    described = dtype if implementation is None else f"{dtype}<{implementation}>"
-    return f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''}) {described}"
-
-
-def _host_type(leaf: jax.Array) -> np.dtype[Any]:
-    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    return np.dtype(np.uint32) if is_key else np.dtype(leaf.dtype)
-
-
-def _host_shape(leaf: jax.Array) -> tuple[int, ...]:
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return tuple(jax.eval_shape(jax.random.key_data, leaf).shape)
-    return tuple(leaf.shape)
-
-
-def _place(data: bytes, like: jax.Array) -> jax.Array:
-    # The dtype is the live one, which the file was found to agree with: never one that a file names.
-    array = jnp.array(np.frombuffer(data, _host_type(like)).reshape(_host_shape(like)), copy=True)
+def _place(value: np.ndarray[Any, Any], like: jax.Array) -> jax.Array:
+    """Puts an array where ``like`` is. The memory is fresh and aligned, so the CPU takes it as it is."""
+    array = jax.device_put(value)
     if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
         array = jax.random.wrap_key_data(array, impl=jax.random.key_impl(like))
     # An uncommitted array must stay so, or the compiled step would see another kind of argument.
-    return jax.device_put(array, like.sharding) if like.committed else array
+    placed: jax.Array = jax.device_put(array, like.sharding) if like.committed else array
+    return placed
 
 
-def _sync_directory(directory: Path) -> None:
-    if not hasattr(os, "O_DIRECTORY"):  # Windows cannot open one
-        return
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+def _version(package: str) -> str:
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return "unknown"

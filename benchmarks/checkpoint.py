@@ -1,0 +1,112 @@
+"""How fast a state is saved and loaded, beside writing and reading the same bytes raw.
+
+Run it with ``python benchmarks/checkpoint.py [MiB ...]``; 256 if left out. All in one process, in
+turns; rates are medians, and what counts is the ratio to the raw ones of the same turn. Files are
+read from the page cache, raw ones into fresh memory as any loader must.
+"""
+
+import os
+import pickle
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from trainer import TrainState, load_state, save_state
+from trainer.bundle import Bundle
+
+
+class Wide(nnx.Module):
+    """Parameters of a given size, in layers of 16 MiB."""
+
+    def __init__(self, mebibytes):
+        rngs = np.random.default_rng(0)
+        shape = (2048, 2048)
+        self.layers = nnx.List(
+            [nnx.Param(jnp.asarray(rngs.standard_normal(shape, np.float32))) for _ in range(mebibytes // 16)]
+        )
+
+
+def on_disk(path, write):
+    """Calls ``write(file)`` and flushes, as the contenders do that say so."""
+    with open(path, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def contenders(state, directory):
+    """Pairs of a function that saves and one that loads; each with what it promises."""
+    host = jax.tree.map(np.asarray, state.params)
+    leaves = jax.tree.leaves(host)
+    size = sum(leaf.nbytes for leaf in leaves)
+
+    def load_raw():
+        with open(directory / "raw", "rb") as file:
+            for leaf in leaves:
+                file.readinto(np.empty(leaf.nbytes, np.uint8).data)
+
+    def load_flax():
+        return flax.serialization.from_bytes(host, (directory / "flax").read_bytes())
+
+    def load_pickle():
+        with open(directory / "pickle", "rb") as file:
+            return pickle.load(file)  # noqa: S301 - our own
+
+    return size, {
+        "raw write + fsync": (
+            lambda: on_disk(directory / "raw", lambda file: [file.write(leaf.data) for leaf in leaves]),
+            load_raw,
+        ),
+        "save_state, load_state": (
+            lambda: save_state(directory / "ours", state),
+            lambda: jax.block_until_ready(load_state(directory / "ours", like=state)),
+        ),
+        "pickle + fsync": (lambda: on_disk(directory / "pickle", lambda f: pickle.dump(host, f, 5)), load_pickle),
+        "flax msgpack + fsync": (
+            lambda: on_disk(directory / "flax", lambda f: f.write(flax.serialization.to_bytes(host))),
+            load_flax,
+        ),
+    }
+
+
+def seconds(function):
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def main(sizes, turns=5):
+    for mebibytes in sizes:
+        state = TrainState.create(Wide(mebibytes), optax.sgd(0.1), rng=jax.random.key(0))
+        with tempfile.TemporaryDirectory() as name:
+            size, all_of_them = contenders(state, Path(name))
+            saves = {what: [] for what in all_of_them}
+            loads = {what: [] for what in all_of_them}
+            for _ in range(turns):
+                for what, (save, load) in all_of_them.items():
+                    saves[what].append(seconds(save))
+                    loads[what].append(seconds(load))
+            header = statistics.median(seconds(lambda: Bundle(Path(name) / "ours").close()) for _ in range(turns))
+        raw = next(iter(all_of_them))
+        print(f"{size / 1e6:.0f} MB of state")
+        for what in all_of_them:
+            row = []
+            for times in (saves, loads):
+                rate = size / 1e9 / statistics.median(times[what])
+                ratio = statistics.median(a / b for a, b in zip(times[raw], times[what], strict=True))
+                row.append(f"{rate:6.2f} GB/s {ratio:5.2f}x raw")
+            print(f"  {what:24s} save {row[0]}    load {row[1]}")
+        print(f"  the tree without its arrays: {header * 1e3:.2f} ms")
+
+
+if __name__ == "__main__":
+    main([int(argument) for argument in sys.argv[1:]] or [256])

@@ -1,0 +1,68 @@
+"""The command: what it prints, and how it ends."""
+
+import io
+import subprocess
+import sys
+
+import jax
+import optax
+import pytest
+
+from tests.problems import Linear
+from trainer import TrainState, save_state
+from trainer.cli import _human, main
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    state = TrainState.create(Linear(), optax.sgd(0.1), rng=jax.random.key(0))
+    info = {"time": "then", "versions": {}, "metrics": {"loss": 0.5}}
+    return save_state(tmp_path / "s.msgpack", state, info)
+
+
+def run(*arguments):
+    out = io.StringIO()
+    return main([str(argument) for argument in arguments], out), out.getvalue()
+
+
+def test_inspect_prints_information_and_the_tree(checkpoint):
+    status, printed = run("inspect", checkpoint)
+    assert status == 0
+    assert printed == (
+        "step      0\n"
+        "time      then\n"
+        "versions  {}\n"
+        'metrics   {"loss": 0.5}\n'
+        "\n"
+        "params\n"
+        "  layer\n"
+        "    bias  (1,) float32  4 B\n"
+        "    kernel  (3, 1) float32  12 B\n"
+        "rng  (2,) key<threefry2x32>  8 B\n"
+        "step  () int32  4 B\n"
+        "\n"
+        "4 arrays, 28 B\n"
+    )
+
+
+def test_verify_says_that_all_is_well_or_what_is_not(checkpoint, capsys):
+    assert run("inspect", checkpoint, "--verify")[1].endswith("every checksum agrees\n")
+    damaged = bytearray(checkpoint.read_bytes())
+    damaged[-60] ^= 1
+    checkpoint.write_bytes(damaged)
+    assert run("inspect", checkpoint, "--verify")[0] == 1
+    assert "is damaged" in capsys.readouterr().err
+
+
+def test_it_runs_as_a_module(tmp_path):
+    command = [sys.executable, "-m", "trainer", "inspect", str(tmp_path / "absent")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "could not be read: [Errno 2]" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 * 2**30, "3.0 GiB"), (2**52, "4096.0 TiB")]
+)
+def test_sizes_are_readable(size, text):
+    assert _human(size) == text

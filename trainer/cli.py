@@ -1,0 +1,68 @@
+"""The command ``trainer``: looks at checkpoints without loading them."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import TextIO
+
+from trainer.bundle import Bundle
+from trainer.checkpoints import describe_leaf
+from trainer.errors import CheckpointError
+
+
+def main(arguments: Sequence[str] | None = None, out: TextIO | None = None) -> int:
+    """Runs the command and returns its exit status: 0, or 1 where a checkpoint cannot be used."""
+    parser = argparse.ArgumentParser(prog="trainer", description="Looks at checkpoints.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    inspecting = commands.add_parser("inspect", help="print what a checkpoint holds, without loading its arrays")
+    inspecting.add_argument("checkpoint")
+    inspecting.add_argument("--verify", action="store_true", help="read everything and compare all checksums")
+    options = parser.parse_args(arguments)
+    try:
+        inspect(options.checkpoint, verify=options.verify, out=out or sys.stdout)
+    except CheckpointError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def inspect(path: str | os.PathLike[str], *, verify: bool = False, out: TextIO) -> None:
+    """Prints the information, the tree of arrays with shapes, dtypes and sizes, and their sum.
+
+    Args:
+        path: The checkpoint.
+        verify: Whether to read the arrays and compare their checksums.
+        out: Where to print.
+
+    Raises:
+        CheckpointError: The file cannot be used; with ``verify`` also if an array is damaged.
+    """
+    with Bundle(path) as bundle:
+        for name, value in bundle.info.items():
+            print(f"{name:<10}{value if isinstance(value, str | int | float) else json.dumps(value)}", file=out)
+        print(file=out)
+        shown: tuple[str | int, ...] = ()
+        for leaf in bundle.leaves:
+            for depth, part in enumerate(leaf.path):
+                if leaf.path[: depth + 1] == shown[: depth + 1]:
+                    continue
+                last = depth == len(leaf.path) - 1
+                about = f"  {describe_leaf(leaf)}  {_human(leaf.size)}" if last else ""
+                print(f"{'  ' * depth}{part}{about}", file=out)
+            shown = leaf.path
+        size = _human(sum(leaf.size for leaf in bundle.leaves))
+        print(f"\n{len(bundle.leaves)} arrays, {size}", file=out)
+        if verify:
+            bundle.verify()
+            print("every checksum agrees", file=out)
+
+
+def _human(size: int) -> str:
+    """Formats a number of bytes, ``1.5 MiB``."""
+    amount, units = float(size), iter(("B", "KiB", "MiB", "GiB", "TiB"))
+    unit = next(units)
+    while amount >= 1024 and unit != "TiB":
+        amount, unit = amount / 1024, next(units)
+    return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"

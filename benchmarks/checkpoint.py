@@ -59,7 +59,7 @@ def contenders(state, directory):
 
     def load_pickle():
         with open(directory / "pickle", "rb") as file:
-            return pickle.load(file)  # noqa: S301 - our own
+            return pickle.load(file)
 
     return size, {
         "raw write + fsync": (

@@ -28,6 +28,7 @@ ARROWS = {
     "extensions": {"callbacks", "config", "errors"},
     "loggers": {"errors"},
     "history": {"steps"},
+    "progress": {"errors", "history", "types"},
     "data": {"batches", "errors", "types"},
     "durable": set(),
     "bundle": {"durable", "errors"},
@@ -126,7 +127,7 @@ class TestLightImport:
 def test_the_snippets_of_the_readme_run_in_order(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert len(snippets) == 7
+    assert len(snippets) == 8
     names = {}
     for number, snippet in enumerate(snippets):
         exec(compile(snippet, f"README snippet {number}", "exec"), names)

@@ -16,13 +16,14 @@ from flax import nnx
 
 from trainer.batches import as_batch, batch_length
 from trainer.callbacks import CallbackList, emit, listens
-from trainer.checkpoints import default_name, load_state, prune, save_state
+from trainer.checkpoints import default_name, latest_checkpoint, load_progress, load_state, prune, save_state
 from trainer.config import TrainingConfig
 from trainer.data import InMemoryData, one_pass, seed_from_key
-from trainer.errors import ArgumentError, ArgumentTypeError, StateError, check_count
+from trainer.errors import ArgumentError, ArgumentTypeError, CheckpointError, StateError, check_count
 from trainer.history import History, WeightedAverage, read
 from trainer.loggers import Logger, MetricsLoggerLike, WandbLogger, prefixed
 from trainer.optimizers import make_optimizer, make_schedule, needs_horizon
+from trainer.progress import RunProgress
 from trainer.state import TrainState, check_model, check_optimizer
 from trainer.steps import check_extensions, check_loss_fn, make_eval_step, make_train_step
 from trainer.types import Batch, ExtensionLike, LogCallback, LossFn, Metrics
@@ -136,7 +137,7 @@ class Trainer:
         if training_config.use_wandb:
             self._loggers.append(WandbLogger(training_config.wandb_project, training_config.name))
         self._introduced = False
-        self._logged_step = 0
+        self._run = RunProgress()
         self._compiled_steps: dict[tuple[str, ...], Callable[..., tuple[TrainState, Metrics]]] = {}
         self._compiled_eval_step = jax.jit(make_eval_step(loss_fn))
 
@@ -275,16 +276,16 @@ class Trainer:
         self._introduce()
         batches = one_pass(self.train_data_loader, config.batch_size, "train_data_loader", config.steps_per_epoch)
 
-        def validate() -> dict[str, float]:
-            held_out = one_pass(self.val_data_loader, config.batch_size, "val_data_loader", None)
-            return self._validate(held_out)
+        def validate() -> None:
+            self._validate(one_pass(self.val_data_loader, config.batch_size, "val_data_loader", None))
 
-        total, validation, _ = self._run_epoch(
+        self._run = run = RunProgress(first_epoch=self.epoch, first_step=self.step, step=self.step)
+        self._run_epoch(
             batches,
             save_every=config.save_frequency,
             validate_at_end=validate if self.val_data_loader is not None else None,
         )
-        return {**total.compute(), **prefixed("val_", validation)}
+        return {**run.average.compute(), **prefixed("val_", run.validation)}
 
     def train(
         self,
@@ -293,6 +294,8 @@ class Trainer:
         batch_size: int,
         val_data: Mapping[str, Any] | None = None,
         val_interval: int = 100,
+        *,
+        resume: bool | str | os.PathLike[str] = False,
     ) -> dict[str, float]:
         """Trains on data in memory.
 
@@ -313,13 +316,19 @@ class Trainer:
             batch_size: Examples in a batch.
             val_data: Data to validate on, in the same form.
             val_interval: Validate every so many steps, and at the end.
+            resume: Continue an interrupted call with the same arguments at its next batch, to the bit:
+                True or "latest" from the latest undamaged checkpoint (from the start if there is
+                none), or from the checkpoint at a path. History, averages, and callbacks that have
+                ``state_dict()`` and ``load_state_dict(state)`` go on as if nothing had happened.
 
         Returns:
             The final validation averages where ``val_data`` is given, else the averages of the last
             epoch. The whole course is in ``history``.
 
         Raises:
-            ArgumentError, BatchError: An argument cannot be used; nothing has happened then.
+            ArgumentError, BatchError: An argument cannot be used, or is not that of the interrupted
+                call; nothing has happened then.
+            CheckpointError: The checkpoint cannot be used; nothing has happened then.
             ObjectiveError: As for `train_step`.
         """
         num_epochs = check_count(num_epochs, "num_epochs")
@@ -327,41 +336,46 @@ class Trainer:
         val_interval = check_count(val_interval, "val_interval")
         data = InMemoryData(train_data, batch_size, "train_data")
         held_out = None if val_data is None else InMemoryData(val_data, batch_size, "val_data")
-        self._plan(self.step + num_epochs * len(data))
         if batch_size > data.num_examples:
             warnings.warn(
                 f"`batch_size` is {batch_size} but `train_data` has {data.num_examples} examples; every epoch is "
                 f"one batch of {data.num_examples}.",
                 stacklevel=2,
             )
-        validated: dict[int, dict[str, float]] = {}
+        run = RunProgress(self._seed, data.num_examples, batch_size, self.epoch, self.step, self.step)
+        checkpoint = self._checkpoint_to_resume(resume)
+        if checkpoint is None:
+            self._plan(self.step + num_epochs * len(data))
+            self._run = run
+        else:
+            self._resume(checkpoint, run, num_epochs * len(data))
+        run = self._run
 
-        def validate() -> dict[str, float]:
+        def validate() -> None:
             assert held_out is not None
-            validated.clear()
-            validated[self.step] = self._validate(held_out.in_order())
-            return validated[self.step]
+            self._validate(held_out.in_order())
 
         with self._running():
             self._introduce()
             self._log_text("training", f"{num_epochs} epochs of {len(data)} steps, batch size {batch_size}")
-            for _ in range(num_epochs):
-                total, _, metrics = self._run_epoch(
-                    data.shuffled(self._seed, self.epoch),
+            for epoch in range(self.epoch, run.first_epoch + num_epochs):
+                self._run_epoch(
+                    data.shuffled(self._seed, epoch, skip=run.batch),
                     save_every=self.save_interval,
                     validate=validate if held_out is not None else None,
                     validate_every=val_interval,
                 )
                 if self._should_stop():
                     break
-            if self._logged_step != self.step:
-                self._log("train", self.step, metrics)
+            if run.logged_step != self.step:
+                self._log("train", self.step, run.metrics)
             if held_out is None:
-                return total.compute()
-            averages = validated.get(self.step) or validate()
+                return run.average.compute()
+            if run.validation_step != self.step:
+                validate()
             if self.metrics_logger is not None:
-                self.metrics_logger.log_test_metrics(averages)
-            return averages
+                self.metrics_logger.log_test_metrics(run.validation)
+            return dict(run.validation)
 
     def evaluate(self, data: Mapping[str, Any], batch_size: int) -> dict[str, float]:
         """Averages the objective over data in memory, every example exactly once.
@@ -406,7 +420,13 @@ class Trainer:
             "epoch": self.epoch,
             "metrics": self.history[-1] if self.history else {},
         }
-        save_state(target, self.state, info)
+        progress = {
+            "epoch": self.epoch,
+            "history": list(self.history),
+            "run": self._run.to_dict() if self._run.can_resume_at(self.step) else None,
+            "listeners": [listener.state_dict() for listener in self._stateful_listeners()],
+        }
+        save_state(target, self.state, info, progress=progress)
         if path is None:
             prune(target.parent, config.max_checkpoints)
         self._log_text("checkpoint", f"saved {target}")
@@ -417,11 +437,13 @@ class Trainer:
 
         It is ``trainer.state = load_state(path, like=trainer.state)``: step, parameters, optimizer,
         key, every other variable, and the variables of the extensions, whose weights stay as set.
+        The number of epochs, the history and the callbacks' states come back as well. To continue
+        an interrupted run in the middle of an epoch, see ``resume`` of `train`.
 
         Raises:
             CheckpointError: The file is damaged or does not fit; the trainer is as it was.
         """
-        self.state = load_state(path, like=self.state)
+        self._restore(path, load_progress(path) or {}, RunProgress())
         self._log_text("checkpoint", f"loaded {path}")
 
     def _run_epoch(
@@ -429,38 +451,73 @@ class Trainer:
         batches: Iterator[Batch],
         *,
         save_every: int,
-        validate: Callable[[], dict[str, float]] | None = None,
+        validate: Callable[[], None] | None = None,
         validate_every: int = 1,
-        validate_at_end: Callable[[], dict[str, float]] | None = None,
-    ) -> tuple[WeightedAverage, dict[str, float], Metrics]:
-        """Trains on ``batches``; returns the epoch's average, latest validation and latest metrics."""
-        epoch = self.epoch
-        total = WeightedAverage()
-        validation: dict[str, float] = {}
-        metrics: Metrics = {}
+        validate_at_end: Callable[[], None] | None = None,
+    ) -> None:
+        """Trains on ``batches``, and keeps the books of it in ``self._run``."""
+        epoch, run = self.epoch, self._run
+        if run.batch == 0:
+            run.average = WeightedAverage()
         self._emit("on_epoch_begin", epoch)
         for batch in map(as_batch, batches):
-            metrics = self.train_step(batch)
-            total.add(metrics, batch_length(batch))
+            run.metrics = self.train_step(batch)
+            run.average.add(run.metrics, batch_length(batch))
+            run.step, run.batch = self.step, run.batch + 1
             # A checkpoint comes after the validation of its step, so that the two belong together.
             if validate is not None and self.step % validate_every == 0:
-                validation = validate()
+                validate()
             if self.step % save_every == 0:
                 self.save_checkpoint()
-        self.epoch += 1
         if validate_at_end is not None:
-            validation = validate_at_end()
+            validate_at_end()
+        validation = prefixed("val_", run.validation_of_epoch)
+        self.epoch, run.batch = epoch + 1, 0
         # Averages wait for the device, so they are taken only where somebody looks.
         if any(listens(listener, "on_epoch_end") for listener in self._listeners()):
-            self._emit("on_epoch_end", epoch, {**total.compute(), **prefixed("val_", validation)})
-        return total, validation, metrics
+            self._emit("on_epoch_end", epoch, {**run.average.compute(), **validation})
 
-    def _validate(self, batches: Iterator[Batch]) -> dict[str, float]:
+    def _checkpoint_to_resume(self, resume: bool | str | os.PathLike[str]) -> Path | None:
+        if resume is False:
+            return None
+        return latest_checkpoint(self.checkpoint_dir) if resume is True or resume == "latest" else Path(resume)
+
+    def _resume(self, path: Path, asked: RunProgress, length: int) -> None:
+        """Takes up the run that a checkpoint was saved in, if it is the one that is asked for."""
+        progress = load_progress(path) or {}
+        if not progress.get("run"):
+            raise CheckpointError(
+                f"`{path}` was not saved during train(), so there is no run to resume; load_checkpoint() and train on."
+            )
+        try:
+            run = RunProgress.from_dict(progress["run"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"`{path}` holds a run that cannot be understood: {error!r}.") from error
+        run.check_same_run(asked)
+        self._plan(run.first_step + length)
+        self._restore(path, progress, run)
+        self._log_text("checkpoint", f"resumed {path}, epoch {self.epoch}, batch {run.batch}")
+
+    def _restore(self, path: str | os.PathLike[str], progress: Mapping[str, Any], run: RunProgress) -> None:
+        state = load_state(path, like=self.state)
+        for listener, held in zip(self._stateful_listeners(), progress.get("listeners", ()), strict=False):
+            listener.load_state_dict(held)
+        self.state = state
+        self._run = run
+        self.epoch = progress.get("epoch", self.epoch)
+        self.history.restore(progress.get("history", ()))
+
+    def _stateful_listeners(self) -> list[Any]:
+        callbacks = self.callbacks if isinstance(self.callbacks, CallbackList) else [self.callbacks]
+        listeners = (*callbacks, *self.extensions.values())
+        return [one for one in listeners if hasattr(one, "state_dict") and hasattr(one, "load_state_dict")]
+
+    def _validate(self, batches: Iterator[Batch]) -> None:
         self._emit("on_validation_begin")
         averages = self._evaluate(batches)
+        self._run.validation_step, self._run.validation = self.step, averages
         self._log("val", self.step, averages)
         self._emit("on_validation_end", averages)
-        return averages
 
     def _evaluate(self, batches: Iterator[Batch]) -> dict[str, float]:
         average = WeightedAverage()
@@ -567,7 +624,7 @@ class Trainer:
         training = prefix == "train"
         self.history.record(step, metrics, prefix="" if training else "val_")
         if training:
-            self._logged_step = step
+            self._run.logged_step = step
         if self.log_callback is None and self.metrics_logger is None and not self._loggers:
             return
         numbers = {**read(metrics), "step": step}

@@ -13,11 +13,15 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import msgpack
 import numpy as np
 
 from trainer.bundle import DTYPES, Bundle, Leaf, LeafPath, write_bundle
 from trainer.errors import ArgumentError, CheckpointError, did_you_mean
 from trainer.state import TrainState
+
+# Beside the fields of the state, which are all that `load_state` looks at.
+_PROGRESS = ("progress",)
 
 _OWN_NAME = re.compile(r"checkpoint_(\d+)\.msgpack")
 
@@ -29,7 +33,13 @@ class Found(NamedTuple):
     read: Callable[[], np.ndarray[Any, Any]]
 
 
-def save_state(path: str | os.PathLike[str], state: TrainState, info: Mapping[str, Any] | None = None) -> Path:
+def save_state(
+    path: str | os.PathLike[str],
+    state: TrainState,
+    info: Mapping[str, Any] | None = None,
+    *,
+    progress: Mapping[str, Any] | None = None,
+) -> Path:
     """Writes ``state`` to a file, see `trainer.bundle` for its format.
 
     The file is either there as a whole or not at all, after a crash as well (`trainer.durable`).
@@ -39,6 +49,7 @@ def save_state(path: str | os.PathLike[str], state: TrainState, info: Mapping[st
         path: The file. Its directory is made if it is missing.
         state: The state.
         info: Plain values to keep beside it, shown by ``trainer inspect``.
+        progress: Plain values of any size to keep beside it, for `load_progress`.
 
     Returns:
         The path.
@@ -56,6 +67,9 @@ def save_state(path: str | os.PathLike[str], state: TrainState, info: Mapping[st
         "versions": {name: _version(name) for name in ("nnx-trainer", "jax", "flax", "optax")},
         **(info or {}),
     }
+    if progress is not None:
+        packed = np.frombuffer(msgpack.packb(progress, default=str), np.uint8)
+        leaves.append((Leaf(_PROGRESS, "uint8", packed.shape), lambda: packed))
     if path.suffix == ".pkl":
         raise CheckpointError(f"`{path}`: the pickle layout is not supported by this version; use the suffix .msgpack.")
     try:
@@ -112,6 +126,23 @@ def load_state(
             for key, leaf in wanted.items()
         ]
     return cast(TrainState, jax.tree.unflatten(structure, new))
+
+
+def load_progress(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Returns what was given to `save_state` as ``progress``, None if there was nothing.
+
+    Raises:
+        CheckpointError: The file cannot be used.
+    """
+    with Bundle(path) as bundle:
+        for leaf in bundle.leaves:
+            if leaf.path == _PROGRESS and leaf.dtype == "uint8":
+                try:
+                    progress = msgpack.unpackb(bundle.read(leaf).tobytes())
+                except (ValueError, msgpack.exceptions.UnpackException) as error:
+                    raise CheckpointError(f"`{path}` holds a progress that cannot be understood: {error}") from error
+                return progress if isinstance(progress, dict) else None
+    return None
 
 
 def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:

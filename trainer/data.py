@@ -53,10 +53,16 @@ class InMemoryData:
         for start in range(0, self.num_examples, self.batch_size):
             yield self._gather(slice(start, start + self.batch_size))
 
-    def shuffled(self, seed: tuple[int, ...], epoch: int) -> Iterator[Batch]:
-        """Yields every example once, in an order that is a pure function of seed and epoch."""
+    def shuffled(self, seed: tuple[int, ...], epoch: int, skip: int = 0) -> Iterator[Batch]:
+        """Yields every example once, in an order that is a pure function of seed and epoch.
+
+        Args:
+            seed: Words to draw from.
+            epoch: The number of the epoch.
+            skip: How many batches to leave out at the start.
+        """
         order = np.random.default_rng([*seed, epoch]).permutation(self.num_examples)
-        for start in range(0, self.num_examples, self.batch_size):
+        for start in range(skip * self.batch_size, self.num_examples, self.batch_size):
             yield self._gather(order[start : start + self.batch_size])
 
     def _gather(self, index: Any) -> Batch:

@@ -2,7 +2,7 @@
 
 import collections
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -51,6 +51,18 @@ class WeightedAverage:
         averages = {name: total / self._weights[name] for name, total in self._sums.items() if self._weights[name]}
         # A metric that only ever came with weight zero has no average, and saying so is honest.
         return {name: averages.get(name, float("nan")) for name in self._sums}
+
+    def to_dict(self) -> dict[str, dict[str, float]]:
+        """Returns the sums so far, such that `from_dict` goes on from them to the bit."""
+        self._settle(len(self._waiting))
+        return {"sums": dict(self._sums), "weights": dict(self._weights)}
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Mapping[str, float]]) -> Self:
+        """Makes an average again from what `to_dict` returned."""
+        average = cls()
+        average._sums, average._weights = dict(plain["sums"]), dict(plain["weights"])
+        return average
 
     def _settle(self, count: int) -> None:
         settled, self._waiting = self._waiting[:count], self._waiting[count:]
@@ -103,6 +115,12 @@ class History(Sequence[dict[str, Any]]):
             self._unread = min(self._unread + 1, len(self._rows))
         if self._unread > _MOST_WAITING:
             self._settle(_MOST_WAITING // 2)
+
+    def restore(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Forgets everything and takes these rows instead."""
+        self._rows.clear()
+        self._rows.extend(map(dict, rows))
+        self._unread = 0
 
     def to_dict(self) -> dict[str, list[Any]]:
         """Returns columns of one length, None where a row lacks a value: ``pandas.DataFrame`` takes it."""

@@ -471,7 +471,7 @@ class TestHooks:
             trainer.train(regression(16), 2, 8, regression(8), val_interval=1)
         assert recorder.names[-1] == "on_train_end"
         assert recorder.names.count("on_train_end") == 1
-        trainer.callbacks = CallbackList()
+        trainer.callbacks.callbacks.clear()
         trainer.train(regression(16), 1, 8)
         assert np.isfinite(trainer.evaluate(regression(8), 8)["loss"])
 

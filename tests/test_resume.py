@@ -7,7 +7,6 @@ import textwrap
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from tests.problems import Busy, Counting, config, regression, squared_error
 from tests.test_api import assert_same_bits
@@ -20,6 +19,8 @@ from trainer import (
     latest_checkpoint,
     save_state,
 )
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 EXAMPLES, BATCH, EPOCHS = 58, 4, 2  # 15 steps an epoch, the last on two examples
 STEPS = 30
@@ -73,25 +74,8 @@ def run(trainer, **options):
     return trainer.train(data, EPOCHS, BATCH, held_out, val_interval=4, **options)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Every trainer compiles the same two programs; a cache on disk spares all but the first."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
+def uninterrupted(tmp_path_factory, compiled_once):
     """A run with a checkpoint after every step."""
     directory = tmp_path_factory.mktemp("run")
     watching = Watching()

@@ -11,19 +11,29 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 
 from trainer.batches import as_batch, batch_length
-from trainer.callbacks import CallbackList, emit, listens
+from trainer.callbacks import CallbackList, Listeners, as_callback_list
 from trainer.checkpoints import default_name, latest_checkpoint, load_progress, load_state, prune, save_state
 from trainer.config import TrainingConfig
 from trainer.data import InMemoryData, one_pass, seed_from_key
-from trainer.errors import ArgumentError, ArgumentTypeError, CheckpointError, StateError, check_count
-from trainer.history import History, WeightedAverage, read
+from trainer.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    CheckpointError,
+    StateError,
+    TrainingInterrupted,
+    check_count,
+)
+from trainer.history import History, WeightedAverage
+from trainer.interruption import Interruption
 from trainer.loggers import Logger, MetricsLoggerLike, WandbLogger, prefixed
 from trainer.optimizers import make_optimizer, make_schedule, needs_horizon
 from trainer.progress import RunProgress
+from trainer.reports import Reporter
 from trainer.state import TrainState, check_model, check_optimizer
 from trainer.steps import check_extensions, check_loss_fn, make_eval_step, make_train_step
 from trainer.types import Batch, ExtensionLike, LogCallback, LossFn, Metrics
@@ -60,6 +70,7 @@ class Trainer:
         callbacks: A `trainer.CallbackList`, or any sequence of callbacks.
         extensions: By name, extensions that contribute losses or hooks.
         wrt: Which variables of the model are trained, an nnx filter.
+        handle_signals: Whether SIGTERM and Ctrl-C during `train` end it in order.
 
     Attributes:
         state: The training state. Steps consume it: whoever wants to keep one copies it first.
@@ -90,6 +101,7 @@ class Trainer:
         callbacks: CallbackList | Iterable[Any] | None = None,
         extensions: Mapping[str, ExtensionLike] | None = None,
         wrt: nnx.filterlib.Filter = nnx.Param,
+        handle_signals: bool = True,
     ) -> None:
         check_model(model)
         _check_config(training_config)
@@ -111,8 +123,9 @@ class Trainer:
         self.log_callback = log_callback
         self.save_interval = check_count(save_interval, "save_interval")
         self.checkpoint_dir = Path(checkpoint_dir or workdir or training_config.checkpoint_dir)
-        self.callbacks = _as_callback_list(callbacks)
         self.extensions = check_extensions(extensions)
+        self.callbacks = as_callback_list(callbacks)
+        self._listeners = Listeners((self.callbacks, *self.extensions.values()))
         self.history = History()
         self.epoch = 0
 
@@ -133,11 +146,13 @@ class Trainer:
                 f"to train."
             )
         self._seed = seed_from_key(rng)
-        self._loggers = [logger] if logger is not None else []
+        loggers = [logger] if logger is not None else []
         if training_config.use_wandb:
-            self._loggers.append(WandbLogger(training_config.wandb_project, training_config.name))
-        self._introduced = False
+            loggers.append(WandbLogger(training_config.wandb_project, training_config.name))
+        self._reporter = Reporter(log_callback, metrics_logger, loggers)
         self._run = RunProgress()
+        self._interruption = Interruption()
+        self._handle_signals = handle_signals
         self._compiled_steps: dict[tuple[str, ...], Callable[..., tuple[TrainState, Metrics]]] = {}
         self._compiled_eval_step = jax.jit(make_eval_step(loss_fn))
 
@@ -273,7 +288,7 @@ class Trainer:
                 "pass one, or call train(data, num_epochs, batch_size)."
             )
         config = self.training_config
-        self._introduce()
+        self._reporter.introduce(self.training_config.to_dict())
         batches = one_pass(self.train_data_loader, config.batch_size, "train_data_loader", config.steps_per_epoch)
 
         def validate() -> None:
@@ -309,6 +324,12 @@ class Trainer:
         Every example comes exactly once an epoch, in an order that depends on the initial key and
         the number of the epoch only; the last batch may be short. Validation, logging, saving and
         callbacks change nothing in what is learned.
+
+        SIGTERM and Ctrl-C are obeyed after the step (or the batch of an evaluation) that is under
+        way: the state is saved, ``on_train_end`` is emitted, the handlers that were there before are
+        restored, and `TrainingInterrupted` or KeyboardInterrupt is raised. A second signal does not
+        wait. Where the state is not finite any more nothing is saved, so that the checkpoints of
+        before are kept; `save_checkpoint` saves whatever there is.
 
         Args:
             train_data: A mapping of names to arrays of shape ``(num_examples, ...)``.
@@ -356,8 +377,9 @@ class Trainer:
             self._validate(held_out.in_order())
 
         with self._running():
-            self._introduce()
-            self._log_text("training", f"{num_epochs} epochs of {len(data)} steps, batch size {batch_size}")
+            self._reporter.introduce(self.training_config.to_dict())
+            about = f"{num_epochs} epochs of {len(data)} steps, batch size {batch_size}"
+            self._reporter.remark("training", about, self.step)
             for epoch in range(self.epoch, run.first_epoch + num_epochs):
                 self._run_epoch(
                     data.shuffled(self._seed, epoch, skip=run.batch),
@@ -365,7 +387,7 @@ class Trainer:
                     validate=validate if held_out is not None else None,
                     validate_every=val_interval,
                 )
-                if self._should_stop():
+                if self._listeners.should_stop:
                     break
             if run.logged_step != self.step:
                 self._log("train", self.step, run.metrics)
@@ -424,12 +446,12 @@ class Trainer:
             "epoch": self.epoch,
             "history": list(self.history),
             "run": self._run.to_dict() if self._run.can_resume_at(self.step) else None,
-            "listeners": [listener.state_dict() for listener in self._stateful_listeners()],
+            "listeners": self._listeners.state_dict(),
         }
         save_state(target, self.state, info, progress=progress)
         if path is None:
             prune(target.parent, config.max_checkpoints)
-        self._log_text("checkpoint", f"saved {target}")
+        self._reporter.remark("checkpoint", f"saved {target}", self.step)
         return target
 
     def load_checkpoint(self, path: str | os.PathLike[str]) -> None:
@@ -444,7 +466,7 @@ class Trainer:
             CheckpointError: The file is damaged or does not fit; the trainer is as it was.
         """
         self._restore(path, load_progress(path) or {}, RunProgress())
-        self._log_text("checkpoint", f"loaded {path}")
+        self._reporter.remark("checkpoint", f"loaded {path}", self.step)
 
     def _run_epoch(
         self,
@@ -460,6 +482,10 @@ class Trainer:
         if run.batch == 0:
             run.average = WeightedAverage()
         self._emit("on_epoch_begin", epoch)
+        # An interruption may have come between a step and the validation that was due after it.
+        due = run.batch > 0 and self.step % validate_every == 0 and run.validation_step != self.step
+        if validate is not None and due:
+            validate()
         for batch in map(as_batch, batches):
             run.metrics = self.train_step(batch)
             run.average.add(run.metrics, batch_length(batch))
@@ -468,13 +494,14 @@ class Trainer:
             if validate is not None and self.step % validate_every == 0:
                 validate()
             if self.step % save_every == 0:
-                self.save_checkpoint()
+                self._save_if_finite()
+            self._interruption.check()
         if validate_at_end is not None:
             validate_at_end()
         validation = prefixed("val_", run.validation_of_epoch)
         self.epoch, run.batch = epoch + 1, 0
         # Averages wait for the device, so they are taken only where somebody looks.
-        if any(listens(listener, "on_epoch_end") for listener in self._listeners()):
+        if self._listeners.listen("on_epoch_end"):
             self._emit("on_epoch_end", epoch, {**run.average.compute(), **validation})
 
     def _checkpoint_to_resume(self, resume: bool | str | os.PathLike[str]) -> Path | None:
@@ -496,21 +523,15 @@ class Trainer:
         run.check_same_run(asked)
         self._plan(run.first_step + length)
         self._restore(path, progress, run)
-        self._log_text("checkpoint", f"resumed {path}, epoch {self.epoch}, batch {run.batch}")
+        self._reporter.remark("checkpoint", f"resumed {path}, epoch {self.epoch}, batch {run.batch}", self.step)
 
     def _restore(self, path: str | os.PathLike[str], progress: Mapping[str, Any], run: RunProgress) -> None:
         state = load_state(path, like=self.state)
-        for listener, held in zip(self._stateful_listeners(), progress.get("listeners", ()), strict=False):
-            listener.load_state_dict(held)
+        self._listeners.load_state_dict(progress.get("listeners", []))
         self.state = state
         self._run = run
         self.epoch = progress.get("epoch", self.epoch)
         self.history.restore(progress.get("history", ()))
-
-    def _stateful_listeners(self) -> list[Any]:
-        callbacks = self.callbacks if isinstance(self.callbacks, CallbackList) else [self.callbacks]
-        listeners = (*callbacks, *self.extensions.values())
-        return [one for one in listeners if hasattr(one, "state_dict") and hasattr(one, "load_state_dict")]
 
     def _validate(self, batches: Iterator[Batch]) -> None:
         self._emit("on_validation_begin")
@@ -524,6 +545,7 @@ class Trainer:
         for index, batch in enumerate(batches):
             batch = as_batch(batch)
             average.add(self._eval_step(batch, index), batch_length(batch))
+            self._interruption.check()
         return average.compute()
 
     def _eval_step(self, batch: Batch, index: int) -> Metrics:
@@ -550,7 +572,7 @@ class Trainer:
         step = self._known_step
         self.state = self.state.replace(
             extensions={
-                name: {**held[name], "weight": jax.numpy.asarray(weight, held[name]["weight"].dtype)}
+                name: {**held[name], "weight": jnp.asarray(weight, held[name]["weight"].dtype)}
                 for name, weight in weights.items()
             }
         )
@@ -586,71 +608,57 @@ class Trainer:
             self._horizon = total_steps
             self._compiled_steps.clear()
 
-    def _listeners(self) -> tuple[Any, ...]:
-        return (self.callbacks, *self.extensions.values())
-
     def _emit(self, event: str, *args: Any) -> None:
-        for listener in self._listeners():
-            emit(listener, event, self, *args)
-
-    def _should_stop(self) -> bool:
-        return any(getattr(listener, "should_stop", False) for listener in self._listeners())
+        self._listeners.emit(event, self, *args)
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
-        try:
-            self._emit("on_train_begin")
-            yield
-        except BaseException as error:
-            for failure in self._end_run():
-                error.add_note(f"and on_train_end raised {failure!r}")
-            raise
-        for failure in self._end_run():
-            raise failure
-
-    def _end_run(self) -> list[Exception]:
-        """Emits ``on_train_end`` to every single listener, and returns what they raised."""
-        failures = []
-        callbacks = self.callbacks if isinstance(self.callbacks, CallbackList) else [self.callbacks]
-        for listener in (*callbacks, *self.extensions.values()):
+        """Emits the first and the last event of a run, whatever happens between, and minds signals."""
+        watching = self._interruption.watching() if self._handle_signals else contextlib.nullcontext()
+        with watching:
             try:
-                emit(listener, "on_train_end", self)
-            except Exception as failure:
-                failures.append(failure)
-        return failures
+                self._emit("on_train_begin")
+                yield
+                # One that came after the last step must not be lost: somebody wants the process to end.
+                self._interruption.check()
+            except BaseException as error:
+                if self._interruption.received is not None:
+                    self._save_interrupted(error)
+                for failure in self._listeners.emit_to_all("on_train_end", self):
+                    error.add_note(f"and on_train_end raised {failure!r}")
+                raise
+            finally:
+                self._interruption.received = None
+            for failure in self._listeners.emit_to_all("on_train_end", self):
+                raise failure
+
+    def _save_interrupted(self, error: BaseException) -> None:
+        """Saves the state for `resume`; what goes wrong then must not hide the interruption."""
+        try:
+            path = self._save_if_finite()
+        except (CheckpointError, StateError) as failure:
+            error.add_note(f"the state could not be saved: {failure}")
+            return
+        if path is not None:
+            error.add_note(f"the state was saved to {path}; train(..., resume=True) goes on from it")
+        if isinstance(error, TrainingInterrupted):
+            error.path = path
+
+    def _save_if_finite(self) -> Path | None:
+        if bool(_is_finite((self.state.params, self.state.model_state))):
+            return self.save_checkpoint()
+        warnings.warn(
+            f"the state is not finite any more at step {self.step}; it was not saved, and earlier checkpoints stay.",
+            stacklevel=2,
+        )
+        return None
 
     def _log(self, prefix: str, step: int, metrics: Mapping[str, Any]) -> None:
         """Records metrics, and tells them to everyone who asked. ``prefix``: "train" or "val"."""
-        training = prefix == "train"
-        self.history.record(step, metrics, prefix="" if training else "val_")
-        if training:
+        self.history.record(step, metrics, prefix="" if prefix == "train" else "val_")
+        if prefix == "train":
             self._run.logged_step = step
-        if self.log_callback is None and self.metrics_logger is None and not self._loggers:
-            return
-        numbers = {**read(metrics), "step": step}
-        if self.log_callback is not None:
-            self.log_callback(step, numbers, prefix=prefix)
-        if self.metrics_logger is not None:
-            told = self.metrics_logger
-            (told.log_training_metrics if training else told.log_validation_metrics)(numbers, step=step)
-        self._log_scalars(f"{prefix}/", numbers, step)
-
-    def _log_scalars(self, prefix: str, numbers: Mapping[str, float], step: int) -> None:
-        # A metrics logger that wraps a logger has told it already.
-        wrapped = getattr(self.metrics_logger, "logger", None)
-        for logger in self._loggers:
-            if logger is not wrapped:
-                logger.log_scalars(prefixed(prefix, numbers), step)
-
-    def _log_text(self, name: str, text: str) -> None:
-        for logger in self._loggers:
-            logger.log_text(name, text, self.step)
-
-    def _introduce(self) -> None:
-        if not self._introduced:
-            for logger in self._loggers:
-                logger.log_hyperparams(self.training_config.to_dict())
-        self._introduced = True
+        self._reporter.report(prefix, step, metrics)
 
     def _explain_lost_state(self, error: Exception) -> None:
         try:
@@ -659,6 +667,12 @@ class Trainer:
             if "deleted" in str(error) or "donated" in str(error):
                 raise lost from error
             error.add_note("the state was donated to the step that failed and is gone; load a checkpoint to go on")
+
+
+@jax.jit
+def _is_finite(tree: Any) -> jax.Array:
+    floating = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in floating]))
 
 
 def _check_config(config: Any) -> None:
@@ -684,17 +698,3 @@ def _warn_of_unused_schedule(config: TrainingConfig) -> None:
             "that one, for example with trainer.make_schedule.",
             stacklevel=3,
         )
-
-
-def _as_callback_list(callbacks: Any) -> Any:
-    if callbacks is None:
-        return CallbackList()
-    # A list of the caller's own kind dispatches by itself.
-    if isinstance(callbacks, CallbackList) or hasattr(callbacks, "on_batch_end"):
-        return callbacks
-    if isinstance(callbacks, Iterable):
-        return CallbackList(callbacks)
-    raise ArgumentTypeError(
-        f"`callbacks` is of type {type(callbacks).__name__}; it must be a trainer.CallbackList or a sequence of "
-        f"callbacks."
-    )

@@ -19,6 +19,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TextIO
 
+from trainer.errors import ArgumentTypeError
+
 EVENTS = (
     "on_train_begin",
     "on_train_end",
@@ -119,6 +121,72 @@ def _dispatcher(event: str) -> Callable[..., None]:
 
 for _event in EVENTS:
     setattr(CallbackList, _event, _dispatcher(_event))
+
+
+class Listeners:
+    """The callbacks and extensions of a trainer, in the order in which they hear of events."""
+
+    def __init__(self, listeners: Iterable[Any]) -> None:
+        self._listeners = tuple(listeners)
+
+    def emit(self, event: str, *args: Any) -> None:
+        """Calls an event on each."""
+        for listener in self._listeners:
+            emit(listener, event, *args)
+
+    def emit_to_all(self, event: str, *args: Any) -> list[Exception]:
+        """Calls an event on each, whatever the ones before raise; returns what they raised."""
+        failures = []
+        for listener in self._each():
+            try:
+                emit(listener, event, *args)
+            except Exception as failure:
+                failures.append(failure)
+        return failures
+
+    def listen(self, event: str) -> bool:
+        """Tells whether any of them does anything at an event."""
+        return any(listens(listener, event) for listener in self._listeners)
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether any of them asks to stop."""
+        return any(getattr(listener, "should_stop", False) for listener in self._listeners)
+
+    def state_dict(self) -> list[Any]:
+        """Returns the states of those that have one, in order."""
+        return [listener.state_dict() for listener in self._stateful()]
+
+    def load_state_dict(self, states: Iterable[Any]) -> None:
+        """Gives each of those that have a state its own back."""
+        for listener, state in zip(self._stateful(), states, strict=False):
+            listener.load_state_dict(state)
+
+    def _stateful(self) -> list[Any]:
+        return [one for one in self._each() if hasattr(one, "state_dict") and hasattr(one, "load_state_dict")]
+
+    def _each(self) -> Iterator[Any]:
+        for listener in self._listeners:
+            yield from listener if isinstance(listener, CallbackList) else (listener,)
+
+
+def as_callback_list(callbacks: Any) -> Any:
+    """Returns callbacks as one listener.
+
+    Raises:
+        ArgumentTypeError: They are neither a list nor something that listens.
+    """
+    if callbacks is None:
+        return CallbackList()
+    # A list of the caller's own kind dispatches by itself.
+    if isinstance(callbacks, CallbackList) or any(hasattr(callbacks, event) for event in EVENTS):
+        return callbacks
+    if isinstance(callbacks, Iterable):
+        return CallbackList(callbacks)
+    raise ArgumentTypeError(
+        f"`callbacks` is of type {type(callbacks).__name__}; it must be a trainer.CallbackList or a sequence of "
+        f"callbacks."
+    )
 
 
 class Progress(Callback):

@@ -9,11 +9,15 @@
     ├── StateError (RuntimeError)         a training state that cannot be used any more
     └── CheckpointError (ValueError)      a file that cannot be written or loaded
 
+    TrainingInterrupted (SystemExit)      SIGTERM came during a run, which ended in order
+
 Every message names the argument in backticks, what came, what was wanted and what to do.
 """
 
+import signal
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -49,6 +53,22 @@ class StateError(TrainerError, RuntimeError):
 
 class CheckpointError(TrainerError, ValueError):
     """A checkpoint could not be written, read, or fitted to the state at hand."""
+
+
+class TrainingInterrupted(SystemExit):
+    """SIGTERM ended a run, whose state was saved. Not caught, it ends the process with status 143.
+
+    Attributes:
+        path: The checkpoint with which ``train(..., resume=True)`` goes on, None if there is none.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(128 + signal.SIGTERM)
+        self.message = message
+        self.path: Path | None = None
+
+    def __str__(self) -> str:
+        return self.message
 
 
 def leaf_path(path: Iterable[Any]) -> str:

@@ -3,6 +3,8 @@
 import dataclasses
 import datetime
 import functools
+import os
+import pickle
 
 import chex
 import jax
@@ -114,6 +116,68 @@ def test_a_loaded_state_trains_and_is_donated_like_any_other(tmp_path, compilati
     assert compilations["jit(train_step)"] == 1
 
 
+class TestPickles:
+    @pytest.mark.parametrize("make", [Linear, Busy, Tied, Containers, Odd], ids=lambda make: make.__name__)
+    def test_a_state_comes_back_equal(self, make, tmp_path):
+        state = create(make(rngs=nnx.Rngs(0)), extensions=EXTENSIONS).replace(step=jnp.int32(7))
+        other = create(make(rngs=nnx.Rngs(1)), extensions=EXTENSIONS, rng=jax.random.key(9))
+        assert_equal(load_state(save_state(tmp_path / "s.pkl", state), like=other), state)
+
+    def test_plain_pickle_reads_the_keys_of_the_reference(self, tmp_path):
+        state = create(Linear()).replace(step=jnp.int32(7))
+        with open(save_state(tmp_path / "s.pkl", state), "rb") as file:
+            bundle = pickle.load(file)
+        assert list(bundle) == ["step", "opt_state", "model_state", "rng", "extensions_state"]
+        assert bundle["step"] == 7
+        np.testing.assert_array_equal(bundle["model_state"]["layer"]["kernel"], state.params["layer"]["kernel"])
+
+    def test_what_the_reference_wrote_is_read_whatever_it_is_called(self, tmp_path):
+        model, optimizer = Busy(rngs=nnx.Rngs(1)), optax.adam(1e-2)
+        bundle = {
+            "step": 5,
+            "opt_state": optimizer.init(nnx.state(model, nnx.Param)),
+            "model_state": nnx.state(model),
+            "rng": jax.random.PRNGKey(1),
+            "extensions_state": {},
+        }
+        (tmp_path / "old.msgpack").write_bytes(pickle.dumps(bundle))
+        loaded = load_state(tmp_path / "old.msgpack", like=create(Busy(), rng=jax.random.PRNGKey(0)))
+        assert_equal(loaded, create(model, rng=jax.random.PRNGKey(1)).replace(step=jnp.int32(5)))
+
+    def test_the_live_weight_of_an_extension_stays(self, tmp_path):
+        path = save_state(tmp_path / "s.pkl", create(Linear(), extensions=EXTENSIONS))
+        light = Counting()
+        light.weight = 0.25
+        loaded = load_state(path, like=create(Linear(), extensions={"size": light}))
+        assert loaded.extensions["size"]["weight"] == 0.25
+
+    def test_one_that_does_not_fit_is_refused_by_name(self, tmp_path):
+        path = save_state(tmp_path / "s.pkl", create(Busy()))
+        with pytest.raises(
+            CheckpointError, match=r"params/inner/kernel: \(4, 8\) float32 in the file, \(4, 9\) float32"
+        ):
+            load_state(path, like=create(Busy(width=9)))
+
+    def test_one_that_would_run_code_does_not(self, tmp_path):
+        class Evil:
+            def __reduce__(self):
+                return os.system, ("touch " + str(tmp_path / "ran"),)
+
+        (tmp_path / "evil.pkl").write_bytes(pickle.dumps({"step": Evil()}))
+        with pytest.raises(CheckpointError, match="Nothing in it was executed"):
+            load_state(tmp_path / "evil.pkl", like=create(Linear()))
+        assert not (tmp_path / "ran").exists()
+
+    def test_a_trainer_saves_and_loads_them(self, tmp_path):
+        trainer = Trainer(Busy(), config(), loss_fn=squared_error)
+        trainer.train_step(regression())
+        path = trainer.save_checkpoint(tmp_path / "s.pkl")
+        other = Trainer(Busy(rngs=nnx.Rngs(5)), config(), loss_fn=squared_error)
+        other.load_checkpoint(path)
+        assert other.step == 1
+        assert_equal(other.state, trainer.state)
+
+
 class TestParts:
     def test_only_what_is_named_is_loaded(self, tmp_path):
         saved = create(Busy(rngs=nnx.Rngs(1)), rng=jax.random.key(1)).replace(step=jnp.int32(9))
@@ -219,10 +283,6 @@ class TestRefusals:
             wide = dataclasses.replace(leaves[0][0], dtype="float64"), lambda: np.zeros(8, np.float64)
             write_bundle(path, {}, [wide, *leaves[1:]])
         assert "params/inner/bias: (8,) float64 in the file (64 bits need jax_enable_x64)" in self.refused(path)
-
-    def test_the_pickle_layout(self, tmp_path):
-        with pytest.raises(CheckpointError, match="the pickle layout is not supported by this version"):
-            save_state(tmp_path / "s.pkl", create(Linear()))
 
     def test_a_donated_state(self, tmp_path):
         state = create(Linear())

@@ -34,7 +34,8 @@ ARROWS = {
     "data": {"batches", "errors", "types"},
     "durable": set(),
     "bundle": {"durable", "errors"},
-    "checkpoints": {"bundle", "errors", "state"},
+    "pickles": {"errors", "state"},
+    "checkpoints": {"bundle", "durable", "errors", "pickles", "state"},
     "cli": {"bundle", "checkpoints", "errors"},
     "__main__": {"cli"},
 }

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,9 @@ import msgpack
 import numpy as np
 
 from trainer.bundle import DTYPES, Bundle, Leaf, LeafPath, write_bundle
+from trainer.durable import replacing
 from trainer.errors import ArgumentError, CheckpointError, did_you_mean
+from trainer.pickles import read_pickle, write_pickle
 from trainer.state import TrainState
 
 # Beside the fields of the state, which are all that `load_state` looks at.
@@ -40,7 +42,7 @@ def save_state(
     *,
     progress: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes ``state`` to a file, see `trainer.bundle` for its format.
+    """Writes ``state`` to a file, see `trainer.bundle` for its format, or `trainer.pickles` for ``.pkl``.
 
     The file is either there as a whole or not at all, after a crash as well (`trainer.durable`).
     One array at a time is on the host.
@@ -70,11 +72,13 @@ def save_state(
     if progress is not None:
         packed = np.frombuffer(msgpack.packb(progress, default=str), np.uint8)
         leaves.append((Leaf(_PROGRESS, "uint8", packed.shape), lambda: packed))
-    if path.suffix == ".pkl":
-        raise CheckpointError(f"`{path}`: the pickle layout is not supported by this version; use the suffix .msgpack.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_bundle(path, about, leaves)
+        if path.suffix == ".pkl":
+            with replacing(path, 0) as file:
+                write_pickle(cast(BinaryIO, file), state)
+        else:
+            write_bundle(path, about, leaves)
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"`{path}` could not be written: {error}") from error
     return path
@@ -92,7 +96,9 @@ def load_state(
     Everything is compared before an array is read, and every array's checksum is verified.
 
     Args:
-        path: A file written by `save_state`.
+        path: A file written by `save_state`, or a pickle of the reference implementation. The first
+            bytes tell which, not the name. Of a pickle nothing is executed (`trainer.pickles`), but
+            it has no checksums; save it again in our format.
         like: A state of the same model, optimizer and extensions. Its values matter only where the
             file's are not wanted; it may be a donated one if all are.
         strict: Whether everything must fit. If not, what does not keeps the value that it has in
@@ -112,7 +118,7 @@ def load_state(
     leaves, structure = jax.tree.flatten_with_path(like)
     wanted = {_parts(keys): leaf for keys, leaf in leaves}
     with ExitStack() as stack:
-        found = {key: value for key, value in _open(path, stack).items() if key[0] in fields}
+        found = {key: value for key, value in _open(path, like, stack).items() if key[0] in fields}
         problems = dict(_mismatches({key: leaf for key, leaf in wanted.items() if key[0] in fields}, found))
         if problems:
             shown = "; ".join(list(problems.values())[:20])
@@ -134,6 +140,8 @@ def load_progress(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     Raises:
         CheckpointError: The file cannot be used.
     """
+    if _is_pickle(Path(path)):
+        return None
     with Bundle(path) as bundle:
         for leaf in bundle.leaves:
             if leaf.path == _PROGRESS and leaf.dtype == "uint8":
@@ -240,9 +248,36 @@ def _fields_to_load(only: Iterable[str] | None) -> set[str]:
     return chosen
 
 
-def _open(path: Path, stack: ExitStack) -> dict[LeafPath, Found]:
+def _open(path: Path, like: TrainState, stack: ExitStack) -> dict[LeafPath, Found]:
+    if _is_pickle(path):
+        return _open_pickle(path, like)
     bundle = stack.enter_context(Bundle(path))
     return {leaf.path: Found(leaf, functools.partial(bundle.read, leaf)) for leaf in bundle.leaves}
+
+
+def _is_pickle(path: Path) -> bool:
+    # A named pipe would wait for a writer; whatever is no file is refused, with a reason, by the bundle.
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(1) == b"\x80"
+
+
+def _open_pickle(path: Path, like: TrainState) -> dict[LeafPath, Found]:
+    paths = {"/".join(map(str, parts)): parts for parts in map(_parts, _key_paths(like))}
+    found: dict[LeafPath, Found] = {}
+    for name, (array, key) in read_pickle(path, like).items():
+        leaf = Leaf(paths.get(name, tuple(name.split("/"))), array.dtype.name, array.shape, key)
+        found[leaf.path] = Found(leaf, functools.partial(np.array, array))
+    # That layout has no weights: those of the live extensions stay.
+    for name, extension in like.extensions.items():
+        place, weight = ("extensions", name, "weight"), extension["weight"]
+        found[place] = Found(_described(place, weight), functools.partial(np.array, weight))
+    return found
+
+
+def _key_paths(like: TrainState) -> Iterator[Any]:
+    return (keys for keys, _ in jax.tree.leaves_with_path(like))
 
 
 def _mismatches(wanted: dict[LeafPath, jax.Array], found: dict[LeafPath, Found]) -> Iterator[tuple[LeafPath, str]]:

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from trainer import TrainState, load_state, save_state
+from trainer import OptimizerConfig, Trainer, TrainingConfig, TrainState, load_state, save_state
 from trainer.bundle import Bundle
 
 
@@ -84,6 +84,17 @@ def seconds(function):
     return time.perf_counter() - start
 
 
+def held_up(state, directory):
+    """Returns the seconds of a copy to the host, and those for which a save in the background holds training up."""
+    config = TrainingConfig(optimizer=OptimizerConfig(optimizer_type="sgd", learning_rate=0.1))
+    trainer = Trainer(nnx.Linear(1, 1, rngs=nnx.Rngs(0)), config, loss_fn=lambda *_: None, workdir=directory)
+    trainer.state = state
+    copying = seconds(lambda: [np.array(leaf, copy=True) for leaf in jax.tree.leaves(state.params)])
+    holding = seconds(lambda: trainer.save_checkpoint(background=True))
+    trainer.close()
+    return copying, holding
+
+
 def main(sizes, turns=5):
     for mebibytes in sizes:
         state = TrainState.create(Wide(mebibytes), optax.sgd(0.1), rng=jax.random.key(0))
@@ -95,6 +106,7 @@ def main(sizes, turns=5):
                 for what, (save, load) in all_of_them.items():
                     saves[what].append(seconds(save))
                     loads[what].append(seconds(load))
+            held = [held_up(state, Path(name)) for _ in range(turns)]
             header = statistics.median(seconds(lambda: Bundle(Path(name) / "ours").close()) for _ in range(turns))
         raw = next(iter(all_of_them))
         print(f"{size / 1e6:.0f} MB of state")
@@ -105,6 +117,8 @@ def main(sizes, turns=5):
                 ratio = statistics.median(a / b for a, b in zip(times[raw], times[what], strict=True))
                 row.append(f"{rate:6.2f} GB/s {ratio:5.2f}x raw")
             print(f"  {what:24s} save {row[0]}    load {row[1]}")
+        copying, ratio = statistics.median(c for c, _ in held), statistics.median(h / c for c, h in held)
+        print(f"  a background save holds training up for {ratio:.2f}x the copy to the host ({copying * 1e3:.0f} ms)")
         print(f"  the tree without its arrays: {header * 1e3:.2f} ms")
 
 

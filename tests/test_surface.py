@@ -30,6 +30,7 @@ ARROWS = {
     "history": {"steps"},
     "progress": {"errors", "history", "types"},
     "interruption": {"errors"},
+    "background": set(),
     "reports": {"history", "loggers", "types"},
     "data": {"batches", "errors", "types"},
     "durable": set(),

@@ -15,9 +15,18 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from trainer.background import BackgroundSaver
 from trainer.batches import as_batch, batch_length
 from trainer.callbacks import CallbackList, Listeners, as_callback_list
-from trainer.checkpoints import default_name, latest_checkpoint, load_progress, load_state, prune, save_state
+from trainer.checkpoints import (
+    default_name,
+    latest_checkpoint,
+    load_progress,
+    load_state,
+    prune,
+    take_snapshot,
+    write_snapshot,
+)
 from trainer.config import TrainingConfig
 from trainer.data import InMemoryData, one_pass, seed_from_key
 from trainer.errors import (
@@ -152,6 +161,7 @@ class Trainer:
         self._reporter = Reporter(log_callback, metrics_logger, loggers)
         self._run = RunProgress()
         self._interruption = Interruption()
+        self._saver = BackgroundSaver()
         self._handle_signals = handle_signals
         self._compiled_steps: dict[tuple[str, ...], Callable[..., tuple[TrainState, Metrics]]] = {}
         self._compiled_eval_step = jax.jit(make_eval_step(loss_fn))
@@ -300,6 +310,7 @@ class Trainer:
             save_every=config.save_frequency,
             validate_at_end=validate if self.val_data_loader is not None else None,
         )
+        self._saver.wait()
         return {**run.average.compute(), **prefixed("val_", run.validation)}
 
     def train(
@@ -422,11 +433,18 @@ class Trainer:
         """
         return self._evaluate(InMemoryData(data, check_count(batch_size, "batch_size"), "data").in_order())
 
-    def save_checkpoint(self, path: str | os.PathLike[str] | None = None) -> Path:
+    def save_checkpoint(self, path: str | os.PathLike[str] | None = None, *, background: bool = False) -> Path:
         """Writes the state to a file, whole or not at all.
 
         It is ``save_state(path, trainer.state)``. Without a path the name carries the step, and
         only the latest ``max_checkpoints`` of these are kept.
+
+        Args:
+            path: The file; one that ends in ``.pkl`` gets the reference's pickle layout.
+            background: Return as soon as the arrays are copied to the host, and write beside the
+                training. What is saved is the state of now. One save is under way at most; what it
+                raises is raised by the next step of `train`, the next save or load, or `close`. An
+                interpreter that exits waits for it. A pickle is always written at once.
 
         Returns:
             The path of the file.
@@ -448,11 +466,29 @@ class Trainer:
             "run": self._run.to_dict() if self._run.can_resume_at(self.step) else None,
             "listeners": self._listeners.state_dict(),
         }
-        save_state(target, self.state, info, progress=progress)
-        if path is None:
-            prune(target.parent, config.max_checkpoints)
+        snapshot = take_snapshot(self.state, info, progress=progress)
+
+        def write() -> None:
+            write_snapshot(target, snapshot)
+            if path is None:
+                prune(target.parent, config.max_checkpoints)
+
+        if background and target.suffix != ".pkl":
+            snapshot = snapshot.on_host()
+            self._saver.start(write)
+        else:
+            self._saver.wait()
+            write()
         self._reporter.remark("checkpoint", f"saved {target}", self.step)
         return target
+
+    def close(self) -> None:
+        """Waits for a save in the background.
+
+        Raises:
+            CheckpointError: It could not be written.
+        """
+        self._saver.wait()
 
     def load_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Restores the state from a file that `save_checkpoint` wrote.
@@ -465,6 +501,7 @@ class Trainer:
         Raises:
             CheckpointError: The file is damaged or does not fit; the trainer is as it was.
         """
+        self._saver.wait()
         self._restore(path, load_progress(path) or {}, RunProgress())
         self._reporter.remark("checkpoint", f"loaded {path}", self.step)
 
@@ -494,7 +531,8 @@ class Trainer:
             if validate is not None and self.step % validate_every == 0:
                 validate()
             if self.step % save_every == 0:
-                self._save_if_finite()
+                self._save_if_finite(background=True)
+            self._saver.check()
             self._interruption.check()
         if validate_at_end is not None:
             validate_at_end()
@@ -507,6 +545,7 @@ class Trainer:
     def _checkpoint_to_resume(self, resume: bool | str | os.PathLike[str]) -> Path | None:
         if resume is False:
             return None
+        self._saver.wait()
         return latest_checkpoint(self.checkpoint_dir) if resume is True or resume == "latest" else Path(resume)
 
     def _resume(self, path: Path, asked: RunProgress, length: int) -> None:
@@ -619,9 +658,14 @@ class Trainer:
             try:
                 self._emit("on_train_begin")
                 yield
+                self._saver.wait()
                 # One that came after the last step must not be lost: somebody wants the process to end.
                 self._interruption.check()
             except BaseException as error:
+                try:
+                    self._saver.wait()
+                except CheckpointError as unsaved:
+                    error.add_note(f"and a save in the background raised {unsaved!r}")
                 if self._interruption.received is not None:
                     self._save_interrupted(error)
                 for failure in self._listeners.emit_to_all("on_train_end", self):
@@ -644,9 +688,9 @@ class Trainer:
         if isinstance(error, TrainingInterrupted):
             error.path = path
 
-    def _save_if_finite(self) -> Path | None:
+    def _save_if_finite(self, *, background: bool = False) -> Path | None:
         if bool(_is_finite((self.state.params, self.state.model_state))):
-            return self.save_checkpoint()
+            return self.save_checkpoint(background=background)
         warnings.warn(
             f"the state is not finite any more at step {self.step}; it was not saved, and earlier checkpoints stay.",
             stacklevel=2,

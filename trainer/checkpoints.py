@@ -1,12 +1,14 @@
 """Checkpoints: a state in a file, whole or not at all, checked before anything is touched."""
 
+import contextlib
+import dataclasses
 import datetime
 import functools
 import importlib.metadata
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -35,6 +37,70 @@ class Found(NamedTuple):
     read: Callable[[], np.ndarray[Any, Any]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """What will be written: descriptions, and how to get the arrays.
+
+    Attributes:
+        state: The state it was taken of.
+        info: Plain values about it, for people.
+        leaves: The arrays with their descriptions.
+    """
+
+    state: TrainState
+    info: dict[str, Any]
+    leaves: Sequence[tuple[Leaf, Callable[[], np.ndarray[Any, Any]]]]
+
+    def on_host(self) -> "Snapshot":
+        """Copies all arrays now, so that the state may be donated before they are written."""
+        for leaf in jax.tree.leaves(self.state):
+            if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                leaf.copy_to_host_async()
+        # On the CPU what NumPy is shown is the buffer itself.
+        copies = [(leaf, functools.partial(np.asarray, np.array(get(), copy=True))) for leaf, get in self.leaves]
+        return dataclasses.replace(self, leaves=copies)
+
+
+def take_snapshot(
+    state: TrainState, info: Mapping[str, Any] | None = None, *, progress: Mapping[str, Any] | None = None
+) -> Snapshot:
+    """Describes a state for `write_snapshot`; arguments as for `save_state`. Copies nothing yet.
+
+    Raises:
+        CheckpointError: An array is spread over processes, or of a dtype that no file can hold.
+        StateError: The state was donated to a step.
+    """
+    state.check_alive()
+    leaves = [_to_write(keys, leaf) for keys, leaf in jax.tree.leaves_with_path(state)]
+    about = {
+        "step": int(state.step),
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {name: _version(name) for name in ("nnx-trainer", "jax", "flax", "optax")},
+        **(info or {}),
+    }
+    if progress is not None:
+        packed = np.frombuffer(msgpack.packb(progress, default=str), np.uint8)
+        leaves.append((Leaf(_PROGRESS, "uint8", packed.shape), lambda: packed))
+    return Snapshot(state, about, leaves)
+
+
+def write_snapshot(path: Path, snapshot: Snapshot) -> None:
+    """Writes a snapshot to a file, in the format that its name asks for.
+
+    Raises:
+        CheckpointError: The file could not be written; what was there before is untouched.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".pkl":
+            with replacing(path, 0) as file:
+                write_pickle(cast(BinaryIO, file), snapshot.state)
+        else:
+            write_bundle(path, snapshot.info, snapshot.leaves)
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"`{path}` could not be written: {error}") from error
+
+
 def save_state(
     path: str | os.PathLike[str],
     state: TrainState,
@@ -61,26 +127,7 @@ def save_state(
         StateError: The state was donated to a step.
     """
     path = Path(path)
-    state.check_alive()
-    leaves = [_to_write(keys, leaf) for keys, leaf in jax.tree.leaves_with_path(state)]
-    about = {
-        "step": int(state.step),
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {name: _version(name) for name in ("nnx-trainer", "jax", "flax", "optax")},
-        **(info or {}),
-    }
-    if progress is not None:
-        packed = np.frombuffer(msgpack.packb(progress, default=str), np.uint8)
-        leaves.append((Leaf(_PROGRESS, "uint8", packed.shape), lambda: packed))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".pkl":
-            with replacing(path, 0) as file:
-                write_pickle(cast(BinaryIO, file), state)
-        else:
-            write_bundle(path, about, leaves)
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"`{path}` could not be written: {error}") from error
+    write_snapshot(path, take_snapshot(state, info, progress=progress))
     return path
 
 
@@ -256,11 +303,12 @@ def _open(path: Path, like: TrainState, stack: ExitStack) -> dict[LeafPath, Foun
 
 
 def _is_pickle(path: Path) -> bool:
-    # A named pipe would wait for a writer; whatever is no file is refused, with a reason, by the bundle.
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(1) == b"\x80"
+    # A named pipe would wait for a writer. What cannot be read is refused by the bundle, with a reason.
+    with contextlib.suppress(OSError):
+        if path.is_file():
+            with path.open("rb") as file:
+                return file.read(1) == b"\x80"
+    return False
 
 
 def _open_pickle(path: Path, like: TrainState) -> dict[LeafPath, Found]:

@@ -19,16 +19,19 @@ from tests.test_state import Containers, Odd, Tied
 from trainer import (
     ArgumentError,
     CheckpointError,
+    OptimizerConfig,
     StateError,
     Trainer,
     TrainState,
     latest_checkpoint,
     load_state,
+    make_optimizer,
     make_train_step,
     save_state,
 )
 from trainer.bundle import Bundle, write_bundle
 from trainer.checkpoints import describe_leaf, prune
+from trainer.config import OPTIMIZER_FIELDS
 
 EXTENSIONS = {"size": Counting()}
 
@@ -74,6 +77,28 @@ def test_dtypes_come_back(dtype, tmp_path):
     model.none = nnx.BatchStat(jnp.zeros((0, 3), dtype))
     state = create(model)
     assert_equal(load_state(save_state(tmp_path / "s.msgpack", state), like=state), state)
+
+
+def of_optax():
+    """Every optimizer of the factory, and wrappers whose states are of many kinds."""
+    for name in OPTIMIZER_FIELDS:
+        yield name, make_optimizer(OptimizerConfig(optimizer_type=name, learning_rate=1e-2))
+    sgd = optax.sgd(0.1, momentum=0.9)
+    yield "MultiSteps", optax.MultiSteps(sgd, every_k_schedule=2).gradient_transformation()
+    yield "inject_hyperparams", optax.inject_hyperparams(optax.adam)(learning_rate=1e-2)
+    labels = lambda params: jax.tree.map(lambda leaf: "a" if leaf.ndim > 1 else "b", params)  # noqa: E731
+    yield "multi_transform", optax.multi_transform({"a": sgd, "b": optax.set_to_zero()}, labels)
+    yield "apply_if_finite", optax.apply_if_finite(sgd, 3)
+    yield "chain", optax.chain(optax.clip(1.0), optax.adam(optax.linear_schedule(1.0, 0.0, 9)))
+
+
+@pytest.mark.parametrize("optimizer", [pytest.param(optimizer, id=name) for name, optimizer in of_optax()])
+def test_states_of_every_optimizer_come_back_and_go_on(optimizer, tmp_path):
+    step = jax.jit(make_train_step(squared_error, optimizer))
+    state, _ = step(create(Busy(), optimizer), regression())
+    loaded = load_state(save_state(tmp_path / "s.msgpack", state), like=create(Busy(), optimizer))
+    assert_equal(loaded, state)
+    assert_equal(step(loaded, regression())[0], step(state, regression())[0])
 
 
 def test_arrays_go_where_their_counterparts_are(tmp_path):

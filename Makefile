@@ -25,6 +25,7 @@ format: $(READY)
 
 bench: $(READY)
 	$(RUN) benchmarks/dispatch.py
+	$(RUN) benchmarks/checkpoint.py
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .coverage

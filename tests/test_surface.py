@@ -65,7 +65,7 @@ def test_every_file_has_its_arrows():
 
 @pytest.mark.parametrize("name", sorted(PURE))
 def test_the_core_touches_no_files_clocks_or_loggers(name):
-    allowed = {"jax", "flax", "optax", "chex", "numpy", "trainer"}
+    allowed = {"__future__", "jax", "flax", "optax", "chex", "numpy", "trainer"}
     allowed |= {"collections", "dataclasses", "difflib", "functools", "typing", "weakref", "zlib"}
     allowed |= {"pathlib", "signal"} if name == "errors" else set()  # for types and numbers only
     assert {module.split(".")[0] for module in imports_of(ROOT / "trainer" / f"{name}.py")} <= allowed

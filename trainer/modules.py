@@ -1,16 +1,20 @@
 """Between nnx modules, which refer and mutate, and plain trees of arrays, which JAX can transform."""
 
+from __future__ import annotations
+
 import functools
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from trainer.errors import ArgumentError, ObjectiveError, leaf_path
+
+if TYPE_CHECKING:  # a few types, which are not worth a tenth of the time of the import
+    import chex
 
 Path = tuple[Any, ...]
 """Where a variable sits in a module: attribute names and list indices."""
@@ -33,7 +37,7 @@ class GraphDef(nnx.GraphDef[Any]):
     paths: tuple[Path, ...]
     """Where each variable sits in the module, in the order that ``nnx.merge`` wants them."""
 
-    def __new__(cls, graphdef: nnx.GraphDef[Any], paths: Iterable[Path]) -> "GraphDef":
+    def __new__(cls, graphdef: nnx.GraphDef[Any], paths: Iterable[Path]) -> GraphDef:
         code = _hash(graphdef)
         known = _interned.get(code)
         if known is not None and known == graphdef:

@@ -1,15 +1,19 @@
 """Optimizers and schedules of optax, chosen by name from a configuration."""
 
-from collections.abc import Callable
-from typing import Any
+from __future__ import annotations
 
-import chex
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from trainer.config import OptimizerConfig, SchedulerConfig
 from trainer.errors import ConfigError
+
+if TYPE_CHECKING:  # a few types, which are not worth a tenth of the time of the import
+    import chex
 
 
 def make_optimizer(

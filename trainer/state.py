@@ -5,12 +5,13 @@ holds" are one thing, and a state that was built twice compiles nothing twice. T
 field is the ``graphdef``, the shape of the module without its values.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -19,6 +20,9 @@ from flax import nnx
 from trainer.errors import ArgumentError, ArgumentTypeError, StateError, leaf_path
 from trainer.modules import Flat, GraphDef, Path, flatten, graphdef_of, join_path, nest, split_variables, variables_of
 from trainer.types import ExtensionLike
+
+if TYPE_CHECKING:  # a few types, which are not worth a tenth of the time of the import
+    import chex
 
 
 @functools.partial(

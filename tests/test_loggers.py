@@ -206,5 +206,5 @@ def test_missing_wandb_says_how_to_get_it(monkeypatch):
     with pytest.raises(ArgumentError) as caught:
         WandbLogger("project")
     assert str(caught.value) == (
-        "`TrainingConfig.use_wandb` is true but wandb is not installed; run `pip install 'nnx-trainer[wandb]'`."
+        "`TrainingConfig.use_wandb` is true but wandb is not installed; run `pip install wandb`."
     )

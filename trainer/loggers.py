@@ -123,7 +123,7 @@ class WandbLogger(Logger):
             import wandb
         except ImportError as error:
             raise ArgumentError(
-                "`TrainingConfig.use_wandb` is true but wandb is not installed; run `pip install 'nnx-trainer[wandb]'`."
+                "`TrainingConfig.use_wandb` is true but wandb is not installed; run `pip install wandb`."
             ) from error
         self._wandb: Any = wandb
         self._run = self._wandb.init(project=project, name=name or None)

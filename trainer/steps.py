@@ -287,8 +287,9 @@ def _forward(state: TrainState, batch: Batch) -> Any:
     """Returns ``model(batch["input"])`` where that can be called, else None.
 
     It runs on a model of its own that starts from the same variables, random counts included. So
-    an extension that looks on changes no batch statistics, and where the objective made the very
-    same call XLA computes it once.
+    an extension that looks on changes no batch statistics. It costs, though: where the objective made
+    the very same call XLA shares most of the forward pass, but the backward pass is computed again
+    (44 % more operations for a perceptron 64-512-1). Reporting ``model_outputs`` spares that.
     """
     model = _training(state.model())
     if "input" not in batch or not callable(model):

@@ -35,7 +35,8 @@ class LossFn(Protocol):
 
             * ``batch_weight``: how much this batch counts in averages (tokens that are not
               padding, say). Left out, a batch counts by its number of examples.
-            * ``model_outputs``: handed to the extensions, not reported. It may be any tree.
+            * ``model_outputs``: handed to the extensions, not reported. It may be any tree. Left out,
+              an enabled extension costs a second call of the model.
             * ``loss`` is replaced by the total, extensions included; ``step`` is refused.
         """
         ...

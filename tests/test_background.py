@@ -136,6 +136,25 @@ class TestFailures:
             build(tmp_path, [Failing()], save_interval=6).train(regression(24), 1, 4)
         assert caught.value.__notes__ == ["and a save in the background raised CheckpointError('the disk is gone')"]
 
+    def test_one_of_any_kind_does_not_hide_the_users_error_nor_skip_the_end(self, tmp_path, monkeypatch):
+        gate = threading.Event()
+
+        def fail_later(*_):
+            gate.wait(timeout=60)
+            raise PermissionError("not yours")
+
+        class Failing(Callback):
+            def on_epoch_end(self, trainer, epoch, logs):
+                gate.set()
+                raise ZeroDivisionError
+
+        monkeypatch.setattr("trainer.api.prune", fail_later)
+        recorder = Recorder()
+        with pytest.raises(ZeroDivisionError) as caught:
+            build(tmp_path, [Failing(), recorder], save_interval=6).train(regression(24), 1, 4)
+        assert caught.value.__notes__ == ["and a save in the background raised PermissionError('not yours')"]
+        assert recorder.names[-1] == "on_train_end"
+
     @pytest.mark.parametrize("ask", ["close", "save_checkpoint"])
     def test_one_after_a_call_is_raised_by_the_next(self, ask, tmp_path, monkeypatch):
         trainer = build(tmp_path)

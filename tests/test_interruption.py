@@ -129,6 +129,21 @@ def test_what_goes_wrong_in_saving_does_not_hide_the_interruption(tmp_path):
     assert caught.value.path is None
 
 
+def test_what_a_callback_raises_while_saving_does_not_hide_it_either(tmp_path):
+    class Stateful(Callback):
+        def state_dict(self):
+            raise ZeroDivisionError("mine")
+
+        def load_state_dict(self, state):
+            raise AssertionError
+
+    recorder = Recorder()
+    with pytest.raises(TrainingInterrupted) as caught:
+        run(build(tmp_path, [Sending(signal.SIGTERM, "on_batch_end", 2), Stateful(), recorder]))
+    assert caught.value.__notes__[0] == "the state could not be saved: mine"
+    assert recorder.names[-1] == "on_train_end"
+
+
 class TestNotFinite:
     def diverging(self, model, batch, rng, step):
         loss, metrics = squared_error(model, batch, rng, step)

@@ -1,6 +1,7 @@
 """The facade: a `Trainer` that holds a state and calls pure steps on it.
 
-This is the only module that mutates anything, and what it mutates is ``self.state``.
+This is the only module that mutates a training state, by assigning ``self.state``; beside it a trainer
+keeps the books of its runs (``history``, ``epoch``, and where the run is), which checkpoints hold as well.
 """
 
 import contextlib
@@ -664,7 +665,7 @@ class Trainer:
             except BaseException as error:
                 try:
                     self._saver.wait()
-                except CheckpointError as unsaved:
+                except Exception as unsaved:
                     error.add_note(f"and a save in the background raised {unsaved!r}")
                 if self._interruption.received is not None:
                     self._save_interrupted(error)
@@ -680,7 +681,7 @@ class Trainer:
         """Saves the state for `resume`; what goes wrong then must not hide the interruption."""
         try:
             path = self._save_if_finite()
-        except (CheckpointError, StateError) as failure:
+        except Exception as failure:
             error.add_note(f"the state could not be saved: {failure}")
             return
         if path is not None:

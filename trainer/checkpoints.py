@@ -165,7 +165,7 @@ def load_state(
     leaves, structure = jax.tree.flatten_with_path(like)
     wanted = {_parts(keys): leaf for keys, leaf in leaves}
     with ExitStack() as stack:
-        found = {key: value for key, value in _open(path, like, stack).items() if key[0] in fields}
+        found = {key: value for key, value in _open(path, like, wanted, stack).items() if key[0] in fields}
         problems = dict(_mismatches({key: leaf for key, leaf in wanted.items() if key[0] in fields}, found))
         if problems:
             shown = "; ".join(list(problems.values())[:20])
@@ -295,9 +295,9 @@ def _fields_to_load(only: Iterable[str] | None) -> set[str]:
     return chosen
 
 
-def _open(path: Path, like: TrainState, stack: ExitStack) -> dict[LeafPath, Found]:
+def _open(path: Path, like: TrainState, wanted: Iterable[LeafPath], stack: ExitStack) -> dict[LeafPath, Found]:
     if _is_pickle(path):
-        return _open_pickle(path, like)
+        return _open_pickle(path, like, wanted)
     bundle = stack.enter_context(Bundle(path))
     return {leaf.path: Found(leaf, functools.partial(bundle.read, leaf)) for leaf in bundle.leaves}
 
@@ -311,8 +311,8 @@ def _is_pickle(path: Path) -> bool:
     return False
 
 
-def _open_pickle(path: Path, like: TrainState) -> dict[LeafPath, Found]:
-    paths = {"/".join(map(str, parts)): parts for parts in map(_parts, _key_paths(like))}
+def _open_pickle(path: Path, like: TrainState, wanted: Iterable[LeafPath]) -> dict[LeafPath, Found]:
+    paths = {"/".join(map(str, parts)): parts for parts in wanted}
     found: dict[LeafPath, Found] = {}
     for name, (array, key) in read_pickle(path, like).items():
         leaf = Leaf(paths.get(name, tuple(name.split("/"))), array.dtype.name, array.shape, key)
@@ -322,10 +322,6 @@ def _open_pickle(path: Path, like: TrainState) -> dict[LeafPath, Found]:
         place, weight = ("extensions", name, "weight"), extension["weight"]
         found[place] = Found(_described(place, weight), functools.partial(np.array, weight))
     return found
-
-
-def _key_paths(like: TrainState) -> Iterator[Any]:
-    return (keys for keys, _ in jax.tree.leaves_with_path(like))
 
 
 def _mismatches(wanted: dict[LeafPath, jax.Array], found: dict[LeafPath, Found]) -> Iterator[tuple[LeafPath, str]]:

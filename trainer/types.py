@@ -1,10 +1,9 @@
 """The words that signatures are written in: aliases and documented callables, no logic."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
-from flax import nnx
 
 Batch = Mapping[str, Any]
 """Names to arrays (or trees of arrays) that share their leading dimension, the examples."""
@@ -42,12 +41,6 @@ class LossFn(Protocol):
         ...
 
 
-class TrainStep(Protocol):
-    """A pure function from a state and a batch to the next state and the metrics of the step."""
-
-    def __call__(self, state: Any, batch: Batch, /) -> tuple[Any, Metrics]: ...
-
-
 class LogCallback(Protocol):
     """Called with plain floats, ``prefix="train"`` or ``prefix="val"``."""
 
@@ -63,7 +56,3 @@ class ExtensionLike(Protocol):
     def is_enabled(self) -> bool: ...
 
     def loss_fn(self, batch: Any, model_outputs: Any, **kwargs: Any) -> jax.Array: ...
-
-
-Model = nnx.Module
-DataLoader = Iterable[Batch]

@@ -11,6 +11,7 @@ from trainer.config import OptimizerConfig as OptimizerConfig
 from trainer.config import SchedulerConfig as SchedulerConfig
 from trainer.config import TrainingConfig as TrainingConfig
 from trainer.data import InMemoryData as InMemoryData
+from trainer.early_stopping import EarlyStopping as EarlyStopping
 from trainer.errors import ArgumentError as ArgumentError
 from trainer.errors import ArgumentTypeError as ArgumentTypeError
 from trainer.errors import BatchError as BatchError
@@ -29,6 +30,7 @@ from trainer.loggers import FileLogger as FileLogger
 from trainer.loggers import Logger as Logger
 from trainer.loggers import MetricsLogger as MetricsLogger
 from trainer.loggers import WandbLogger as WandbLogger
+from trainer.model_checkpoint import ModelCheckpoint as ModelCheckpoint
 from trainer.optimizers import make_optimizer as make_optimizer
 from trainer.optimizers import make_schedule as make_schedule
 from trainer.state import TrainState as TrainState

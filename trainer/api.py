@@ -20,6 +20,7 @@ from trainer.background import BackgroundSaver
 from trainer.batches import as_batch, batch_length
 from trainer.callbacks import CallbackList, Listeners, as_callback_list
 from trainer.checkpoints import (
+    Snapshot,
     default_name,
     latest_checkpoint,
     load_progress,
@@ -86,6 +87,7 @@ class Trainer:
         state: The training state. Steps consume it: whoever wants to keep one copies it first.
         history: What was logged, see `trainer.History`.
         epoch: How many epochs this trainer has finished.
+        validates: Whether the run that is under way, or the one before, validates on anything.
 
     Raises:
         ArgumentError: An argument cannot be used; nothing has happened then. Those of a wrong type
@@ -161,6 +163,7 @@ class Trainer:
             loggers.append(WandbLogger(training_config.wandb_project, training_config.name))
         self._reporter = Reporter(log_callback, metrics_logger, loggers)
         self._run = RunProgress()
+        self.validates = val_data_loader is not None
         self._interruption = Interruption()
         self._saver = BackgroundSaver()
         self._handle_signals = handle_signals
@@ -306,6 +309,7 @@ class Trainer:
             self._validate(one_pass(self.val_data_loader, config.batch_size, "val_data_loader", None))
 
         self._run = run = RunProgress(first_epoch=self.epoch, first_step=self.step, step=self.step)
+        self.validates = self.val_data_loader is not None
         self._run_epoch(
             batches,
             save_every=config.save_frequency,
@@ -383,6 +387,7 @@ class Trainer:
         else:
             self._resume(checkpoint, run, num_epochs * len(data))
         run = self._run
+        self.validates = held_out is not None
 
         def validate() -> None:
             assert held_out is not None
@@ -393,14 +398,15 @@ class Trainer:
             about = f"{num_epochs} epochs of {len(data)} steps, batch size {batch_size}"
             self._reporter.remark("training", about, self.step)
             for epoch in range(self.epoch, run.first_epoch + num_epochs):
+                # A run that was to stop there and is resumed at its end stays stopped.
+                if run.batch == 0 and epoch > run.first_epoch and self._listeners.should_stop:
+                    break
                 self._run_epoch(
                     data.shuffled(self._seed, epoch, skip=run.batch),
                     save_every=self.save_interval,
                     validate=validate if held_out is not None else None,
                     validate_every=val_interval,
                 )
-                if self._listeners.should_stop:
-                    break
             if run.logged_step != self.step:
                 self._log("train", self.step, run.metrics)
             if held_out is None:
@@ -453,8 +459,29 @@ class Trainer:
         Raises:
             CheckpointError: It could not be written; earlier checkpoints are untouched.
         """
-        config = self.training_config
         target = self.checkpoint_dir / default_name(self.step) if path is None else Path(path)
+        snapshot = self.snapshot()
+
+        def write() -> None:
+            write_snapshot(target, snapshot)
+            if path is None:
+                prune(target.parent, self.training_config.max_checkpoints)
+
+        if background and target.suffix != ".pkl":
+            snapshot = snapshot.on_host()
+            self._saver.start(write)
+        else:
+            self._saver.wait()
+            write()
+        self._reporter.remark("checkpoint", f"saved {target}", self.step)
+        return target
+
+    def snapshot(self) -> Snapshot:
+        """Returns what a checkpoint of now holds: the state, the books of the run, and a word about both.
+
+        Nothing is copied: it is to be written before the next step, or copied first.
+        """
+        config = self.training_config
         info = {
             "name": config.name,
             "metadata": config.to_dict()["metadata"],
@@ -467,21 +494,7 @@ class Trainer:
             "run": self._run.to_dict() if self._run.can_resume_at(self.step) else None,
             "listeners": self._listeners.state_dict(),
         }
-        snapshot = take_snapshot(self.state, info, progress=progress)
-
-        def write() -> None:
-            write_snapshot(target, snapshot)
-            if path is None:
-                prune(target.parent, config.max_checkpoints)
-
-        if background and target.suffix != ".pkl":
-            snapshot = snapshot.on_host()
-            self._saver.start(write)
-        else:
-            self._saver.wait()
-            write()
-        self._reporter.remark("checkpoint", f"saved {target}", self.step)
-        return target
+        return take_snapshot(self.state, info, progress=progress)
 
     def close(self) -> None:
         """Waits for a save in the background.
@@ -690,7 +703,7 @@ class Trainer:
             error.path = path
 
     def _save_if_finite(self, *, background: bool = False) -> Path | None:
-        if bool(_is_finite((self.state.params, self.state.model_state))):
+        if bool(self.state.is_finite()):
             return self.save_checkpoint(background=background)
         warnings.warn(
             f"the state is not finite any more at step {self.step}; it was not saved, and earlier checkpoints stay.",
@@ -712,12 +725,6 @@ class Trainer:
             if "deleted" in str(error) or "donated" in str(error):
                 raise lost from error
             error.add_note("the state was donated to the step that failed and is gone; load a checkpoint to go on")
-
-
-@jax.jit
-def _is_finite(tree: Any) -> jax.Array:
-    floating = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in floating]))
 
 
 def _check_config(config: Any) -> None:

@@ -21,6 +21,7 @@ import math
 import os
 import stat
 import struct
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +34,7 @@ import xxhash
 
 from trainer.durable import replacing
 from trainer.errors import CheckpointError
+from trainer.paths import LeafPath
 
 MAGIC = b"\x89NNT\r\n\x1a\n"
 END = b"NNT.END\n"
@@ -57,8 +59,6 @@ _ML_DTYPES = """
 DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(name) for name in _NUMPY_DTYPES.split()}
 DTYPES |= {name: np.dtype(getattr(ml_dtypes, name)) for name in _ML_DTYPES.split()}
 """Every dtype that a file may name. No other name is ever looked up."""
-
-LeafPath = tuple[str | int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +86,11 @@ class Leaf:
         """The path as people write it."""
         return "/".join(map(str, self.path))
 
+    @property
+    def bytes(self) -> int:
+        """How many bytes its entries take in memory."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
 
 def write_bundle(
     path: Path, info: Mapping[str, Any], leaves: Sequence[tuple[Leaf, Callable[[], np.ndarray[Any, Any]]]]
@@ -105,7 +110,7 @@ def write_bundle(
     placed, data_length = _lay_out([leaf for leaf, _ in leaves])
     if len({leaf.path for leaf in placed}) != len(placed):
         raise ValueError("two arrays of the state have the same path")
-    header = msgpack.packb({"info": info, "leaves": list(map(_record, placed))}, default=str)
+    header = msgpack.packb({"info": info, "leaves": list(map(leaf_to_record, placed))}, default=str)
     if len(header) > _MAX_HEADER:
         raise ValueError(f"the header takes {len(header)} bytes, more than 16 MiB")
     data_start = _aligned(_DATA_START + len(header))
@@ -130,6 +135,8 @@ def write_bundle(
 class Bundle:
     """An open file whose header is verified. Arrays are read, and their checksums verified, on demand.
 
+    Several threads may read at once.
+
     Attributes:
         info: What was written about the state.
         leaves: What the file holds, in its order.
@@ -140,6 +147,7 @@ class Bundle:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self._lock = threading.Lock()
         try:
             self._file = open(self.path, "rb", buffering=0, opener=_open_without_waiting)  # noqa: SIM115
         except OSError as error:
@@ -199,12 +207,11 @@ class Bundle:
     def _stream(self, leaf: Leaf, into: memoryview) -> None:
         """Reads a leaf into memory, again from its start where that is shorter, and checks it."""
         hasher = xxhash.xxh3_64()
-        self._file.seek(self._data_start + leaf.offset)
         done = 0
         while done < leaf.size:
             start = done % len(into)
             room = into[start : start + min(_SLICE, leaf.size - done)]
-            count = self._file.readinto(room)
+            count = self._read_into(room, self._data_start + leaf.offset + done)
             if not count:
                 raise self._damaged(f"it became shorter while `{leaf.name}` was read")
             hasher.update(room[:count])
@@ -212,6 +219,13 @@ class Bundle:
         found, stored = hasher.intdigest(), self._sums[leaf.path]
         if found != stored:
             raise self._damaged(f"the checksum of `{leaf.name}` is {found:016x} where {stored:016x} was written")
+
+    def _read_into(self, memory: memoryview, offset: int) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.fileno(), [memory], offset)
+        with self._lock:  # without it, a place in the file is shared by all threads
+            self._file.seek(offset)
+            return self._file.readinto(memory) or 0
 
     def _read_prefix(self) -> tuple[int, int]:
         raw = self._read_at(0, _DATA_START)
@@ -241,7 +255,7 @@ class Bundle:
         try:
             header = msgpack.unpackb(raw, object_pairs_hook=_unique, ext_hook=_refuse_extension)
             info, records = _fields(header, info=dict, leaves=list)
-            leaves = tuple(map(_leaf, records))
+            leaves = tuple(map(leaf_from_record, records))
         except (ValueError, TypeError, RecursionError, msgpack.exceptions.UnpackException) as error:
             raise self._damaged(f"its header cannot be understood: {error}") from error
         if len({leaf.path for leaf in leaves}) != len(leaves):
@@ -295,17 +309,22 @@ def _lay_out(leaves: Sequence[Leaf]) -> tuple[list[Leaf], int]:
     """Returns the leaves with their places, and the length of the data; Python's integers cannot overflow."""
     placed, position = [], 0
     for leaf in leaves:
-        size = math.prod(leaf.shape) * DTYPES[leaf.dtype].itemsize
-        placed.append(dataclasses.replace(leaf, offset=position, size=size))
-        position = _aligned(position + size)
+        placed.append(dataclasses.replace(leaf, offset=position, size=leaf.bytes))
+        position = _aligned(position + leaf.bytes)
     return placed, position
 
 
-def _record(leaf: Leaf) -> dict[str, Any]:
+def leaf_to_record(leaf: Leaf) -> dict[str, Any]:
+    """Returns a description as plain values."""
     return {**dataclasses.asdict(leaf), "path": list(leaf.path), "shape": list(leaf.shape)}
 
 
-def _leaf(record: Any) -> Leaf:
+def leaf_from_record(record: Any) -> Leaf:
+    """Makes a description again from what `leaf_to_record` returned, or somebody else wrote.
+
+    Raises:
+        ValueError: It is no such description.
+    """
     path, dtype, shape, key, offset, size = _fields(
         record, path=list, dtype=str, shape=list, key=str | None, offset=int, size=int
     )

@@ -1,6 +1,7 @@
 """Callbacks: what a caller wants to happen around a run, outside compiled code.
 
-Events come in this order, callbacks in the order of their list and then extensions in theirs::
+Events come in this order, callbacks in the order of their list and then extensions in theirs, and last
+those that say so (``comes_last``)::
 
     on_train_begin(trainer)
       on_epoch_begin(trainer, epoch)
@@ -36,10 +37,12 @@ EVENTS = (
 class Callback:
     """Does nothing at every event; override those you need. Any object with such methods works.
 
-    Set ``should_stop`` to end the run after the current epoch.
+    Set ``should_stop`` to end the run after the current epoch. One that ``comes_last`` hears of every
+    event after all others, extensions included, because it saves what they have made of it.
     """
 
     should_stop = False
+    comes_last = False
 
     def on_train_begin(self, trainer: Any) -> None:
         """A call of ``train`` starts."""
@@ -111,7 +114,7 @@ def listens(listener: Any, event: str) -> bool:
 def _dispatcher(event: str) -> Callable[..., None]:
     def dispatch(self: CallbackList, *args: Any) -> None:
         # A copy: a callback may remove itself, which must not skip the next one.
-        for callback in tuple(self.callbacks):
+        for callback in _in_order(self.callbacks):
             emit(callback, event, *args)
 
     dispatch.__name__ = event
@@ -123,6 +126,10 @@ for _event in EVENTS:
     setattr(CallbackList, _event, _dispatcher(_event))
 
 
+def _in_order(listeners: Iterable[Any]) -> list[Any]:
+    return sorted(listeners, key=lambda listener: bool(getattr(listener, "comes_last", False)))
+
+
 class Listeners:
     """The callbacks and extensions of a trainer, in the order in which they hear of events."""
 
@@ -131,13 +138,13 @@ class Listeners:
 
     def emit(self, event: str, *args: Any) -> None:
         """Calls an event on each."""
-        for listener in self._listeners:
+        for listener in _in_order(self._each()):
             emit(listener, event, *args)
 
     def emit_to_all(self, event: str, *args: Any) -> list[Exception]:
         """Calls an event on each, whatever the ones before raise; returns what they raised."""
         failures = []
-        for listener in self._each():
+        for listener in _in_order(self._each()):
             try:
                 emit(listener, event, *args)
             except Exception as failure:
@@ -167,7 +174,8 @@ class Listeners:
 
     def _each(self) -> Iterator[Any]:
         for listener in self._listeners:
-            yield from listener if isinstance(listener, CallbackList) else (listener,)
+            # A list of the caller's own kind may do something else with an event.
+            yield from listener if type(listener) is CallbackList else (listener,)
 
 
 def as_callback_list(callbacks: Any) -> Any:

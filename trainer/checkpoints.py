@@ -1,6 +1,5 @@
 """Checkpoints: a state in a file, whole or not at all, checked before anything is touched."""
 
-import contextlib
 import dataclasses
 import datetime
 import functools
@@ -8,56 +7,53 @@ import importlib.metadata
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, cast
 
 import jax
 import jax.numpy as jnp
 import msgpack
 import numpy as np
 
-from trainer.bundle import DTYPES, Bundle, Leaf, LeafPath, write_bundle
+from trainer.bundle import DTYPES, Bundle, Leaf, write_bundle
+from trainer.containers import containers
 from trainer.durable import replacing
 from trainer.errors import ArgumentError, CheckpointError, did_you_mean
-from trainer.pickles import read_pickle, write_pickle
+from trainer.paths import LeafPath, parts_of
+from trainer.pickles import write_pickle
+from trainer.sources import PROGRESS, describe, open_source, read_progress
 from trainer.state import TrainState
-
-# Beside the fields of the state, which are all that `load_state` looks at.
-_PROGRESS = ("progress",)
 
 _OWN_NAME = re.compile(r"checkpoint_(\d+)\.msgpack")
 
 
-class Found(NamedTuple):
-    """An array in a file: what it is, and how to get it."""
-
-    leaf: Leaf
-    read: Callable[[], np.ndarray[Any, Any]]
-
-
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """What will be written: descriptions, and how to get the arrays.
+    """What will be written: descriptions and arrays.
 
     Attributes:
         state: The state it was taken of.
         info: Plain values about it, for people.
-        leaves: The arrays with their descriptions.
+        leaves: The arrays with their descriptions, keys as their words.
     """
 
     state: TrainState
     info: dict[str, Any]
-    leaves: Sequence[tuple[Leaf, Callable[[], np.ndarray[Any, Any]]]]
+    leaves: Sequence[tuple[Leaf, Any]]
 
     def on_host(self) -> "Snapshot":
-        """Copies all arrays now, so that the state may be donated before they are written."""
-        for leaf in jax.tree.leaves(self.state):
-            if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-                leaf.copy_to_host_async()
+        """Copies all arrays now, so that the state may be donated before they are written.
+
+        Raises:
+            CheckpointError: One is spread over processes.
+        """
+        for leaf, array in self.leaves:
+            _check_within_process(leaf, array)
+            if isinstance(array, jax.Array):
+                array.copy_to_host_async()
         # On the CPU what NumPy is shown is the buffer itself.
-        copies = [(leaf, functools.partial(np.asarray, np.array(get(), copy=True))) for leaf, get in self.leaves]
+        copies = [(leaf, np.array(_to_host(array), copy=True)) for leaf, array in self.leaves]
         return dataclasses.replace(self, leaves=copies)
 
 
@@ -67,20 +63,26 @@ def take_snapshot(
     """Describes a state for `write_snapshot`; arguments as for `save_state`. Copies nothing yet.
 
     Raises:
-        CheckpointError: An array is spread over processes, or of a dtype that no file can hold.
+        CheckpointError: An array is of a dtype that no file can hold.
         StateError: The state was donated to a step.
     """
     state.check_alive()
-    leaves = [_to_write(keys, leaf) for keys, leaf in jax.tree.leaves_with_path(state)]
+    leaves: list[tuple[Leaf, Any]] = []
+    for keys, leaf in jax.tree.leaves_with_path(state):
+        described = describe(parts_of(keys), leaf)
+        if described.dtype not in DTYPES:
+            raise CheckpointError(f"`{described.name}` has dtype {described.dtype}, which checkpoints do not know.")
+        leaves.append((described, jax.random.key_data(leaf) if described.key is not None else leaf))
     about = {
         "step": int(state.step),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {name: _version(name) for name in ("nnx-trainer", "jax", "flax", "optax")},
         **(info or {}),
+        "containers": containers(state.opt_state, ("opt_state",)),
     }
     if progress is not None:
         packed = np.frombuffer(msgpack.packb(progress, default=str), np.uint8)
-        leaves.append((Leaf(_PROGRESS, "uint8", packed.shape), lambda: packed))
+        leaves.append((Leaf(PROGRESS, "uint8", packed.shape), packed))
     return Snapshot(state, about, leaves)
 
 
@@ -88,15 +90,19 @@ def write_snapshot(path: Path, snapshot: Snapshot) -> None:
     """Writes a snapshot to a file, in the format that its name asks for.
 
     Raises:
-        CheckpointError: The file could not be written; what was there before is untouched.
+        CheckpointError: The file could not be written; what was there before is untouched. Or an array
+            is spread over processes, for which there is `trainer.ModelCheckpoint`.
     """
+    for leaf, array in snapshot.leaves:
+        _check_within_process(leaf, array)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".pkl":
             with replacing(path, 0) as file:
                 write_pickle(cast(BinaryIO, file), snapshot.state)
         else:
-            write_bundle(path, snapshot.info, snapshot.leaves)
+            leaves = [(leaf, functools.partial(_to_host, array)) for leaf, array in snapshot.leaves]
+            write_bundle(path, snapshot.info, leaves)
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"`{path}` could not be written: {error}") from error
 
@@ -143,9 +149,10 @@ def load_state(
     Everything is compared before an array is read, and every array's checksum is verified.
 
     Args:
-        path: A file written by `save_state`, or a pickle of the reference implementation. The first
-            bytes tell which, not the name. Of a pickle nothing is executed (`trainer.pickles`), but
-            it has no checksums; save it again in our format.
+        path: A file written by `save_state`, a directory written by `trainer.ModelCheckpoint`, or a
+            pickle of the reference implementation. What is inside tells which, not the name. Of a
+            pickle nothing is executed (`trainer.pickles`), but it has no checksums; save it again in
+            our format.
         like: A state of the same model, optimizer and extensions. Its values matter only where the
             file's are not wanted; it may be a donated one if all are.
         strict: Whether everything must fit. If not, what does not keeps the value that it has in
@@ -163,9 +170,9 @@ def load_state(
     path = Path(path)
     fields = _fields_to_load(only)
     leaves, structure = jax.tree.flatten_with_path(like)
-    wanted = {_parts(keys): leaf for keys, leaf in leaves}
-    with ExitStack() as stack:
-        found = {key: value for key, value in _open(path, like, wanted, stack).items() if key[0] in fields}
+    wanted = {parts_of(keys): leaf for keys, leaf in leaves}
+    with open_source(path, like) as source:
+        found = {key: leaf for key, leaf in source.leaves.items() if key[0] in fields}
         problems = dict(_mismatches({key: leaf for key, leaf in wanted.items() if key[0] in fields}, found))
         if problems:
             shown = "; ".join(list(problems.values())[:20])
@@ -173,11 +180,8 @@ def load_state(
             if strict:
                 raise CheckpointError(f"`{path}` does not fit the state: {shown}.")
             warnings.warn(f"`{path}` does not fit the state everywhere; not loaded: {shown}.", stacklevel=2)
-        loadable = found.keys() & wanted.keys() - problems.keys()
-        new = [
-            _place(found[key].read(), leaf) if key in loadable else jnp.array(leaf, copy=True)
-            for key, leaf in wanted.items()
-        ]
+        loaded = source.read({key: leaf for key, leaf in wanted.items() if key in found and key not in problems})
+        new = [loaded[key] if key in loaded else jnp.array(leaf, copy=True) for key, leaf in wanted.items()]
     return cast(TrainState, jax.tree.unflatten(structure, new))
 
 
@@ -185,19 +189,10 @@ def load_progress(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """Returns what was given to `save_state` as ``progress``, None if there was nothing.
 
     Raises:
-        CheckpointError: The file cannot be used.
+        CheckpointError: The checkpoint cannot be used.
     """
-    if _is_pickle(Path(path)):
-        return None
-    with Bundle(path) as bundle:
-        for leaf in bundle.leaves:
-            if leaf.path == _PROGRESS and leaf.dtype == "uint8":
-                try:
-                    progress = msgpack.unpackb(bundle.read(leaf).tobytes())
-                except (ValueError, msgpack.exceptions.UnpackException) as error:
-                    raise CheckpointError(f"`{path}` holds a progress that cannot be understood: {error}") from error
-                return progress if isinstance(progress, dict) else None
-    return None
+    with open_source(path) as source:
+        return read_progress(source)
 
 
 def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
@@ -255,36 +250,19 @@ def _own_steps(directory: Path) -> list[int]:
     return sorted(int(match[1]) for match in matches if match[0] == default_name(int(match[1])))
 
 
-def _to_write(keys: Any, leaf: jax.Array) -> tuple[Leaf, Callable[[], np.ndarray[Any, Any]]]:
-    described = _described(_parts(keys), leaf)
-    if not leaf.is_fully_addressable:
+def _check_within_process(leaf: Leaf, array: Any) -> None:
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
         raise CheckpointError(
-            f"`{described.name}` lies on devices of other processes, which one file cannot hold; save sharded states "
-            f"with Orbax."
+            f"`{leaf.name}` lies on devices of other processes, which one file cannot hold; save sharded states "
+            f"with trainer.ModelCheckpoint."
         )
-    if described.dtype not in DTYPES:
-        raise CheckpointError(f"`{described.name}` has dtype {described.dtype}, which checkpoints do not know.")
 
-    def get() -> np.ndarray[Any, Any]:
-        words = jax.random.key_data(leaf) if described.key is not None else leaf
+
+def _to_host(array: Any) -> np.ndarray[Any, Any]:
+    if isinstance(array, jax.Array) and array.is_fully_replicated:
         # An array keeps the copy that it makes for the host; that of its only shard goes with the shard.
-        return np.asarray(words.addressable_data(0) if words.is_fully_replicated else words)
-
-    return described, get
-
-
-def _described(path: LeafPath, leaf: jax.Array) -> Leaf:
-    if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return Leaf(path, str(leaf.dtype), tuple(leaf.shape))
-    words = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
-    return Leaf(path, str(words.dtype), tuple(words.shape), str(jax.random.key_impl(leaf)))
-
-
-def _parts(keys: Iterable[Any]) -> LeafPath:
-    """Turns a JAX key path into attribute names, dict keys and indices."""
-    names = ("name", "key", "idx")
-    parts = [next(getattr(key, name) for name in names if hasattr(key, name)) for key in keys]
-    return tuple(part if isinstance(part, int) else str(part) for part in parts)
+        return np.asarray(array.addressable_data(0))
+    return np.asarray(array)
 
 
 def _fields_to_load(only: Iterable[str] | None) -> set[str]:
@@ -295,58 +273,19 @@ def _fields_to_load(only: Iterable[str] | None) -> set[str]:
     return chosen
 
 
-def _open(path: Path, like: TrainState, wanted: Iterable[LeafPath], stack: ExitStack) -> dict[LeafPath, Found]:
-    if _is_pickle(path):
-        return _open_pickle(path, like, wanted)
-    bundle = stack.enter_context(Bundle(path))
-    return {leaf.path: Found(leaf, functools.partial(bundle.read, leaf)) for leaf in bundle.leaves}
-
-
-def _is_pickle(path: Path) -> bool:
-    # A named pipe would wait for a writer. What cannot be read is refused by the bundle, with a reason.
-    with contextlib.suppress(OSError):
-        if path.is_file():
-            with path.open("rb") as file:
-                return file.read(1) == b"\x80"
-    return False
-
-
-def _open_pickle(path: Path, like: TrainState, wanted: Iterable[LeafPath]) -> dict[LeafPath, Found]:
-    paths = {"/".join(map(str, parts)): parts for parts in wanted}
-    found: dict[LeafPath, Found] = {}
-    for name, (array, key) in read_pickle(path, like).items():
-        leaf = Leaf(paths.get(name, tuple(name.split("/"))), array.dtype.name, array.shape, key)
-        found[leaf.path] = Found(leaf, functools.partial(np.array, array))
-    # That layout has no weights: those of the live extensions stay.
-    for name, extension in like.extensions.items():
-        place, weight = ("extensions", name, "weight"), extension["weight"]
-        found[place] = Found(_described(place, weight), functools.partial(np.array, weight))
-    return found
-
-
-def _mismatches(wanted: dict[LeafPath, jax.Array], found: dict[LeafPath, Found]) -> Iterator[tuple[LeafPath, str]]:
+def _mismatches(wanted: dict[LeafPath, jax.Array], found: dict[LeafPath, Leaf]) -> Iterator[tuple[LeafPath, str]]:
     for path, leaf in wanted.items():
-        here = _described(path, leaf)
+        here = describe(path, leaf)
         if path not in found:
             yield path, f"{here.name}: not in the file, {describe_leaf(here)} here"
             continue
-        there = found[path].leaf
+        there = found[path]
         if (there.dtype, there.shape, there.key) != (here.dtype, here.shape, here.key):
             wide = DTYPES[there.dtype].name in ("int64", "uint64", "float64", "complex128")
             hint = "" if not wide or jax.config.read("jax_enable_x64") else " (64 bits need jax_enable_x64)"
             yield path, f"{here.name}: {describe_leaf(there)} in the file{hint}, {describe_leaf(here)} here"
     for path in found.keys() - wanted.keys():
-        yield path, f"{found[path].leaf.name}: {describe_leaf(found[path].leaf)} in the file, nothing here"
-
-
-def _place(value: np.ndarray[Any, Any], like: jax.Array) -> jax.Array:
-    """Puts an array where ``like`` is. The memory is fresh and aligned, so the CPU takes it as it is."""
-    array = jax.device_put(value)
-    if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
-        array = jax.random.wrap_key_data(array, impl=jax.random.key_impl(like))
-    # An uncommitted array must stay so, or the compiled step would see another kind of argument.
-    placed: jax.Array = jax.device_put(array, like.sharding) if like.committed else array
-    return placed
+        yield path, f"{found[path].name}: {describe_leaf(found[path])} in the file, nothing here"
 
 
 def _version(package: str) -> str:

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from typing import TextIO
 
-from trainer.bundle import Bundle
 from trainer.checkpoints import describe_leaf
 from trainer.errors import CheckpointError
+from trainer.sources import open_source
 
 
 def main(arguments: Sequence[str] | None = None, out: TextIO | None = None) -> int:
@@ -39,23 +39,24 @@ def inspect(path: str | os.PathLike[str], *, verify: bool = False, out: TextIO) 
     Raises:
         CheckpointError: The file cannot be used; with ``verify`` also if an array is damaged.
     """
-    with Bundle(path) as bundle:
-        for name, value in bundle.info.items():
-            print(f"{name:<10}{value if isinstance(value, str | int | float) else json.dumps(value)}", file=out)
+    with open_source(path) as source:
+        for name, value in source.info.items():
+            if name != "containers":  # for whoever converts, not for people
+                print(f"{name:<10}{value if isinstance(value, str | int | float) else json.dumps(value)}", file=out)
         print(file=out)
         shown: tuple[str | int, ...] = ()
-        for leaf in bundle.leaves:
+        for leaf in source.leaves.values():
             for depth, part in enumerate(leaf.path):
                 if leaf.path[: depth + 1] == shown[: depth + 1]:
                     continue
                 last = depth == len(leaf.path) - 1
-                about = f"  {describe_leaf(leaf)}  {_human(leaf.size)}" if last else ""
+                about = f"  {describe_leaf(leaf)}  {_human(leaf.bytes)}" if last else ""
                 print(f"{'  ' * depth}{part}{about}", file=out)
             shown = leaf.path
-        size = _human(sum(leaf.size for leaf in bundle.leaves))
-        print(f"\n{len(bundle.leaves)} arrays, {size}", file=out)
+        size = _human(sum(leaf.bytes for leaf in source.leaves.values()))
+        print(f"\n{len(source.leaves)} arrays, {size}", file=out)
         if verify:
-            bundle.verify()
+            source.verify()
             print("every checksum agrees", file=out)
 
 

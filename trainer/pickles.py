@@ -84,7 +84,7 @@ def write_pickle(file: BinaryIO, state: TrainState) -> None:
     file.write(pickle.STOP)
 
 
-def read_pickle(path: Path, like: TrainState) -> dict[str, Leaf]:
+def read_pickle(path: Path, like: TrainState | None) -> dict[str, Leaf]:
     """Reads a file of `write_pickle`, or of the reference trainer, in any protocol since 2.
 
     Nothing that the file names is imported or called, whatever is in it. It takes the memory of the file,
@@ -92,7 +92,8 @@ def read_pickle(path: Path, like: TrainState) -> dict[str, Leaf]:
 
     Args:
         path: The file.
-        like: Says which variables are ``params``, and how the fields of the optimizer's state are called.
+        like: Says which variables are ``params``, and how the fields of the optimizer's state are called. Without
+            it the paths are those of the file: everything of the model under ``model_state``, fields by number.
 
     Returns:
         By the path that `trainer.errors.leaf_path` gives the leaf in ``like``, the array: read-only, perhaps
@@ -102,7 +103,7 @@ def read_pickle(path: Path, like: TrainState) -> dict[str, Leaf]:
     Raises:
         CheckpointError: It could not be read, or is anything but such a file.
     """
-    params = {leaf_path(keys) for keys, _ in jax.tree.leaves_with_path(like.params)}
+    params = {leaf_path(keys) for keys, _ in jax.tree.leaves_with_path(like.params if like else ())}
     try:
         if not path.is_file():
             raise FileNotFoundError("there is no such file")  # and no wait for the other end of a pipe
@@ -432,16 +433,20 @@ _EFFECTS: dict[int, Callable[[_Machine], Any]] = {
 }
 
 
-def _leaves(bundle: Any, like: TrainState) -> dict[str, Leaf]:
+def _leaves(bundle: Any, like: TrainState | None) -> dict[str, Leaf]:
     """Returns the arrays in what a machine made, by their paths in it, with the names of ``like``."""
     if type(bundle) is not dict or not {*KEYS[:4]} <= bundle.keys() <= {*KEYS}:
         keys = ", ".join(str(key) for key in itertools.islice(bundle, 10)) if type(bundle) is dict else ""
         found = f"a dict of the keys {keys or 'none'}" if type(bundle) is dict else _describe(bundle)
         raise _Refused(f"it holds {found}, and a checkpoint is a dict of the keys {', '.join(KEYS)}")
-    live = {"opt_state": like.opt_state, "model_state": _merge(like.params, like.model_state)}
+    live: dict[str, Any] = {}
+    extensions: dict[str, Any] = {}
+    if like is not None:
+        live = {"opt_state": like.opt_state, "model_state": _merge(like.params, like.model_state)}
+        extensions = like.extensions
     todo = [(key, bundle[key], live.get(key), 0) for key in KEYS[:4]]
     for name, variables in bundle.get("extensions_state", {}).items():
-        todo.append((f"extensions/{name}/variables", variables, like.extensions.get(name, {}).get("variables"), 0))
+        todo.append((f"extensions/{name}/variables", variables, extensions.get(name, {}).get("variables"), 0))
     leaves: dict[str, Leaf] = {}
     allowance = MAX_PATHS
     while todo:

@@ -131,6 +131,12 @@ class TrainState:
         copied: Self = jax.tree.map(_own, self)
         return copied
 
+    def is_finite(self) -> jax.Array:
+        """Tells, as a scalar on the device, whether no parameter and no model variable is NaN or infinite."""
+        self.check_alive()
+        finite: jax.Array = _is_finite((self.params, self.model_state))
+        return finite
+
     def __repr__(self) -> str:
         """Tells sizes and no values, so that printing a state neither waits nor fills the screen."""
         parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -154,6 +160,12 @@ class TrainState:
                     f"`donate_argnums=0` consumes the state it is given; use the one that it returned, or keep "
                     f"a `state.copy()`."
                 )
+
+
+@jax.jit
+def _is_finite(tree: Any) -> jax.Array:
+    floating = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in floating]))
 
 
 def check_model(model: Any) -> None:

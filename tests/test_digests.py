@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from trainer.bundle import DTYPES
-from trainer.digests import as_text, bits, digest, from_bits
+from trainer.digests import as_text, bits, digest, digest_on_host, from_bits
 
 WIDE = {"int64", "uint64", "float64", "complex128"}
 
@@ -43,6 +43,24 @@ def test_every_bit_of_every_dtype_counts(name):
             damaged[entry, bit // 8] ^= 1 << (bit % 8)
             seen.add(as_text(digest(jnp.asarray(damaged.view(dtype).reshape(3)))))
     assert len(seen) == 1 + 3 * used
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [*((name, (3, 5)) for name in sorted(DTYPES)), *(("float32", one) for one in ((), (0,), (2**20 + 3,)))],
+)
+def test_the_host_computes_the_same(name, shape):
+    high = {"bool": 2, "int2": 2, "uint2": 4, "int4": 8, "uint4": 16, "float4_e2m1fn": 16}.get(name, 256)
+    width = DTYPES[name].itemsize
+    raw = np.random.default_rng(0).integers(0, high, (*shape, width)).astype(np.uint8)
+    array = raw.reshape(-1).view(DTYPES[name]).reshape(shape)
+    with jax.enable_x64(name in WIDE):
+        assert as_text(digest_on_host(array)) == as_text(digest(jnp.asarray(array)))
+
+
+def test_the_host_wraps_small_negative_numbers_as_the_device_does():
+    array = np.array([-1, -2], DTYPES["int2"])
+    assert as_text(digest_on_host(array)) == as_text(digest(jnp.asarray(array)))
 
 
 def test_entries_that_change_places_count():

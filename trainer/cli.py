@@ -1,4 +1,4 @@
-"""The command ``trainer``: looks at checkpoints without loading them."""
+"""The command ``trainer``: looks at checkpoints without a model, and converts them."""
 
 import argparse
 import json
@@ -8,21 +8,31 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from trainer.checkpoints import describe_leaf
-from trainer.errors import CheckpointError
+from trainer.conversion import convert
+from trainer.errors import ArgumentError, CheckpointError
 from trainer.sources import open_source
 
 
 def main(arguments: Sequence[str] | None = None, out: TextIO | None = None) -> int:
-    """Runs the command and returns its exit status: 0, or 1 where a checkpoint cannot be used."""
-    parser = argparse.ArgumentParser(prog="trainer", description="Looks at checkpoints.")
+    """Runs the command and returns its exit status: 0, or 1 where something cannot be used."""
+    parser = argparse.ArgumentParser(prog="trainer", description="Looks at checkpoints and converts them.")
     commands = parser.add_subparsers(dest="command", required=True)
     inspecting = commands.add_parser("inspect", help="print what a checkpoint holds, without loading its arrays")
     inspecting.add_argument("checkpoint")
     inspecting.add_argument("--verify", action="store_true", help="read everything and compare all checksums")
+    converting = commands.add_parser("convert", help="write what a checkpoint holds in another format")
+    converting.add_argument("source", help="of any kind")
+    converting.add_argument(
+        "target", help="a name that ends in .msgpack, .pkl or .safetensors (parameters only); none of these is Orbax"
+    )
+    converting.add_argument("--like", help="a checkpoint of the same model and optimizer, where the source is a pickle")
     options = parser.parse_args(arguments)
     try:
-        inspect(options.checkpoint, verify=options.verify, out=out or sys.stdout)
-    except CheckpointError as error:
+        if options.command == "convert":
+            convert(options.source, options.target, like=options.like)
+        else:
+            inspect(options.checkpoint, verify=options.verify, out=out or sys.stdout)
+    except (ArgumentError, CheckpointError) as error:
         print(error, file=sys.stderr)
         return 1
     return 0

@@ -18,12 +18,13 @@ Container = tuple[list[str | int], str, list[str | int]]
 
 
 def containers(tree: Any, path: LeafPath = ()) -> list[Container]:
-    """Describes every inner node of a tree that is no dict, from the root on."""
+    """Describes every inner node of a tree, from the root on, but for dicts that hold something."""
     below = jax.tree.leaves_with_path(tree, is_leaf=lambda node: node is not tree)
     if any(not keys for keys, _ in below):
         return []
     children = {parts_of(keys)[0]: child for keys, child in below}
-    found: list[Container] = [] if isinstance(tree, dict) else [(list(path), type(tree).__name__, list(children))]
+    evident = isinstance(tree, dict) and children
+    found: list[Container] = [] if evident else [(list(path), type(tree).__name__, list(children))]
     for name, child in children.items():
         found += containers(child, (*path, name))
     return found
@@ -45,6 +46,9 @@ def rebuild(leaves: Mapping[LeafPath, Any], described: Sequence[Container]) -> d
             parent = _node(tree, tuple(place[:-1]))
             children = parent.get(place[-1], {})
             values = [children.get(name) for name in names]
+            if kind == "dict":
+                parent[place[-1]] = {}
+                continue
             named = any(isinstance(name, str) for name in names) or kind not in ("tuple", "list")
             kept: Any = collections.namedtuple(kind, names) if named else None  # type: ignore[arg-type]
             parent[place[-1]] = kept(*values) if named else tuple(values)

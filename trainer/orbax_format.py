@@ -23,7 +23,7 @@ import numpy as np
 import xxhash
 
 from trainer.bundle import DTYPES, Leaf, leaf_from_record, leaf_to_record
-from trainer.digests import as_text, bits, digest, from_bits
+from trainer.digests import as_text, bits, digest, digest_on_host, from_bits
 from trainer.errors import CheckpointError
 from trainer.paths import LeafPath
 from trainer.placement import place
@@ -34,17 +34,17 @@ _PLAIN = {"bool", "int8", "uint8", "int16", "uint16", "float16", "bfloat16", "in
 _PLAIN |= {"int64", "uint64", "float64", "complex64", "complex128"}
 
 
-def save_args(info: Mapping[str, Any], leaves: Sequence[tuple[Leaf, jax.Array]]) -> Any:
+def save_args(info: Mapping[str, Any], leaves: Sequence[tuple[Leaf, Any]]) -> Any:
     """Returns what ``orbax.checkpoint.CheckpointManager.save`` takes as ``args``.
 
     Args:
         info: Plain values for people.
-        leaves: Descriptions of the arrays, and the arrays; keys as their words. They may be sharded
-            over devices and processes, and donated as soon as the save has returned.
+        leaves: Descriptions of the arrays, and the arrays, of JAX or NumPy; keys as their words. They may
+            be sharded over devices and processes, and donated as soon as the save has returned.
     """
     import orbax.checkpoint as ocp
 
-    digests = [digest(array) for _, array in leaves]
+    digests = [_digest(array) for _, array in leaves]
     tree: dict[str, Any] = {}
     for leaf, array in leaves:
         if array.size:
@@ -52,13 +52,25 @@ def save_args(info: Mapping[str, Any], leaves: Sequence[tuple[Leaf, jax.Array]])
             node = tree
             for name in parents:
                 node = node.setdefault(name, {})
-            node[last] = array if leaf.dtype in _PLAIN else bits(array)
+            node[last] = array if leaf.dtype in _PLAIN else bits(jnp.asarray(array))
     records = [
         {**leaf_to_record(leaf), "digest": as_text(found)} for (leaf, _), found in zip(leaves, digests, strict=True)
     ]
     about = json.dumps({"info": info, "leaves": records}, default=str)
     envelope = {"format": FORMAT, "about": about, "checksum": xxhash.xxh3_64_hexdigest(about.encode())}
     return ocp.args.Composite(state=ocp.args.PyTreeSave(tree), about=ocp.args.JsonSave(envelope))
+
+
+def write_directory(path: Path, info: Mapping[str, Any], leaves: Sequence[tuple[Leaf, Any]]) -> None:
+    """Writes one checkpoint, arguments as for `save_args`.
+
+    Raises:
+        ValueError: Orbax could not write it.
+    """
+    import orbax.checkpoint as ocp
+
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(path.absolute(), args=save_args(info, leaves))
 
 
 class OrbaxDirectory:
@@ -87,7 +99,7 @@ class OrbaxDirectory:
         arrays = self._restore({path: like for path, like in wanted.items() if 0 not in self.leaves[path].shape})
         for path in wanted.keys() - arrays.keys():
             arrays[path] = np.empty(self.leaves[path].shape, DTYPES[self.leaves[path].dtype])
-        digests = {path: digest(_without_wide_words(array)) for path, array in arrays.items()}
+        digests = {path: _digest(array) for path, array in arrays.items()}
         for path, found in digests.items():
             if as_text(found) != self._digests[path]:
                 raise self._damaged(f"the checksum of `{self.leaves[path].name}` does not agree")
@@ -193,11 +205,8 @@ def _placed(array: Any, like: jax.Array | None) -> Any:
     return place(array, like)
 
 
-def _without_wide_words(array: Any) -> Any:
-    """Returns a NumPy array of 64 bits as one of 32, of the same digest: JAX might cut the former short."""
-    if isinstance(array, jax.Array) or array.dtype.itemsize < 8:
-        return jnp.asarray(array)
-    return jnp.asarray(np.ascontiguousarray(array).reshape(-1).view(np.uint32))
+def _digest(array: Any) -> Any:
+    return digest(array) if isinstance(array, jax.Array) else digest_on_host(array)
 
 
 def _names(path: LeafPath) -> list[str]:

@@ -86,7 +86,7 @@ def open_source(path: str | os.PathLike[str], like: TrainState | None = None) ->
     path = Path(path)
     if path.is_dir():
         return OrbaxDirectory(path)
-    return _Pickle(path, like) if _is_pickle(path) else _File(path)
+    return _Pickle(path, like) if is_pickle(path) else _File(path)
 
 
 def read_progress(source: Source) -> dict[str, Any] | None:
@@ -123,12 +123,17 @@ class _File:
         self.leaves = {leaf.path: leaf for leaf in self._bundle.leaves}
 
     def read(self, wanted: Mapping[LeafPath, jax.Array | None]) -> dict[LeafPath, Any]:
-        def read_one(path: LeafPath) -> Any:
-            value, like = self._bundle.read(self.leaves[path]), wanted[path]
-            return value if like is None else place(value, like)
-
+        arrays: dict[LeafPath, Any] = {}
         with ThreadPoolExecutor(_READERS, thread_name_prefix="checkpoint") as readers:
-            return dict(zip(wanted, readers.map(read_one, wanted), strict=True))
+            # No more than a few arrays wait on the host for their way to a device.
+            everything = list(wanted)
+            for paths in (everything[i : i + 2 * _READERS] for i in range(0, len(everything), 2 * _READERS)):
+                values = readers.map(lambda path: self._bundle.read(self.leaves[path]), paths)
+                for path, value in zip(paths, values, strict=True):
+                    # In this thread, whose settings (64 bits, the default device) other threads do not have.
+                    like = wanted[path]
+                    arrays[path] = value if like is None else place(value, like)
+        return arrays
 
     def verify(self) -> None:
         self._bundle.verify()
@@ -176,7 +181,8 @@ class _Pickle:
         del kind, error, trace
 
 
-def _is_pickle(path: Path) -> bool:
+def is_pickle(path: Path) -> bool:
+    """Tells whether a file begins as pickles do."""
     # A named pipe would wait for a writer. What cannot be read is refused by the bundle, with a reason.
     with contextlib.suppress(OSError):
         if path.is_file():

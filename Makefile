@@ -4,13 +4,17 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types format bench clean
+.PHONY: demo test kills lint types format bench clean
 
 demo: $(READY)
 	$(RUN) examples/digits.py
 
 test: $(READY)
 	$(RUN) -m pytest $(ARGS)
+
+# A hundred kills, a process for every step to resume from, an array of 4 GiB; minutes, and 10 GiB of memory.
+kills: $(READY)
+	$(RUN) -m pytest -m long -rP $(ARGS)
 
 lint: $(READY)
 	$(RUN) -m ruff check .

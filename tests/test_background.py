@@ -1,5 +1,7 @@
 """Saves beside the training: what is saved is the state of the call, and no failure goes unheard."""
 
+import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -63,6 +65,26 @@ class TestSaver:
             saver.start(lambda: None) if ask == "start" else getattr(saver, ask)()
         saver.wait()
         saver.check()
+
+    def test_a_wait_that_a_signal_ends_forgets_nothing(self):
+        saver, waiting, gate = BackgroundSaver(), threading.Event(), threading.Event()
+
+        def save():
+            waiting.wait(timeout=60)
+            os.kill(os.getpid(), signal.SIGINT)
+            gate.wait(timeout=60)
+            failing()
+
+        def wait():
+            waiting.set()
+            saver.wait()
+
+        saver.start(save)
+        with pytest.raises(KeyboardInterrupt):
+            wait()
+        gate.set()
+        with pytest.raises(CheckpointError, match="the disk is gone"):
+            saver.wait()
 
 
 def test_what_is_saved_is_the_state_of_the_call(tmp_path, held):

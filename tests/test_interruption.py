@@ -1,5 +1,7 @@
 """Signals during a run: wherever they come, the run ends in order and goes on to the same bits."""
 
+import functools
+import itertools
 import os
 import signal
 import subprocess
@@ -56,6 +58,7 @@ def run(trainer, **options):
         ("on_validation_end", 2),
         ("on_epoch_end", 1),
         ("on_epoch_end", 2),
+        ("on_train_end", 1),
     ],
 )
 def test_wherever_it_comes_the_run_is_saved_and_resumes_to_the_same_bits(number, event, at, tmp_path):
@@ -89,6 +92,102 @@ def test_a_second_signal_does_not_wait(number, tmp_path):
         run(build(tmp_path, [Sending(number, "on_batch_begin", 3, times=2), recorder]))
     assert recorder.names.count("on_batch_begin") == 2
     assert recorder.names[-1] == "on_train_end"
+
+
+class Phase:
+    """Sends signals in the midst of some work, once; if that is the work of a step, then as its objective.
+
+    Without a number it compiles to the same programs, and sends nothing.
+    """
+
+    def __init__(self, name, number=None, times=1):
+        self.name, self.number, self.left = name, number, times
+
+    def send(self):
+        times, self.left = self.left, 0
+        for _ in range(times if self.number is not None else 0):
+            os.kill(os.getpid(), self.number)
+
+    def __call__(self, model, batch, rng, step):
+        evaluating = model.norm.use_running_average
+        if self.name == "evaluation" if evaluating else self.name == "step":
+            jax.debug.callback(lambda step: self.send() if step == 3 else None, step)
+        if self.name == "compilation of the evaluation" if evaluating else self.name == "compilation":
+            self.send()
+        return squared_error(model, batch, rng, step)
+
+    def sending_fsync(self, fsync, number=1):
+        """Stands for `os.fsync`, and sends before the file that is being saved has its name."""
+        calls = itertools.count(1)
+
+        def call(descriptor):
+            if self.name == "save" and next(calls) == number:
+                self.send()
+            return fsync(descriptor)
+
+        return call
+
+    def build(self, directory, callbacks=()):
+        return Trainer(Busy(), config(), loss_fn=self, workdir=directory, callbacks=list(callbacks), save_interval=2)
+
+
+@functools.cache
+def never_interrupted(phase):
+    trainer = Phase(phase).build(None)
+    return run(trainer), trainer
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("phase", ["compilation", "compilation of the evaluation", "step", "evaluation", "save"])
+def test_whatever_is_under_way_the_run_ends_in_order_and_resumes_to_the_same_bits(
+    phase, times, number, tmp_path, monkeypatch
+):
+    returned, whole = never_interrupted(phase)
+    recorder, sending = Recorder(), Phase(phase, number, times)
+    before = signal.getsignal(number)
+    interrupted = sending.build(tmp_path / "part", [recorder])
+    monkeypatch.setattr(os, "fsync", sending.sending_fsync(os.fsync))
+    with pytest.raises(SIGNALS[number]) as caught:
+        run(interrupted)
+    assert sending.left == 0
+    assert signal.getsignal(number) is before
+    assert recorder.names[-1] == "on_train_end"
+    assert recorder.names.count("on_train_end") == 1
+    interrupted.close()
+    assert not list((tmp_path / "part").glob(".*"))
+    if times == 1:
+        assert "train(..., resume=True) goes on from it" in caught.value.__notes__[0]
+    # A second one may come between the call of a step, which consumes the state, and its return.
+    if times == 1 or phase not in ("step", "save"):
+        interrupted.state.check_alive()
+    resumed = Phase(phase).build(tmp_path / "part")
+    assert run(resumed, resume=True) == returned
+    assert_same_bits(resumed.state, whole.state)
+    assert resumed.history.to_dict() == whole.history.to_dict()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_second_one_while_the_first_is_obeyed_gives_up_the_save_but_not_the_end(number, tmp_path, monkeypatch):
+    first, second = Sending(number, "on_batch_end", 5), Phase("save", number)
+    recorder = Recorder()
+    trainer = second.build(tmp_path, [first, recorder])
+    # Two saves in the background, each of which flushes its file and its directory, go before.
+    monkeypatch.setattr(os, "fsync", second.sending_fsync(os.fsync, number=5))
+    with pytest.raises(SIGNALS[number]) as caught:
+        run(trainer)
+    assert second.left == 0
+    assert isinstance(caught.value.__context__, SIGNALS[number])
+    assert recorder.names[-1] == "on_train_end"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_2.msgpack", "checkpoint_4.msgpack"]
+    trainer.state.check_alive()
+    assert trainer.step == 5
 
 
 @pytest.mark.parametrize(("number", "status"), [("SIGTERM", 143), ("SIGINT", -2)])

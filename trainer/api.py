@@ -344,8 +344,9 @@ class Trainer:
         SIGTERM and Ctrl-C are obeyed after the step (or the batch of an evaluation) that is under
         way: the state is saved, ``on_train_end`` is emitted, the handlers that were there before are
         restored, and `TrainingInterrupted` or KeyboardInterrupt is raised. A second signal does not
-        wait. Where the state is not finite any more nothing is saved, so that the checkpoints of
-        before are kept; `save_checkpoint` saves whatever there is.
+        wait, and may cost the state in memory if it comes in the midst of a step. Where the state is
+        not finite any more nothing is saved, so that the checkpoints of before are kept;
+        `save_checkpoint` saves whatever there is.
 
         Args:
             train_data: A mapping of names to arrays of shape ``(num_examples, ...)``.
@@ -677,21 +678,32 @@ class Trainer:
                 self._interruption.check()
             except BaseException as error:
                 try:
-                    self._saver.wait()
-                except Exception as unsaved:
-                    error.add_note(f"and a save in the background raised {unsaved!r}")
-                if self._interruption.received is not None:
-                    self._save_interrupted(error)
-                for failure in self._listeners.emit_to_all("on_train_end", self):
-                    error.add_note(f"and on_train_end raised {failure!r}")
+                    self._finish_saves(error)
+                finally:  # also where a second signal ends the saving
+                    for failure in self._listeners.emit_to_all("on_train_end", self):
+                        error.add_note(f"and on_train_end raised {failure!r}")
+                # XLA makes an error of its own of one that is raised in a host callback of the objective.
+                if self._interruption.insisted and isinstance(error, Exception):
+                    raise self._interruption.exception() from error
                 raise
+            else:
+                for failure in self._listeners.emit_to_all("on_train_end", self):
+                    raise failure
+                if self._interruption.received is not None:  # during that
+                    late = self._interruption.exception()
+                    self._finish_saves(late)
+                    raise late
             finally:
                 self._interruption.received = None
-            for failure in self._listeners.emit_to_all("on_train_end", self):
-                raise failure
 
-    def _save_interrupted(self, error: BaseException) -> None:
-        """Saves the state for `resume`; what goes wrong then must not hide the interruption."""
+    def _finish_saves(self, error: BaseException) -> None:
+        """Waits for the save under way and, if a signal came, saves for `resume`; no failure hides the error."""
+        try:
+            self._saver.wait()
+        except Exception as unsaved:
+            error.add_note(f"and a save in the background raised {unsaved!r}")
+        if self._interruption.received is None:
+            return
         try:
             path = self._save_if_finite()
         except Exception as failure:

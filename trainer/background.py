@@ -1,7 +1,7 @@
 """Work beside the training: at most one save at a time, and no failure that nobody hears of."""
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 
@@ -30,6 +30,9 @@ class BackgroundSaver:
 
     def wait(self) -> None:
         """Waits for the save that is under way, and raises what it raised, once."""
-        pending, self._pending = self._pending, None
+        pending = self._pending
         if pending is not None:
+            # A signal may end the waiting; then it is still under way, and its failure yet to be heard of.
+            wait([pending])
+            self._pending = None
             pending.result()

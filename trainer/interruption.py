@@ -16,10 +16,15 @@ class Interruption:
     A signal may come at any instruction, also between the call of a step that consumes the old
     state and the assignment of the new one; so the handler only takes a note. A second signal is
     somebody who will not wait: it raises where it comes.
+
+    Attributes:
+        received: The signal that came last, None if none did.
+        insisted: Whether it was not the first, and was raised where it came.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self.insisted = False
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -27,7 +32,7 @@ class Interruption:
 
         In a thread other than the main one, where Python handles no signals, it does nothing.
         """
-        self.received = None
+        self.received, self.insisted = None, False
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -48,16 +53,17 @@ class Interruption:
             TrainingInterrupted: It was SIGTERM.
         """
         if self.received is not None:
-            raise _exception_for(self.received)
+            raise self.exception()
+
+    def exception(self) -> BaseException:
+        """Returns what stands for the signal that came last."""
+        if self.received == signal.SIGINT:
+            return KeyboardInterrupt("training was interrupted")
+        return TrainingInterrupted("training was terminated")
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if self.received is not None:
-            raise _exception_for(signal.Signals(number))
+        self.insisted = self.received is not None
         self.received = signal.Signals(number)
-
-
-def _exception_for(number: signal.Signals) -> BaseException:
-    if number == signal.SIGINT:
-        return KeyboardInterrupt("training was interrupted")
-    return TrainingInterrupted("training was terminated")
+        if self.insisted:
+            raise self.exception()

@@ -1,0 +1,196 @@
+"""Processes that are killed at any instant, or end anywhere: the next one goes on to the same bits.
+
+The instants come from a seeded generator; where in the work of a process one falls depends on the
+machine, so a failure shows the instants and what was found. ``make kills`` runs the long versions.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from trainer import latest_checkpoint
+from trainer.bundle import Bundle
+
+ROOT = Path(__file__).parent.parent
+
+# 102 steps in two epochs, and a state that takes longer to save than a step takes.
+KILLED = {"examples": 202, "mebibytes": 4, "keep": 3}
+# 30 steps in two epochs, the last of each on two examples; a checkpoint of every step stays.
+RESUMED = {"examples": 58, "mebibytes": 0, "save_interval": 1, "keep": 100}
+
+
+class Process:
+    """A process of `tests.child`, and what it has said."""
+
+    def __init__(self):
+        self.said = []
+        self._child = subprocess.Popen(
+            [sys.executable, "-W", "error::UserWarning", "-m", "tests.child"],
+            cwd=ROOT,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        self._timers = []
+        self.kill(after=300)  # whatever happens
+
+    def train(self, cache, directory, resume, **arguments):
+        """Has it train; returns once it has begun."""
+        about = {"cache": str(cache), "directory": str(directory), "resume": resume, **arguments}
+        self._child.stdin.write(json.dumps(about) + "\n")
+        self._child.stdin.flush()
+        for expected in ("ready", "called"):
+            self.listen()
+            assert self.said[-1:] == [expected], self.end() or self.said
+
+    def listen(self):
+        """Waits for the next line, or for the end."""
+        self.said += self._child.stdout.readline().splitlines()
+
+    @property
+    def steps(self):
+        return [int(word) for word in self.said if word.isdigit()]
+
+    def kill(self, after=0.0):
+        self._timers.append(threading.Timer(after, self._child.kill))
+        self._timers[-1].start()
+
+    def end(self):
+        """Waits for the end, and returns the status."""
+        self.said += self._child.stdout.read().splitlines()
+        status = self._child.wait()
+        for timer in self._timers:
+            timer.cancel()
+        self._child.stdin.close()
+        self._child.stdout.close()
+        return status
+
+
+class Processes:
+    """Hands out processes, and has the next one import everything meanwhile."""
+
+    def __init__(self, directory):
+        self.cache = directory / "cache"
+        self._next = Process()
+
+    def start(self, directory, resume, **arguments):
+        process, self._next = self._next, Process()
+        process.train(self.cache, directory, resume, **arguments)
+        return process
+
+    def close(self):
+        self._next.kill()
+        self._next.end()
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    made = Processes(tmp_path_factory.mktemp("processes"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def killed_never(processes, tmp_path_factory):
+    """What a run is like at the end, and how long it takes, all and without its start."""
+    for _ in range(2):  # the first one compiles
+        directory = tmp_path_factory.mktemp("whole")
+        start = time.perf_counter()
+        process = processes.start(directory, True, **KILLED, save_interval=3)
+        process.listen()
+        first = time.perf_counter()
+        assert process.end() == 0, process.said
+        end = time.perf_counter()
+    return contents(directory / "end.msgpack"), end - start, end - first
+
+
+@pytest.fixture(scope="module")
+def saved_every_step(processes, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("every")
+    process = processes.start(directory, True, **RESUMED)
+    assert process.end() == 0, process.said
+    return directory
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("save_interval", "kept"), [(1, (100, 101, 102)), (3, (96, 99, 102))])
+def test_whenever_it_is_killed_it_goes_on_to_the_same_bits(
+    save_interval, kept, kills, processes, killed_never, tmp_path
+):
+    expected, whole, stepping = killed_never
+    rng = np.random.default_rng(kills)
+    done, in_saves, runs, start = 0, 0, 0, time.perf_counter()
+    while done < kills:
+        runs += 1
+        directory = tmp_path / str(runs)
+        latest, left = 0, set()
+        status = None
+        while status != 0:
+            process = processes.start(directory, True, **KILLED, save_interval=save_interval)
+            # Half of the instants are counted from the first step, since restoring and compiling take their share.
+            from_first_step = rng.random() < 0.5
+            delay = rng.uniform(0, stepping if from_first_step else whole)
+            if from_first_step:
+                process.listen()
+            if done < kills:
+                process.kill(after=delay)
+            status = process.end()
+            where = f"kill {done}, run {runs}, after {delay} s: {process.said}"
+            assert status in (0, -9), where
+            done += status == -9
+            previous, latest = latest, look_at(directory, process.steps, save_interval, where)
+            assert latest >= previous, where
+            was, left = left, debris(directory)
+            in_saves += bool(left - was)
+            assert latest == previous or not left & was, where
+        assert contents(directory / "end.msgpack") == expected, where
+        assert {path.name for path in directory.iterdir()} == {
+            "end.msgpack",
+            *(f"checkpoint_{step}.msgpack" for step in kept),
+        }, where
+        shutil.rmtree(directory)
+    print(f"{kills} kills, {in_saves} of them in a save, {runs} runs, {time.perf_counter() - start:.0f} s")
+    assert in_saves >= kills // 10
+
+
+@pytest.mark.parametrize(
+    "k", [k if k in (1, 15, 22) else pytest.param(k, marks=pytest.mark.long) for k in range(1, 31)]
+)
+def test_a_new_process_goes_on_from_every_step(k, processes, saved_every_step, tmp_path):
+    checkpoint = saved_every_step / f"checkpoint_{k}.msgpack"
+    process = processes.start(tmp_path, str(checkpoint), **RESUMED)
+    assert process.end() == 0, process.said
+    assert process.said == ["ready", "called", *map(str, range(k + 1, 31)), "finished"]
+    assert contents(tmp_path / "end.msgpack") == contents(saved_every_step / "end.msgpack")
+
+
+def contents(path):
+    """Everything in a checkpoint but the time of day: the arrays' bits, the history, the books of the run."""
+    with Bundle(path) as bundle:
+        arrays = {leaf: bundle.read(leaf).tobytes() for leaf in bundle.leaves}
+        return arrays, {name: value for name, value in bundle.info.items() if name != "time"}
+
+
+def debris(directory):
+    return {path.name for path in directory.glob(".*.tmp")}
+
+
+def look_at(directory, steps, save_interval, where):
+    """Checks what a process left that has said it did these steps; returns the step of the latest checkpoint."""
+    for path in directory.glob("checkpoint_*"):
+        with Bundle(path) as bundle:
+            bundle.verify()
+    path = latest_checkpoint(directory)
+    latest = 0 if path is None else int(path.stem.removeprefix("checkpoint_"))
+    # A save begins when the one before is on the disk; the step that was said last may not have come to its own.
+    begun = (steps[-1] - 1) // save_interval if steps else 0
+    assert latest >= (begun - 1) * save_interval, where
+    return latest

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from tests.problems import Busy, Counting, Linear, regression, squared_error
+from tests.test_api import assert_same_bits
 from trainer import (
     ArgumentError,
     ArgumentTypeError,
@@ -16,6 +17,7 @@ from trainer import (
     ExtensionConfig,
     ObjectiveError,
     TrainState,
+    fuse_steps,
     make_eval_step,
     make_train_step,
 )
@@ -459,3 +461,86 @@ class TestBadCalls:
 
         with pytest.raises(ArgumentError, match=r"the model has no parameters: `wrt` = .* selects none"):
             one_step(lambda *_: (jnp.zeros(()), {}), Empty())
+
+
+class TestFusedSteps:
+    def batches(self, n, size=8):
+        data = regression(n * size)
+        return {name: column.reshape(n, size, *column.shape[1:]) for name, column in data.items()}
+
+    def state_and_step(self):
+        optimizer = optax.adam(1e-2)
+        extensions = {"size": Counting()}
+        state = TrainState.create(Busy(), optimizer, rng=jax.random.key(0), extensions=extensions)
+        return state, make_train_step(squared_error, optimizer, extensions=extensions)
+
+    @pytest.mark.parametrize("count", [None, 0, 1, 3, 5])
+    def test_it_is_so_many_single_steps_to_the_bit(self, count):
+        state, step = self.state_and_step()
+        batches = self.batches(5)
+        fused = jax.jit(fuse_steps(step, 5))
+        found, metrics = fused(state, batches) if count is None else fused(state, batches, count)
+        single = jax.jit(step)
+        steps = 5 if count is None else count
+        for index in range(steps):
+            state, one = single(state, {name: column[index] for name, column in batches.items()})
+            chex.assert_trees_all_equal({name: value[index] for name, value in metrics.items()}, dict(one))
+        assert_same_bits(found, state)
+        assert all(value.shape == (5,) for value in metrics.values())
+        assert all(not np.any(value[steps:]) for value in metrics.values())
+
+    def test_one_program_serves_every_count_and_its_size_does_not_depend_on_n(self, compilations):
+        state, step = self.state_and_step()
+        fused = jax.jit(fuse_steps(step, 5))
+        for count in (1, 5, 2):
+            state, _ = fused(state, self.batches(5), count)
+        assert compilations["jit(fused)"] == 1
+        texts = [jax.jit(fuse_steps(step, n)).lower(state, self.batches(n), 1).as_text() for n in (5, 50)]
+        assert texts[0].count("stablehlo.while") == texts[1].count("stablehlo.while") >= 1
+        assert len(texts[1]) - len(texts[0]) < 1000
+
+    def test_every_buffer_is_donated(self):
+        state, step = self.state_and_step()
+        lowered = jax.jit(fuse_steps(step, 5), donate_argnums=0).lower(state, self.batches(5), 5)
+        assert lowered.compile().memory_analysis().alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves(state))
+
+    def test_an_ensemble_is_fused_as_well(self):
+        optimizer = optax.sgd(0.1)
+        states = jax.vmap(lambda key: TrainState.create(Linear(4, rngs=nnx.Rngs(key)), optimizer, rng=key))(
+            jax.random.split(jax.random.key(0), 3)
+        )
+        fused = jax.jit(jax.vmap(fuse_steps(make_train_step(squared_error, optimizer), 5), in_axes=(0, None)))
+        _, metrics = fused(states, self.batches(5))
+        assert metrics["loss"].shape == (3, 5)
+        assert (metrics["loss"][:, -1] < metrics["loss"][:, 0]).all()
+
+    def test_a_convolution_differs_in_rounding_only(self):
+        """XLA's CPU backend has other code for it inside of loops."""
+
+        class Convolutional(nnx.Module):
+            def __init__(self):
+                self.conv = nnx.Conv(1, 8, (3, 3), rngs=nnx.Rngs(0))
+                self.out = nnx.Linear(8, 1, rngs=nnx.Rngs(1))
+
+            def __call__(self, x):
+                return self.out(nnx.relu(self.conv(x)).mean((1, 2)))[:, 0]
+
+        optimizer = optax.sgd(0.1)
+        state = TrainState.create(Convolutional(), optimizer, rng=jax.random.key(0))
+        step = make_train_step(squared_error, optimizer)
+        draw = np.random.default_rng(0)
+        batches = {
+            "input": draw.normal(size=(5, 16, 14, 14, 1)).astype(np.float32),
+            "target": draw.normal(size=(5, 16)).astype(np.float32),
+        }
+        fused, _ = jax.jit(fuse_steps(step, 5))(state, batches)
+        for index in range(5):
+            state, _ = jax.jit(step)(state, {name: column[index] for name, column in batches.items()})
+        chex.assert_trees_all_close(fused.params, state.params, rtol=1e-5, atol=1e-6)
+
+    def test_refusals(self):
+        state, step = self.state_and_step()
+        with pytest.raises(ArgumentError, match="`n` is 0; it must be a positive integer"):
+            fuse_steps(step, 0)
+        with pytest.raises(BatchError, match="`batches` has room for 4 steps, but `n` is 5; every array must be of"):
+            fuse_steps(step, 5)(state, self.batches(4))

@@ -34,6 +34,7 @@ from trainer.model_checkpoint import ModelCheckpoint as ModelCheckpoint
 from trainer.optimizers import make_optimizer as make_optimizer
 from trainer.optimizers import make_schedule as make_schedule
 from trainer.state import TrainState as TrainState
+from trainer.steps import fuse_steps as fuse_steps
 from trainer.steps import make_eval_step as make_eval_step
 from trainer.steps import make_train_step as make_train_step
 from trainer.types import LossFn as LossFn

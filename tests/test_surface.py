@@ -22,6 +22,7 @@ ARROWS = {
     "modules": {"errors"},
     "state": {"errors", "modules", "types"},
     "steps": {"batches", "errors", "modules", "state", "types"},
+    "sharding": {"errors", "state", "types"},
     "config": {"errors"},
     "optimizers": {"config", "errors"},
     "callbacks": {"errors"},

@@ -31,6 +31,12 @@ from trainer.loggers import MetricsLogger as MetricsLogger
 from trainer.loggers import WandbLogger as WandbLogger
 from trainer.optimizers import make_optimizer as make_optimizer
 from trainer.optimizers import make_schedule as make_schedule
+from trainer.sharding import abstract_state as abstract_state
+from trainer.sharding import batch_sharding as batch_sharding
+from trainer.sharding import create_sharded as create_sharded
+from trainer.sharding import jit_step as jit_step
+from trainer.sharding import make_mesh as make_mesh
+from trainer.sharding import partition as partition
 from trainer.state import TrainState as TrainState
 from trainer.steps import make_eval_step as make_eval_step
 from trainer.steps import make_train_step as make_train_step

@@ -23,6 +23,7 @@ ARROWS = {
     "state": {"errors", "modules", "types"},
     "steps": {"batches", "errors", "modules", "state", "types"},
     "sharding": {"errors", "state", "types"},
+    "planning": {"sharding"},
     "config": {"errors"},
     "optimizers": {"config", "errors"},
     "callbacks": {"errors"},

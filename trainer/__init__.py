@@ -31,6 +31,7 @@ from trainer.loggers import MetricsLogger as MetricsLogger
 from trainer.loggers import WandbLogger as WandbLogger
 from trainer.optimizers import make_optimizer as make_optimizer
 from trainer.optimizers import make_schedule as make_schedule
+from trainer.planning import plan as plan
 from trainer.sharding import abstract_state as abstract_state
 from trainer.sharding import batch_sharding as batch_sharding
 from trainer.sharding import create_sharded as create_sharded

@@ -24,6 +24,7 @@ ARROWS = {
     "steps": {"batches", "errors", "modules", "state", "types"},
     "sharding": {"errors", "state", "types"},
     "planning": {"sharding"},
+    "distributed": {"errors"},
     "config": {"errors"},
     "optimizers": {"config", "errors"},
     "callbacks": {"errors"},

@@ -16,6 +16,7 @@ from trainer.errors import ArgumentTypeError as ArgumentTypeError
 from trainer.errors import BatchError as BatchError
 from trainer.errors import CheckpointError as CheckpointError
 from trainer.errors import ConfigError as ConfigError
+from trainer.errors import DistributedError as DistributedError
 from trainer.errors import ObjectiveError as ObjectiveError
 from trainer.errors import StateError as StateError
 from trainer.errors import TrainerError as TrainerError

@@ -13,12 +13,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import yaml
 
 from tests.test_planning import ADAM, SPLIT, Perceptron, squared_error
 from trainer import (
     ArgumentError,
     ArgumentTypeError,
-    DistributedError,
     create_sharded,
     jit_step,
     make_mesh,
@@ -41,13 +41,14 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 JOIN = "initialize(heartbeat_timeout_seconds=5, shutdown_timeout_seconds=20)\nprocess = jax.process_index()\n"
 
 
-def start(body, processes, devices=1, started=None):
+def start(body, processes, devices=1, started=None, flags=()):
     """Starts a program as so many processes."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{found.getsockname()[1]}"
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     environment |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes), "DEVICES": str(devices)}
+    environment["FLAGS"] = json.dumps(flags)
     return [
         subprocess.Popen(
             [sys.executable, "-c", PREAMBLE + textwrap.dedent(body)],
@@ -195,6 +196,74 @@ class TestBarrier:
         barrier("alone", timeout_seconds=0)
 
 
+class TestClusters:
+    def test_slurm_is_detected(self):
+        body = """
+            process = int(os.environ.pop("JAX_PROCESS_ID"))
+            for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES"):
+                del os.environ[name]
+            os.environ |= {"SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_PROCID": str(process)}
+            os.environ |= {"SLURM_JOB_ID": str(os.getppid()), "SLURM_LOCALID": str(process)}
+            initialize()
+            print(jax.process_index() == process, jax.process_count())
+        """
+        results, _ = finish(start(body, 2))
+        assert [out.splitlines()[-1] for _, out, _ in results] == ["True 2"] * 2, results
+
+    def test_the_manifest_says_what_initialize_reads(self):
+        service, job = yaml.safe_load_all((ROOT / "examples" / "kubernetes.yaml").read_text(encoding="utf-8"))
+        pod = job["spec"]["template"]["spec"]
+        (container,) = pod["containers"]
+        values = {entry["name"]: entry.get("value") for entry in container["env"]}
+        host, port = values["JAX_COORDINATOR_ADDRESS"].split(":")
+        assert host == f"{job['metadata']['name']}-0.{service['metadata']['name']}"
+        assert pod["subdomain"] == service["metadata"]["name"]
+        assert [{"containerPort": int(port)}] == container["ports"]
+        assert int(values["JAX_NUM_PROCESSES"]) == job["spec"]["completions"] == job["spec"]["parallelism"]
+        assert set(values) == {"JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"}
+
+    def test_the_script_is_a_script(self):
+        script = ROOT / "examples" / "slurm.sh"
+        assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
+        assert os.access(script, os.X_OK)
+
+
+class TestTransformer:
+    """The example, as one process and as two."""
+
+    def test_it_learns_the_same_on_eight_devices_and_across_two_processes(self):
+        body = """
+            sys.path.insert(0, "examples")
+            import transformer
+
+            flags = ["--distributed", "--steps", "100", "--cpu-devices", os.environ["DEVICES"]]
+            print(json.dumps(transformer.main([*flags, *json.loads(os.environ["FLAGS"])])))
+        """
+        ((status, out, errors),), _ = finish(start(body, 1, devices=8), timeout=120)
+        assert status == 0, errors
+        alone = json.loads(out.splitlines()[-1])
+        assert alone["accuracy"] > 0.99
+        # Each layer is split over the two processes, so they communicate in the middle of it.
+        results, _ = finish(start(body, 2, flags=("--mesh", "tensor=2")), timeout=120)
+        for status, out, errors in results:
+            assert status == 0, errors
+            # A hundred steps of AdamW enlarge what is rounded otherwise.
+            assert json.loads(out.splitlines()[-1]) == pytest.approx(alone, rel=1e-2)
+
+    def test_a_plan_runs_nothing(self):
+        done = subprocess.run(
+            [sys.executable, "examples/transformer.py", "--plan", "64", "--mesh", "data=16,fsdp=2,tensor=2"],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            timeout=120,
+            env={name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)},
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("bytes on each of 64 devices (data 16 x fsdp 2 x tensor 2)\nstate ")
+        assert "loss" not in done.stdout
+
+
 TURN = """
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -316,6 +385,3 @@ class TestStart:
             "cluster (coordinator_address should be defined.). Pass them, set JAX_COORDINATOR_ADDRESS, "
             "JAX_NUM_PROCESSES and JAX_PROCESS_ID, or pass `num_processes` = 1 to run alone."
         )
-
-    def test_it_is_one_error_among_those_of_the_library(self):
-        assert issubclass(DistributedError, RuntimeError)

@@ -17,6 +17,7 @@ from trainer.errors import ArgumentTypeError as ArgumentTypeError
 from trainer.errors import BatchError as BatchError
 from trainer.errors import CheckpointError as CheckpointError
 from trainer.errors import ConfigError as ConfigError
+from trainer.errors import DistributedError as DistributedError
 from trainer.errors import ObjectiveError as ObjectiveError
 from trainer.errors import StateError as StateError
 from trainer.errors import TrainerError as TrainerError
@@ -33,6 +34,13 @@ from trainer.loggers import WandbLogger as WandbLogger
 from trainer.model_checkpoint import ModelCheckpoint as ModelCheckpoint
 from trainer.optimizers import make_optimizer as make_optimizer
 from trainer.optimizers import make_schedule as make_schedule
+from trainer.planning import plan as plan
+from trainer.sharding import abstract_state as abstract_state
+from trainer.sharding import batch_sharding as batch_sharding
+from trainer.sharding import create_sharded as create_sharded
+from trainer.sharding import jit_step as jit_step
+from trainer.sharding import make_mesh as make_mesh
+from trainer.sharding import partition as partition
 from trainer.state import TrainState as TrainState
 from trainer.steps import fuse_steps as fuse_steps
 from trainer.steps import make_eval_step as make_eval_step

@@ -7,6 +7,7 @@
     │   └── BatchError                    … in the data
     ├── ObjectiveError (ValueError)       what the objective or an extension returned
     ├── StateError (RuntimeError)         a training state that cannot be used any more
+    ├── DistributedError (RuntimeError)   processes that disagree, or wait for one that does not come
     └── CheckpointError (ValueError)      a file that cannot be written or loaded
 
     TrainingInterrupted (SystemExit)      SIGTERM came during a run, which ended in order
@@ -49,6 +50,10 @@ class ObjectiveError(TrainerError, ValueError):
 
 class StateError(TrainerError, RuntimeError):
     """The arrays of a training state are gone, usually because it was donated."""
+
+
+class DistributedError(TrainerError, RuntimeError):
+    """The processes of a run disagree about what to do, or one of them did not come."""
 
 
 class CheckpointError(TrainerError, ValueError):

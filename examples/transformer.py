@@ -1,0 +1,155 @@
+"""Trains a small transformer to reverse sequences, over data and tensor axes, by rules alone.
+
+Nothing in the model and nothing in the step knows of devices. ``python examples/transformer.py`` takes
+whatever devices there are, or eight pretended ones on a CPU, and ends in about half a minute. ``--plan 64``
+tells what a step would need on 64 devices instead. ``slurm.sh`` and ``kubernetes.yaml``, beside this
+file, start it as many processes.
+"""
+
+import argparse
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from trainer import (
+    abstract_state,
+    batch_sharding,
+    create_sharded,
+    jit_step,
+    make_eval_step,
+    make_mesh,
+    make_train_step,
+    plan,
+)
+from trainer.distributed import check_agreement, initialize
+from trainer.sharding import describe
+
+VOCABULARY, LENGTH, FEATURES, HEADS, LAYERS = 16, 8, 64, 4, 2
+SEPARATOR = VOCABULARY - 1
+
+# Heads and hidden units are split over `tensor`: the first product of each pair needs no communication,
+# the second one sums. What no rule names is small here, or split over `fsdp` if the mesh has that.
+RULES = {
+    "params/blocks/.*/attention/(query|key|value)/kernel": P(None, "tensor", None),
+    "params/blocks/.*/attention/(query|key|value)/bias": P("tensor", None),
+    "params/blocks/.*/attention/out/kernel": P("tensor", None, None),
+    "params/blocks/.*/up/kernel": P(None, "tensor"),
+    "params/blocks/.*/up/bias": P("tensor"),
+    "params/blocks/.*/down/kernel": P("tensor", None),
+}
+
+
+class Block(nnx.Module):
+    """Attention to what came before, and a perceptron, each added to its normalized input."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.attention_norm = nnx.LayerNorm(FEATURES, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(HEADS, FEATURES, decode=False, rngs=rngs)
+        self.norm = nnx.LayerNorm(FEATURES, rngs=rngs)
+        self.up = nnx.Linear(FEATURES, 4 * FEATURES, rngs=rngs)
+        self.down = nnx.Linear(4 * FEATURES, FEATURES, rngs=rngs)
+
+    def __call__(self, x_BxTxF, mask):
+        x_BxTxF += self.attention(self.attention_norm(x_BxTxF), mask=mask)
+        return x_BxTxF + self.down(nnx.gelu(self.up(self.norm(x_BxTxF))))
+
+
+class Transformer(nnx.Module):
+    """Predicts at each place the token that comes next."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.embed = nnx.Embed(VOCABULARY, FEATURES, rngs=rngs)
+        self.position = nnx.Param(0.02 * jax.random.normal(rngs.params(), (2 * LENGTH, FEATURES)))
+        self.blocks = nnx.List([Block(rngs) for _ in range(LAYERS)])
+        self.norm = nnx.LayerNorm(FEATURES, rngs=rngs)
+        self.head = nnx.Linear(FEATURES, VOCABULARY, rngs=rngs)
+
+    def __call__(self, token_BxT):
+        x_BxTxF = self.embed(token_BxT) + self.position[None]
+        mask = nnx.make_causal_mask(token_BxT)
+        for block in self.blocks:
+            x_BxTxF = block(x_BxTxF, mask)
+        return self.head(self.norm(x_BxTxF))
+
+
+def cross_entropy(model, batch, rng, step):
+    """The objective, over the second half only: the first is random."""
+    del rng, step
+    logits_BxTxC = model(batch["input"])[:, LENGTH - 1 :]
+    target_BxT = batch["target"][:, LENGTH - 1 :]
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits_BxTxC, target_BxT).mean()
+    return loss, {"accuracy": jnp.mean(logits_BxTxC.argmax(-1) == target_BxT)}
+
+
+def sequences(seed, batch_size):
+    """Returns sequences like ``3 1 2 | 2 1 3``, and the same one token later."""
+    first = np.random.default_rng(seed).integers(SEPARATOR, size=(batch_size, LENGTH), dtype=np.int32)
+    separator = np.full((batch_size, 1), SEPARATOR, np.int32)
+    whole = np.concatenate([first, separator, first[:, ::-1]], axis=1)
+    return {"input": whole[:, :-1], "target": whole[:, 1:]}
+
+
+def place(batch, sharding):
+    """Puts on each device of each process the examples that belong there."""
+    return {
+        name: jax.make_array_from_callback(column.shape, sharding, column.__getitem__) for name, column in batch.items()
+    }
+
+
+def axes(text):
+    """Reads ``data=-1,tensor=2``."""
+    return {name: int(size) for name, size in (axis.split("=") for axis in text.split(","))}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--mesh", type=axes, default={"data": -1, "tensor": 2}, help="data=-1,tensor=2")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch-size", type=int, default=128, help="of all devices together")
+    parser.add_argument("--cpu-devices", type=int, default=8, help="how many this process pretends to have on a CPU")
+    parser.add_argument("--distributed", action="store_true", help="this is one of several processes")
+    parser.add_argument("--plan", type=int, metavar="DEVICES", help="run nothing; tell what so many devices would need")
+    arguments = parser.parse_args(argv)
+
+    jax.config.update("jax_num_cpu_devices", arguments.plan or arguments.cpu_devices)
+    if arguments.plan:
+        jax.config.update("jax_platforms", "cpu")
+    if arguments.distributed:
+        initialize()
+
+    mesh = make_mesh(arguments.mesh)
+    optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 3e-3, arguments.steps // 4, arguments.steps))
+    how = {"rng": jax.random.key(0), "mesh": mesh, "rules": RULES}
+    step = make_train_step(cross_entropy, optimizer)
+    if arguments.plan:
+        print(plan(step, abstract_state(Transformer, optimizer, **how), sequences(0, arguments.batch_size)))
+        return None
+
+    state = create_sharded(Transformer, optimizer, **how)
+    train_step = jit_step(step, state)
+    first = place(sequences(1, arguments.batch_size), batch_sharding(mesh))
+    check_agreement({"step": train_step.lower(state, first).as_text()})
+    leads = jax.process_index() == 0
+    if leads:
+        print(describe(state.params))
+    for number in range(1, arguments.steps + 1):
+        state, metrics = train_step(state, place(sequences(number, arguments.batch_size), batch_sharding(mesh)))
+        if jax.default_backend() == "cpu":
+            # Where a process has several devices on a CPU, collectives of two steps under way wait for each other.
+            jax.block_until_ready(metrics)
+        if number % 50 == 0 and leads:
+            print(f"step {number:4}  loss {metrics['loss']:.4f}  accuracy {metrics['accuracy']:.3f}", flush=True)
+
+    unseen = place(sequences(0, 1024), batch_sharding(mesh))
+    result = {name: float(value) for name, value in jax.jit(make_eval_step(cross_entropy))(state, unseen).items()}
+    if leads:
+        print(f"unseen sequences: loss {result['loss']:.4f}  accuracy {result['accuracy']:.3f}")
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ import numpy as np
 
 from trainer.bundle import DTYPES, Bundle, Leaf, LeafPath, write_bundle
 from trainer.durable import replacing
-from trainer.errors import ArgumentError, CheckpointError, did_you_mean
+from trainer.errors import ArgumentError, CheckpointError, UnreadableError, did_you_mean
 from trainer.pickles import read_pickle, write_pickle
 from trainer.state import TrainState
 
@@ -29,12 +29,22 @@ _PROGRESS = ("progress",)
 
 _OWN_NAME = re.compile(r"checkpoint_(\d+)\.msgpack")
 
+_T = TypeVar("_T")
+
 
 class Found(NamedTuple):
     """An array in a file: what it is, and how to get it."""
 
     leaf: Leaf
     read: Callable[[], np.ndarray[Any, Any]]
+
+
+class Loaded(NamedTuple):
+    """What a checkpoint held, and where: ``progress`` is None if there was none."""
+
+    path: Path
+    state: TrainState
+    progress: dict[str, Any] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +127,7 @@ def save_state(
         path: The file. Its directory is made if it is missing.
         state: The state.
         info: Plain values to keep beside it, shown by ``trainer inspect``.
-        progress: Plain values of any size to keep beside it, for `load_progress`.
+        progress: Plain values of any size to keep beside it, for `load_with_progress`.
 
     Returns:
         The path.
@@ -162,42 +172,37 @@ def load_state(
     """
     path = Path(path)
     fields = _fields_to_load(only)
-    leaves, structure = jax.tree.flatten_with_path(like)
-    wanted = {_parts(keys): leaf for keys, leaf in leaves}
     with ExitStack() as stack:
-        found = {key: value for key, value in _open(path, like, wanted, stack).items() if key[0] in fields}
-        problems = dict(_mismatches({key: leaf for key, leaf in wanted.items() if key[0] in fields}, found))
-        if problems:
-            shown = "; ".join(list(problems.values())[:20])
-            shown += f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
-            if strict:
-                raise CheckpointError(f"`{path}` does not fit the state: {shown}.")
-            warnings.warn(f"`{path}` does not fit the state everywhere; not loaded: {shown}.", stacklevel=2)
-        loadable = found.keys() & wanted.keys() - problems.keys()
-        new = [
-            _place(found[key].read(), leaf) if key in loadable else jnp.array(leaf, copy=True)
-            for key, leaf in wanted.items()
-        ]
-    return cast(TrainState, jax.tree.unflatten(structure, new))
+        state, problems = _fitted(path, like, _open(path, like, stack), fields, strict=strict)
+    if problems:
+        warnings.warn(f"`{path}` does not fit the state everywhere; not loaded: {problems}.", stacklevel=2)
+    return state
 
 
-def load_progress(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """Returns what was given to `save_state` as ``progress``, None if there was nothing.
+def load_with_progress(path: str | os.PathLike[str], like: TrainState) -> Loaded:
+    """Reads a state, as `load_state` does, and what was given to `save_state` as ``progress``.
 
     Raises:
-        CheckpointError: The file cannot be used.
+        CheckpointError: The file cannot be used. It is an `UnreadableError` where that is so whatever
+            ``like`` is.
     """
-    if _is_pickle(Path(path)):
-        return None
-    with Bundle(path) as bundle:
-        for leaf in bundle.leaves:
-            if leaf.path == _PROGRESS and leaf.dtype == "uint8":
-                try:
-                    progress = msgpack.unpackb(bundle.read(leaf).tobytes())
-                except (ValueError, msgpack.exceptions.UnpackException) as error:
-                    raise CheckpointError(f"`{path}` holds a progress that cannot be understood: {error}") from error
-                return progress if isinstance(progress, dict) else None
-    return None
+    path = Path(path)
+    with ExitStack() as stack:
+        found = _open(path, like, stack)
+        state, _ = _fitted(path, like, found, _fields_to_load(None))
+        return Loaded(path, state, _progress(path, found))
+
+
+def load_latest(directory: str | os.PathLike[str], like: TrainState) -> Loaded | None:
+    """Reads the newest checkpoint of a directory that is undamaged, which it opens once.
+
+    It is ``load_with_progress(latest_checkpoint(directory), like)``, None where there is none.
+
+    Raises:
+        CheckpointError: There are checkpoints, and all are damaged; or the newest that is not does
+            not fit ``like``.
+    """
+    return _newest(directory, lambda path: load_with_progress(path, like))
 
 
 def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
@@ -213,22 +218,13 @@ def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
     Raises:
         CheckpointError: There are checkpoints, and all are damaged.
     """
-    directory = Path(directory)
-    passed_over = []
-    for step in reversed(_own_steps(directory)):
-        path = directory / default_name(step)
-        try:
-            with Bundle(path) as bundle:
-                bundle.verify()
-        except CheckpointError as error:
-            passed_over.append(str(error))
-            continue
-        if passed_over:
-            warnings.warn(f"using `{path}`, since newer ones are unusable: {' '.join(passed_over)}", stacklevel=2)
+
+    def verified(path: Path) -> Path:
+        with Bundle(path) as bundle:
+            bundle.verify()
         return path
-    if passed_over:
-        raise CheckpointError(f"no checkpoint in `{directory}` can be used: {' '.join(passed_over)}")
-    return None
+
+    return _newest(directory, verified)
 
 
 def prune(directory: Path, keep: int) -> None:
@@ -253,6 +249,25 @@ def _own_steps(directory: Path) -> list[int]:
     matches = filter(None, map(_OWN_NAME.fullmatch, names))
     # A name with leading zeros is not one that we give.
     return sorted(int(match[1]) for match in matches if match[0] == default_name(int(match[1])))
+
+
+def _newest(directory: str | os.PathLike[str], use: Callable[[Path], _T]) -> _T | None:
+    """Returns what ``use`` makes of the newest checkpoint that it can read."""
+    directory = Path(directory)
+    passed_over = []
+    for step in reversed(_own_steps(directory)):
+        path = directory / default_name(step)
+        try:
+            used = use(path)
+        except UnreadableError as error:
+            passed_over.append(str(error))
+            continue
+        if passed_over:
+            warnings.warn(f"using `{path}`, since newer ones are unusable: {' '.join(passed_over)}", stacklevel=3)
+        return used
+    if passed_over:
+        raise CheckpointError(f"no checkpoint in `{directory}` can be used: {' '.join(passed_over)}")
+    return None
 
 
 def _to_write(keys: Any, leaf: jax.Array) -> tuple[Leaf, Callable[[], np.ndarray[Any, Any]]]:
@@ -295,9 +310,46 @@ def _fields_to_load(only: Iterable[str] | None) -> set[str]:
     return chosen
 
 
-def _open(path: Path, like: TrainState, wanted: Iterable[LeafPath], stack: ExitStack) -> dict[LeafPath, Found]:
+def _wanted(like: TrainState) -> dict[LeafPath, jax.Array]:
+    return {_parts(keys): leaf for keys, leaf in jax.tree.leaves_with_path(like)}
+
+
+def _fitted(
+    path: Path, like: TrainState, found: Mapping[LeafPath, Found], fields: set[str], *, strict: bool = True
+) -> tuple[TrainState, str]:
+    """Returns the state, and what of it is not from the file because it does not fit."""
+    found = {key: value for key, value in found.items() if key[0] in fields}
+    wanted = _wanted(like)
+    problems = dict(_mismatches({key: leaf for key, leaf in wanted.items() if key[0] in fields}, found))
+    shown = "; ".join(list(problems.values())[:20])
+    shown += f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
+    if problems and strict:
+        raise CheckpointError(f"`{path}` does not fit the state: {shown}.")
+    loadable = found.keys() & wanted.keys() - problems.keys()
+    new = [
+        _place(found[key].read(), leaf) if key in loadable else jnp.array(leaf, copy=True)
+        for key, leaf in wanted.items()
+    ]
+    return cast(TrainState, jax.tree.unflatten(jax.tree.structure(like), new)), shown
+
+
+def _progress(path: Path, found: Mapping[LeafPath, Found]) -> dict[str, Any] | None:
+    there = found.get(_PROGRESS)
+    if there is None or there.leaf.dtype != "uint8":
+        return None
+    packed = there.read().tobytes()
+    try:
+        progress = msgpack.unpackb(packed)
+    except (ValueError, msgpack.exceptions.UnpackException) as error:
+        raise CheckpointError(f"`{path}` holds a progress that cannot be understood: {error}") from error
+    if not isinstance(progress, dict):
+        raise CheckpointError(f"`{path}` holds a progress of type {type(progress).__name__}; it must be a mapping.")
+    return progress
+
+
+def _open(path: Path, like: TrainState, stack: ExitStack) -> dict[LeafPath, Found]:
     if _is_pickle(path):
-        return _open_pickle(path, like, wanted)
+        return _open_pickle(path, like, _wanted(like))
     bundle = stack.enter_context(Bundle(path))
     return {leaf.path: Found(leaf, functools.partial(bundle.read, leaf)) for leaf in bundle.leaves}
 
@@ -324,7 +376,9 @@ def _open_pickle(path: Path, like: TrainState, wanted: Iterable[LeafPath]) -> di
     return found
 
 
-def _mismatches(wanted: dict[LeafPath, jax.Array], found: dict[LeafPath, Found]) -> Iterator[tuple[LeafPath, str]]:
+def _mismatches(
+    wanted: Mapping[LeafPath, jax.Array], found: Mapping[LeafPath, Found]
+) -> Iterator[tuple[LeafPath, str]]:
     for path, leaf in wanted.items():
         here = _described(path, leaf)
         if path not in found:

@@ -8,6 +8,7 @@
     ├── ObjectiveError (ValueError)       what the objective or an extension returned
     ├── StateError (RuntimeError)         a training state that cannot be used any more
     └── CheckpointError (ValueError)      a file that cannot be written or loaded
+        └── UnreadableError               … whatever it should be loaded into
 
     TrainingInterrupted (SystemExit)      SIGTERM came during a run, which ended in order
 
@@ -53,6 +54,10 @@ class StateError(TrainerError, RuntimeError):
 
 class CheckpointError(TrainerError, ValueError):
     """A checkpoint could not be written, read, or fitted to the state at hand."""
+
+
+class UnreadableError(CheckpointError):
+    """A file is missing, damaged, or no checkpoint of a version that this release reads."""
 
 
 class TrainingInterrupted(SystemExit):

@@ -14,7 +14,7 @@ from tests.problems import Busy, Counting, regression, squared_error
 from tests.test_api import assert_same_bits
 from trainer import ArgumentError, CheckpointError, TrainState, conversion, load_state, make_train_step, save_state
 from trainer.bundle import Leaf
-from trainer.checkpoints import load_progress
+from trainer.checkpoints import load_with_progress
 from trainer.cli import main
 from trainer.conversion import convert
 
@@ -47,7 +47,7 @@ def test_there_and_further(through, to, trained, tmp_path):
     convert(tmp_path / "x" / through, tmp_path / to, like=path)
     assert_same_bits(load_state(tmp_path / to, like=fresh()), state)
     if ".pkl" not in through + to:
-        assert load_progress(tmp_path / to) == {"epoch": 2}
+        assert load_with_progress(tmp_path / to, fresh()).progress == {"epoch": 2}
 
 
 def test_the_reference_s_layout_is_that_of_a_direct_save(trained, tmp_path):

@@ -227,3 +227,21 @@ def test_a_full_history_nobody_reads_is_bounded_on_the_device_as_well(reads):
     history = filled(*[(i, {"loss": jnp.float32(i)}) for i in range(1500)], max_rows=600)
     assert set(reads) == {256}
     assert history.to_dict() == {"step": list(range(900, 1500)), "loss": [float(i) for i in range(900, 1500)]}
+
+
+@pytest.mark.parametrize("read_first", [False, True])
+def test_rewinding_forgets_later_steps_and_reads_nothing(read_first, reads):
+    history = History()
+    for step in (5, 1, 2, 3):  # a state of an earlier step may have been assigned in between
+        history.record(step, {"loss": jnp.float32(step)})
+    if read_first:
+        list(history)
+    history.record(4, {"loss": jnp.float32(4)})
+    del reads[:]
+    history.rewind(2)
+    assert reads == []
+    assert history.to_dict() == {"step": [1, 2], "loss": [1.0, 2.0]}
+    history.record(3, {"loss": jnp.float32(9)})
+    assert history.series("loss") == ([1, 2, 3], [1.0, 2.0, 9.0])
+    history.rewind(0)
+    assert len(history) == 0

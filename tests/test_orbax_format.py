@@ -14,7 +14,7 @@ from tests.problems import Busy, Counting, regression, squared_error
 from tests.test_api import assert_same_bits
 from trainer import CheckpointError, TrainState, load_state, make_train_step
 from trainer.bundle import DTYPES
-from trainer.checkpoints import load_progress, take_snapshot
+from trainer.checkpoints import load_with_progress, take_snapshot
 from trainer.orbax_format import OrbaxDirectory, save_args
 
 MESH = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -55,7 +55,7 @@ def copy(saved, tmp_path):
 def test_everything_comes_back(saved):
     path, state = saved
     assert_same_bits(load_state(path, like=busy_state(7)), state)
-    assert load_progress(path) == {"epoch": 2}
+    assert load_with_progress(path, busy_state()).progress == {"epoch": 2}
     with OrbaxDirectory(path) as directory:
         assert (directory.info["step"], directory.info["score"]) == (3, 0.5)
         directory.verify()

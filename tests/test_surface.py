@@ -31,7 +31,8 @@ ARROWS = {
     "extensions": {"callbacks", "config", "errors"},
     "loggers": {"errors"},
     "history": {"steps"},
-    "progress": {"errors", "history", "types"},
+    "loaders": {"data", "errors", "types"},
+    "progress": {"errors", "history", "loaders", "types"},
     "interruption": {"errors"},
     "background": set(),
     "reports": {"history", "loggers", "types"},
@@ -86,7 +87,7 @@ def test_the_core_touches_no_files_clocks_or_loggers(name):
 
 def test_state_is_assigned_in_few_places():
     text = (ROOT / "trainer" / "api.py").read_text(encoding="utf-8")
-    assert len(re.findall(r"self\.state(, metrics)? = ", text)) == 4  # made, advanced, weights, restored
+    assert len(re.findall(r"self\.state(, metrics)? = ", text)) == 5  # made, advanced, weights, restored, put back
 
 
 def test_the_ledger_is_sorted_and_complete():

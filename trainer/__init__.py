@@ -22,6 +22,7 @@ from trainer.errors import ObjectiveError as ObjectiveError
 from trainer.errors import StateError as StateError
 from trainer.errors import TrainerError as TrainerError
 from trainer.errors import TrainingInterrupted as TrainingInterrupted
+from trainer.errors import UnreadableError as UnreadableError
 from trainer.extensions import Extension as Extension
 from trainer.extensions import ExtensionConfig as ExtensionConfig
 from trainer.history import History as History

@@ -5,6 +5,7 @@ keeps the books of its runs (``history``, ``epoch``, and where the run is), whic
 """
 
 import contextlib
+import copy
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
@@ -20,17 +21,17 @@ from trainer.background import BackgroundSaver
 from trainer.batches import as_batch, batch_length
 from trainer.callbacks import CallbackList, Listeners, as_callback_list
 from trainer.checkpoints import (
+    Loaded,
     Snapshot,
     default_name,
-    latest_checkpoint,
-    load_progress,
-    load_state,
+    load_latest,
+    load_with_progress,
     prune,
     take_snapshot,
     write_snapshot,
 )
 from trainer.config import TrainingConfig
-from trainer.data import InMemoryData, one_pass, seed_from_key
+from trainer.data import InMemoryData, one_pass, seed_from_key, takes_batch_size
 from trainer.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -41,9 +42,10 @@ from trainer.errors import (
 )
 from trainer.history import History, WeightedAverage
 from trainer.interruption import Interruption
+from trainer.loaders import LoaderPass, LoaderPosition
 from trainer.loggers import Logger, MetricsLoggerLike, WandbLogger, prefixed
 from trainer.optimizers import make_optimizer, make_schedule, needs_horizon
-from trainer.progress import RunProgress
+from trainer.progress import Books, RunProgress
 from trainer.reports import Reporter
 from trainer.state import TrainState, check_model, check_optimizer
 from trainer.steps import check_extensions, check_loss_fn, make_eval_step, make_train_step
@@ -164,6 +166,10 @@ class Trainer:
         self._reporter = Reporter(log_callback, metrics_logger, loggers)
         self._run = RunProgress()
         self.validates = val_data_loader is not None
+        self._pass: LoaderPass | None = None
+        # The step that the batch under way will be, and what is to be counted once it is finished.
+        self._awaited_step = 0
+        self._latest: tuple[int, Metrics, int] = (0, {}, 0)
         self._interruption = Interruption()
         self._saver = BackgroundSaver()
         self._handle_signals = handle_signals
@@ -242,7 +248,7 @@ class Trainer:
             StateError: The state was donated to a step outside this trainer.
         """
         batch = as_batch(batch)
-        batch_length(batch)
+        examples = batch_length(batch)
         self._emit("on_batch_begin", self.step)
         advance = self._compiled_step()
         self._sync_weights()
@@ -255,6 +261,7 @@ class Trainer:
         self._known_step, self._known_weights = step, weights
         if step == 1 or step % self.training_config.log_frequency == 0:
             self._log("train", step, metrics)
+        self._latest = step, metrics, examples
         self._emit("on_batch_end", step, metrics)
         return metrics
 
@@ -280,7 +287,7 @@ class Trainer:
         self._log("val", self.step, metrics)
         return metrics
 
-    def train_epoch(self) -> dict[str, float]:
+    def train_epoch(self, *, resume: bool | str | os.PathLike[str] = False) -> dict[str, float]:
         """Trains on one pass over ``train_data_loader``, then validates on ``val_data_loader``.
 
         Without hooks, loggers and checkpoints (``save_frequency``) it is::
@@ -288,13 +295,34 @@ class Trainer:
             for batch in loader(batch_size):
                 trainer.state, metrics = step(trainer.state, batch)
 
+        A run that may be interrupted anywhere, and goes on where it was, is::
+
+            while trainer.epoch < num_epochs:
+                trainer.train_epoch(resume=True)
+
+        A checkpoint holds the position of a loader that can tell it: the loader, or the iterator
+        that it makes, has ``get_state()`` and ``set_state(state)`` (Grain, datarax), or
+        ``state_dict()`` and ``load_state_dict(state)`` (torchdata). The batches of any other are
+        drawn again and dropped, with a warning, which is right if they come in the same order. An
+        iterator without these methods cannot be resumed. A callable is called again for every epoch,
+        also for the one that is resumed; ``trainer.epoch`` is its number then.
+
+        Args:
+            resume: Continue an interrupted call at its next batch, to the bit, with all that
+                ``resume`` of `train` brings back: True or "latest" from the latest undamaged
+                checkpoint, or from the checkpoint at a path. A call that was finished when its
+                checkpoint was saved returns what it returned then, and the next call goes on. True
+                starts an epoch where no checkpoint is, and where this trainer has just finished one.
+
         Returns:
             The averages of the epoch, each batch counted by its weight, and those of the
             validation as ``val_<name>``.
 
         Raises:
-            ArgumentError: There is no loader, or it yielded nothing.
+            ArgumentError: There is no loader, it yielded nothing, or it cannot be resumed.
             BatchError, ObjectiveError: As for `train_step`.
+            CheckpointError: The checkpoint cannot be used, or the loader refuses the position in it;
+                the trainer is as it was.
         """
         if self.train_data_loader is None:
             raise ArgumentError(
@@ -302,20 +330,37 @@ class Trainer:
                 "pass one, or call train(data, num_epochs, batch_size)."
             )
         config = self.training_config
-        self._reporter.introduce(self.training_config.to_dict())
-        batches = one_pass(self.train_data_loader, config.batch_size, "train_data_loader", config.steps_per_epoch)
+        run = RunProgress(
+            batch_size=config.batch_size if takes_batch_size(self.train_data_loader) else 0,
+            first_epoch=self.epoch,
+            first_step=self.step,
+            step=self.step,
+        )
+        has_finished_one = self._pass is not None and self._pass.over and self._run.batch == 0
+        # What this trainer has done itself is not taken back: `while trainer.epoch < n` must come to an end.
+        goes_on = has_finished_one and resume in (True, "latest")
+        checkpoint = None if goes_on else self._checkpoint_to_resume(resume)
+        if checkpoint is None:
+            self._reporter.introduce(config.to_dict())
+            self._run, self._pass = run, self._pass_over_loader()
+            self._begin_epoch()
+            self._pass.open()
+        else:
+            self._resume_epoch(checkpoint, run)
+            run = self._run
 
         def validate() -> None:
             self._validate(one_pass(self.val_data_loader, config.batch_size, "val_data_loader", None))
 
-        self._run = run = RunProgress(first_epoch=self.epoch, first_step=self.step, step=self.step)
         self.validates = self.val_data_loader is not None
-        self._run_epoch(
-            batches,
-            save_every=config.save_frequency,
-            validate_at_end=validate if self.val_data_loader is not None else None,
-        )
-        self._saver.wait()
+        if self.epoch == run.first_epoch:
+            assert self._pass is not None
+            self._run_epoch(
+                self._pass,
+                save_every=config.save_frequency,
+                validate_at_end=validate if self.val_data_loader is not None else None,
+            )
+            self._saver.wait()
         return {**run.average.compute(), **prefixed("val_", run.validation)}
 
     def train(
@@ -384,7 +429,7 @@ class Trainer:
         checkpoint = self._checkpoint_to_resume(resume)
         if checkpoint is None:
             self._plan(self.step + num_epochs * len(data))
-            self._run = run
+            self._run, self._pass = run, None
         else:
             self._resume(checkpoint, run, num_epochs * len(data))
         run = self._run
@@ -402,6 +447,7 @@ class Trainer:
                 # A run that was to stop there and is resumed at its end stays stopped.
                 if run.batch == 0 and epoch > run.first_epoch and self._listeners.should_stop:
                     break
+                self._begin_epoch()
                 self._run_epoch(
                     data.shuffled(self._seed, epoch, skip=run.batch),
                     save_every=self.save_interval,
@@ -445,7 +491,9 @@ class Trainer:
         """Writes the state to a file, whole or not at all.
 
         It is ``save_state(path, trainer.state)``. Without a path the name carries the step, and
-        only the latest ``max_checkpoints`` of these are kept.
+        only the latest ``max_checkpoints`` of these are kept. A run can be resumed from one that a
+        callback saves, at any event; of the states of callbacks it holds those of that moment, in
+        which the ones behind it in the list have not heard of the event yet.
 
         Args:
             path: The file; one that ends in ``.pkl`` gets the reference's pickle layout.
@@ -458,7 +506,8 @@ class Trainer:
             The path of the file.
 
         Raises:
-            CheckpointError: It could not be written; earlier checkpoints are untouched.
+            CheckpointError: It could not be written, or the loader cannot say where it is; earlier
+                checkpoints are untouched.
         """
         target = self.checkpoint_dir / default_name(self.step) if path is None else Path(path)
         snapshot = self.snapshot()
@@ -492,7 +541,7 @@ class Trainer:
         progress = {
             "epoch": self.epoch,
             "history": list(self.history),
-            "run": self._run.to_dict() if self._run.can_resume_at(self.step) else None,
+            "run": self._run_to_save(),
             "listeners": self._listeners.state_dict(),
         }
         return take_snapshot(self.state, info, progress=progress)
@@ -510,15 +559,24 @@ class Trainer:
 
         It is ``trainer.state = load_state(path, like=trainer.state)``: step, parameters, optimizer,
         key, every other variable, and the variables of the extensions, whose weights stay as set.
-        The number of epochs, the history and the callbacks' states come back as well. To continue
-        an interrupted run in the middle of an epoch, see ``resume`` of `train`.
+        The number of epochs, the history and the callbacks' states come back as well. A file that
+        does not hold these (a pickle, or one of `save_state`) leaves them as they are, but for the
+        rows of the history after its step: they tell of a course that is given up here.
+
+        The next run starts with an epoch of its own. To continue an interrupted one in the middle of
+        an epoch, see ``resume`` of `train` and `train_epoch`.
 
         Raises:
             CheckpointError: The file is damaged or does not fit; the trainer is as it was.
         """
         self._saver.wait()
-        self._restore(path, load_progress(path) or {}, RunProgress())
+        self._restore(load_with_progress(path, self.state), RunProgress())
         self._reporter.remark("checkpoint", f"loaded {path}", self.step)
+
+    def _begin_epoch(self) -> None:
+        if self._run.batch == 0:
+            self._run.average = WeightedAverage()
+        self._emit("on_epoch_begin", self.epoch)
 
     def _run_epoch(
         self,
@@ -531,17 +589,14 @@ class Trainer:
     ) -> None:
         """Trains on ``batches``, and keeps the books of it in ``self._run``."""
         epoch, run = self.epoch, self._run
-        if run.batch == 0:
-            run.average = WeightedAverage()
-        self._emit("on_epoch_begin", epoch)
         # An interruption may have come between a step and the validation that was due after it.
         due = run.batch > 0 and self.step % validate_every == 0 and run.validation_step != self.step
         if validate is not None and due:
             validate()
         for batch in map(as_batch, batches):
-            run.metrics = self.train_step(batch)
-            run.average.add(run.metrics, batch_length(batch))
-            run.step, run.batch = self.step, run.batch + 1
+            self._awaited_step = self.step + 1
+            metrics = self.train_step(batch)
+            run.count(self.step, metrics, batch_length(batch))
             # A checkpoint comes after the validation of its step, so that the two belong together.
             if validate is not None and self.step % validate_every == 0:
                 validate()
@@ -549,7 +604,7 @@ class Trainer:
                 self._save_if_finite(background=True)
             self._saver.check()
             self._interruption.check()
-        if validate_at_end is not None:
+        if validate_at_end is not None and run.validation_step != self.step:
             validate_at_end()
         validation = prefixed("val_", run.validation_of_epoch)
         self.epoch, run.batch = epoch + 1, 0
@@ -557,35 +612,94 @@ class Trainer:
         if self._listeners.listen("on_epoch_end"):
             self._emit("on_epoch_end", epoch, {**run.average.compute(), **validation})
 
-    def _checkpoint_to_resume(self, resume: bool | str | os.PathLike[str]) -> Path | None:
+    def _pass_over_loader(self) -> LoaderPass:
+        config = self.training_config
+        return LoaderPass(
+            self.train_data_loader, config.batch_size, "train_data_loader", config.steps_per_epoch, self._pass
+        )
+
+    def _run_to_save(self) -> dict[str, Any] | None:
+        """Returns the run that the state belongs to, None where there is none to resume."""
+        run = self._run
+        if run.step != self.step == self._awaited_step == self._latest[0]:
+            # The step is done and its batch is not counted yet: on_batch_end is being emitted.
+            run = run.copy()
+            run.count(*self._latest)
+        if run.step != self.step or (run.num_examples == 0 and self._pass is None):
+            return None
+        if self._pass is not None:
+            run.loader = self._pass.position(run.batch)
+        return run.to_dict()
+
+    def _checkpoint_to_resume(self, resume: bool | str | os.PathLike[str]) -> Loaded | None:
         if resume is False:
             return None
         self._saver.wait()
-        return latest_checkpoint(self.checkpoint_dir) if resume is True or resume == "latest" else Path(resume)
+        if resume is True or resume == "latest":
+            return load_latest(self.checkpoint_dir, self.state)
+        return load_with_progress(resume, self.state)
 
-    def _resume(self, path: Path, asked: RunProgress, length: int) -> None:
+    def _resume(self, checkpoint: Loaded, asked: RunProgress, length: int) -> None:
         """Takes up the run that a checkpoint was saved in, if it is the one that is asked for."""
-        progress = load_progress(path) or {}
-        if not progress.get("run"):
+        run = _run_in(checkpoint)
+        if run is None or run.num_examples == 0:
             raise CheckpointError(
-                f"`{path}` was not saved during train(), so there is no run to resume; load_checkpoint() and train on."
+                f"`{checkpoint.path}` was not saved during train(), so there is no run to resume; load_checkpoint() "
+                f"and train on."
             )
-        try:
-            run = RunProgress.from_dict(progress["run"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"`{path}` holds a run that cannot be understood: {error!r}.") from error
         run.check_same_run(asked)
         self._plan(run.first_step + length)
-        self._restore(path, progress, run)
-        self._reporter.remark("checkpoint", f"resumed {path}, epoch {self.epoch}, batch {run.batch}", self.step)
+        self._restore(checkpoint, run)
+        self._remark_resumed(checkpoint)
 
-    def _restore(self, path: str | os.PathLike[str], progress: Mapping[str, Any], run: RunProgress) -> None:
-        state = load_state(path, like=self.state)
-        self._listeners.load_state_dict(progress.get("listeners", []))
-        self.state = state
-        self._run = run
-        self.epoch = progress.get("epoch", self.epoch)
-        self.history.restore(progress.get("history", ()))
+    def _resume_epoch(self, checkpoint: Loaded, asked: RunProgress) -> None:
+        """Takes up the call of ``train_epoch`` that a checkpoint was saved in."""
+        run = _run_in(checkpoint)
+        if run is None or run.num_examples != 0:
+            raise CheckpointError(
+                f"`{checkpoint.path}` was not saved during train_epoch(), so there is no epoch to resume; "
+                f"load_checkpoint() and train on."
+            )
+        run.check_same_run(asked)
+        with self._put_back_on_failure():
+            self._restore(checkpoint, run)
+            self._pass = self._pass_over_loader()
+            if self.epoch == run.first_epoch:
+                self._begin_epoch()
+            self._pass.open(run.loader or LoaderPosition(), run.batch)
+        self._reporter.introduce(self.training_config.to_dict())
+        self._remark_resumed(checkpoint)
+
+    def _remark_resumed(self, checkpoint: Loaded) -> None:
+        where = f"epoch {self.epoch}, batch {self._run.batch}"
+        self._reporter.remark("checkpoint", f"resumed {checkpoint.path}, {where}", self.step)
+
+    def _restore(self, checkpoint: Loaded, run: RunProgress) -> None:
+        books = _books_in(checkpoint)
+        with self._put_back_on_failure():
+            self._listeners.load_state_dict(books.listeners)
+            self.state = checkpoint.state
+            self._run, self._pass = run, None
+            self.epoch = self.epoch if books.epoch is None else books.epoch
+            if books.history is None:
+                self.history.rewind(self.step)
+            else:
+                self.history.restore(books.history)
+
+    @contextlib.contextmanager
+    def _put_back_on_failure(self) -> Iterator[None]:
+        """Makes what is restored within it all or nothing."""
+        state, run, loader_pass, epoch, rows = self.state, self._run, self._pass, self.epoch, list(self.history)
+        listeners = copy.deepcopy(self._listeners.state_dict())
+        try:
+            yield
+        except BaseException:
+            self.state = state
+            self._run, self._pass, self.epoch = run, loader_pass, epoch
+            self.history.restore(rows)
+            with contextlib.suppress(CheckpointError):  # from one that refuses its own state
+                self._listeners.load_state_dict(listeners)
+            raise
 
     def _validate(self, batches: Iterator[Batch]) -> None:
         self._emit("on_validation_begin")
@@ -737,6 +851,30 @@ class Trainer:
             if "deleted" in str(error) or "donated" in str(error):
                 raise lost from error
             error.add_note("the state was donated to the step that failed and is gone; load a checkpoint to go on")
+
+
+def _books_in(checkpoint: Loaded) -> Books:
+    try:
+        return Books.from_dict(checkpoint.progress or {})
+    except ValueError as error:
+        raise CheckpointError(f"`{checkpoint.path}` holds a progress that cannot be used: {error}.") from error
+
+
+def _run_in(checkpoint: Loaded) -> RunProgress | None:
+    """Returns the run that a checkpoint was saved in, None if it was saved in none."""
+    books = _books_in(checkpoint)
+    if not books.run:
+        return None
+    try:
+        run = RunProgress.from_dict(books.run)
+    except ValueError as error:
+        raise CheckpointError(f"`{checkpoint.path}` holds a run that cannot be understood: {error}.") from error
+    if run.step != int(checkpoint.state.step) or books.epoch is None or run.first_epoch > books.epoch:
+        raise CheckpointError(
+            f"`{checkpoint.path}` holds a run that cannot be understood: it is at step {run.step} and began in epoch "
+            f"{run.first_epoch}, but the state is at step {int(checkpoint.state.step)} in epoch {books.epoch}."
+        )
+    return run
 
 
 def _check_config(config: Any) -> None:

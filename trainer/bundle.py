@@ -33,7 +33,7 @@ import numpy as np
 import xxhash
 
 from trainer.durable import replacing
-from trainer.errors import CheckpointError
+from trainer.errors import UnreadableError
 from trainer.paths import LeafPath
 
 MAGIC = b"\x89NNT\r\n\x1a\n"
@@ -142,7 +142,7 @@ class Bundle:
         leaves: What the file holds, in its order.
 
     Raises:
-        CheckpointError: It cannot be read, or it is damaged, of a newer format, or no bundle at all.
+        UnreadableError: It cannot be read, or it is damaged, of a newer format, or no bundle at all.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -151,11 +151,11 @@ class Bundle:
         try:
             self._file = open(self.path, "rb", buffering=0, opener=_open_without_waiting)  # noqa: SIM115
         except OSError as error:
-            raise CheckpointError(f"`{self.path}` could not be read: {error}") from error
+            raise UnreadableError(f"`{self.path}` could not be read: {error}") from error
         try:
             about = os.fstat(self._file.fileno())
             if not stat.S_ISREG(about.st_mode):
-                raise CheckpointError(f"`{self.path}` is no regular file.")
+                raise UnreadableError(f"`{self.path}` is no regular file.")
             self._length = about.st_size
             header_length, header_sum = self._read_prefix()
             self.info, self.leaves = self._read_header(header_length, header_sum)
@@ -164,7 +164,7 @@ class Bundle:
             self._sums = self._read_sums(self._check_places())
         except OSError as error:
             self.close()
-            raise CheckpointError(f"`{self.path}` could not be read: {error}") from error
+            raise UnreadableError(f"`{self.path}` could not be read: {error}") from error
         except BaseException:
             self.close()
             raise
@@ -173,7 +173,7 @@ class Bundle:
         """Returns an array, in memory of its own that is aligned as XLA likes it.
 
         Raises:
-            CheckpointError: Its checksum does not agree.
+            UnreadableError: Its checksum does not agree.
         """
         # The header was checked: `size` is that of shape and dtype, and lies within the file.
         memory = np.empty(leaf.size + _ALIGNMENT, np.uint8)
@@ -186,7 +186,7 @@ class Bundle:
         """Reads everything and keeps nothing.
 
         Raises:
-            CheckpointError: A checksum does not agree.
+            UnreadableError: A checksum does not agree.
         """
         memory = memoryview(bytearray(_SLICE))
         for leaf in self.leaves:
@@ -230,7 +230,7 @@ class Bundle:
     def _read_prefix(self) -> tuple[int, int]:
         raw = self._read_at(0, _DATA_START)
         if raw[: len(MAGIC)] != MAGIC:
-            raise CheckpointError(f"`{self.path}` is no checkpoint of this library.")
+            raise UnreadableError(f"`{self.path}` is no checkpoint of this library.")
         if len(raw) < _DATA_START:
             raise self._damaged("it ends within its first bytes")
         if _SUM.unpack_from(raw, _PREFIX.size)[0] != _sum(raw[: _PREFIX.size]):
@@ -238,7 +238,7 @@ class Bundle:
         _, major, minor, flags, header_length, data_start, length, header_sum, checksum = _PREFIX.unpack_from(raw)
         name = checksum.rstrip(b"\0").decode("ascii", "replace")
         if (major, flags, name) != (MAJOR, 0, CHECKSUM):
-            raise CheckpointError(
+            raise UnreadableError(
                 f"`{self.path}` has format version {major}.{minor} (flags {flags}, checksum {name!r}); this release "
                 f"reads {MAJOR}.x with {CHECKSUM!r}. It was written by a newer release of nnx-trainer."
             )
@@ -296,8 +296,8 @@ class Bundle:
             length -= len(piece)
         return b"".join(pieces)
 
-    def _damaged(self, how: str) -> CheckpointError:
-        return CheckpointError(f"`{self.path}` is damaged: {how}.")
+    def _damaged(self, how: str) -> UnreadableError:
+        return UnreadableError(f"`{self.path}` is damaged: {how}.")
 
 
 def _open_without_waiting(path: str, flags: int) -> int:

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TextIO
 
-from trainer.errors import ArgumentTypeError
+from trainer.errors import ArgumentTypeError, CheckpointError
 
 EVENTS = (
     "on_train_begin",
@@ -165,9 +165,18 @@ class Listeners:
         return [listener.state_dict() for listener in self._stateful()]
 
     def load_state_dict(self, states: Iterable[Any]) -> None:
-        """Gives each of those that have a state its own back."""
+        """Gives each of those that have a state its own back.
+
+        Raises:
+            CheckpointError: One refuses it.
+        """
         for listener, state in zip(self._stateful(), states, strict=False):
-            listener.load_state_dict(state)
+            try:
+                listener.load_state_dict(state)
+            except Exception as error:
+                raise CheckpointError(
+                    f"{type(listener).__name__}.load_state_dict raised {error!r} at the state in the checkpoint."
+                ) from error
 
     def _stateful(self) -> list[Any]:
         return [one for one in self._each() if hasattr(one, "state_dict") and hasattr(one, "load_state_dict")]

@@ -7,9 +7,9 @@ import importlib.metadata
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +19,23 @@ import numpy as np
 from trainer.bundle import DTYPES, Bundle, Leaf, write_bundle
 from trainer.containers import containers
 from trainer.durable import replacing
-from trainer.errors import ArgumentError, CheckpointError, did_you_mean
+from trainer.errors import ArgumentError, CheckpointError, UnreadableError, did_you_mean
 from trainer.paths import LeafPath, parts_of
 from trainer.pickles import write_pickle
-from trainer.sources import PROGRESS, describe, open_source, read_progress
+from trainer.sources import PROGRESS, Source, describe, open_source, read_progress
 from trainer.state import TrainState
 
 _OWN_NAME = re.compile(r"checkpoint_(\d+)\.msgpack")
+
+_T = TypeVar("_T")
+
+
+class Loaded(NamedTuple):
+    """What a checkpoint held, and where: ``progress`` is None if there was none."""
+
+    path: Path
+    state: TrainState
+    progress: dict[str, Any] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +133,7 @@ def save_state(
         path: The file. Its directory is made if it is missing.
         state: The state.
         info: Plain values to keep beside it, shown by ``trainer inspect``.
-        progress: Plain values of any size to keep beside it, for `load_progress`.
+        progress: Plain values of any size to keep beside it, for `load_with_progress`.
 
     Returns:
         The path.
@@ -169,30 +179,36 @@ def load_state(
     """
     path = Path(path)
     fields = _fields_to_load(only)
-    leaves, structure = jax.tree.flatten_with_path(like)
-    wanted = {parts_of(keys): leaf for keys, leaf in leaves}
     with open_source(path, like) as source:
-        found = {key: leaf for key, leaf in source.leaves.items() if key[0] in fields}
-        problems = dict(_mismatches({key: leaf for key, leaf in wanted.items() if key[0] in fields}, found))
-        if problems:
-            shown = "; ".join(list(problems.values())[:20])
-            shown += f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
-            if strict:
-                raise CheckpointError(f"`{path}` does not fit the state: {shown}.")
-            warnings.warn(f"`{path}` does not fit the state everywhere; not loaded: {shown}.", stacklevel=2)
-        loaded = source.read({key: leaf for key, leaf in wanted.items() if key in found and key not in problems})
-        new = [loaded[key] if key in loaded else jnp.array(leaf, copy=True) for key, leaf in wanted.items()]
-    return cast(TrainState, jax.tree.unflatten(structure, new))
+        state, problems = _fitted(source, like, fields, strict=strict)
+    if problems:
+        warnings.warn(f"`{path}` does not fit the state everywhere; not loaded: {problems}.", stacklevel=2)
+    return state
 
 
-def load_progress(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """Returns what was given to `save_state` as ``progress``, None if there was nothing.
+def load_with_progress(path: str | os.PathLike[str], like: TrainState) -> Loaded:
+    """Reads a state, as `load_state` does, and what was given to `save_state` as ``progress``.
 
     Raises:
-        CheckpointError: The checkpoint cannot be used.
+        CheckpointError: The checkpoint cannot be used. It is an `UnreadableError` where that is so
+            whatever ``like`` is.
     """
-    with open_source(path) as source:
-        return read_progress(source)
+    path = Path(path)
+    with open_source(path, like) as source:
+        state, _ = _fitted(source, like, _fields_to_load(None))
+        return Loaded(path, state, read_progress(source))
+
+
+def load_latest(directory: str | os.PathLike[str], like: TrainState) -> Loaded | None:
+    """Reads the newest checkpoint of a directory that is undamaged, which it opens once.
+
+    It is ``load_with_progress(latest_checkpoint(directory), like)``, None where there is none.
+
+    Raises:
+        CheckpointError: There are checkpoints, and all are damaged; or the newest that is not does
+            not fit ``like``.
+    """
+    return _newest(directory, lambda path: load_with_progress(path, like))
 
 
 def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
@@ -208,22 +224,13 @@ def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
     Raises:
         CheckpointError: There are checkpoints, and all are damaged.
     """
-    directory = Path(directory)
-    passed_over = []
-    for step in reversed(_own_steps(directory)):
-        path = directory / default_name(step)
-        try:
-            with Bundle(path) as bundle:
-                bundle.verify()
-        except CheckpointError as error:
-            passed_over.append(str(error))
-            continue
-        if passed_over:
-            warnings.warn(f"using `{path}`, since newer ones are unusable: {' '.join(passed_over)}", stacklevel=2)
+
+    def verified(path: Path) -> Path:
+        with Bundle(path) as bundle:
+            bundle.verify()
         return path
-    if passed_over:
-        raise CheckpointError(f"no checkpoint in `{directory}` can be used: {' '.join(passed_over)}")
-    return None
+
+    return _newest(directory, verified)
 
 
 def prune(directory: Path, keep: int) -> None:
@@ -250,6 +257,25 @@ def _own_steps(directory: Path) -> list[int]:
     return sorted(int(match[1]) for match in matches if match[0] == default_name(int(match[1])))
 
 
+def _newest(directory: str | os.PathLike[str], use: Callable[[Path], _T]) -> _T | None:
+    """Returns what ``use`` makes of the newest checkpoint that it can read."""
+    directory = Path(directory)
+    passed_over = []
+    for step in reversed(_own_steps(directory)):
+        path = directory / default_name(step)
+        try:
+            used = use(path)
+        except UnreadableError as error:
+            passed_over.append(str(error))
+            continue
+        if passed_over:
+            warnings.warn(f"using `{path}`, since newer ones are unusable: {' '.join(passed_over)}", stacklevel=3)
+        return used
+    if passed_over:
+        raise CheckpointError(f"no checkpoint in `{directory}` can be used: {' '.join(passed_over)}")
+    return None
+
+
 def _check_within_process(leaf: Leaf, array: Any) -> None:
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         raise CheckpointError(
@@ -273,7 +299,22 @@ def _fields_to_load(only: Iterable[str] | None) -> set[str]:
     return chosen
 
 
-def _mismatches(wanted: dict[LeafPath, jax.Array], found: dict[LeafPath, Leaf]) -> Iterator[tuple[LeafPath, str]]:
+def _fitted(source: Source, like: TrainState, fields: set[str], *, strict: bool = True) -> tuple[TrainState, str]:
+    """Returns the state, and what of it is not from the file because it does not fit."""
+    leaves, structure = jax.tree.flatten_with_path(like)
+    wanted = {parts_of(keys): leaf for keys, leaf in leaves}
+    found = {key: leaf for key, leaf in source.leaves.items() if key[0] in fields}
+    problems = dict(_mismatches({key: leaf for key, leaf in wanted.items() if key[0] in fields}, found))
+    shown = "; ".join(list(problems.values())[:20])
+    shown += f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
+    if problems and strict:
+        raise CheckpointError(f"`{source.path}` does not fit the state: {shown}.")
+    loaded = source.read({key: leaf for key, leaf in wanted.items() if key in found and key not in problems})
+    new = [loaded[key] if key in loaded else jnp.array(leaf, copy=True) for key, leaf in wanted.items()]
+    return cast(TrainState, jax.tree.unflatten(structure, new)), shown
+
+
+def _mismatches(wanted: Mapping[LeafPath, jax.Array], found: Mapping[LeafPath, Leaf]) -> Iterator[tuple[LeafPath, str]]:
     for path, leaf in wanted.items():
         here = describe(path, leaf)
         if path not in found:

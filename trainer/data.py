@@ -92,7 +92,7 @@ def open_loader(loader: Any, batch_size: int, name: str) -> Iterable[Batch]:
     """
     batches = loader
     if not isinstance(loader, Iterable) and callable(loader):
-        batches = loader(batch_size) if _takes_argument(loader) else loader()
+        batches = loader(batch_size) if takes_batch_size(loader) else loader()
     if not isinstance(batches, Iterable):
         where = f"`{name}`" if batches is loader else f"`{name}` returned an object that"
         raise ArgumentTypeError(
@@ -113,10 +113,20 @@ def one_pass(loader: Any, batch_size: int, name: str, limit: int | None) -> Iter
         empty = False
         yield batch
     if empty:
-        raise ArgumentError(
-            f"`{name}` yielded no batch. If it is an iterator it was used up by an earlier pass; pass a callable "
-            f"that makes a new one, or something that can be iterated over again."
-        )
+        raise no_batch(name)
+
+
+def no_batch(name: str) -> ArgumentError:
+    """Returns the error of a pass that yielded nothing."""
+    return ArgumentError(
+        f"`{name}` yielded no batch. If it is an iterator it was used up by an earlier pass; pass a callable "
+        f"that makes a new one, or something that can be iterated over again."
+    )
+
+
+def takes_batch_size(loader: Any) -> bool:
+    """Tells whether a loader is a callable that is told the size of a batch."""
+    return callable(loader) and not isinstance(loader, Iterable) and _takes_argument(loader)
 
 
 def _takes_argument(function: Callable[..., Any]) -> bool:

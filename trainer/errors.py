@@ -9,6 +9,7 @@
     ├── StateError (RuntimeError)         a training state that cannot be used any more
     ├── DistributedError (RuntimeError)   processes that disagree, or wait for one that does not come
     └── CheckpointError (ValueError)      a file that cannot be written or loaded
+        └── UnreadableError               … whatever it should be loaded into
 
     TrainingInterrupted (SystemExit)      SIGTERM came during a run, which ended in order
 
@@ -58,6 +59,10 @@ class DistributedError(TrainerError, RuntimeError):
 
 class CheckpointError(TrainerError, ValueError):
     """A checkpoint could not be written, read, or fitted to the state at hand."""
+
+
+class UnreadableError(CheckpointError):
+    """A file is missing, damaged, or no checkpoint of a version that this release reads."""
 
 
 class TrainingInterrupted(SystemExit):

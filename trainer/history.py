@@ -122,6 +122,14 @@ class History(Sequence[dict[str, Any]]):
         self._rows.extend(map(dict, rows))
         self._unread = 0
 
+    def rewind(self, step: int) -> None:
+        """Forgets the rows of later steps."""
+        first_unread = len(self._rows) - self._unread
+        kept = [(index, row) for index, row in enumerate(self._rows) if row["step"] <= step]
+        self._rows.clear()
+        self._rows.extend(row for _, row in kept)
+        self._unread = sum(index >= first_unread for index, _ in kept)
+
     def to_dict(self) -> dict[str, list[Any]]:
         """Returns columns of one length, None where a row lacks a value: ``pandas.DataFrame`` takes it."""
         rows = self._read()

@@ -24,7 +24,7 @@ import xxhash
 
 from trainer.bundle import DTYPES, Leaf, leaf_from_record, leaf_to_record
 from trainer.digests import as_text, bits, digest, digest_on_host, from_bits
-from trainer.errors import CheckpointError
+from trainer.errors import UnreadableError
 from trainer.paths import LeafPath
 from trainer.placement import place
 
@@ -81,7 +81,7 @@ class OrbaxDirectory:
         leaves: What it holds, by path.
 
     Raises:
-        CheckpointError: It cannot be read, or is no such directory.
+        UnreadableError: It cannot be read, or is no such directory.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -92,7 +92,7 @@ class OrbaxDirectory:
         """Returns arrays, each where its counterpart is, or as a NumPy array where that is None.
 
         Raises:
-            CheckpointError: One is damaged or cannot be read.
+            UnreadableError: One is damaged or cannot be read.
         """
         if not wanted:
             return {}
@@ -109,7 +109,7 @@ class OrbaxDirectory:
         """Reads everything, one array at a time, and keeps nothing.
 
         Raises:
-            CheckpointError: A checksum does not agree.
+            UnreadableError: A checksum does not agree.
         """
         for path in self.leaves:
             self.read({path: None})
@@ -129,11 +129,11 @@ class OrbaxDirectory:
         steps = sorted(int(name) for name in os.listdir(self.path) if name.isdecimal()) if self.path.is_dir() else []
         if steps:
             listed = ", ".join(map(str, steps))
-            raise CheckpointError(f"`{self.path}` holds checkpoints of the steps {listed}; pass one of them.")
+            raise UnreadableError(f"`{self.path}` holds checkpoints of the steps {listed}; pass one of them.")
         try:
             text = (self.path / "about" / "metadata").read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(
+            raise UnreadableError(
                 f"`{self.path}` is no Orbax directory that this library wrote, since its `about` could not be read: "
                 f"{error}"
             ) from error
@@ -149,7 +149,7 @@ class OrbaxDirectory:
             found = dict(zip((leaf.path for leaf in leaves), digests, strict=True))
             return dict(about["info"]), {leaf.path: leaf for leaf in leaves}, found
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            if isinstance(error, CheckpointError):
+            if isinstance(error, UnreadableError):
                 raise
             raise self._damaged(f"its description cannot be understood: {error!r}") from error
 
@@ -192,8 +192,8 @@ class OrbaxDirectory:
             arrays[path] = stored_array
         return arrays
 
-    def _damaged(self, how: str) -> CheckpointError:
-        return CheckpointError(f"`{self.path}` is damaged: {how}.")
+    def _damaged(self, how: str) -> UnreadableError:
+        return UnreadableError(f"`{self.path}` is damaged: {how}.")
 
 
 def _placed(array: Any, like: jax.Array | None) -> Any:

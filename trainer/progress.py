@@ -1,12 +1,53 @@
 """Where a run is: what a checkpoint holds beside the state, so that a run can go on at the next batch."""
 
 import dataclasses
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 from trainer.errors import ArgumentError
 from trainer.history import WeightedAverage, read
+from trainer.loaders import LoaderPosition
 from trainer.types import Metrics
+
+_COUNTS = ("num_examples", "batch_size", "first_epoch", "first_step", "step", "batch", "logged_step")
+
+
+@dataclasses.dataclass(frozen=True)
+class Books:
+    """What a checkpoint holds beside the state; None for what it does not hold.
+
+    Attributes:
+        epoch: The epochs finished.
+        history: The rows of the `trainer.History`.
+        listeners: The states of the callbacks and extensions that have one.
+        run: What `RunProgress.to_dict` returned.
+    """
+
+    epoch: int | None = None
+    history: list[dict[str, Any]] | None = None
+    listeners: list[Any] = dataclasses.field(default_factory=list)
+    run: Any = None
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Self:
+        """Takes what it knows of a mapping, and leaves the rest of it alone.
+
+        Raises:
+            ValueError: Something is of the wrong type. ``run`` is for `RunProgress.from_dict` to check.
+        """
+        books = cls(**{field.name: plain[field.name] for field in dataclasses.fields(cls) if field.name in plain})
+        if books.epoch is not None:
+            _check_count("epoch", books.epoch)
+        if not isinstance(books.listeners, list):
+            raise ValueError(f"`listeners` is of type {type(books.listeners).__name__}, not a list")
+        if books.history is not None:
+            if not isinstance(books.history, list):
+                raise ValueError(f"`history` is of type {type(books.history).__name__}, not a list")
+            for index, row in enumerate(books.history):
+                _check_scalars(f"history/{index}", row)
+                _check_count(f"history/{index}/step", row.get("step"))
+        return books
 
 
 @dataclasses.dataclass
@@ -16,7 +57,7 @@ class RunProgress:
     Attributes:
         seed: What the order of the data is drawn from.
         num_examples: How many examples the data has; 0 for a loader.
-        batch_size: Examples in a batch; 0 for a loader.
+        batch_size: Examples in a batch; 0 for a loader that is not told.
         first_epoch: The epochs finished when the run began.
         first_step: The updates finished when the run began.
         step: The updates finished.
@@ -26,6 +67,7 @@ class RunProgress:
         validation: Its averages.
         average: The average over the current epoch, or over the latest between two.
         metrics: Those of the latest step.
+        loader: Where the loader is, if there is one.
     """
 
     seed: tuple[int, ...] = ()
@@ -40,15 +82,22 @@ class RunProgress:
     validation: dict[str, float] = dataclasses.field(default_factory=dict)
     average: WeightedAverage = dataclasses.field(default_factory=WeightedAverage)
     metrics: Metrics | dict[str, float] = dataclasses.field(default_factory=dict)
+    loader: LoaderPosition | None = None
 
     @property
     def validation_of_epoch(self) -> dict[str, float]:
         """The latest validation, if it was in the current epoch."""
         return self.validation if self.validation_step > self.step - self.batch else {}
 
-    def can_resume_at(self, step: int) -> bool:
-        """Tells whether this is a run over data in memory, and still stands where the state does."""
-        return self.num_examples > 0 and self.step == step
+    def count(self, step: int, metrics: Metrics, examples: int) -> None:
+        """Counts a batch as finished."""
+        self.metrics = metrics
+        self.average.add(metrics, examples)
+        self.step, self.batch = step, self.batch + 1
+
+    def copy(self) -> "RunProgress":
+        """Returns another one that counts for itself."""
+        return dataclasses.replace(self, average=WeightedAverage.from_dict(self.average.to_dict()))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values; waits for the metrics that are still on the device."""
@@ -58,12 +107,46 @@ class RunProgress:
             "seed": list(self.seed),
             "average": self.average.to_dict(),
             "metrics": read(dict(self.metrics)),
+            "loader": None if self.loader is None else dataclasses.asdict(self.loader),
         }
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Self:
-        """Makes it again from what `to_dict` returned."""
-        return cls(**{**plain, "seed": tuple(plain["seed"]), "average": WeightedAverage.from_dict(plain["average"])})
+        """Makes it again from what `to_dict` returned.
+
+        Raises:
+            ValueError: It is no such thing.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        # The position of a loader came later; whatever else is missing was never written.
+        if not isinstance(plain, dict) or not known - {"loader"} <= plain.keys() <= known:
+            raise ValueError(f"it does not consist of {', '.join(sorted(known))}")
+        for name in _COUNTS:
+            _check_count(name, plain[name])
+        _check_count("validation_step", plain["validation_step"], least=-1)
+        if plain["batch"] > plain["step"]:
+            raise ValueError(f"it has finished {plain['batch']} batches of an epoch after {plain['step']} steps")
+        if not isinstance(plain["seed"], list):
+            raise ValueError(f"`seed` is of type {type(plain['seed']).__name__}, not a list")
+        for word in plain["seed"]:
+            _check_count("seed", word)
+        for name in ("validation", "metrics"):
+            _check_scalars(name, plain[name])
+        average, loader = plain["average"], plain.get("loader")
+        if not isinstance(average, dict) or average.keys() != {"sums", "weights"}:
+            raise ValueError("`average` does not consist of sums and weights")
+        for name, numbers in average.items():
+            _check_scalars(f"average/{name}", numbers, of=(int, float))
+        if average["sums"].keys() != average["weights"].keys():
+            raise ValueError("`average` has sums without weights, or weights without sums")
+        return cls(
+            **{
+                **plain,
+                "seed": tuple(plain["seed"]),
+                "average": WeightedAverage.from_dict(average),
+                "loader": None if loader is None else LoaderPosition.from_dict(loader),
+            }
+        )
 
     def check_same_run(self, asked: "RunProgress") -> None:
         """Compares the run that was interrupted with the one that is asked for.
@@ -81,4 +164,19 @@ class RunProgress:
             raise ArgumentError(
                 f"`resume` cannot continue the interrupted run with other arguments: {'; '.join(differences)}. Pass "
                 f"the same, or load_checkpoint() and start a run of its own."
+            )
+
+
+def _check_count(name: str, value: Any, least: int = 0) -> None:
+    if type(value) is not int or value < least:
+        raise ValueError(f"`{name}` is {reprlib.repr(value)}, not a count")
+
+
+def _check_scalars(name: str, values: Any, of: Iterable[type] = (bool, int, float, str, type(None))) -> None:
+    if not isinstance(values, dict):
+        raise ValueError(f"`{name}` is of type {type(values).__name__}, not a mapping")
+    for key, value in values.items():
+        if type(key) is not str or type(value) not in of:
+            raise ValueError(
+                f"`{name}` has {reprlib.repr(value)} of type {type(value).__name__} under {reprlib.repr(key)}"
             )

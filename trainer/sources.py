@@ -102,7 +102,11 @@ def read_progress(source: Source) -> dict[str, Any] | None:
         progress = msgpack.unpackb(packed.tobytes())
     except (ValueError, msgpack.exceptions.UnpackException) as error:
         raise CheckpointError(f"`{source.path}` holds a progress that cannot be understood: {error}") from error
-    return progress if isinstance(progress, dict) else None
+    if not isinstance(progress, dict):
+        raise CheckpointError(
+            f"`{source.path}` holds a progress of type {type(progress).__name__}; it must be a mapping."
+        )
+    return progress
 
 
 def describe(path: LeafPath, leaf: jax.Array) -> Leaf:

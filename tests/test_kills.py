@@ -21,7 +21,7 @@ from trainer.bundle import Bundle
 ROOT = Path(__file__).parent.parent
 
 # 102 steps in two epochs, and a state that takes longer to save than a step takes.
-KILLED = {"examples": 202, "mebibytes": 4, "keep": 3}
+KILLED = {"examples": 202, "mebibytes": 8, "keep": 3}
 # 30 steps in two epochs, the last of each on two examples; a checkpoint of every step stays.
 RESUMED = {"examples": 58, "mebibytes": 0, "save_interval": 1, "keep": 100}
 
@@ -135,8 +135,8 @@ def test_whenever_it_is_killed_it_goes_on_to_the_same_bits(
         status = None
         while status != 0:
             process = processes.start(directory, True, **KILLED, save_interval=save_interval)
-            # Half of the instants are counted from the first step, since restoring and compiling take their share.
-            from_first_step = rng.random() < 0.5
+            # Most instants are counted from the first step, since restoring and compiling take their share.
+            from_first_step = rng.random() < 0.75
             delay = rng.uniform(0, stepping if from_first_step else whole)
             if from_first_step:
                 process.listen()
@@ -158,7 +158,7 @@ def test_whenever_it_is_killed_it_goes_on_to_the_same_bits(
         }, where
         shutil.rmtree(directory)
     print(f"{kills} kills, {in_saves} of them in a save, {runs} runs, {time.perf_counter() - start:.0f} s")
-    assert in_saves >= kills // 10
+    assert in_saves >= kills // 25
 
 
 @pytest.mark.parametrize(

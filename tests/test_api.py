@@ -55,14 +55,14 @@ def assert_same_bits(one, other):
 
 
 class Recorder(Callback):
-    """Writes every event down, with what came along."""
+    """Writes down every event but those of calls and compilations, with what came along."""
 
     def __init__(self, name="", events=None):
         self.name = name
         self.events = [] if events is None else events
 
     def __getattribute__(self, attribute):
-        if not attribute.startswith("on_"):
+        if not attribute.startswith("on_") or attribute in ("on_call_end", "on_compile_begin", "on_compile_end"):
             return super().__getattribute__(attribute)
         return lambda trainer, *about: self.events.append((self.name + attribute, *about))
 
@@ -249,13 +249,27 @@ class TestCompilation:
     def test_a_run_compiles_each_step_once_for_each_shape(self, compilations, tmp_path):
         trainer = build(tmp_path)
         trainer.train(regression(16), 3, 8, regression(8), val_interval=2)
-        assert compilations["jit(train_step)"] == compilations["jit(eval_step)"] == 1
+        assert compilations["jit(train_steps)"] == compilations["jit(eval_step)"] == 1
         trainer.load_checkpoint(trainer.save_checkpoint())
         trainer.train(regression(16), 1, 8, regression(8))
         trainer.evaluate(regression(16), 8)
-        assert compilations["jit(train_step)"] == compilations["jit(eval_step)"] == 1
+        assert compilations["jit(train_steps)"] == compilations["jit(eval_step)"] == 1
+        assert "jit(train_step)" not in compilations
         trainer.train(regression(19), 3, 8, regression(11), val_interval=2)
-        assert compilations["jit(train_step)"] == compilations["jit(eval_step)"] == 2
+        assert compilations["jit(train_steps)"] == compilations["jit(train_step)"] == 1
+        assert compilations["jit(eval_step)"] == 2
+
+    def test_it_is_traced_once_for_both(self):
+        traces = []
+
+        def objective(model, batch, rng, step):
+            traces.append(batch["input"].shape)
+            return squared_error(model, batch, rng, step)
+
+        trainer = build(loss_fn=objective)
+        trainer.train(regression(24), 2, 8)
+        trainer.train_step(regression(8))
+        assert traces == [(8, 4)]
 
     def test_weights_and_python_attributes_of_an_extension_compile_nothing(self, compilations):
         extension = Counting()
@@ -417,6 +431,29 @@ class TestHooks:
         build(callbacks=[Recorder(events=events)], extensions={"w": Watching()}).train_step(regression())
         assert [event[0] for event in events] == ["on_batch_begin", "on_batch_end", "extension on_batch_end"]
 
+    def test_calls_and_compilations_are_events_of_their_own(self):
+        events = []
+
+        class Watching(Callback):
+            def on_call_end(self, trainer, step, logs):
+                events.append((step, float(logs["loss"])))
+
+            def on_compile_begin(self, trainer, what):
+                events.append(("begin", what))
+
+            def on_compile_end(self, trainer, what, seconds):
+                events.append(("end", what))
+                assert seconds > 0
+
+        trainer = build(callbacks=[Watching()], settings=config(log_frequency=1))
+        trainer.train(regression(20), 2, 8)
+        losses = trainer.history.series("loss")[1]
+        assert events == [
+            *[("begin", "train_steps"), ("end", "train_steps"), (2, losses[1])],
+            *[("begin", "train_step"), ("end", "train_step"), (3, losses[2])],
+            *[(5, losses[4]), (6, losses[5])],
+        ]
+
     def test_batch_logs_are_what_train_step_returns(self):
         recorder = Recorder()
         metrics = build(callbacks=[recorder]).train_step(regression())
@@ -541,14 +578,16 @@ class TestLogging:
         trainer.save_checkpoint()
         assert spy.rows[0][1]["name"] == "run"
         assert spy.rows[1] == (0, "training", "1 epochs of 2 steps, batch size 8")
-        assert spy.rows[2][0] == 1
-        assert set(spy.rows[2][1]) == {"train/loss", "train/mean_error"}
+        assert spy.rows[2][:2] == (2, "compilation")
+        assert spy.rows[3][0] == 1
+        assert set(spy.rows[3][1]) == {"train/loss", "train/mean_error"}
+        assert {"speed/steps_per_second", "speed/waiting_for_data"} < set(spy.rows[4][1])
         assert spy.rows[-1] == (2, "checkpoint", f"saved {tmp_path / 'checkpoint_2.msgpack'}")
 
     def test_a_logger_that_the_metrics_logger_wraps_is_not_told_twice(self):
         spy = Spy()
         build(logger=spy, metrics_logger=MetricsLogger(spy)).train_step(regression())
-        assert len(spy.rows) == 1
+        assert [row[0] for row in spy.rows if "compilation" not in row] == [1]
 
     def test_validate_step_logs_as_validation(self):
         calls = []
@@ -577,7 +616,7 @@ class TestLogging:
         spy = Spy()
         monkeypatch.setattr("trainer.api.WandbLogger", lambda project, name: spy if project == "p" else None)
         build(settings=config(use_wandb=True, wandb_project="p")).train_step(regression())
-        assert spy.rows[0][0] == 1
+        assert spy.rows[-1][0] == 1
 
 
 class TestSchedules:
@@ -804,7 +843,8 @@ class TestBadInput:
                 leaf.delete()
             raise RuntimeError("RESOURCE_EXHAUSTED")
 
-        trainer._compiled_steps[()] = out_of_memory
+        trainer.train_step(regression())
+        trainer._programs.single()._jitted = out_of_memory
         with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED") as caught:
             trainer.train_step(regression())
         assert caught.value.__notes__ == [

@@ -15,6 +15,9 @@ ARGUMENTS = {
     "on_epoch_end": ("trainer", 0, {"loss": 1.0}),
     "on_batch_begin": ("trainer", 0),
     "on_batch_end": ("trainer", 1, {"loss": 1.0}),
+    "on_call_end": ("trainer", 1, {"loss": 1.0}),
+    "on_compile_begin": ("trainer", "train_step"),
+    "on_compile_end": ("trainer", "train_step", 1.5),
     "on_validation_begin": ("trainer",),
     "on_validation_end": ("trainer", {"loss": 1.0}),
 }
@@ -178,7 +181,7 @@ def show(stream, times, num_batches_per_epoch=3):
             progress.on_epoch_begin(trainer, trainer.epoch)
         clock.now = 100.0 + time
         trainer.step = i + 1
-        progress.on_batch_end(trainer, trainer.step, {"step": i + 1, "loss": float(i + 1)})
+        progress.on_call_end(trainer, trainer.step, {"step": i + 1, "loss": float(i + 1)})
         if (i + 1) % num_batches_per_epoch == 0:
             progress.on_epoch_end(trainer, trainer.epoch, {"loss": 0.5})
     return stream.getvalue()
@@ -215,7 +218,7 @@ def test_a_shorter_line_wipes_a_longer_one():
     metrics = {f"a_long_name_{i}": 0.123456 for i in range(9)}
     for logs in (metrics, {}, {}):
         clock.now += 1.0
-        progress.on_batch_end(trainer, 9, logs)
+        progress.on_call_end(trainer, 9, logs)
     progress.on_epoch_end(trainer, 0, {})
     _, long, short, last = stream.getvalue().split("\r")
     assert len(long) > 200

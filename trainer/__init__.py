@@ -46,4 +46,5 @@ from trainer.state import TrainState as TrainState
 from trainer.steps import fuse_steps as fuse_steps
 from trainer.steps import make_eval_step as make_eval_step
 from trainer.steps import make_train_step as make_train_step
+from trainer.throughput import Throughput as Throughput
 from trainer.types import LossFn as LossFn

@@ -6,19 +6,21 @@ keeps the books of its runs (``history``, ``epoch``, and where the run is), whic
 
 import contextlib
 import copy
+import functools
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
 from trainer.background import BackgroundSaver
-from trainer.batches import as_batch, batch_length
+from trainer.batches import checked_batch
 from trainer.callbacks import CallbackList, Listeners, as_callback_list
 from trainer.checkpoints import (
     Loaded,
@@ -30,8 +32,9 @@ from trainer.checkpoints import (
     take_snapshot,
     write_snapshot,
 )
+from trainer.collection import scheduled_collection
 from trainer.config import TrainingConfig
-from trainer.data import InMemoryData, one_pass, seed_from_key, takes_batch_size
+from trainer.data import EpochOfData, InMemoryData, one_pass, seed_from_key, takes_batch_size
 from trainer.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -40,15 +43,17 @@ from trainer.errors import (
     TrainingInterrupted,
     check_count,
 )
-from trainer.history import History, WeightedAverage
+from trainer.history import History, WeightedAverage, metrics_at
 from trainer.interruption import Interruption
 from trainer.loaders import LoaderPass, LoaderPosition
 from trainer.loggers import Logger, MetricsLoggerLike, WandbLogger, prefixed
 from trainer.optimizers import make_optimizer, make_schedule, needs_horizon
+from trainer.programs import Calls, Program, StepPrograms
 from trainer.progress import Books, RunProgress
 from trainer.reports import Reporter
 from trainer.state import TrainState, check_model, check_optimizer
 from trainer.steps import check_extensions, check_loss_fn, make_eval_step, make_train_step
+from trainer.throughput import Meter, Throughput
 from trainer.types import Batch, ExtensionLike, LogCallback, LossFn, Metrics
 
 # Stands for the length of the run where only the structure of an optimizer's state matters.
@@ -84,12 +89,18 @@ class Trainer:
         extensions: By name, extensions that contribute losses or hooks.
         wrt: Which variables of the model are trained, an nnx filter.
         handle_signals: Whether SIGTERM and Ctrl-C during `train` end it in order.
+        steps_per_call: How many steps `train` runs in one call where nothing has to look between them
+            (`trainer.fuse_steps`): a validation, a checkpoint, a log that somebody is told, a callback
+            that listens to the events of a batch. "auto" fuses steps that compute so little that
+            calling them would cost more, which it tells from the traced step and not from a clock
+            (`trainer.fusing`); 1 never does.
 
     Attributes:
         state: The training state. Steps consume it: whoever wants to keep one copies it first.
         history: What was logged, see `trainer.History`.
         epoch: How many epochs this trainer has finished.
         validates: Whether the run that is under way, or the one before, validates on anything.
+        throughput: How fast the latest epoch was, see `trainer.Throughput`; None before the first.
 
     Raises:
         ArgumentError: An argument cannot be used; nothing has happened then. Those of a wrong type
@@ -116,6 +127,7 @@ class Trainer:
         extensions: Mapping[str, ExtensionLike] | None = None,
         wrt: nnx.filterlib.Filter = nnx.Param,
         handle_signals: bool = True,
+        steps_per_call: int | Literal["auto"] = "auto",
     ) -> None:
         check_model(model)
         _check_config(training_config)
@@ -136,6 +148,8 @@ class Trainer:
         self.logger = logger
         self.log_callback = log_callback
         self.save_interval = check_count(save_interval, "save_interval")
+        if steps_per_call != "auto":
+            steps_per_call = check_count(steps_per_call, "steps_per_call")
         self.checkpoint_dir = Path(checkpoint_dir or workdir or training_config.checkpoint_dir)
         self.extensions = check_extensions(extensions)
         self.callbacks = as_callback_list(callbacks)
@@ -173,7 +187,9 @@ class Trainer:
         self._interruption = Interruption()
         self._saver = BackgroundSaver()
         self._handle_signals = handle_signals
-        self._compiled_steps: dict[tuple[str, ...], Callable[..., tuple[TrainState, Metrics]]] = {}
+        self.throughput: Throughput | None = None
+        self._programs = StepPrograms(self._make_step, self._enabled, steps_per_call)
+        self._on_device = functools.cache(lambda number: jax.device_put(np.int32(number)))
         self._compiled_eval_step = jax.jit(make_eval_step(loss_fn))
 
     @property
@@ -247,23 +263,8 @@ class Trainer:
             ObjectiveError: The objective or an extension breaks its contract.
             StateError: The state was donated to a step outside this trainer.
         """
-        batch = as_batch(batch)
-        examples = batch_length(batch)
-        self._emit("on_batch_begin", self.step)
-        advance = self._compiled_step()
-        self._sync_weights()
-        step, weights = self.step + 1, self._known_weights
-        try:
-            self.state, metrics = advance(self.state, batch)
-        except Exception as error:
-            self._explain_lost_state(error)
-            raise
-        self._known_step, self._known_weights = step, weights
-        if step == 1 or step % self.training_config.log_frequency == 0:
-            self._log("train", step, metrics)
-        self._latest = step, metrics, examples
-        self._emit("on_batch_end", step, metrics)
-        return metrics
+        batch, examples = checked_batch(batch)
+        return self._train_step(batch, examples)
 
     def validate_step(self, batch: Batch) -> Metrics:
         """Evaluates the objective on one batch, in evaluation mode, and logs it as validation.
@@ -281,9 +282,8 @@ class Trainer:
         Raises:
             BatchError, ObjectiveError, StateError: As for `train_step`.
         """
-        batch = as_batch(batch)
-        batch_length(batch)
-        metrics = self._eval_step(batch, 0)
+        batch, _ = checked_batch(batch)
+        metrics = self._eval_step(batch, self._on_device(0))
         self._log("val", self.step, metrics)
         return metrics
 
@@ -381,6 +381,8 @@ class Trainer:
             for epoch in range(num_epochs):
                 for batch in data.shuffled(seed, epoch):
                     trainer.state, metrics = step(trainer.state, batch)
+
+        Small steps are fused, many in a call (``steps_per_call``), which gives the same numbers.
 
         Every example comes exactly once an epoch, in an order that depends on the initial key and
         the number of the epoch only; the last batch may be short. Validation, logging, saving and
@@ -587,30 +589,125 @@ class Trainer:
         validate_every: int = 1,
         validate_at_end: Callable[[], None] | None = None,
     ) -> None:
-        """Trains on ``batches``, and keeps the books of it in ``self._run``."""
+        """Trains on ``batches``, and keeps the books of it in ``self._run``.
+
+        The device is waited for only where somebody reads: each call is dispatched while the one before
+        is running, and the batches of the next are made meanwhile.
+        """
         epoch, run = self.epoch, self._run
         # An interruption may have come between a step and the validation that was due after it.
         due = run.batch > 0 and self.step % validate_every == 0 and run.validation_step != self.step
         if validate is not None and due:
             validate()
-        for batch in map(as_batch, batches):
-            self._awaited_step = self.step + 1
-            metrics = self.train_step(batch)
-            run.count(self.step, metrics, batch_length(batch))
-            # A checkpoint comes after the validation of its step, so that the two belong together.
-            if validate is not None and self.step % validate_every == 0:
-                validate()
-            if self.step % save_every == 0:
-                self._save_if_finite(background=True)
-            self._saver.check()
-            self._interruption.check()
+        calls, looking = self._plan_calls(batches, [save_every, *([] if validate is None else [validate_every])])
+        meter = Meter(calls.flops)
+        with scheduled_collection() as collect:
+            while True:
+                with meter.preparing():
+                    prepared = self._prepare(batches, calls)
+                if prepared is None:
+                    break
+                batch, examples, count = prepared
+                if calls.program is not None and count is not None:
+                    metrics = self._train_steps(calls.program, batch, count)
+                else:
+                    self._awaited_step = self.step + 1
+                    metrics = self.train_step(batch) if looking else self._train_step(batch, examples, postpone=True)
+                run.count(self.step, metrics, examples, count)
+                meter.dispatched(metrics["loss"], count or 1, examples)
+                with meter.pausing():
+                    # A checkpoint comes after the validation of its step, so that the two belong together.
+                    if validate is not None and self.step % validate_every == 0:
+                        validate()
+                    if self.step % save_every == 0:
+                        self._save_if_finite(background=True)
+                self._saver.check()
+                self._interruption.check()
+                collect()
+        self._reporter.catch_up()
+        self.throughput = meter.read(self.state.step.sharding.device_set)
         if validate_at_end is not None and run.validation_step != self.step:
             validate_at_end()
         validation = prefixed("val_", run.validation_of_epoch)
         self.epoch, run.batch = epoch + 1, 0
+        self._reporter.report_speed(self.step, self.throughput)
         # Averages wait for the device, so they are taken only where somebody looks.
         if self._listeners.listen("on_epoch_end"):
             self._emit("on_epoch_end", epoch, {**run.average.compute(), **validation})
+
+    def _plan_calls(self, batches: Iterator[Batch], moments: list[int]) -> tuple[Calls, bool]:
+        """Decides how many steps go into a call; tells as well whether somebody looks at every batch.
+
+        That is a listener to its events, or a subclass with a ``train_step`` of its own.
+        """
+        looking = self._listeners.listen("on_batch_begin") or self._listeners.listen("on_batch_end")
+        looking = looking or type(self).train_step is not Trainer.train_step
+        if not isinstance(batches, EpochOfData) or not batches.full_batches:
+            return Calls(), looking
+        if self._reporter.has_audience:
+            moments = [*moments, self.training_config.log_frequency]
+        most = 1 if looking else min(*moments, batches.full_batches_in_epoch)
+        batch = batches.specification((batches.batch_size,))
+        return self._programs.calls(self.state, batch, most, tuple(moments)), looking
+
+    def _prepare(self, batches: Iterator[Batch], calls: Calls) -> tuple[Any, int, int | None] | None:
+        """Returns what the next call trains on, the examples in a batch, and the steps if it may be several."""
+        if calls.program is not None and isinstance(batches, EpochOfData) and batches.full_batches:
+            count = min(calls.room, batches.full_batches, *(every - self.step % every for every in calls.moments))
+            return jax.device_put(batches.stacked(count, calls.room)), batches.batch_size, count
+        batch = next(batches, None)
+        if batch is None:
+            return None
+        batch, examples = checked_batch(batch)
+        return jax.device_put(batch), examples, None
+
+    def _train_step(self, batch: Batch, examples: int, *, postpone: bool = False) -> Metrics:
+        """Runs one step with its events. ``postpone``: log it when the next one has been dispatched."""
+        self._emit("on_batch_begin", self.step)
+        metrics = self._advance(self._programs.single(), 1, batch)
+        step = self.step
+        self._reporter.catch_up()
+        if step == 1 or step % self.training_config.log_frequency == 0:
+            self._log("train", step, metrics, postpone=postpone)
+        self._latest = step, metrics, examples
+        self._emit("on_batch_end", step, metrics)
+        self._emit("on_call_end", step, metrics)
+        return metrics
+
+    def _train_steps(self, program: Program, batches: Batch, count: int) -> Metrics:
+        """Runs several steps in one call; nobody listens to the events of their batches."""
+        first, every = self.step + 1, self.training_config.log_frequency
+        metrics = self._advance(program, count, batches, self._on_device(count))
+        self._reporter.catch_up()
+        due = set(range(first + -first % every, self.step + 1, every)) | ({1} if first == 1 else set())
+        for step in sorted(due):
+            self._log("train", step, metrics_at(metrics, step - first), postpone=True)
+        self._emit("on_call_end", self.step, metrics_at(metrics, count - 1))
+        return metrics
+
+    def _advance(self, program: Program, count: int, *arguments: Any) -> Metrics:
+        """Calls a program of ``count`` steps on the state, which it consumes."""
+        self._sync_weights()
+        step, weights = self.step + count, self._known_weights
+        if program.is_new:
+            self._emit("on_compile_begin", program.name)
+        try:
+            self.state, metrics = program(self.state, *arguments)
+        except Exception as error:
+            self._explain_lost_state(error)
+            raise
+        self._known_step, self._known_weights = step, weights
+        # Told when the new state is in place: whatever anybody raises at it, nothing is lost.
+        if (compilation := program.compilation()) is not None:
+            self._tell_compilation(program.name, *compilation)
+        found: Metrics = metrics
+        return found
+
+    def _tell_compilation(self, what: str, seconds: float, warning: str | None) -> None:
+        self._emit("on_compile_end", what, seconds)
+        self._reporter.remark("compilation", f"{what} took {seconds:.1f} s to compile", self.step)
+        if warning is not None:
+            warnings.warn(warning, stacklevel=6)
 
     def _pass_over_loader(self) -> LoaderPass:
         config = self.training_config
@@ -711,12 +808,12 @@ class Trainer:
     def _evaluate(self, batches: Iterator[Batch]) -> dict[str, float]:
         average = WeightedAverage()
         for index, batch in enumerate(batches):
-            batch = as_batch(batch)
-            average.add(self._eval_step(batch, index), batch_length(batch))
+            batch, examples = checked_batch(batch)
+            average.add(self._eval_step(jax.device_put(batch), self._on_device(index)), examples)
             self._interruption.check()
         return average.compute()
 
-    def _eval_step(self, batch: Batch, index: int) -> Metrics:
+    def _eval_step(self, batch: Batch, index: jax.Array) -> Metrics:
         try:
             metrics: Metrics = self._compiled_eval_step(self.state, batch, index)
             return metrics
@@ -724,12 +821,11 @@ class Trainer:
             self._explain_lost_state(error)
             raise
 
-    def _compiled_step(self) -> Callable[..., tuple[TrainState, Metrics]]:
-        enabled = tuple(name for name, extension in self.extensions.items() if extension.is_enabled())
-        if enabled not in self._compiled_steps:
-            step = make_train_step(self.loss_fn, self.optimizer, wrt=self._wrt, extensions=self.extensions)
-            self._compiled_steps[enabled] = jax.jit(step, donate_argnums=0)
-        return self._compiled_steps[enabled]
+    def _make_step(self) -> Callable[..., tuple[TrainState, Metrics]]:
+        return make_train_step(self.loss_fn, self.optimizer, wrt=self._wrt, extensions=self.extensions)
+
+    def _enabled(self) -> tuple[str, ...]:
+        return tuple(name for name, extension in self.extensions.items() if extension.is_enabled())
 
     def _sync_weights(self) -> None:
         """Brings the weights that the extension objects have now into the state, if any changed."""
@@ -774,7 +870,7 @@ class Trainer:
         if total_steps != self._horizon:
             self._build_optimizer(total_steps)  # raises before anything is changed
             self._horizon = total_steps
-            self._compiled_steps.clear()
+            self._programs.clear()
 
     def _emit(self, event: str, *args: Any) -> None:
         self._listeners.emit(event, self, *args)
@@ -837,12 +933,12 @@ class Trainer:
         )
         return None
 
-    def _log(self, prefix: str, step: int, metrics: Mapping[str, Any]) -> None:
+    def _log(self, prefix: str, step: int, metrics: Mapping[str, Any], *, postpone: bool = False) -> None:
         """Records metrics, and tells them to everyone who asked. ``prefix``: "train" or "val"."""
         self.history.record(step, metrics, prefix="" if prefix == "train" else "val_")
         if prefix == "train":
             self._run.logged_step = step
-        self._reporter.report(prefix, step, metrics)
+        (self._reporter.postpone if postpone else self._reporter.report)(prefix, step, metrics)
 
     def _explain_lost_state(self, error: Exception) -> None:
         try:

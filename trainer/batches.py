@@ -37,6 +37,21 @@ def batch_length(batch: Any, name: str = "batch") -> int:
     return int(lengths.pop())
 
 
+def checked_batch(batch: Any, name: str = "batch") -> tuple[Any, int]:
+    """Returns the batch as JAX can take it, see `as_batch`, and the number of examples in it.
+
+    Raises:
+        BatchError: As for `batch_length`.
+    """
+    # What nearly every batch is, told in a microsecond.
+    if type(batch) is dict and all(map(_is_plain, batch.values())):
+        lengths = {leaf.shape[0] for leaf in batch.values()}
+        if len(lengths) == 1 and 0 not in lengths:
+            return batch, lengths.pop()
+    batch = as_batch(batch)
+    return batch, batch_length(batch, name)
+
+
 def as_batch(batch: Any) -> Any:
     """Returns the batch as JAX can take it, itself where that is possible.
 
@@ -53,6 +68,10 @@ def as_batch(batch: Any) -> Any:
 def describe(tree: Any) -> str:
     """Writes a tree of arrays as ``image: float32(32, 8, 8, 1), label: int32(32,)``."""
     return ", ".join(f"{leaf_path(path)}: {_short(leaf)}" for path, leaf in jax.tree.leaves_with_path(tree))
+
+
+def _is_plain(leaf: Any) -> bool:
+    return ((type(leaf) is np.ndarray and leaf.dtype.kind in "fiub") or isinstance(leaf, jax.Array)) and leaf.ndim > 0
 
 
 def _is_numeric(leaf: Any) -> bool:

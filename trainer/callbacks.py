@@ -1,13 +1,15 @@
 """Callbacks: what a caller wants to happen around a run, outside compiled code.
 
 Events come in this order, callbacks in the order of their list and then extensions in theirs, and last
-those that say so (``comes_last``)::
+those that say so (``comes_last``). Where nobody listens to the events of a batch, `train` may run
+several steps in one call::
 
     on_train_begin(trainer)
       on_epoch_begin(trainer, epoch)
         on_batch_begin(trainer, step)          step: updates finished before this batch
           … the step runs; its metrics are logged …
         on_batch_end(trainer, step, logs)      step: updates finished after it
+        on_call_end(trainer, step, logs)       after each call into compiled code, of one or more steps
         on_validation_begin(trainer)           when a validation is due
         on_validation_end(trainer, logs)
           … a checkpoint is saved when one is due, so after the validation of the same step …
@@ -29,6 +31,9 @@ EVENTS = (
     "on_epoch_end",
     "on_batch_begin",
     "on_batch_end",
+    "on_call_end",
+    "on_compile_begin",
+    "on_compile_end",
     "on_validation_begin",
     "on_validation_end",
 )
@@ -61,6 +66,15 @@ class Callback:
 
     def on_batch_end(self, trainer: Any, step: int, logs: Mapping[str, Any]) -> None:
         """A step was dispatched. ``logs``: scalars on the device; reading one waits for the step."""
+
+    def on_call_end(self, trainer: Any, step: int, logs: Mapping[str, Any]) -> None:
+        """One or several steps were dispatched; ``logs`` are those of the last. For whoever shows progress."""
+
+    def on_compile_begin(self, trainer: Any, what: str) -> None:
+        """A program is about to be compiled for the first time."""
+
+    def on_compile_end(self, trainer: Any, what: str, seconds: float) -> None:
+        """A program was compiled. ``seconds``: that and tracing it, until its first call was dispatched."""
 
     def on_validation_begin(self, trainer: Any) -> None:
         """A validation starts."""
@@ -138,6 +152,8 @@ class Listeners:
 
     def emit(self, event: str, *args: Any) -> None:
         """Calls an event on each."""
+        if self._are_none():
+            return
         for listener in _in_order(self._each()):
             emit(listener, event, *args)
 
@@ -154,6 +170,10 @@ class Listeners:
     def listen(self, event: str) -> bool:
         """Tells whether any of them does anything at an event."""
         return any(listens(listener, event) for listener in self._listeners)
+
+    def _are_none(self) -> bool:
+        first, *others = self._listeners
+        return not others and type(first) is CallbackList and not first.callbacks
 
     @property
     def should_stop(self) -> bool:
@@ -230,7 +250,16 @@ class Progress(Callback):
         del trainer, epoch
         self._started = self._clock()
 
-    def on_batch_end(self, trainer: Any, step: int, logs: Mapping[str, Any]) -> None:
+    def on_compile_begin(self, trainer: Any, what: str) -> None:
+        del trainer
+        if self._stream.isatty():
+            self._write(f"compiling {what} …", {}, self._clock(), end="\r")
+
+    def on_compile_end(self, trainer: Any, what: str, seconds: float) -> None:
+        del trainer
+        self._write(f"compiled {what} in {seconds:.1f} s", {}, self._clock(), end="\n")
+
+    def on_call_end(self, trainer: Any, step: int, logs: Mapping[str, Any]) -> None:
         now = self._clock()
         if self._stream.isatty() and now - self._painted >= 0.1:
             self._write(f"epoch {trainer.epoch + 1}  step {step}", self._previous, now, end="\r")

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -48,13 +48,12 @@ class InMemoryData:
         """Returns the number of batches in an epoch, a short last one included."""
         return -(-self.num_examples // self.batch_size)
 
-    def in_order(self) -> Iterator[Batch]:
-        """Yields every example once, in the order in which they were given."""
-        for start in range(0, self.num_examples, self.batch_size):
-            yield self._gather(slice(start, start + self.batch_size))
+    def in_order(self) -> "EpochOfData":
+        """Returns a pass over every example once, in the order in which they were given."""
+        return EpochOfData(self, None, 0)
 
-    def shuffled(self, seed: tuple[int, ...], epoch: int, skip: int = 0) -> Iterator[Batch]:
-        """Yields every example once, in an order that is a pure function of seed and epoch.
+    def shuffled(self, seed: tuple[int, ...], epoch: int, skip: int = 0) -> "EpochOfData":
+        """Returns a pass over every example once, in an order that is a pure function of seed and epoch.
 
         Args:
             seed: Words to draw from.
@@ -62,14 +61,81 @@ class InMemoryData:
             skip: How many batches to leave out at the start.
         """
         order = np.random.default_rng([*seed, epoch]).permutation(self.num_examples)
-        for start in range(skip * self.batch_size, self.num_examples, self.batch_size):
-            yield self._gather(order[start : start + self.batch_size])
+        return EpochOfData(self, order, skip)
 
-    def _gather(self, index: Any) -> Batch:
+    def columns(self) -> tuple[list[Any], Any]:
+        """Returns the arrays, and the structure of the batches that are made of them."""
         columns: Any = self._source.data
-        leaves = [columns[str(i)][index] for i in range(len(columns))]
+        return [columns[str(i)] for i in range(len(columns))], self._structure
+
+
+class EpochOfData(Iterator[Batch]):
+    """One pass over data in memory: an iterator of batches, of which several can be had at once.
+
+    Attributes:
+        batch_size: Examples in a full batch.
+        full_batches_in_epoch: How many batches of full size the whole pass has.
+    """
+
+    def __init__(self, data: InMemoryData, order: np.ndarray[Any, Any] | None, skip: int) -> None:
+        self._columns, self._structure = data.columns()
+        self._order, self._num_examples, self.batch_size = order, data.num_examples, data.batch_size
+        self._position = skip * data.batch_size
+        self.full_batches_in_epoch = data.num_examples // data.batch_size
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        start, end = self._position, min(self._position + self.batch_size, self._num_examples)
+        if start >= end:
+            raise StopIteration
+        self._position = end
+        if self._order is None:
+            return self._batch([column[start:end] for column in self._columns])
+        return self._batch([_rows(column, self._order[start:end]) for column in self._columns])
+
+    @property
+    def full_batches(self) -> int:
+        """How many batches of full size are left."""
+        return max(0, self._num_examples - self._position) // self.batch_size
+
+    def specification(self, lead: tuple[int, ...]) -> Any:
+        """Returns the shapes and dtypes of what arrays with these leading dimensions would hold, as JAX sees them."""
+        return self._batch(
+            [
+                jax.ShapeDtypeStruct((*lead, *column.shape[1:]), jax.dtypes.canonicalize_dtype(column.dtype))
+                for column in self._columns
+            ]
+        )
+
+    def stacked(self, count: int, room: int) -> Batch:
+        """Returns the next ``count`` full batches, in arrays of shape ``(room, batch_size, ...)``.
+
+        What is beyond them in the arrays is anything.
+        """
+        start, end = self._position, self._position + count * self.batch_size
+        self._position = end
+        order = np.arange(start, end) if self._order is None else self._order[start:end]
+        size = room * self.batch_size
+        return self._batch(
+            [_rows(column, order, size).reshape(room, self.batch_size, *column.shape[1:]) for column in self._columns]
+        )
+
+    def _batch(self, leaves: list[Any]) -> Batch:
         batch: Batch = jax.tree.unflatten(self._structure, leaves)
         return batch
+
+
+def _rows(column: Any, index: np.ndarray[Any, Any], size: int | None = None) -> Any:
+    """Returns the rows of a column at ``index``, with room for ``size`` in all."""
+    size = len(index) if size is None else size
+    if not isinstance(column, np.ndarray):
+        return column[np.resize(index, size)]
+    rows = np.empty((size, *column.shape[1:]), column.dtype)
+    # The order is one of ours, so nothing is out of range; saying so spares a copy of the result.
+    np.take(column, index, axis=0, out=rows[: len(index)], mode="clip")
+    return rows
 
 
 def seed_from_key(rng: jax.Array) -> tuple[int, ...]:

@@ -14,8 +14,31 @@ _MOST_WAITING = 512
 
 
 def read(metrics: Any) -> Any:
-    """Copies a tree of scalars to the host as Python numbers, waiting for them in one go."""
-    return jax.tree.map(lambda leaf: np.asarray(leaf).item(), jax.device_get(metrics))
+    """Copies a tree of arrays to the host as Python numbers, or lists of these, waiting for them in one go."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf).tolist(), jax.device_get(metrics))
+
+
+class Entry:
+    """One entry of an array on the device, read when somebody looks: the metric of a step among many."""
+
+    __slots__ = ("_array", "_index")
+
+    def __init__(self, array: jax.Array, index: int) -> None:
+        self._array, self._index = array, index
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        """Waits for the array."""
+        del copy  # it is one already
+        return np.asarray(np.asarray(self._array)[self._index], dtype)
+
+    def __float__(self) -> float:
+        """Waits for the array."""
+        return float(self.__array__())
+
+
+def metrics_at(metrics: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """Returns the metrics of one step of several, from those that `trainer.fuse_steps` returns."""
+    return {name: Entry(array, index) for name, array in metrics.items()}
 
 
 class WeightedAverage:
@@ -35,13 +58,21 @@ class WeightedAverage:
     """
 
     def __init__(self) -> None:
-        self._waiting: list[tuple[Mapping[str, Any], int]] = []
+        # Metrics, the examples in a batch, and the number of batches if there are several.
+        self._waiting: list[tuple[Mapping[str, Any], int, int | None]] = []
         self._sums: dict[str, float] = {}
         self._weights: dict[str, float] = {}
 
-    def add(self, metrics: Mapping[str, Any], examples: int) -> None:
-        """Counts the metrics of a batch of so many examples."""
-        self._waiting.append((dict(metrics), examples))
+    def add(self, metrics: Mapping[str, Any], examples: int, count: int | None = None) -> None:
+        """Counts the metrics of a batch of so many examples.
+
+        Args:
+            metrics: Scalars; or, where ``count`` is given, arrays of which the first ``count``
+                entries belong to as many batches.
+            examples: How many examples there are in a batch.
+            count: How many batches.
+        """
+        self._waiting.append((dict(metrics), examples, count))
         if len(self._waiting) > _MOST_WAITING:
             self._settle(_MOST_WAITING // 2)
 
@@ -66,16 +97,21 @@ class WeightedAverage:
 
     def _settle(self, count: int) -> None:
         settled, self._waiting = self._waiting[:count], self._waiting[count:]
-        values = read([metrics for metrics, _ in settled])
-        for metrics, (_, examples) in zip(values, settled, strict=True):
-            weight = float(metrics.get(BATCH_WEIGHT, examples))
-            for name, value in metrics.items():
-                if name == "step":
-                    continue
-                # The average weight of a batch would be of no use; the whole weight is.
-                share, norm = (value, 1.0) if name == BATCH_WEIGHT else (value * weight, weight)
-                self._sums[name] = self._sums.get(name, 0.0) + share
-                self._weights[name] = 1.0 if name == BATCH_WEIGHT else self._weights.get(name, 0.0) + norm
+        for metrics, (_, examples, batches) in zip(read([one for one, *_ in settled]), settled, strict=True):
+            columns = {name: [value] if batches is None else value[:batches] for name, value in metrics.items()}
+            weights = columns.get(BATCH_WEIGHT, [float(examples)] * (batches or 1))
+            for name, column in columns.items():
+                if name != "step":
+                    self._count(name, column, weights)
+
+    def _count(self, name: str, column: Sequence[float], weights: Sequence[float]) -> None:
+        # One after the other, whether they came one by one or many at once: sums depend on the order.
+        total, norm = self._sums.get(name, 0.0), self._weights.get(name, 0.0)
+        for value, weight in zip(column, weights, strict=True):
+            # The average weight of a batch would be of no use; the whole weight is.
+            share, norm = (value, 1.0) if name == BATCH_WEIGHT else (value * weight, norm + weight)
+            total += share
+        self._sums[name], self._weights[name] = total, norm
 
 
 class History(Sequence[dict[str, Any]]):

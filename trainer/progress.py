@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 from trainer.errors import ArgumentError
-from trainer.history import WeightedAverage, read
+from trainer.history import WeightedAverage, metrics_at, read
 from trainer.loaders import LoaderPosition
 from trainer.types import Metrics
 
@@ -89,11 +89,11 @@ class RunProgress:
         """The latest validation, if it was in the current epoch."""
         return self.validation if self.validation_step > self.step - self.batch else {}
 
-    def count(self, step: int, metrics: Metrics, examples: int) -> None:
-        """Counts a batch as finished."""
-        self.metrics = metrics
-        self.average.add(metrics, examples)
-        self.step, self.batch = step, self.batch + 1
+    def count(self, step: int, metrics: Metrics, examples: int, batches: int | None = None) -> None:
+        """Counts a batch as finished, or several with metrics as `trainer.fuse_steps` returns them."""
+        self.metrics = metrics if batches is None else metrics_at(metrics, batches - 1)
+        self.average.add(metrics, examples, batches)
+        self.step, self.batch = step, self.batch + (batches or 1)
 
     def copy(self) -> "RunProgress":
         """Returns another one that counts for itself."""

@@ -1,0 +1,153 @@
+"""The compiled steps of a trainer: one step a call, or many."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+
+from trainer.batches import describe
+from trainer.fusing import as_function, flops, steps_worth_fusing
+from trainer.state import TrainState
+from trainer.steps import fuse_steps
+from trainer.types import Batch, Metrics
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Calls:
+    """How the steps over some data are called.
+
+    Attributes:
+        program: Takes ``(state, batches, count)``, see `trainer.fuse_steps`; None where every step is a
+            call of its own.
+        room: How many steps a call has room for.
+        flops: The floating-point operations of one step, None where that is not known.
+        moments: The host looks at every so many steps; a call never goes beyond.
+    """
+
+    program: "Program | None" = None
+    room: int = 1
+    flops: float | None = None
+    moments: tuple[int, ...] = ()
+
+
+class Program:
+    """A compiled function that consumes a state, and knows when it was compiled.
+
+    Args:
+        function: Takes a state and a batch, or several batches and their number.
+        name: What it is called where compilations are reported.
+    """
+
+    def __init__(self, function: Callable[..., Any], name: str) -> None:
+        def counted(*args: Any) -> Any:
+            self._traces += 1
+            return function(*args)
+
+        counted.__name__ = name
+        self.name = name
+        self._jitted = jax.jit(counted, donate_argnums=0)
+        self._traces = self._reported = 0
+        self._seconds = 0.0
+        self._batch = self._previous = ""
+        self._has_warned = False
+
+    @property
+    def is_new(self) -> bool:
+        """Whether it was never called, so that the next call compiles."""
+        return not self._reported
+
+    def __call__(self, state: TrainState, *args: Any) -> Any:
+        """Runs it."""
+        start = time.perf_counter()
+        result = self._jitted(state, *args)
+        if self._traces != self._reported:
+            self._seconds = time.perf_counter() - start
+            self._previous, self._batch = self._batch, describe(args[0])
+        return result
+
+    def compilation(self) -> tuple[float, str | None] | None:
+        """Tells, once, that the latest call compiled: the seconds, and a warning if that is one time too many."""
+        if self._traces == self._reported:
+            return None
+        self._reported = self._traces
+        # The short last batch of an epoch is expected to be one more.
+        if self._traces <= 2 or self._has_warned or self._previous == self._batch:
+            return self._seconds, None
+        self._has_warned = True
+        return self._seconds, (
+            f"`{self.name}` was compiled for the {self._traces}th time: the batch is {self._batch} and was "
+            f"{self._previous}. Every new shape or dtype costs a compilation: pad or crop to a few shapes, and keep "
+            f"the dtypes."
+        )
+
+    def trace(self, *args: Any) -> Any:
+        """Traces it, which the first call will not do again."""
+        return self._jitted.trace(*args)
+
+
+class StepPrograms:
+    """Makes the programs of a trainer, each once.
+
+    Args:
+        make_step: Returns the step, with the extensions that are enabled.
+        enabled: Returns their names.
+        steps_per_call: How many steps to fuse where nothing looks between them.
+    """
+
+    def __init__(
+        self,
+        make_step: Callable[[], Step],
+        enabled: Callable[[], tuple[str, ...]],
+        steps_per_call: int | Literal["auto"],
+    ) -> None:
+        self._make_step, self._enabled, self._steps_per_call = make_step, enabled, steps_per_call
+        self._single: dict[tuple[str, ...], Program] = {}
+        self._fused: dict[Any, Program] = {}
+        self._traced: dict[Any, Any] = {}
+
+    def clear(self) -> None:
+        """Forgets all of them, because the optimizer is another one."""
+        self._single.clear()
+        self._fused.clear()
+        self._traced.clear()
+
+    def single(self) -> Program:
+        """Returns the program of one step, with the extensions that are enabled now."""
+        enabled = self._enabled()
+        if enabled not in self._single:
+            self._single[enabled] = Program(self._make_step(), "train_step")
+        return self._single[enabled]
+
+    def trace(self, state: TrainState, batch: Any) -> Any:
+        """Returns the traced step for a batch of which only shapes and dtypes matter; each is traced once."""
+        key = self._enabled(), str(jax.tree.structure(batch)), describe(batch)
+        if key not in self._traced:
+            self._traced[key] = self.single().trace(state, batch)
+        return self._traced[key]
+
+    def calls(self, state: TrainState, batch: Any, most: int, moments: tuple[int, ...]) -> Calls:
+        """Decides how steps over batches like this one are called.
+
+        Args:
+            state: The state.
+            batch: Shapes and dtypes of a batch.
+            most: How many steps there are at most before somebody looks.
+            moments: At what multiples of steps somebody does.
+        """
+        traced = self.trace(state, batch)
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
+        chosen = self._steps_per_call
+        if chosen == "auto":
+            chosen = steps_worth_fusing(traced.jaxpr, size, jax.default_backend())
+        room = min(chosen, most)
+        work = flops(traced.jaxpr.jaxpr)
+        if room <= 1:
+            return Calls(None, 1, work, moments)
+        key = self._enabled(), str(jax.tree.structure(batch)), describe(batch), room
+        if key not in self._fused:
+            self._fused[key] = Program(fuse_steps(as_function(traced), room), "train_steps")
+        return Calls(self._fused[key], room, work, moments)

@@ -79,8 +79,8 @@ class Program:
             return self._seconds, None
         self._has_warned = True
         return self._seconds, (
-            f"`{self.name}` was compiled for the {self._traces}th time: the batch is {self._batch} and was "
-            f"{self._previous}. Every new shape or dtype costs a compilation: pad or crop to a few shapes, and keep "
+            f"`{self.name}` was compiled {self._traces} times: the batch is {self._batch} and was {self._previous} "
+            f"before. Every new shape or dtype costs a compilation: pad or crop to a few shapes, and keep "
             f"the dtypes."
         )
 

@@ -194,7 +194,7 @@ class TestPrograms:
         for size in (8, 3, 8):
             trainer.train_step(regression(size))
         with pytest.warns(
-            UserWarning, match=r"`train_step` was compiled for the 3rd time: the batch is input: float32\(5"
+            UserWarning, match=r"`train_step` was compiled 3 times: the batch is input: float32\(5"
         ):
             trainer.train_step(regression(5))
         trainer.train_step(regression(6))

@@ -47,16 +47,19 @@ def batches(data: Mapping[str, np.ndarray], batch_size: int, draws: np.random.Ge
         yield {name: column[index] for name, column in data.items()}
 
 
-def loop(workload: Workload) -> Callable[[int], float]:
-    """Returns a function that trains for so many epochs, one call a step, and returns the last loss."""
+def loop(workload: Workload) -> Callable[..., float]:
+    """Returns a function that trains for so many epochs, one call a step, and returns the last loss.
+
+    It trains on the workload's data, unless it is given other data of the same form.
+    """
     state, step = make_step(workload.make_model(), workload.loss_fn, workload.optimizer())
     compiled = jax.jit(step, donate_argnums=0)
     draws = np.random.default_rng(0)
 
-    def run(epochs: int) -> float:
+    def run(epochs: int, data: Mapping[str, np.ndarray] = workload.data) -> float:
         nonlocal state
         for _ in range(epochs):
-            for batch in batches(workload.data, workload.batch_size, draws):
+            for batch in batches(data, workload.batch_size, draws):
                 state, metrics = compiled(state, batch)
         return float(metrics["loss"])
 

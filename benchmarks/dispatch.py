@@ -5,8 +5,6 @@ Everybody trains the same model on the same batch. Run it with ``python benchmar
 ``benchmarks/peers.py`` has Equinox in the same place.
 """
 
-import tempfile
-
 import flax.linen
 import flax.training.train_state
 import jax
@@ -113,9 +111,7 @@ class LinenMlp(flax.linen.Module):
 def linen_train_state(workload):
     model = LinenMlp(len(workload.make_model().layers))
     params = model.init(jax.random.key(0), workload.batch["input"])["params"]
-    state = flax.training.train_state.TrainState.create(
-        apply_fn=model.apply, params=params, tx=workload.optimizer()
-    )
+    state = flax.training.train_state.TrainState.create(apply_fn=model.apply, params=params, tx=workload.optimizer())
 
     def step(state, batch):
         def objective(params):
@@ -162,21 +158,19 @@ def contender(make, workload, steps):
     return per(steps, run)
 
 
+def run(report, contenders):
+    """Prints a table for every size of the state."""
+    for layers, steps in ((2, 20), (10, 10)) if report.quick else ((2, 1000), (50, 200), (500, 10)):
+        workload = stack(layers)
+        runs = {name: contender(make, workload, max(2, steps // fewer)) for name, (make, fewer) in contenders.items()}
+        times = in_turns(runs, report.repeats)
+        report.table(f"{6 * layers:,} arrays", compared(times, "µs a step", 1e6, {"x by hand": "by hand"}))
+
+
 def main():
     report = Report(__doc__, repeats=9)
-    sizes = ((2, 20), (10, 10)) if report.quick else ((2, 1000), (50, 200), (500, 40))
-    with tempfile.TemporaryDirectory() as cache:
-        # Most contenders are the same program to XLA, which need not compile it again for each.
-        jax.config.update("jax_compilation_cache_dir", cache)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-        for layers, steps in sizes:
-            workload = stack(layers)
-            runs = {
-                name: contender(make, workload, max(2, steps // fewer)) for name, (make, fewer) in CONTENDERS.items()
-            }
-            times = in_turns(runs, report.repeats)
-            report.table(f"{6 * layers:,} arrays", compared(times, "µs a step", 1e6, {"x by hand": "by hand"}))
-        report.close()
+    run(report, CONTENDERS)
+    report.close()
 
 
 if __name__ == "__main__":

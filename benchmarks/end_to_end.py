@@ -29,21 +29,25 @@ def contenders(workload, epochs, directory):
     return {name: per(epochs * workload.steps, lambda run=run: run(epochs)) for name, run in runs.items()}
 
 
+def workloads_of(report):
+    """What to train, and for how many epochs at a turn."""
+    if report.quick:
+        small = workloads.dispatch_bound(400), workloads.digits(1000), workloads.images(256), workloads.text(128)
+        return [(workload, 1) for workload in small]
+    return [(workloads.dispatch_bound(), 8), (workloads.digits(), 1), (workloads.images(), 1), (workloads.text(), 1)]
+
+
+def title(workload, epochs):
+    return f"{workload.name}: {epochs} x {workload.steps} steps, batch size {workload.batch_size}"
+
+
 def main():
     report = Report(__doc__, repeats=7)
-    full = ((workloads.dispatch_bound(), 8), (workloads.digits(), 1), (workloads.images(), 1), (workloads.text(), 1))
-    quick = (
-        (workloads.dispatch_bound(400), 2),
-        (workloads.digits(1000), 1),
-        (workloads.images(128), 1),
-        (workloads.text(64), 1),
-    )
-    for workload, epochs in quick if report.quick else full:
+    for workload, epochs in workloads_of(report):
         with tempfile.TemporaryDirectory() as directory:
             times = in_turns(contenders(workload, epochs, Path(directory)), report.repeats)
         baselines = {"x best": fastest(times, BY_HAND), "x loop": BY_HAND[0]}
-        title = f"{workload.name}: {epochs} epochs of {workload.steps} steps, batch size {workload.batch_size}"
-        report.table(title, compared(times, "µs a step", 1e6, baselines))
+        report.table(title(workload, epochs), compared(times, "µs a step", 1e6, baselines))
     report.close()
 
 

@@ -83,9 +83,7 @@ class Report:
     """
 
     def __init__(self, description: str, repeats: int, options: Mapping[str, Mapping[str, object]] | None = None):
-        parser = argparse.ArgumentParser(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+        parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--repeats", type=int, help=f"turns of every contender ({repeats} if left out)")
         parser.add_argument("--quick", action="store_true", help="little work and two turns: does it run?")
         parser.add_argument("--json", type=Path, metavar="PATH", help="write the tables there as well")

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -56,8 +57,7 @@ class Mlp(nnx.Module):
 
     def __init__(self, *widths: int):
         rngs = nnx.Rngs(0)
-        pairs = zip(widths, widths[1:], strict=False)
-        self.layers = nnx.List([nnx.Linear(inner, outer, rngs=rngs) for inner, outer in pairs])
+        self.layers = nnx.List([nnx.Linear(inner, outer, rngs=rngs) for inner, outer in pairwise(widths)])
 
     def __call__(self, x):
         *hidden, last = self.layers

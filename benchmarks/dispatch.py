@@ -10,7 +10,6 @@ import flax.training.train_state
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
 import by_hand

@@ -34,7 +34,7 @@ PINS = (
     "avitai-artifex==0.1.3",
     *("calibrax==0.1.1", "dacite==1.9.2"),  # for artifex, of whose dependencies its trainer needs no others
 )
-DIRECTORY = Path(__file__).parent.parent / ".bench" / "peers"
+DIRECTORY = Path(__file__).resolve().parent.parent / ".bench" / "peers"
 
 
 def make_environment():
@@ -60,7 +60,6 @@ def make_environment():
 def equinox_filter_jit(workload):
     """The step of Equinox's own guides, with everything but the batch donated."""
     import equinox as eqx
-    import optax
 
     layers = len(workload.make_model().layers)
     model = eqx.nn.MLP(32, 32, 32, layers - 1, key=jax.random.key(0))
@@ -193,7 +192,7 @@ DISPATCH = {
 
 def main():
     report = Report(__doc__, repeats=5)  # here, so that a wrong command line makes no environment
-    if Path(sys.prefix) != DIRECTORY:
+    if Path(sys.prefix).resolve() != DIRECTORY.resolve():
         surroundings = {**os.environ, "KERAS_BACKEND": "jax"}
         sys.exit(subprocess.run([make_environment(), __file__, *sys.argv[1:]], env=surroundings).returncode)
     dispatch.run(report, DISPATCH)

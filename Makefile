@@ -27,12 +27,14 @@ format: $(READY)
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
+# Ten minutes on two quiet cores. `make bench ARGS=--quick` shows only that everything runs; one alone is
+# `make bench BENCHMARKS=tail`. The first run of peers needs a package index.
+BENCHMARKS := dispatch end_to_end peers input memory compile tail metrics checkpoint
 bench: $(READY)
-	$(RUN) benchmarks/dispatch.py
-	$(RUN) benchmarks/checkpoint.py
+	for name in $(BENCHMARKS); do $(RUN) benchmarks/$$name.py --json .bench/$$name.json $(ARGS) || exit 1; done
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf $(VENV) .bench runs .pytest_cache .mypy_cache .ruff_cache .coverage
 
 # The list is complete, so pip need not resolve anything, and never hears that datarax on Python 3.11
 # would like TensorFlow (1.8 GB) for data sources that are not used here. See README, "Installation".

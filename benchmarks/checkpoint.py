@@ -1,9 +1,9 @@
 """How fast a state is saved and loaded, beside writing and reading the same bytes raw.
 
-Run it with ``python benchmarks/checkpoint.py [MiB ...]``; 256 and 1024 if left out. All in one process, in
-turns; rates are medians, and what counts is the ratio to the raw ones of the same turn. Files are
+Rates are of all the bytes of the state; "x raw" says how many times as fast as the raw ones it is. Files are
 read from the page cache, raw ones into fresh memory as any loader must. "Memory" is how far the resident
 memory rises above where it was while saving, and while loading beyond what is loaded (Linux only).
+Run it with ``python benchmarks/checkpoint.py --mebibytes 256 1024``.
 """
 
 import ctypes
@@ -12,9 +12,7 @@ import os
 import pickle
 import re
 import statistics
-import sys
 import tempfile
-import time
 from pathlib import Path
 
 import flax.serialization
@@ -26,6 +24,7 @@ import orbax.checkpoint as ocp
 import safetensors.numpy
 from flax import nnx
 
+from timing import Report, in_turns, per, ratio
 from trainer import OptimizerConfig, Trainer, TrainingConfig, TrainState, load_state, save_state
 from trainer.bundle import Bundle
 
@@ -101,12 +100,6 @@ def contenders(state, directory):
     }
 
 
-def seconds(function):
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
 def memory(function):
     """Returns by how many bytes the resident memory rose at most while ``function`` ran, beyond what it returned."""
     status = Path("/proc/self/status")
@@ -125,44 +118,61 @@ def memory(function):
 
 
 def held_up(state, directory):
-    """Returns the seconds of a copy to the host, and those for which a save in the background holds training up."""
+    """Returns contenders: a copy to the host, and what training waits for when it saves in the background."""
     config = TrainingConfig(optimizer=OptimizerConfig(optimizer_type="sgd", learning_rate=0.1))
     trainer = Trainer(nnx.Linear(1, 1, rngs=nnx.Rngs(0)), config, loss_fn=lambda *_: None, workdir=directory)
     trainer.state = state
-    copying = seconds(lambda: [np.array(leaf, copy=True) for leaf in jax.tree.leaves(state.params)])
-    holding = seconds(lambda: trainer.save_checkpoint(background=True))
-    trainer.close()
-    return copying, holding
+    copy = per(1, lambda: [np.array(leaf, copy=True) for leaf in jax.tree.leaves(state.params)])
+    save = per(1, lambda: trainer.save_checkpoint(background=True))
+
+    def save_and_finish():
+        waited = save()
+        trainer.close()
+        return waited
+
+    return {"copy": copy, "background save": save_and_finish}
 
 
-def main(sizes, turns=5):
-    for mebibytes in sizes:
+def main():
+    sizes = {"type": int, "nargs": "+", "default": [256], "help": "sizes of the state in MiB, multiples of 16"}
+    report = Report(__doc__, repeats=5, options={"--mebibytes": sizes})
+    for mebibytes in [32] if report.quick else report.options.mebibytes:
         state = TrainState.create(Wide(mebibytes), optax.sgd(0.1), rng=jax.random.key(0))
         with tempfile.TemporaryDirectory() as name:
-            size, all_of_them = contenders(state, Path(name))
-            saves = {what: [] for what in all_of_them}
-            loads = {what: [] for what in all_of_them}
-            for _ in range(turns):
-                for what, (save, load) in all_of_them.items():
-                    saves[what].append(seconds(save))
-                    loads[what].append(seconds(load))
-            rises = {what: [memory(one) for one in pair] for what, pair in all_of_them.items()}
-            held = [held_up(state, Path(name)) for _ in range(turns)]
-            header = statistics.median(seconds(lambda: Bundle(Path(name) / "ours").close()) for _ in range(turns))
-        raw = next(iter(all_of_them))
-        print(f"{size / 1e6:.0f} MB of state")
-        for what in all_of_them:
-            row = []
-            for times in (saves, loads):
-                rate = size / 1e9 / statistics.median(times[what])
-                ratio = statistics.median(a / b for a, b in zip(times[raw], times[what], strict=True))
-                row.append(f"{rate:6.2f} GB/s {ratio:5.2f}x raw")
-            room = "  ".join(f"{rise / 2**20:5.0f}" for rise in rises[what])
-            print(f"  {what:28s} save {row[0]}    load {row[1]}    memory {room} MiB")
-        copying, ratio = statistics.median(c for c, _ in held), statistics.median(h / c for c, h in held)
-        print(f"  a background save holds training up for {ratio:.2f}x the copy to the host ({copying * 1e3:.0f} ms)")
-        print(f"  the tree without its arrays: {header * 1e3:.2f} ms")
+            size, pairs = contenders(state, Path(name))
+            saves = in_turns({what: per(1, save) for what, (save, _) in pairs.items()}, report.repeats)
+            loads = in_turns({what: per(1, load) for what, (_, load) in pairs.items()}, report.repeats)
+            rises = {what: [memory(one) / 2**20 for one in pair] for what, pair in pairs.items()}
+            held = in_turns(held_up(state, Path(name)), report.repeats)
+            header = in_turns({"header": per(1, lambda: Bundle(Path(name) / "ours").close())}, report.repeats)
+        raw = next(iter(pairs))
+        rows = [
+            {
+                "what": what,
+                "save GB/s": size / 1e9 / statistics.median(saves[what]),
+                "save x raw": 1 / ratio(saves[what], saves[raw]),
+                "load GB/s": size / 1e9 / statistics.median(loads[what]),
+                "load x raw": 1 / ratio(loads[what], loads[raw]),
+                "memory saving, MiB": rises[what][0],
+                "memory loading, MiB": rises[what][1],
+                "turns": [saves[what], loads[what]],
+            }
+            for what in pairs
+        ]
+        report.table(f"{size / 1e6:.0f} MB of state", rows)
+        waits = [
+            {
+                "what": "training waits for a save in the background, x the copy to the host",
+                "value": ratio(held["background save"], held["copy"]),
+            },
+            {
+                "what": "the tree of a file without its arrays, ms",
+                "value": statistics.median(header["header"]) * 1e3,
+            },
+        ]
+        report.table(f"{size / 1e6:.0f} MB of state, beside", waits)
+    report.close()
 
 
 if __name__ == "__main__":
-    main([int(argument) for argument in sys.argv[1:]] or [256, 1024])
+    main()

@@ -1,114 +1,175 @@
-"""What a step costs beside the loop that you could write by hand.
+"""What a step costs that has next to nothing to compute: a call from Python, over states of 12 to 3,000 arrays.
 
-Run it with ``make bench``. All contenders run in one process, in turns, on the same model and
-batch; a row is the median over the turns, and what counts is the ratio to the first column.
+The model is a stack of layers of width 32, at batch 8, trained by Adam; the arrays are parameters and both moments.
+Everybody trains the same model on the same batch. Run it with ``python benchmarks/dispatch.py``;
+``benchmarks/peers.py`` has Equinox in the same place.
 """
 
-import json
-import statistics
-import sys
-import time
-
+import flax.linen
+import flax.training.train_state
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
-from trainer import OptimizerConfig, Trainer, TrainingConfig, TrainState, make_train_step
+import by_hand
+from timing import Report, compared, in_turns, per
+from trainer import Callback, ConsoleLogger, MetricsLogger, TrainState, make_train_step
+from workloads import Mlp, Workload, squared_error
 
 
-class Mlp(nnx.Module):
-    def __init__(self, layers, width=32):
-        rngs = nnx.Rngs(0)
-        self.layers = nnx.List([nnx.Linear(width, width, rngs=rngs) for _ in range(layers)])
+class Ignored:
+    """A stream that takes words and keeps none, so that a logger costs what it does and no terminal."""
 
-    def __call__(self, x):
-        for layer in self.layers:
-            x = nnx.relu(layer(x))
-        return x
+    def write(self, text):
+        pass
 
-
-def loss_fn(model, batch, rng, step):
-    del rng, step
-    return jnp.mean((model(batch["input"]) - batch["target"]) ** 2), {}
+    def flush(self):
+        pass
 
 
-def loop(step, state):
+class Watching(Callback):
+    def on_batch_end(self, trainer, step, logs):
+        pass
+
+
+def stepping(compiled, state):
     """Returns a function that advances a state of its own by a batch."""
-    compiled = jax.jit(step, donate_argnums=0)
 
-    def run(batch):
+    def step(batch):
         nonlocal state
         state, metrics = compiled(state, batch)
         return metrics
 
-    return run
+    return step
 
 
-def by_hand(model, optimizer):
-    """The best step without a library: plain dicts, one compiled function, everything donated."""
-    graphdef, variables = nnx.split(model)
-    params = jax.tree.map(jnp.copy, nnx.to_pure_dict(variables))
-    state = (params, optimizer.init(params), jax.random.key(0), jnp.zeros((), jnp.int32))
+def plain(workload):
+    state, step = by_hand.make_step(workload.make_model(), workload.loss_fn, workload.optimizer())
+    return stepping(jax.jit(step, donate_argnums=0), state)
+
+
+def splitting_a_key(workload):
+    """By hand with a key that every step splits, as the steps of this library do."""
+    state, step = by_hand.make_step(workload.make_model(), workload.loss_fn, workload.optimizer())
+
+    def step_and_split(state_and_key, batch):
+        state, key = state_and_key
+        state, metrics = step(state, batch)
+        return (state, jax.random.split(key)[0]), metrics
+
+    return stepping(jax.jit(step_and_split, donate_argnums=0), (state, jax.random.key(0)))
+
+
+def pure_step(workload):
+    optimizer = workload.optimizer()
+    state = TrainState.create(workload.make_model(), optimizer, rng=jax.random.key(0))
+    return stepping(jax.jit(make_train_step(workload.loss_fn, optimizer), donate_argnums=0), state)
+
+
+def facade(log_frequency=10**9, **options):
+    return lambda workload: workload.trainer(log_frequency, **options).train_step
+
+
+def nnx_step(model, optimizer, batch):
+    """The step of Flax's own guides."""
+    loss, grads = nnx.value_and_grad(lambda model: squared_error(model, batch, None, None)[0])(model)
+    optimizer.update(model, grads)
+    return loss
+
+
+def model_and_optimizer(workload):
+    model = workload.make_model()
+    return model, nnx.Optimizer(model, workload.optimizer(), wrt=nnx.Param)
+
+
+def nnx_jit(workload):
+    model, optimizer = model_and_optimizer(workload)
+    compiled = nnx.jit(nnx_step, donate_argnums=(0, 1))
+    return lambda batch: compiled(model, optimizer, batch)
+
+
+def nnx_cached_partial(workload):
+    return nnx.cached_partial(nnx.jit(nnx_step, donate_argnums=(0, 1)), *model_and_optimizer(workload))
+
+
+def nnx_jit_partial(workload):
+    return nnx.jit_partial(nnx_step, *model_and_optimizer(workload), graph=False, donate_argnums=0)
+
+
+class LinenMlp(flax.linen.Module):
+    layers: int
+
+    @flax.linen.compact
+    def __call__(self, x):
+        for index in range(self.layers):
+            x = flax.linen.Dense(32)(x if index == 0 else flax.linen.relu(x))
+        return x
+
+
+def linen_train_state(workload):
+    model = LinenMlp(len(workload.make_model().layers))
+    params = model.init(jax.random.key(0), workload.batch["input"])["params"]
+    state = flax.training.train_state.TrainState.create(apply_fn=model.apply, params=params, tx=workload.optimizer())
 
     def step(state, batch):
-        params, opt_state, rng, count = state
-        rng, step_rng = jax.random.split(rng)
-        objective = lambda p: loss_fn(nnx.merge(graphdef, p), batch, step_rng, count)  # noqa: E731
-        (loss, metrics), grads = jax.value_and_grad(objective, has_aux=True)(params)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        state = (optax.apply_updates(params, updates), opt_state, rng, count + 1)
-        return state, {**metrics, "loss": loss, "step": count + 1}
+        def objective(params):
+            return jnp.mean((state.apply_fn({"params": params}, batch["input"]) - batch["target"]) ** 2)
 
-    return loop(step, state)
+        loss, grads = jax.value_and_grad(objective)(state.params)
+        return state.apply_gradients(grads=grads), loss
+
+    return stepping(jax.jit(step, donate_argnums=0), state)
 
 
-def pure_step(model, optimizer):
-    state = TrainState.create(model, optimizer, rng=jax.random.key(0))
-    return loop(make_train_step(loss_fn, optimizer), state)
+# Makes a function of a batch from a workload; and how many times fewer steps it is given, because it takes so long.
+CONTENDERS = {
+    "by hand": (plain, 1),
+    "by hand, splitting a key": (splitting_a_key, 1),
+    "pure step": (pure_step, 1),
+    "Trainer.train_step": (facade(), 1),
+    "  log_callback, every 100 steps": (facade(100, log_callback=lambda step, metrics, prefix: None), 1),
+    "  log_callback, every step": (facade(1, log_callback=lambda step, metrics, prefix: None), 1),
+    "  metrics_logger, every step": (facade(1, metrics_logger=MetricsLogger(ConsoleLogger(Ignored()))), 1),
+    "  three callbacks": (facade(callbacks=[Watching(), Watching(), Watching()]), 1),
+    "linen TrainState": (linen_train_state, 1),
+    "nnx.jit_partial(graph=False)": (nnx_jit_partial, 5),
+    "nnx.cached_partial": (nnx_cached_partial, 5),
+    "nnx.jit and nnx.Optimizer": (nnx_jit, 10),
+}
 
 
-def facade(model, optimizer):
-    config = TrainingConfig(optimizer=OptimizerConfig(optimizer_type="adam", learning_rate=1e-3), log_frequency=10**9)
-    return Trainer(model, config, optimizer, loss_fn=loss_fn, rng=jax.random.key(0)).train_step
+def stack(layers):
+    """So many layers of width 32, and one batch."""
+    data = {name: np.ones((8, 32), np.float32) for name in ("input", "target")}
+    return Workload(f"{layers} layers", lambda: Mlp(*[32] * (layers + 1)), squared_error, data, 8)
 
 
-def time_of(run, batch, steps):
-    start = time.perf_counter()
-    for _ in range(steps):
-        metrics = run(batch)
-    jax.block_until_ready(metrics)
-    return (time.perf_counter() - start) / steps * 1e6
+def contender(make, workload, steps):
+    """Makes a contender that takes so many steps and waits for the last."""
+    step, batch = make(workload), workload.batch
+
+    def run():
+        for _ in range(steps):
+            metrics = step(batch)
+        jax.block_until_ready(metrics)
+
+    return per(steps, run)
 
 
-def main(turns=9):
-    batch = {name: np.ones((8, 32), np.float32) for name in ("input", "target")}
-    rows = []
-    for layers, steps in ((2, 1000), (50, 200)):
-        optimizer = optax.adam(1e-3)
-        contenders = {"by hand": by_hand, "pure step": pure_step, "Trainer.train_step": facade}
-        runs = {name: make(Mlp(layers), optimizer) for name, make in contenders.items()}
-        for run in runs.values():
-            time_of(run, batch, 20)
-        times = {name: [] for name in runs}
-        for _ in range(turns):
-            for name, run in runs.items():
-                times[name].append(time_of(run, batch, steps))
-        arrays = 6 * layers
-        for name, measured in times.items():
-            ratios = [a / b for a, b in zip(measured, times["by hand"], strict=True)]
-            row = {
-                "arrays": arrays,
-                "what": name,
-                "microseconds": statistics.median(measured),
-                "ratio": statistics.median(ratios),
-            }
-            rows.append(row)
-            print(f"{arrays:5d} arrays   {name:20s} {row['microseconds']:8.1f} µs a step   {row['ratio']:.2f}x by hand")
-    if len(sys.argv) > 1:
-        with open(sys.argv[1], "w", encoding="utf-8") as file:
-            json.dump(rows, file, indent=1)
+def run(report, contenders):
+    """Prints a table for every size of the state."""
+    for layers, steps in ((2, 20), (10, 10)) if report.quick else ((2, 1000), (50, 200), (500, 10)):
+        workload = stack(layers)
+        runs = {name: contender(make, workload, max(2, steps // fewer)) for name, (make, fewer) in contenders.items()}
+        times = in_turns(runs, report.repeats)
+        report.table(f"{6 * layers:,} arrays", compared(times, "µs a step", 1e6, {"x by hand": "by hand"}))
+
+
+def main():
+    report = Report(__doc__, repeats=9)
+    run(report, CONTENDERS)
+    report.close()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,105 @@
+"""The baselines: what one writes by hand without a library, as fast as we know how.
+
+The state is plain dicts, the graph of the module is merged while tracing and never again, everything
+is donated. Like any objective of this library's, the one here gets a key and the number of the step; the
+key is folded from that number, which costs nothing where nobody draws from it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from workloads import Workload
+
+
+def make_step(model: nnx.Module, loss_fn: Callable, optimizer: optax.GradientTransformation) -> tuple[Any, Callable]:
+    """Returns a state and the pure step ``(state, batch) -> (state, metrics)``."""
+    graphdef, variables = nnx.split(model)
+    params = jax.tree.map(jnp.copy, nnx.to_pure_dict(variables))
+    state = (params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    rng = jax.random.key(0)
+
+    def step(state, batch):
+        params, opt_state, count = state
+
+        def objective(params):
+            return loss_fn(nnx.merge(graphdef, params), batch, jax.random.fold_in(rng, count), count)
+
+        (loss, metrics), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        state = (optax.apply_updates(params, updates), opt_state, count + 1)
+        return state, {**metrics, "loss": loss, "step": count + 1}
+
+    return state, step
+
+
+def batches(data: Mapping[str, np.ndarray], batch_size: int, draws: np.random.Generator) -> Iterator[dict[str, Any]]:
+    """Yields a shuffled epoch, the last batch may be short."""
+    num_examples = len(next(iter(data.values())))
+    order = draws.permutation(num_examples)
+    for start in range(0, num_examples, batch_size):
+        index = order[start : start + batch_size]
+        yield {name: column[index] for name, column in data.items()}
+
+
+def loop(workload: Workload) -> Callable[..., float]:
+    """Returns a function that trains for so many epochs, one call a step, and returns the last loss.
+
+    It trains on the workload's data, unless it is given other data of the same form.
+    """
+    state, step = make_step(workload.make_model(), workload.loss_fn, workload.optimizer())
+    compiled = jax.jit(step, donate_argnums=0)
+    draws = np.random.default_rng(0)
+
+    def run(epochs: int, data: Mapping[str, np.ndarray] = workload.data) -> float:
+        nonlocal state
+        for _ in range(epochs):
+            for batch in batches(data, workload.batch_size, draws):
+                state, metrics = compiled(state, batch)
+        return float(metrics["loss"])
+
+    return run
+
+
+def scan(workload: Workload, *, gather_first: bool) -> Callable[[int], float]:
+    """Returns the same, but with the data on the device and one call an epoch.
+
+    Args:
+        workload: What to train.
+        gather_first: Whether to shuffle all of the data before the scan, or batch by batch within it.
+    """
+    state, step = make_step(workload.make_model(), workload.loss_fn, workload.optimizer())
+    data = jax.device_put(dict(workload.data))
+    size, whole = workload.batch_size, workload.num_examples // workload.batch_size
+    draws = np.random.default_rng(0)
+
+    def take(data, index):
+        return {name: column.at[index].get(mode="promise_in_bounds") for name, column in data.items()}
+
+    def epoch(state, data, order):
+        index = order[: whole * size].reshape(whole, size)
+        if gather_first:
+            state, metrics = jax.lax.scan(step, state, take(data, index))
+        else:
+            state, metrics = jax.lax.scan(lambda state, index: step(state, take(data, index)), state, index)
+        metrics = {name: value[-1] for name, value in metrics.items()}
+        if whole * size < workload.num_examples:
+            state, metrics = step(state, take(data, order[whole * size :]))
+        return state, metrics
+
+    compiled = jax.jit(epoch, donate_argnums=0)
+
+    def run(epochs: int) -> float:
+        nonlocal state
+        for _ in range(epochs):
+            # On a CPU, NumPy draws a permutation many times faster than the sorts of jax.random.permutation.
+            order = draws.permutation(workload.num_examples).astype(np.int32)
+            state, metrics = compiled(state, data, order)
+        return float(metrics["loss"])
+
+    return run

@@ -1,0 +1,166 @@
+"""What is trained in the benchmarks: models, objectives and data, the same for every contender."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+LEARNING_RATE = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """A model, an objective, and data to train it on by Adam."""
+
+    name: str
+    make_model: Callable[[], nnx.Module]
+    loss_fn: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+    data: Mapping[str, np.ndarray]
+    batch_size: int
+
+    @property
+    def num_examples(self) -> int:
+        return len(next(iter(self.data.values())))
+
+    @property
+    def steps(self) -> int:
+        """How many batches an epoch has, a short last one included."""
+        return -(-self.num_examples // self.batch_size)
+
+    @property
+    def batch(self) -> dict[str, np.ndarray]:
+        """The first batch."""
+        return {name: column[: self.batch_size] for name, column in self.data.items()}
+
+    def optimizer(self) -> optax.GradientTransformation:
+        return optax.adam(LEARNING_RATE)
+
+    def trainer(self, log_frequency: int | None = None, **options: Any) -> Any:
+        """Makes a `trainer.Trainer` with nothing but defaults, except for ``options``."""
+        # A process in which a loop is written by hand has nothing of this library in it.
+        from trainer import OptimizerConfig, Trainer, TrainingConfig
+
+        optimizer = OptimizerConfig(optimizer_type="adam", learning_rate=LEARNING_RATE)
+        changes = {} if log_frequency is None else {"log_frequency": log_frequency}
+        config = TrainingConfig(optimizer=optimizer, **changes)
+        return Trainer(self.make_model(), config, loss_fn=self.loss_fn, **options)
+
+
+class Mlp(nnx.Module):
+    """Layers of the given widths with relu between them."""
+
+    def __init__(self, *widths: int):
+        rngs = nnx.Rngs(0)
+        self.layers = nnx.List([nnx.Linear(inner, outer, rngs=rngs) for inner, outer in pairwise(widths)])
+
+    def __call__(self, x):
+        *hidden, last = self.layers
+        for layer in hidden:
+            x = nnx.relu(layer(x))
+        return last(x)
+
+
+class ConvNet(nnx.Module):
+    """Two convolutions with pooling and one dense layer, for images of shape (28, 28, 1)."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.conv1 = nnx.Conv(1, 16, (3, 3), rngs=rngs)
+        self.conv2 = nnx.Conv(16, 32, (3, 3), rngs=rngs)
+        self.head = nnx.Linear(7 * 7 * 32, 10, rngs=rngs)
+
+    def __call__(self, x):
+        for conv in (self.conv1, self.conv2):
+            x = nnx.max_pool(nnx.relu(conv(x)), (2, 2), strides=(2, 2))
+        return self.head(x.reshape(x.shape[0], -1))
+
+
+class Block(nnx.Module):
+    """Attention and a feed-forward layer, each after a norm and beside a residual."""
+
+    def __init__(self, width: int, heads: int, rngs: nnx.Rngs):
+        self.norm1 = nnx.LayerNorm(width, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(heads, width, decode=False, rngs=rngs)
+        self.norm2 = nnx.LayerNorm(width, rngs=rngs)
+        self.inner = nnx.Linear(width, 4 * width, rngs=rngs)
+        self.outer = nnx.Linear(4 * width, width, rngs=rngs)
+
+    def __call__(self, x, mask):
+        x = x + self.attention(self.norm1(x), mask=mask)
+        return x + self.outer(nnx.gelu(self.inner(self.norm2(x))))
+
+
+VOCABULARY, CONTEXT, WIDTH, HEADS, BLOCKS = 256, 64, 64, 4, 2
+
+
+class Transformer(nnx.Module):
+    """A small causal language model over bytes."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.embedding = nnx.Embed(VOCABULARY, WIDTH, rngs=rngs)
+        self.position = nnx.Embed(CONTEXT, WIDTH, rngs=rngs)
+        self.blocks = nnx.List([Block(WIDTH, HEADS, rngs) for _ in range(BLOCKS)])
+        self.norm = nnx.LayerNorm(WIDTH, rngs=rngs)
+        self.head = nnx.Linear(WIDTH, VOCABULARY, rngs=rngs)
+
+    def __call__(self, tokens):
+        x = self.embedding(tokens) + self.position(jnp.arange(tokens.shape[1]))[None]
+        mask = nnx.make_causal_mask(tokens)
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.head(self.norm(x))
+
+
+def squared_error(model, batch, rng, step):
+    del rng, step
+    return jnp.mean((model(batch["input"]) - batch["target"]) ** 2), {}
+
+
+def cross_entropy(model, batch, rng, step):
+    """For classes of examples and for the next tokens of sequences."""
+    del rng, step
+    logits = model(batch["input"])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch["target"]).mean(), {}
+
+
+def dispatch_bound(rows: int = 4096) -> Workload:
+    """Four layers of width 32 at batch 8: the host has more to do than the device."""
+    draws = np.random.default_rng(0)
+    data = {name: draws.standard_normal((rows, 32), np.float32) for name in ("input", "target")}
+    return Workload("dispatch-bound MLP", lambda: Mlp(32, 32, 32, 32, 32), squared_error, data, 8)
+
+
+def digits(rows: int = 60_000) -> Workload:
+    """A dense network on as many made-up digits as MNIST has, at batch 128; the last batch is short."""
+    draws = np.random.default_rng(0)
+    labels = draws.integers(0, 10, rows).astype(np.int32)
+    images = draws.standard_normal((rows, 784), np.float32)
+    return Workload("MLP 784-128-10", lambda: Mlp(784, 128, 10), cross_entropy, _pair(images, labels), 128)
+
+
+def images(rows: int = 768) -> Workload:
+    """A convolutional network on images of 28x28 at batch 64."""
+    draws = np.random.default_rng(0)
+    labels = draws.integers(0, 10, rows).astype(np.int32)
+    pixels = draws.standard_normal((rows, 28, 28, 1), np.float32)
+    return Workload("convolutional net", ConvNet, cross_entropy, _pair(pixels, labels), 64)
+
+
+def text(rows: int = 512) -> Workload:
+    """A transformer on the manual that Python brings along, at batch 32."""
+    from pydoc_data.topics import topics
+
+    manual = np.frombuffer("".join(topics[name] for name in sorted(topics)).encode(), np.uint8).astype(np.int32)
+    windows = manual[: rows * (CONTEXT + 1)].reshape(rows, CONTEXT + 1)
+    return Workload("transformer", Transformer, cross_entropy, _pair(windows[:, :-1], windows[:, 1:]), 32)
+
+
+def _pair(inputs: np.ndarray, targets: np.ndarray) -> dict[str, np.ndarray]:
+    return {"input": np.ascontiguousarray(inputs), "target": np.ascontiguousarray(targets)}

@@ -193,9 +193,7 @@ class TestPrograms:
         trainer = build()
         for size in (8, 3, 8):
             trainer.train_step(regression(size))
-        with pytest.warns(
-            UserWarning, match=r"`train_step` was compiled 3 times: the batch is input: float32\(5"
-        ):
+        with pytest.warns(UserWarning, match=r"`train_step` was compiled 3 times: the batch is input: float32\(5"):
             trainer.train_step(regression(5))
         trainer.train_step(regression(6))
 

@@ -37,6 +37,7 @@ ARROWS = {
     "background": set(),
     "reports": {"history", "loggers", "throughput", "types"},
     "collection": set(),
+    "compilation": set(),
     "throughput": set(),
     "fusing": set(),
     "programs": {"batches", "fusing", "state", "steps", "types"},

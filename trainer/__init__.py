@@ -7,6 +7,8 @@ from trainer.callbacks import Progress as Progress
 from trainer.checkpoints import latest_checkpoint as latest_checkpoint
 from trainer.checkpoints import load_state as load_state
 from trainer.checkpoints import save_state as save_state
+from trainer.compilation import Compilation as Compilation
+from trainer.compilation import keep_compilations as keep_compilations
 from trainer.config import OptimizerConfig as OptimizerConfig
 from trainer.config import SchedulerConfig as SchedulerConfig
 from trainer.config import TrainingConfig as TrainingConfig

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import functools
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from pathlib import Path
@@ -33,6 +34,7 @@ from trainer.checkpoints import (
     write_snapshot,
 )
 from trainer.collection import scheduled_collection
+from trainer.compilation import Compilation, read_compilation
 from trainer.config import TrainingConfig
 from trainer.data import EpochOfData, InMemoryData, one_pass, seed_from_key, takes_batch_size
 from trainer.errors import (
@@ -265,6 +267,37 @@ class Trainer:
         """
         batch, examples = checked_batch(batch)
         return self._train_step(batch, examples)
+
+    def compile(self, batch: Batch) -> Compilation:
+        """Compiles `train_step` for batches like this one, without running it, and tells what it needs.
+
+        The first step on such a batch compiles nothing then. `train` may fuse steps, which is another
+        program of the same memory, but for the batches of a call.
+
+        Args:
+            batch: Arrays as for `train_step`, or ``jax.ShapeDtypeStruct``: only shapes and dtypes matter.
+
+        Returns:
+            Operations, bytes and memory by XLA's own analysis. A warning says if the device has less.
+
+        Raises:
+            BatchError, ObjectiveError, StateError: As for `train_step`.
+        """
+        batch, _ = checked_batch(batch)
+        self.state.check_alive()
+        start = time.perf_counter()
+        program = self._programs.single()
+        compiled = program.compile(self._programs.trace(self.state, batch))
+        devices = self.state.step.sharding.device_set
+        compilation = read_compilation(compiled, time.perf_counter() - start, next(iter(devices)))
+        self._tell_compilation(program.name, compilation.seconds, None)
+        if not compilation.fits:
+            warnings.warn(
+                f"a step needs {compilation.total:,} bytes and the device has {compilation.available:,}: it will not "
+                f"fit. Smaller batches, jax.checkpoint in the model, or more devices (trainer.sharding) help.",
+                stacklevel=2,
+            )
+        return compilation
 
     def validate_step(self, batch: Batch) -> Metrics:
         """Evaluates the objective on one batch, in evaluation mode, and logs it as validation.

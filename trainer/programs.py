@@ -88,6 +88,12 @@ class Program:
         """Traces it, which the first call will not do again."""
         return self._jitted.trace(*args)
 
+    def compile(self, traced: Any) -> Any:
+        """Compiles what `trace` returned, which the first call will not do again."""
+        compiled = traced.lower().compile()
+        self._reported = self._traces
+        return compiled
+
 
 class StepPrograms:
     """Makes the programs of a trainer, each once.

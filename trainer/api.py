@@ -1,7 +1,8 @@
 """The facade: a `Trainer` that holds a state and calls pure steps on it.
 
-This is the only module that mutates a training state, by assigning ``self.state``; beside it a trainer
-keeps the books of its runs (``history``, ``epoch``, and where the run is), which checkpoints hold as well.
+This is the only module that mutates a training state: a step replaces the arrays it holds, an assignment
+of ``self.state`` all of it. Beside it a trainer keeps the books of its runs (``history``, ``epoch``, and
+where the run is), which checkpoints hold as well.
 """
 
 import contextlib
@@ -50,7 +51,7 @@ from trainer.interruption import Interruption
 from trainer.loaders import LoaderPass, LoaderPosition
 from trainer.loggers import Logger, MetricsLoggerLike, WandbLogger, prefixed
 from trainer.optimizers import make_optimizer, make_schedule, needs_horizon
-from trainer.programs import Calls, Program, StepPrograms
+from trainer.programs import Calls, Layout, Program, StepPrograms, leaves_of
 from trainer.progress import Books, RunProgress
 from trainer.reports import Reporter
 from trainer.state import TrainState, check_model, check_optimizer
@@ -109,6 +110,11 @@ class Trainer:
             raise `ArgumentTypeError`, contradictions with the configuration `ConfigError`.
     """
 
+    # The arrays, and the state that they make up, once somebody has looked at it.
+    _leaves: list[Any]
+    _layout: Layout
+    _state: TrainState | None
+
     def __init__(
         self,
         model: nnx.Module,
@@ -163,6 +169,7 @@ class Trainer:
         self._wrt = wrt
         self._given_optimizer = optimizer
         self._horizon = self._horizon_of_loader()
+        self._programs = StepPrograms(self._make_step, self._enabled, steps_per_call)
         self.state = TrainState.create(
             model,
             self._build_optimizer(self._horizon or _SOME_HORIZON),
@@ -190,13 +197,14 @@ class Trainer:
         self._saver = BackgroundSaver()
         self._handle_signals = handle_signals
         self.throughput: Throughput | None = None
-        self._programs = StepPrograms(self._make_step, self._enabled, steps_per_call)
         self._on_device = functools.cache(lambda number: jax.device_put(np.int32(number)))
         self._compiled_eval_step = jax.jit(make_eval_step(loss_fn))
 
     @property
     def state(self) -> TrainState:
         """The training state. Assign another one of the same structure to continue from it."""
+        if self._state is None:
+            self._state = self._layout.state(self._leaves)
         return self._state
 
     @state.setter
@@ -204,6 +212,9 @@ class Trainer:
         if not isinstance(state, TrainState):
             raise ArgumentTypeError(f"`state` is of type {type(state).__name__}; it must be a trainer.TrainState.")
         self._state = state
+        self._leaves, layout = leaves_of(state)
+        self._programs.set_layout(layout)
+        self._layout = layout
         # Both are read off the state again when next needed, since this one may come from anywhere.
         self._known_step: int | None = None
         self._known_weights: dict[str, Any] = {}
@@ -227,7 +238,7 @@ class Trainer:
 
     @property
     def rng(self) -> jax.Array:
-        """The key from which the next step draws."""
+        """The key from which every step draws one of its own."""
         return self.state.rng
 
     @property
@@ -287,7 +298,7 @@ class Trainer:
         self.state.check_alive()
         start = time.perf_counter()
         program = self._programs.single()
-        compiled = program.compile(self._programs.trace(self.state, batch))
+        compiled = program.compile(self._programs.trace(self._leaves, batch))
         devices = self.state.step.sharding.device_set
         compilation = read_compilation(compiled, time.perf_counter() - start, next(iter(devices)))
         self._tell_compilation(program.name, compilation.seconds, None)
@@ -681,7 +692,7 @@ class Trainer:
             moments = [*moments, self.training_config.log_frequency]
         most = 1 if looking else min(*moments, batches.full_batches_in_epoch)
         batch = batches.specification((batches.batch_size,))
-        return self._programs.calls(self.state, batch, most, tuple(moments)), looking
+        return self._programs.calls(self._leaves, batch, most, tuple(moments)), looking
 
     def _prepare(self, batches: Iterator[Batch], calls: Calls) -> tuple[Any, int, int | None] | None:
         """Returns what the next call trains on, the examples in a batch, and the steps if it may be several."""
@@ -725,11 +736,11 @@ class Trainer:
         if program.is_new:
             self._emit("on_compile_begin", program.name)
         try:
-            self.state, metrics = program(self.state, *arguments)
+            self._leaves, metrics = program(self._leaves, *arguments)
         except Exception as error:
             self._explain_lost_state(error)
             raise
-        self._known_step, self._known_weights = step, weights
+        self._state, self._known_step, self._known_weights = None, step, weights
         # Told when the new state is in place: whatever anybody raises at it, nothing is lost.
         if (compilation := program.compilation()) is not None:
             self._tell_compilation(program.name, *compilation)

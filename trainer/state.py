@@ -41,7 +41,8 @@ class TrainState:
         params: What the optimizer updates, as nested plain dicts along the module's attributes.
         model_state: Every other variable of the module (batch statistics, random counts, caches).
         opt_state: The state of the optax optimizer.
-        rng: The key from which the next step draws, raw or typed as the caller gave it.
+        rng: The key from which every step draws one of its own by its number, ``fold_in(rng, step)``; raw
+            or typed as the caller gave it.
         step: The number of optimizer updates finished, an int32 scalar.
         extensions: By name of the extension, its ``weight`` (a float32 scalar, so that changing it
             compiles nothing) and its ``variables``.

@@ -195,7 +195,7 @@ def main():
     if Path(sys.prefix).resolve() != DIRECTORY.resolve():
         surroundings = {**os.environ, "KERAS_BACKEND": "jax"}
         sys.exit(subprocess.run([make_environment(), __file__, *sys.argv[1:]], env=surroundings).returncode)
-    dispatch.run(report, DISPATCH)
+    dispatch.run(report, DISPATCH, dispatch.small(report))
     for workload, epochs in end_to_end.workloads_of(report):
         with tempfile.TemporaryDirectory() as directory:
             runs = contenders(workload, epochs, 2 if report.quick else 10, Path(directory))

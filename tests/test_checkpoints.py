@@ -30,7 +30,7 @@ from trainer import (
     save_state,
 )
 from trainer.bundle import Bundle, write_bundle
-from trainer.checkpoints import describe_leaf, prune
+from trainer.checkpoints import describe_leaf, load_with_progress, prune
 from trainer.config import OPTIMIZER_FIELDS
 
 EXTENSIONS = {"size": Counting()}
@@ -338,3 +338,14 @@ def test_pruning_removes_the_oldest_with_default_names_only(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         ["checkpoint_10.msgpack", "checkpoint_100.msgpack", *others]
     )
+
+
+def test_numbers_of_callbacks_stay_numbers_and_other_objects_are_refused(tmp_path):
+    state = create(Linear())
+    numbers = {"best": np.float32(0.5), "counts": np.arange(3), "scores": [jnp.float32(2.0)]}
+    save_state(tmp_path / "s.msgpack", state, progress={"listeners": [numbers]})
+    found = load_with_progress(tmp_path / "s.msgpack", state).progress
+    assert found == {"listeners": [{"best": 0.5, "counts": [0, 1, 2], "scores": [2.0]}]}
+    with pytest.raises(CheckpointError, match=r"the progress of the run has an object of type object, which no checkp"):
+        save_state(tmp_path / "s.msgpack", state, progress={"listeners": [object()]})
+    assert load_with_progress(tmp_path / "s.msgpack", state).progress == found

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-import trainer.checkpoints
+import trainer.sources
 from tests.problems import Busy, Linear, config, regression, squared_error
 from tests.test_api import assert_same_bits
 from tests.test_resume import StoppedError, Watching
@@ -186,7 +186,7 @@ class TestOpeningOnce:
             def verify(self):
                 raise AssertionError("what is loaded is verified by that")
 
-        monkeypatch.setattr(trainer.checkpoints, "Bundle", Counted)
+        monkeypatch.setattr(trainer.sources, "Bundle", Counted)
         return names
 
     @pytest.fixture

@@ -62,6 +62,9 @@ from trainer.types import Batch, ExtensionLike, LogCallback, LossFn, Metrics
 # Stands for the length of the run where only the structure of an optimizer's state matters.
 _SOME_HORIZON = 2**31 - 1
 
+# Where so many steps could go into a call and do not, somebody wants to know.
+_MANY_STEPS = 10
+
 
 class Trainer:
     """Trains an NNX model on the caller's own objective.
@@ -197,6 +200,7 @@ class Trainer:
         self._saver = BackgroundSaver()
         self._handle_signals = handle_signals
         self.throughput: Throughput | None = None
+        self._has_advised = False
         self._on_device = functools.cache(lambda number: jax.device_put(np.int32(number)))
         self._compiled_eval_step = jax.jit(make_eval_step(loss_fn))
 
@@ -692,7 +696,16 @@ class Trainer:
             moments = [*moments, self.training_config.log_frequency]
         most = 1 if looking else min(*moments, batches.full_batches_in_epoch)
         batch = batches.specification((batches.batch_size,))
-        return self._programs.calls(self._leaves, batch, most, tuple(moments)), looking
+        calls = self._programs.calls(self._leaves, batch, most, tuple(moments))
+        if looking and calls.worth >= _MANY_STEPS and not self._has_advised:
+            self._has_advised = True
+            self._reporter.remark(
+                "advice",
+                f"a step computes so little that {calls.worth} could run in one call, many times faster, but somebody "
+                f"listens to on_batch_begin or on_batch_end; on_call_end does not ask for a call a step",
+                self.step,
+            )
+        return calls, looking
 
     def _prepare(self, batches: Iterator[Batch], calls: Calls) -> tuple[Any, int, int | None] | None:
         """Returns what the next call trains on, the examples in a batch, and the steps if it may be several."""
@@ -931,6 +944,8 @@ class Trainer:
                 # One that came after the last step must not be lost: somebody wants the process to end.
                 self._interruption.check()
             except BaseException as error:
+                with contextlib.suppress(Exception):  # what was measured before is told, if it can be
+                    self._reporter.catch_up()
                 try:
                     self._finish_saves(error)
                 finally:  # also where a second signal ends the saving

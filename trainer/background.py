@@ -1,7 +1,8 @@
 """Work beside the training: at most one save at a time, and no failure that nobody hears of."""
 
+import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from typing import Any
 
 
@@ -9,7 +10,6 @@ class BackgroundSaver:
     """Runs saves in a thread, one after the other. An interpreter that exits waits for the last one."""
 
     def __init__(self) -> None:
-        self._executor: ThreadPoolExecutor | None = None
         self._pending: Future[Any] | None = None
 
     def start(self, save: Callable[[], Any]) -> None:
@@ -19,9 +19,17 @@ class BackgroundSaver:
             Exception: What the one before raised; then this one is not started.
         """
         self.wait()
-        if self._executor is None:
-            self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._pending = self._executor.submit(save)
+        pending: Future[Any] = Future()
+        self._pending = pending
+
+        def run() -> None:
+            try:
+                pending.set_result(save())
+            except BaseException as error:  # for whoever waits
+                pending.set_exception(error)
+
+        # A thread of its own, which is gone afterwards; the interpreter waits for it before it exits.
+        threading.Thread(target=run, name="checkpoint").start()
 
     def check(self) -> None:
         """Raises what a finished save raised, once; does not wait for one that is under way."""

@@ -73,7 +73,7 @@ def take_snapshot(
     """Describes a state for `write_snapshot`; arguments as for `save_state`. Copies nothing yet.
 
     Raises:
-        CheckpointError: An array is of a dtype that no file can hold.
+        CheckpointError: An array is of a dtype, or ``progress`` has a value, that no file can hold.
         StateError: The state was donated to a step.
     """
     state.check_alive()
@@ -91,7 +91,7 @@ def take_snapshot(
         "containers": containers(state.opt_state, ("opt_state",)),
     }
     if progress is not None:
-        packed = np.frombuffer(msgpack.packb(progress, default=str), np.uint8)
+        packed = np.frombuffer(_packed(progress), np.uint8)
         leaves.append((Leaf(PROGRESS, "uint8", packed.shape), packed))
     return Snapshot(state, about, leaves)
 
@@ -274,6 +274,21 @@ def _newest(directory: str | os.PathLike[str], use: Callable[[Path], _T]) -> _T 
     if passed_over:
         raise CheckpointError(f"no checkpoint in `{directory}` can be used: {' '.join(passed_over)}")
     return None
+
+
+def _packed(progress: Mapping[str, Any]) -> bytes:
+    def plain(value: Any) -> Any:
+        if isinstance(value, np.generic | np.ndarray | jax.Array):
+            return np.asarray(value).tolist()
+        raise TypeError(
+            f"an object of type {type(value).__qualname__}, which no checkpoint holds; what callbacks return from "
+            f"state_dict() consists of numbers, strings, lists and mappings"
+        )
+
+    try:
+        return bytes(msgpack.packb(progress, default=plain))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"the progress of the run has {error}.") from error
 
 
 def _check_within_process(leaf: Leaf, array: Any) -> None:

@@ -10,30 +10,24 @@ _MANY = 20_000
 
 @contextlib.contextmanager
 def scheduled_collection() -> Iterator[Callable[[], None]]:
-    """Keeps the collector from running by itself inside the block.
+    """Keeps the collector from running by itself inside the block, and starts it again afterwards.
 
-    What was there before the block is left out of collections inside it, which makes them short: JAX
-    alone has some hundred thousand objects. Afterwards everything is as it was. A collector that
-    the caller has switched off stays off.
+    A collector that the caller has switched off stays off.
 
     Yields:
-        A function that collects, if enough has come together since.
+        A function that collects what came since the last time, if that is much: a short pause, since
+        it leaves alone what has been there for longer.
     """
     if not gc.isenabled():
         yield lambda: None
         return
-    freeze = gc.get_freeze_count() == 0
 
     def collect() -> None:
         if gc.get_count()[0] > _MANY:
-            gc.collect()
+            gc.collect(1)
 
     gc.disable()
-    if freeze:
-        gc.freeze()
     try:
         yield collect
     finally:
-        if freeze:
-            gc.unfreeze()
         gc.enable()

@@ -166,6 +166,7 @@ class ModelCheckpoint(Callback):
         snapshot = trainer.snapshot()
         arguments = save_args({**snapshot.info, "monitor": self._monitor.name, "score": score}, snapshot.leaves)
         if step in manager.all_steps():
+            self.wait()  # it may be the one that is under way
             self._calling_orbax(functools.partial(manager.delete, step))
         self._calling_orbax(functools.partial(manager.save, step, args=arguments, force=True))
         if not self._background:

@@ -65,12 +65,14 @@ class Calls:
         room: How many steps a call has room for.
         flops: The floating-point operations of one step, None where that is not known.
         moments: The host looks at every so many steps; a call never goes beyond.
+        worth: How many steps would be worth a call if nobody looked.
     """
 
     program: "Program | None" = None
     room: int = 1
     flops: float | None = None
     moments: tuple[int, ...] = ()
+    worth: int = 1
 
 
 class Program:
@@ -198,11 +200,11 @@ class StepPrograms:
         room = min(chosen, most)
         work = flops(traced.jaxpr.jaxpr)
         if room <= 1:
-            return Calls(None, 1, work, moments)
+            return Calls(None, 1, work, moments, chosen)
         key = self._enabled(), str(jax.tree.structure(batch)), describe(batch), room
         if key not in self._fused:
             self._fused[key] = Program(fuse_steps(as_function(traced), room), "train_steps")
-        return Calls(self._fused[key], room, work, moments)
+        return Calls(self._fused[key], room, work, moments, chosen)
 
 
 def _on_leaves(step: Step, layout: Layout | None) -> Callable[..., Any]:

@@ -60,7 +60,7 @@ class TestSaver:
     def test_a_failure_is_raised_once(self, ask):
         saver = BackgroundSaver()
         saver.start(failing)
-        saver._executor.shutdown(wait=True)
+        saver._pending.exception(timeout=60)
         with pytest.raises(CheckpointError, match="the disk is gone"):
             saver.start(lambda: None) if ask == "start" else getattr(saver, ask)()
         saver.wait()
@@ -183,7 +183,7 @@ class TestFailures:
         with monkeypatch.context() as patch:
             patch.setattr("trainer.api.write_snapshot", failing)
             trainer.save_checkpoint(background=True)
-            trainer._saver._executor.shutdown(wait=True)
+            trainer._saver._pending.exception(timeout=60)
         with pytest.raises(CheckpointError, match="the disk is gone"):
             getattr(trainer, ask)()
         assert trainer.save_checkpoint().exists()

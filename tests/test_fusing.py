@@ -62,14 +62,14 @@ class TestFlops:
 
 class TestHowMany:
     def test_less_work_means_more_steps(self):
-        small, large = (traced(lambda a: a @ a, (size, size)) for size in (16, 1024))
+        small, large = (traced(lambda a: a @ a, (size, size)) for size in (16, 2048))
         assert steps_worth_fusing(small, 100, "cpu") == 128
         assert steps_worth_fusing(large, 100, "cpu") == 1
-        assert steps_worth_fusing(large, 100, "gpu") == 128
+        assert steps_worth_fusing(large, 100, "gpu") == 58
 
     def test_batches_of_one_call_fit_into_memory(self):
         small = traced(lambda a: a @ a, (16, 16))
-        assert steps_worth_fusing(small, 2**20, "cpu") == 64
+        assert steps_worth_fusing(small, 2**20, "cpu") == 8
         assert steps_worth_fusing(small, 2**30, "cpu") == 1
 
     def test_convolutions_are_slow_in_loops_on_the_cpu_only(self):

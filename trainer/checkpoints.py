@@ -344,6 +344,7 @@ def _mismatches(wanted: Mapping[LeafPath, jax.Array], found: Mapping[LeafPath, L
         yield path, f"{found[path].name}: {describe_leaf(found[path])} in the file, nothing here"
 
 
+@functools.cache  # it parses a file each time
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)

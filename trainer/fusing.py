@@ -1,7 +1,7 @@
 """How many steps are worth one call, judged by what a step computes and not by a clock.
 
 A call from Python costs about as much as ten million floating-point operations on a CPU, and a little
-more for every array of the state; steps that compute less are worth fusing. The judgement looks at
+more for every array of the state; steps that compute not much more are worth fusing. The judgement looks at
 the traced step alone, so that it is the same in every run: XLA rounds some programs differently inside
 of a loop, and a run that was timed in a busy moment must not learn something else.
 """
@@ -13,11 +13,12 @@ from typing import Any
 import jax
 from jax.extend import core
 
-# Floating-point operations of one call, about 20 ms of work: enough that calling costs nothing beside
-# it, and little enough that Ctrl-C is obeyed at once.
-_FLOPS_PER_CALL = {"cpu": 1e9, "gpu": 1e12, "tpu": 1e12}
+# Floating-point operations of one call, less than a second of work, so that Ctrl-C is obeyed soon. Beside
+# what a call costs, a loop on the CPU spares what is paid for fresh memory at every call.
+_FLOPS_PER_CALL = {"cpu": 2e10, "gpu": 1e12, "tpu": 1e12}
 _MOST_STEPS = 128
-_MOST_BYTES = 64 * 2**20
+# The batches of a call, little enough to stay in a cache while they are made and used.
+_MOST_BYTES = 8 * 2**20
 
 # XLA's CPU backend runs these several times slower inside of a loop: there it has no threads for them.
 _SLOW_IN_LOOPS = {"cpu": {"conv_general_dilated"}}

@@ -4,6 +4,7 @@ What is inside tells the kind, not the name.
 """
 
 import contextlib
+import functools
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -113,8 +114,8 @@ def describe(path: LeafPath, leaf: jax.Array) -> Leaf:
     """Returns what a file would say of an array: of a key, its words and its implementation."""
     if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return Leaf(path, str(leaf.dtype), tuple(leaf.shape))
-    words = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
-    return Leaf(path, str(words.dtype), tuple(words.shape), str(jax.random.key_impl(leaf)))
+    words = _words_of(leaf.dtype)
+    return Leaf(path, str(words.dtype), (*leaf.shape, *words.shape), str(jax.random.key_impl(leaf)))
 
 
 class _File:
@@ -183,6 +184,12 @@ class _Pickle:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         del kind, error, trace
+
+
+@functools.cache
+def _words_of(dtype: Any) -> jax.ShapeDtypeStruct:
+    words: jax.ShapeDtypeStruct = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct((), dtype))
+    return words
 
 
 def is_pickle(path: Path) -> bool:

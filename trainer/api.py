@@ -96,9 +96,9 @@ class Trainer:
         wrt: Which variables of the model are trained, an nnx filter.
         handle_signals: Whether SIGTERM and Ctrl-C during `train` end it in order.
         steps_per_call: How many steps `train` runs in one call where nothing has to look between them
-            (`trainer.fuse_steps`): a validation, a checkpoint, a log that somebody is told, a callback
-            that listens to the events of a batch. "auto" fuses steps that compute so little that
-            calling them would cost more, which it tells from the traced step and not from a clock
+            (`trainer.fuse_steps`): a validation, a checkpoint, a callback that listens to the events of
+            a batch. Logs are told after the call, of every step that is due. "auto" fuses steps that
+            compute little, which it tells from the traced step and not from a clock
             (`trainer.fusing`); 1 never does.
 
     Attributes:
@@ -652,7 +652,7 @@ class Trainer:
         with scheduled_collection() as collect:
             while True:
                 with meter.preparing():
-                    prepared = self._prepare(batches, calls)
+                    prepared = self._prepare(batches, calls, looking)
                 if prepared is None:
                     break
                 batch, examples, count = prepared
@@ -692,8 +692,6 @@ class Trainer:
         looking = looking or type(self).train_step is not Trainer.train_step
         if not isinstance(batches, EpochOfData) or not batches.full_batches:
             return Calls(), looking
-        if self._reporter.has_audience:
-            moments = [*moments, self.training_config.log_frequency]
         most = 1 if looking else min(*moments, batches.full_batches_in_epoch)
         batch = batches.specification((batches.batch_size,))
         calls = self._programs.calls(self._leaves, batch, most, tuple(moments))
@@ -707,8 +705,12 @@ class Trainer:
             )
         return calls, looking
 
-    def _prepare(self, batches: Iterator[Batch], calls: Calls) -> tuple[Any, int, int | None] | None:
-        """Returns what the next call trains on, the examples in a batch, and the steps if it may be several."""
+    def _prepare(self, batches: Iterator[Batch], calls: Calls, looking: bool) -> tuple[Any, int, int | None] | None:
+        """Returns what the next call trains on, the examples in a batch, and the steps if it may be several.
+
+        It is on its way to the device when this returns, unless somebody looks at every batch: then the
+        next call waits anyway, and hands it over faster itself.
+        """
         if calls.program is not None and isinstance(batches, EpochOfData) and batches.full_batches:
             count = min(calls.room, batches.full_batches, *(every - self.step % every for every in calls.moments))
             return jax.device_put(batches.stacked(count, calls.room)), batches.batch_size, count
@@ -716,7 +718,7 @@ class Trainer:
         if batch is None:
             return None
         batch, examples = checked_batch(batch)
-        return jax.device_put(batch), examples, None
+        return batch if looking else jax.device_put(batch), examples, None
 
     def _train_step(self, batch: Batch, examples: int, *, postpone: bool = False) -> Metrics:
         """Runs one step with its events. ``postpone``: log it when the next one has been dispatched."""

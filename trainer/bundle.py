@@ -23,7 +23,6 @@ import stat
 import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -119,19 +118,15 @@ def write_bundle(
     prefix = _PREFIX.pack(
         MAGIC, MAJOR, MINOR, 0, len(header), data_start, length, _sum(header), CHECKSUM.encode("ascii")
     )
-    with replacing(path, length) as file, ThreadPoolExecutor(1, thread_name_prefix="checksum") as hashing:
+    with replacing(path, length) as file:
         file.write(prefix + _SUM.pack(_sum(prefix)) + header + bytes(data_start - _DATA_START - len(header)))
         position, table = 0, b""
         for leaf, (_, get) in zip(placed, leaves, strict=True):
             file.write(bytes(leaf.offset - position))
             hasher = xxhash.xxh3_64()
-            hashed = []
             for piece in _pieces(get(), leaf):
-                # Neither holds Python's lock, so a large array is hashed while it is written.
-                hashed.append(hashing.submit(hasher.update, piece))
+                hasher.update(piece)
                 file.write(piece)
-            for one in hashed:
-                one.result()
             table += _SUM.pack(hasher.intdigest())
             position = leaf.offset + leaf.size
         file.write(bytes(data_length - position) + table + _SUM.pack(_sum(table)) + END)

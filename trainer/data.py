@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trainer.batches import as_batch, batch_length
+from trainer.batches import checked_batch
 from trainer.errors import ArgumentError, ArgumentTypeError, check_count
 from trainer.types import Batch
 
@@ -37,8 +37,7 @@ class InMemoryData:
         # Loads datarax, and with it Grain, when first used: `import trainer` stays light.
         from datarax.sources import MemorySource, MemorySourceConfig
 
-        data = as_batch(data)
-        self.num_examples = batch_length(data, name)
+        data, self.num_examples = checked_batch(data, name)
         self.batch_size = check_count(batch_size, "batch_size")
         leaves, self._structure = jax.tree.flatten(data)
         # A source knows flat dicts only, so the leaves travel under their numbers.

@@ -114,16 +114,13 @@ class OrbaxDirectory:
         for path in self.leaves:
             self.read({path: None})
 
-    def close(self) -> None:
-        """Does nothing: no file is open."""
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        del kind, error, trace  # no file is open
 
     def _read_about(self) -> tuple[dict[str, Any], dict[LeafPath, Leaf], dict[LeafPath, str]]:
         steps = sorted(int(name) for name in os.listdir(self.path) if name.isdecimal()) if self.path.is_dir() else []

@@ -156,6 +156,7 @@ class StepPrograms:
         self._single: dict[tuple[str, ...], Program] = {}
         self._fused: dict[Any, Program] = {}
         self._traced: dict[Any, Any] = {}
+        self._calls: dict[Any, Calls] = {}
 
     def set_layout(self, layout: Layout) -> None:
         """Forgets all programs, if the state is made up in another way now."""
@@ -168,6 +169,7 @@ class StepPrograms:
         self._single.clear()
         self._fused.clear()
         self._traced.clear()
+        self._calls.clear()
 
     def single(self) -> Program:
         """Returns the program of one step, with the extensions that are enabled now."""
@@ -178,7 +180,7 @@ class StepPrograms:
 
     def trace(self, leaves: list[Any], batch: Any) -> Any:
         """Returns the traced step for a batch of which only shapes and dtypes matter; each is traced once."""
-        key = self._enabled(), str(jax.tree.structure(batch)), describe(batch)
+        key = self._key(batch)
         if key not in self._traced:
             self._traced[key] = self.single().trace(leaves, batch)
         return self._traced[key]
@@ -192,7 +194,12 @@ class StepPrograms:
             most: How many steps there are at most before somebody looks.
             moments: At what multiples of steps somebody does.
         """
-        traced = self.trace(leaves, batch)
+        key = *self._key(batch), most, moments
+        if key not in self._calls:
+            self._calls[key] = self._decide(self.trace(leaves, batch), batch, most, moments)
+        return self._calls[key]
+
+    def _decide(self, traced: Any, batch: Any, most: int, moments: tuple[int, ...]) -> Calls:
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
         chosen = self._steps_per_call
         if chosen == "auto":
@@ -201,10 +208,13 @@ class StepPrograms:
         work = flops(traced.jaxpr.jaxpr)
         if room <= 1:
             return Calls(None, 1, work, moments, chosen)
-        key = self._enabled(), str(jax.tree.structure(batch)), describe(batch), room
+        key = *self._key(batch), room
         if key not in self._fused:
             self._fused[key] = Program(fuse_steps(as_function(traced), room), "train_steps")
         return Calls(self._fused[key], room, work, moments, chosen)
+
+    def _key(self, batch: Any) -> tuple[Any, ...]:
+        return self._enabled(), str(jax.tree.structure(batch)), describe(batch)
 
 
 def _on_leaves(step: Step, layout: Layout | None) -> Callable[..., Any]:

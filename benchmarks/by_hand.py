@@ -66,15 +66,16 @@ def loop(workload: Workload) -> Callable[..., float]:
     return run
 
 
-def scan(workload: Workload, *, gather_first: bool) -> Callable[[int], float]:
+def scan(workload: Workload, *, gather_first: bool, keep: bool = True) -> Callable[[int], float]:
     """Returns the same, but with the data on the device and one call an epoch.
 
     Args:
         workload: What to train.
         gather_first: Whether to shuffle all of the data before the scan, or batch by batch within it.
+        keep: Whether the data stays on the device between the calls of the returned function.
     """
     state, step = make_step(workload.make_model(), workload.loss_fn, workload.optimizer())
-    data = jax.device_put(dict(workload.data))
+    kept = jax.device_put(dict(workload.data)) if keep else None
     size, whole = workload.batch_size, workload.num_examples // workload.batch_size
     draws = np.random.default_rng(0)
 
@@ -96,6 +97,7 @@ def scan(workload: Workload, *, gather_first: bool) -> Callable[[int], float]:
 
     def run(epochs: int) -> float:
         nonlocal state
+        data = jax.device_put(dict(workload.data)) if kept is None else kept
         for _ in range(epochs):
             # On a CPU, NumPy draws a permutation many times faster than the sorts of jax.random.permutation.
             order = draws.permutation(workload.num_examples).astype(np.int32)

@@ -30,12 +30,19 @@ def hand_written(workload, directory):
     return by_hand.loop(workload)
 
 
+def beside_datarax(workload, directory):
+    """The same, with the import that is asked of `Trainer.train`; it brings Grain and Orbax along."""
+    import datarax.sources  # noqa: F401
+
+    return hand_written(workload, directory)
+
+
 def train(workload, directory):
     trainer = workload.trainer(workdir=directory)
     return lambda epochs, data=workload.data: trainer.train(data, epochs, workload.batch_size)
 
 
-CONTENDERS = {BASELINE: hand_written, "Trainer.train": train}
+CONTENDERS = {BASELINE: hand_written, "  importing datarax": beside_datarax, "Trainer.train": train}
 
 
 def measure(contender, rows, directory):

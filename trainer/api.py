@@ -7,7 +7,7 @@ where the run is), which checkpoints hold as well.
 
 import contextlib
 import copy
-import functools
+import itertools
 import os
 import time
 import warnings
@@ -17,12 +17,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 
 from trainer.background import BackgroundSaver
-from trainer.batches import checked_batch
 from trainer.callbacks import CallbackList, Listeners, as_callback_list
 from trainer.checkpoints import (
     Loaded,
@@ -38,6 +37,7 @@ from trainer.collection import scheduled_collection
 from trainer.compilation import Compilation, read_compilation
 from trainer.config import TrainingConfig
 from trainer.data import EpochOfData, InMemoryData, one_pass, seed_from_key, takes_batch_size
+from trainer.devices import devices_of
 from trainer.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -76,7 +76,9 @@ class Trainer:
     Events are emitted in the order given in `trainer.callbacks`.
 
     Args:
-        model: The module to train. It is copied, and never touched again.
+        model: The module to train. It is copied, and never touched again. With a ``mesh`` it may be a
+            callable that makes the module from random streams, ``lambda rngs: Model(rngs=rngs)``, which no
+            device ever holds whole then: see `trainer.create_sharded`.
         training_config: How to train.
         optimizer: Any optax transformation; if left out, built from ``training_config``.
         train_data_loader: What `train_epoch` trains on: an iterable of batches, or a callable that
@@ -100,6 +102,13 @@ class Trainer:
             a batch. Logs are told after the call, of every step that is due. "auto" fuses steps that
             compute little, which it tells from the traced step and not from a clock
             (`trainer.fusing`); 1 never does.
+        mesh: The devices to train on, see `trainer.make_mesh`; JAX's default device if left out. The numbers
+            are those of one device, within rounding. Batches are split over its axes ``data`` and ``fsdp``. Where
+            there are several processes each makes the same calls: `train` and `evaluate` are given the same
+            data, of which each process takes its part of every batch; any other batch is the part of
+            its process. Only process 0 tells loggers anything.
+        partition_rules: How the state is split over the mesh, as for `trainer.partition`: names in the model's
+            metadata first, then these rules, then the axis ``fsdp``, if the mesh has it.
 
     Attributes:
         state: The training state. Steps consume it: whoever wants to keep one copies it first.
@@ -107,6 +116,7 @@ class Trainer:
         epoch: How many epochs this trainer has finished.
         validates: Whether the run that is under way, or the one before, validates on anything.
         throughput: How fast the latest epoch was, see `trainer.Throughput`; None before the first.
+        leads: Whether this process is the one that writes logs, of several that train together.
 
     Raises:
         ArgumentError: An argument cannot be used; nothing has happened then. Those of a wrong type
@@ -120,7 +130,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: nnx.Module,
+        model: nnx.Module | Callable[[nnx.Rngs], nnx.Module],
         training_config: TrainingConfig,
         optimizer: optax.GradientTransformation | None = None,
         train_data_loader: Callable[..., Any] | Iterable[Batch] | None = None,
@@ -139,8 +149,11 @@ class Trainer:
         wrt: nnx.filterlib.Filter = nnx.Param,
         handle_signals: bool = True,
         steps_per_call: int | Literal["auto"] = "auto",
+        mesh: Mesh | None = None,
+        partition_rules: Mapping[str, PartitionSpec] | None = None,
     ) -> None:
-        check_model(model)
+        if mesh is None or not callable(model):
+            check_model(model)
         _check_config(training_config)
         if optimizer is not None:
             check_optimizer(optimizer)
@@ -167,19 +180,15 @@ class Trainer:
         self._listeners = Listeners((self.callbacks, *self.extensions.values()))
         self.history = History()
         self.epoch = 0
-
+        self._devices = devices_of(mesh, partition_rules)
+        self.leads = self._devices.leads
         rng = jax.random.PRNGKey(0) if rng is None else rng
         self._wrt = wrt
         self._given_optimizer = optimizer
         self._horizon = self._horizon_of_loader()
         self._programs = StepPrograms(self._make_step, self._enabled, steps_per_call)
-        self.state = TrainState.create(
-            model,
-            self._build_optimizer(self._horizon or _SOME_HORIZON),
-            rng=rng,
-            wrt=wrt,
-            extensions=self.extensions,
-        )
+        optimizer = self._build_optimizer(self._horizon or _SOME_HORIZON)
+        self.state = self._devices.create(model, optimizer, rng, wrt, self.extensions)
         if not jax.tree.leaves(self.state.params):
             raise ArgumentError(
                 f"`model` has no parameters: `wrt` = {wrt!r} selects none of its variables, so there is nothing "
@@ -187,9 +196,9 @@ class Trainer:
             )
         self._seed = seed_from_key(rng)
         loggers = [logger] if logger is not None else []
-        if training_config.use_wandb:
+        if training_config.use_wandb and self.leads:
             loggers.append(WandbLogger(training_config.wandb_project, training_config.name))
-        self._reporter = Reporter(log_callback, metrics_logger, loggers)
+        self._reporter = Reporter(log_callback, metrics_logger, loggers) if self.leads else Reporter(None, None, ())
         self._run = RunProgress()
         self.validates = val_data_loader is not None
         self._pass: LoaderPass | None = None
@@ -201,8 +210,7 @@ class Trainer:
         self._handle_signals = handle_signals
         self.throughput: Throughput | None = None
         self._has_advised = False
-        self._on_device = functools.cache(lambda number: jax.device_put(np.int32(number)))
-        self._compiled_eval_step = jax.jit(make_eval_step(loss_fn))
+        self._compiled_eval_step = jax.jit(make_eval_step(loss_fn), out_shardings=self._devices.replicated)
 
     @property
     def state(self) -> TrainState:
@@ -215,9 +223,12 @@ class Trainer:
     def state(self, state: TrainState) -> None:
         if not isinstance(state, TrainState):
             raise ArgumentTypeError(f"`state` is of type {type(state).__name__}; it must be a trainer.TrainState.")
-        self._state = state
+        self._state = state = self._devices.adopt(state)
         self._leaves, layout = leaves_of(state)
-        self._programs.set_layout(layout)
+        replicated = self._devices.replicated
+        self._programs.set_layout(
+            layout, None if replicated is None else ([leaf.sharding for leaf in self._leaves], replicated)
+        )
         self._layout = layout
         # Both are read off the state again when next needed, since this one may come from anywhere.
         self._known_step: int | None = None
@@ -280,7 +291,7 @@ class Trainer:
             ObjectiveError: The objective or an extension breaks its contract.
             StateError: The state was donated to a step outside this trainer.
         """
-        batch, examples = checked_batch(batch)
+        batch, examples = self._devices.own(batch, may_be_short=False, at_once=True)
         return self._train_step(batch, examples)
 
     def compile(self, batch: Batch) -> Compilation:
@@ -298,12 +309,12 @@ class Trainer:
         Raises:
             BatchError, ObjectiveError, StateError: As for `train_step`.
         """
-        batch, _ = checked_batch(batch)
+        batch, _ = self._devices.specification(batch)
         self.state.check_alive()
         start = time.perf_counter()
         program = self._programs.single()
         compiled = program.compile(self._programs.trace(self._leaves, batch))
-        devices = self.state.step.sharding.device_set
+        devices = self.state.step.sharding.addressable_devices
         compilation = read_compilation(compiled, time.perf_counter() - start, next(iter(devices)))
         self._tell_compilation(program.name, compilation.seconds, None)
         if not compilation.fits:
@@ -330,8 +341,8 @@ class Trainer:
         Raises:
             BatchError, ObjectiveError, StateError: As for `train_step`.
         """
-        batch, _ = checked_batch(batch)
-        metrics = self._eval_step(batch, self._on_device(0))
+        batch, _ = self._devices.own(batch, at_once=True)
+        metrics = self._eval_step(batch, 0)
         self._log("val", self.step, metrics)
         return metrics
 
@@ -467,8 +478,8 @@ class Trainer:
         num_epochs = check_count(num_epochs, "num_epochs")
         batch_size = check_count(batch_size, "batch_size")
         val_interval = check_count(val_interval, "val_interval")
-        data = InMemoryData(train_data, batch_size, "train_data")
-        held_out = None if val_data is None else InMemoryData(val_data, batch_size, "val_data")
+        data = self._in_memory(train_data, batch_size, "train_data")
+        held_out = None if val_data is None else self._in_memory(val_data, batch_size, "val_data")
         if batch_size > data.num_examples:
             warnings.warn(
                 f"`batch_size` is {batch_size} but `train_data` has {data.num_examples} examples; every epoch is "
@@ -510,7 +521,7 @@ class Trainer:
                 return run.average.compute()
             if run.validation_step != self.step:
                 validate()
-            if self.metrics_logger is not None:
+            if self.metrics_logger is not None and self.leads:
                 self.metrics_logger.log_test_metrics(run.validation)
             return dict(run.validation)
 
@@ -535,7 +546,7 @@ class Trainer:
             ArgumentError, BatchError: An argument cannot be used.
             ObjectiveError: The objective breaks its contract.
         """
-        return self._evaluate(InMemoryData(data, check_count(batch_size, "batch_size"), "data").in_order())
+        return self._evaluate(self._in_memory(data, check_count(batch_size, "batch_size"), "data").in_order())
 
     def save_checkpoint(self, path: str | os.PathLike[str] | None = None, *, background: bool = False) -> Path:
         """Writes the state to a file, whole or not at all.
@@ -693,7 +704,7 @@ class Trainer:
         if not isinstance(batches, EpochOfData) or not batches.full_batches:
             return Calls(), looking
         most = 1 if looking else min(*moments, batches.full_batches_in_epoch)
-        batch = batches.specification((batches.batch_size,))
+        batch = self._devices.specification_in(batches)
         calls = self._programs.calls(self._leaves, batch, most, tuple(moments))
         if looking and calls.worth >= _MANY_STEPS and not self._has_advised:
             self._has_advised = True
@@ -713,12 +724,9 @@ class Trainer:
         """
         if calls.program is not None and isinstance(batches, EpochOfData) and batches.full_batches:
             count = min(calls.room, batches.full_batches, *(every - self.step % every for every in calls.moments))
-            return jax.device_put(batches.stacked(count, calls.room)), batches.batch_size, count
-        batch = next(batches, None)
-        if batch is None:
-            return None
-        batch, examples = checked_batch(batch)
-        return batch if looking else jax.device_put(batch), examples, None
+            return self._devices.draw_several(batches, count, calls.room), batches.batch_size, count
+        taken = self._devices.take(batches, may_be_short=self._run.batch > 0, at_once=looking)
+        return None if taken is None else (*taken, None)
 
     def _train_step(self, batch: Batch, examples: int, *, postpone: bool = False) -> Metrics:
         """Runs one step with its events. ``postpone``: log it when the next one has been dispatched."""
@@ -736,7 +744,7 @@ class Trainer:
     def _train_steps(self, program: Program, batches: Batch, count: int) -> Metrics:
         """Runs several steps in one call; nobody listens to the events of their batches."""
         first, every = self.step + 1, self.training_config.log_frequency
-        metrics = self._advance(program, count, batches, self._on_device(count))
+        metrics = self._advance(program, count, batches, self._devices.number(count))
         self._reporter.catch_up()
         due = set(range(first + -first % every, self.step + 1, every)) | ({1} if first == 1 else set())
         for step in sorted(due):
@@ -756,6 +764,8 @@ class Trainer:
             self._explain_lost_state(error)
             raise
         self._state, self._known_step, self._known_weights = None, step, weights
+        if self._devices.one_at_a_time:
+            jax.block_until_ready(metrics)
         # Told when the new state is in place: whatever anybody raises at it, nothing is lost.
         if (compilation := program.compilation()) is not None:
             self._tell_compilation(program.name, *compilation)
@@ -767,6 +777,12 @@ class Trainer:
         self._reporter.remark("compilation", f"{what} took {seconds:.1f} s to compile", self.step)
         if warning is not None:
             warnings.warn(warning, stacklevel=6)
+
+    def _in_memory(self, data: Mapping[str, Any], batch_size: int, name: str) -> InMemoryData:
+        held = InMemoryData(data, batch_size, name)
+        if held.num_examples >= batch_size:
+            self._devices.check_batch_size(batch_size)
+        return held
 
     def _pass_over_loader(self) -> LoaderPass:
         config = self.training_config
@@ -866,16 +882,18 @@ class Trainer:
 
     def _evaluate(self, batches: Iterator[Batch]) -> dict[str, float]:
         average = WeightedAverage()
-        for index, batch in enumerate(batches):
-            batch, examples = checked_batch(batch)
-            average.add(self._eval_step(jax.device_put(batch), self._on_device(index)), examples)
+        for index in itertools.count():
+            if (taken := self._devices.take(batches)) is None:
+                break
+            batch, examples = taken
+            average.add(self._eval_step(batch, index), examples)
             self._interruption.check()
         return average.compute()
 
-    def _eval_step(self, batch: Batch, index: jax.Array) -> Metrics:
+    def _eval_step(self, batch: Batch, index: int) -> Metrics:
         try:
-            metrics: Metrics = self._compiled_eval_step(self.state, batch, index)
-            return metrics
+            metrics: Metrics = self._compiled_eval_step(self.state, batch, self._devices.number(index))
+            return jax.block_until_ready(metrics) if self._devices.one_at_a_time else metrics
         except Exception as error:
             self._explain_lost_state(error)
             raise

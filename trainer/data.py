@@ -75,6 +75,7 @@ class EpochOfData(Iterator[Batch]):
     Attributes:
         batch_size: Examples in a full batch.
         full_batches_in_epoch: How many batches of full size the whole pass has.
+        drawn: How many examples there were in the latest batch.
     """
 
     def __init__(self, data: InMemoryData, order: np.ndarray[Any, Any] | None, skip: int) -> None:
@@ -82,29 +83,44 @@ class EpochOfData(Iterator[Batch]):
         self._order, self._num_examples, self.batch_size = order, data.num_examples, data.batch_size
         self._position = skip * data.batch_size
         self.full_batches_in_epoch = data.num_examples // data.batch_size
+        self.drawn = 0
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Batch:
-        start, end = self._position, min(self._position + self.batch_size, self._num_examples)
-        if start >= end:
+        index = self._next()
+        if index is None:
             raise StopIteration
-        self._position = end
-        if self._order is None:
-            return self._batch([column[start:end] for column in self._columns])
-        return self._batch([_rows(column, self._order[start:end]) for column in self._columns])
+        if isinstance(index, slice):
+            return self._batch([column[index] for column in self._columns])
+        return self.gathered(lambda column: rows_of(column, index))
+
+    def next_examples(self) -> np.ndarray[Any, Any] | None:
+        """Draws the next batch, and returns the numbers of its examples; None at the end."""
+        index = self._next()
+        return np.arange(index.start, index.stop) if isinstance(index, slice) else index
+
+    def next_several(self, count: int, room: int) -> np.ndarray[Any, Any]:
+        """Draws ``count`` full batches, and returns their examples' numbers as ``(room, batch_size)``, zeros beyond."""
+        numbers = np.zeros((room, self.batch_size), np.intp)
+        numbers[:count] = self._several(count).reshape(count, self.batch_size)
+        return numbers
+
+    def gathered(self, gather: Callable[[Any], Any]) -> Batch:
+        """Returns the batch of what ``gather`` makes of every column."""
+        return self._batch([gather(column) for column in self._columns])
 
     @property
     def full_batches(self) -> int:
         """How many batches of full size are left."""
         return max(0, self._num_examples - self._position) // self.batch_size
 
-    def specification(self, lead: tuple[int, ...]) -> Any:
-        """Returns the shapes and dtypes of what arrays with these leading dimensions would hold, as JAX sees them."""
+    def specification(self) -> Any:
+        """Returns the shapes and dtypes of a full batch, as JAX sees them."""
         return self._batch(
             [
-                jax.ShapeDtypeStruct((*lead, *column.shape[1:]), jax.dtypes.canonicalize_dtype(column.dtype))
+                jax.ShapeDtypeStruct((self.batch_size, *column.shape[1:]), jax.dtypes.canonicalize_dtype(column.dtype))
                 for column in self._columns
             ]
         )
@@ -114,20 +130,30 @@ class EpochOfData(Iterator[Batch]):
 
         What is beyond them in the arrays is anything.
         """
-        start, end = self._position, self._position + count * self.batch_size
-        self._position = end
-        order = np.arange(start, end) if self._order is None else self._order[start:end]
+        order = self._several(count)
         size = room * self.batch_size
         return self._batch(
-            [_rows(column, order, size).reshape(room, self.batch_size, *column.shape[1:]) for column in self._columns]
+            [rows_of(column, order, size).reshape(room, self.batch_size, *column.shape[1:]) for column in self._columns]
         )
+
+    def _next(self) -> slice | np.ndarray[Any, Any] | None:
+        start, end = self._position, min(self._position + self.batch_size, self._num_examples)
+        if start >= end:
+            return None
+        self._position, self.drawn = end, end - start
+        return slice(start, end) if self._order is None else self._order[start:end]
+
+    def _several(self, count: int) -> np.ndarray[Any, Any]:
+        start, end = self._position, self._position + count * self.batch_size
+        self._position = end
+        return np.arange(start, end) if self._order is None else self._order[start:end]
 
     def _batch(self, leaves: list[Any]) -> Batch:
         batch: Batch = jax.tree.unflatten(self._structure, leaves)
         return batch
 
 
-def _rows(column: Any, index: np.ndarray[Any, Any], size: int | None = None) -> Any:
+def rows_of(column: Any, index: np.ndarray[Any, Any], size: int | None = None) -> Any:
     """Returns the rows of a column at ``index``, with room for ``size`` in all."""
     size = len(index) if size is None else size
     if not isinstance(column, np.ndarray):

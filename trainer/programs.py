@@ -81,16 +81,17 @@ class Program:
     Args:
         function: Takes the arrays and a batch, or several batches and their number.
         name: What it is called where compilations are reported.
+        shardings: Where the results lie, the arrays of the state and the metrics; None leaves that to JAX.
     """
 
-    def __init__(self, function: Callable[..., Any], name: str) -> None:
+    def __init__(self, function: Callable[..., Any], name: str, shardings: Any = None) -> None:
         def counted(*args: Any) -> Any:
             self._traces += 1
             return function(*args)
 
         counted.__name__ = name
         self.name = name
-        self._jitted = jax.jit(counted, donate_argnums=0)
+        self._jitted = jax.jit(counted, donate_argnums=0, out_shardings=shardings)
         self._traces = self._reported = 0
         self._seconds = 0.0
         self._batch = self._previous = ""
@@ -153,15 +154,21 @@ class StepPrograms:
     ) -> None:
         self._make_step, self._enabled, self._steps_per_call = make_step, enabled, steps_per_call
         self._layout: Layout | None = None
+        self._shardings: Any = None
         self._single: dict[tuple[str, ...], Program] = {}
         self._fused: dict[Any, Program] = {}
         self._traced: dict[Any, Any] = {}
         self._calls: dict[Any, Calls] = {}
 
-    def set_layout(self, layout: Layout) -> None:
-        """Forgets all programs, if the state is made up in another way now."""
-        if layout != self._layout:
-            self._layout = layout
+    def set_layout(self, layout: Layout, shardings: Any) -> None:
+        """Forgets all programs, if the state is made up or spread over the devices in another way now.
+
+        Args:
+            layout: How it is made up.
+            shardings: See `Program`.
+        """
+        if (layout, shardings) != (self._layout, self._shardings):
+            self._layout, self._shardings = layout, shardings
             self.clear()
 
     def clear(self) -> None:
@@ -175,7 +182,7 @@ class StepPrograms:
         """Returns the program of one step, with the extensions that are enabled now."""
         enabled = self._enabled()
         if enabled not in self._single:
-            self._single[enabled] = Program(_on_leaves(self._make_step(), self._layout), "train_step")
+            self._single[enabled] = Program(_on_leaves(self._make_step(), self._layout), "train_step", self._shardings)
         return self._single[enabled]
 
     def trace(self, leaves: list[Any], batch: Any) -> Any:
@@ -210,7 +217,7 @@ class StepPrograms:
             return Calls(None, 1, work, moments, chosen)
         key = *self._key(batch), room
         if key not in self._fused:
-            self._fused[key] = Program(fuse_steps(as_function(traced), room), "train_steps")
+            self._fused[key] = Program(fuse_steps(as_function(traced), room), "train_steps", self._shardings)
         return Calls(self._fused[key], room, work, moments, chosen)
 
     def _key(self, batch: Any) -> tuple[Any, ...]:

@@ -174,7 +174,7 @@ def show(stream, times, num_batches_per_epoch=3):
     """Runs a display through one batch at each of the times, in seconds since the start."""
     clock = Clock()
     progress = Progress(stream, clock=clock)
-    trainer = SimpleNamespace(epoch=0, step=0)
+    trainer = SimpleNamespace(epoch=0, step=0, leads=True)
     for i, time in enumerate(times):
         if i % num_batches_per_epoch == 0:
             trainer.epoch = i // num_batches_per_epoch
@@ -213,7 +213,7 @@ def test_a_terminal_is_drawn_at_most_ten_times_a_second():
 def test_a_shorter_line_wipes_a_longer_one():
     stream, clock = Terminal(), Clock()
     progress = Progress(stream, clock=clock)
-    trainer = SimpleNamespace(epoch=0, step=9)
+    trainer = SimpleNamespace(epoch=0, step=9, leads=True)
     progress.on_epoch_begin(trainer, 0)
     metrics = {f"a_long_name_{i}": 0.123456 for i in range(9)}
     for logs in (metrics, {}, {}):
@@ -229,5 +229,5 @@ def test_a_shorter_line_wipes_a_longer_one():
 def test_progress_goes_to_standard_error_by_default(capsys):
     progress = Progress(clock=Clock())
     progress.on_epoch_begin(None, 0)
-    progress.on_epoch_end(SimpleNamespace(step=4), 0, {"step": 4, "loss": 1.0})
+    progress.on_epoch_end(SimpleNamespace(step=4, leads=True), 0, {"step": 4, "loss": 1.0})
     assert capsys.readouterr() == ("", "epoch 1  step 4  loss 1  0.0 s\n")

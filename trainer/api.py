@@ -38,6 +38,7 @@ from trainer.compilation import Compilation, read_compilation
 from trainer.config import TrainingConfig
 from trainer.data import EpochOfData, InMemoryData, one_pass, seed_from_key, takes_batch_size
 from trainer.devices import devices_of
+from trainer.distributed import check_agreement
 from trainer.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -183,6 +184,7 @@ class Trainer:
         self._devices = devices_of(mesh, partition_rules)
         self.leads = self._devices.leads
         rng = jax.random.PRNGKey(0) if rng is None else rng
+        self._agree("Trainer", {"training_config": training_config.to_dict(), "save_interval": save_interval})
         self._wrt = wrt
         self._given_optimizer = optimizer
         self._horizon = self._horizon_of_loader()
@@ -395,6 +397,7 @@ class Trainer:
             first_step=self.step,
             step=self.step,
         )
+        self._agree_on_run("train_epoch", {"resume": str(resume)})
         has_finished_one = self._pass is not None and self._pass.over and self._run.batch == 0
         # What this trainer has done itself is not taken back: `while trainer.epoch < n` must come to an end.
         goes_on = has_finished_one and resume in (True, "latest")
@@ -487,6 +490,8 @@ class Trainer:
                 stacklevel=2,
             )
         run = RunProgress(self._seed, data.num_examples, batch_size, self.epoch, self.step, self.step)
+        arguments = {"num_epochs": num_epochs, "batch_size": batch_size, "val_interval": val_interval}
+        self._agree_on_run("train", {**arguments, "resume": str(resume)}, train_data=data, val_data=held_out)
         checkpoint = self._checkpoint_to_resume(resume)
         if checkpoint is None:
             self._plan(self.step + num_epochs * len(data))
@@ -546,7 +551,9 @@ class Trainer:
             ArgumentError, BatchError: An argument cannot be used.
             ObjectiveError: The objective breaks its contract.
         """
-        return self._evaluate(self._in_memory(data, check_count(batch_size, "batch_size"), "data").in_order())
+        held = self._in_memory(data, check_count(batch_size, "batch_size"), "data")
+        self._agree_on_run("evaluate", {"batch_size": batch_size}, data=held)
+        return self._evaluate(held.in_order())
 
     def save_checkpoint(self, path: str | os.PathLike[str] | None = None, *, background: bool = False) -> Path:
         """Writes the state to a file, whole or not at all.
@@ -758,6 +765,8 @@ class Trainer:
         step, weights = self.step + count, self._known_weights
         if program.is_new:
             self._emit("on_compile_begin", program.name)
+            if self._devices.processes > 1:
+                self._agree(program.name, {"program": program.text(self._leaves, *arguments)})
         try:
             self._leaves, metrics = program(self._leaves, *arguments)
         except Exception as error:
@@ -777,6 +786,21 @@ class Trainer:
         self._reporter.remark("compilation", f"{what} took {seconds:.1f} s to compile", self.step)
         if warning is not None:
             warnings.warn(warning, stacklevel=6)
+
+    def _agree(self, what: str, parts: Mapping[str, Any]) -> None:
+        """Compares with the other processes what all are about to do, if they train together.
+
+        Raises:
+            DistributedError: In all of them, if one is about to do something else.
+        """
+        if self._devices.processes > 1:
+            check_agreement({what: dict(parts)})
+
+    def _agree_on_run(self, what: str, arguments: Mapping[str, Any], **data: InMemoryData | None) -> None:
+        if self._devices.processes > 1:
+            prints = {name: None if one is None else one.fingerprint() for name, one in data.items()}
+            place = {"step": self.step, "epoch": self.epoch, "rng": list(self._seed)}
+            self._agree(what, {**arguments, **prints, **place})
 
     def _in_memory(self, data: Mapping[str, Any], batch_size: int, name: str) -> InMemoryData:
         held = InMemoryData(data, batch_size, name)

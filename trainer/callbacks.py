@@ -230,7 +230,8 @@ class Progress(Callback):
     """Shows where a run is: one line an epoch that stays, and on a terminal one that moves.
 
     The moving line is drawn at most ten times a second, from the metrics of the step before, so it
-    hardly ever waits for the device. Nothing but whole lines goes to a file or a pipe.
+    hardly ever waits for the device. Nothing but whole lines goes to a file or a pipe. Of several processes
+    that train together one shows it.
     """
 
     def __init__(self, stream: TextIO | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -251,23 +252,23 @@ class Progress(Callback):
         self._started = self._clock()
 
     def on_compile_begin(self, trainer: Any, what: str) -> None:
-        del trainer
-        if self._stream.isatty():
+        if trainer.leads and self._stream.isatty():
             self._write(f"compiling {what} …", {}, self._clock(), end="\r")
 
     def on_compile_end(self, trainer: Any, what: str, seconds: float) -> None:
-        del trainer
-        self._write(f"compiled {what} in {seconds:.1f} s", {}, self._clock(), end="\n")
+        if trainer.leads:
+            self._write(f"compiled {what} in {seconds:.1f} s", {}, self._clock(), end="\n")
 
     def on_call_end(self, trainer: Any, step: int, logs: Mapping[str, Any]) -> None:
         now = self._clock()
-        if self._stream.isatty() and now - self._painted >= 0.1:
+        if trainer.leads and self._stream.isatty() and now - self._painted >= 0.1:
             self._write(f"epoch {trainer.epoch + 1}  step {step}", self._previous, now, end="\r")
             self._painted = now
         self._previous = logs
 
     def on_epoch_end(self, trainer: Any, epoch: int, logs: dict[str, float]) -> None:
-        self._write(f"epoch {epoch + 1}  step {trainer.step}", logs, self._clock(), end="\n")
+        if trainer.leads:
+            self._write(f"epoch {epoch + 1}  step {trainer.step}", logs, self._clock(), end="\n")
 
     def _write(self, head: str, logs: Mapping[str, Any], now: float, end: str) -> None:
         shown = [f"{name} {float(value):.4g}" for name, value in logs.items() if name != "step"]

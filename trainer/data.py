@@ -1,5 +1,6 @@
 """Where batches come from: arrays in memory through datarax, or a loader of the caller's."""
 
+import hashlib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -10,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trainer.batches import checked_batch
+from trainer.batches import checked_batch, describe
 from trainer.errors import ArgumentError, ArgumentTypeError, check_count
 from trainer.types import Batch
+
+_ROWS_OF_FINGERPRINT = 64
 
 
 class InMemoryData:
@@ -62,6 +65,19 @@ class InMemoryData:
         """
         order = np.random.default_rng([*seed, epoch]).permutation(self.num_examples)
         return EpochOfData(self, order, skip)
+
+    def fingerprint(self) -> str:
+        """Describes the data in a line that other data hardly shares: its form, and a hash of rows from all over it."""
+        columns, _ = self.columns()
+        rows = np.linspace(0, self.num_examples - 1, min(self.num_examples, _ROWS_OF_FINGERPRINT)).astype(np.intp)
+        content = hashlib.sha256()
+        for column in columns:
+            content.update(repr((self.num_examples, column.shape[1:], str(column.dtype))).encode())
+            words = jax.random.key_data(column) if jnp.issubdtype(column.dtype, jax.dtypes.prng_key) else column
+            content.update(np.ascontiguousarray(words[rows]).tobytes())
+        return (
+            f"{describe(self.in_order().specification())} of {self.num_examples} with hash {content.hexdigest()[:16]}"
+        )
 
     def columns(self) -> tuple[list[Any], Any]:
         """Returns the arrays, and the structure of the batches that are made of them."""

@@ -6,6 +6,7 @@ numbers of its examples, and each gathers only what its devices hold.
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -28,13 +29,13 @@ class DefaultDevice:
     """JAX's default device. Whatever a compiled step takes as it is stays where it is.
 
     Attributes:
-        count: How many devices compute together.
+        processes: How many processes train together.
         one_at_a_time: Whether a call has to be finished before the next one is dispatched.
         leads: Whether this process is the one that writes logs.
         replicated: The sharding of what every device holds, None where there is but one.
     """
 
-    count = 1
+    processes = 1
     one_at_a_time = False
     leads = True
     replicated: NamedSharding | None = None
@@ -130,7 +131,7 @@ class OverMesh(DefaultDevice):
         self.mesh, self._rules = mesh, rules
         self._axes = tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
         self._shards = _parts(mesh, self._axes)
-        self.count = mesh.size
+        self.processes = jax.process_count()
         self.leads = jax.process_index() == 0
         self.replicated = NamedSharding(mesh, PartitionSpec())
         local = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
@@ -179,10 +180,10 @@ class OverMesh(DefaultDevice):
         if all(map(self._lies_here, jax.tree.leaves(batch))):
             return batch, own
         examples = self._examples_of_all(batch, own, may_be_short)
-        if self._own_shards == self._shards:
-            placed: Batch = jax.device_put(batch, self._sharding(examples))
-            return placed, examples
         sharding = self._sharding(examples)
+        if sharding.is_fully_addressable:
+            placed: Batch = jax.device_put(batch, sharding)
+            return placed, examples
         return jax.tree.map(
             lambda leaf: jax.make_array_from_process_local_data(
                 sharding, np.asarray(leaf), (examples, *leaf.shape[1:])
@@ -271,6 +272,12 @@ def devices_of(mesh: Mesh | None, rules: Mapping[str, PartitionSpec] | None) -> 
         return OverMesh(mesh, rules)
     if rules is not None:
         raise ArgumentError("`partition_rules` were given without a `mesh`; pass one, see trainer.make_mesh.")
+    if jax.process_count() > 1:
+        warnings.warn(
+            f"there are {jax.process_count()} processes and no `mesh`: each trains a model of its own, and they may "
+            f"write to the same files. trainer.make_mesh makes a mesh over all devices.",
+            stacklevel=3,
+        )
     return DefaultDevice()
 
 

@@ -126,6 +126,11 @@ class Program:
             f"the dtypes."
         )
 
+    def text(self, *args: Any) -> str:
+        """Returns the program as it is before it is compiled: shapes, shardings and every operation."""
+        text: str = self._jitted.trace(*args).lower().as_text()
+        return text
+
     def trace(self, *args: Any) -> Any:
         """Traces it, which the first call will not do again."""
         return self._jitted.trace(*args)

@@ -1,0 +1,124 @@
+"""The `Trainer` in several processes: they train as one does, agree at the start, and one of them logs."""
+
+import json
+
+import jax
+import pytest
+
+from tests.test_distributed import run
+from tests.test_trainer_mesh import Perceptron, config, data, objective
+from trainer import Trainer, make_mesh
+
+COURSE = """
+import tempfile
+from tests.test_trainer_mesh import RULES
+from tests.test_trainer_processes import course, trainer_on
+from trainer import make_mesh
+
+axes = json.loads(os.environ["FLAGS"])
+told = []
+trainer = trainer_on(
+    make_mesh(axes), tempfile.mkdtemp(), RULES if "tensor" in axes else None,
+    log_callback=lambda step, metrics, prefix: told.append(step),
+)
+found = course(trainer)
+kernel = trainer.state.params["outer"]["kernel"]
+held = sum(shard.data.nbytes for shard in kernel.addressable_shards) / kernel.nbytes
+print(json.dumps({"course": found, "told": len(told), "leads": trainer.leads, "held": held}))
+"""
+
+
+def trainer_on(mesh, directory, rules=None, **options):
+    settings = config(log_frequency=1, gradient_clip_norm=1.0)
+    fixed = {"rng": jax.random.key(3), "save_interval": 10**9, "workdir": directory}
+    return Trainer(Perceptron, settings, loss_fn=objective, mesh=mesh, partition_rules=rules, **fixed, **options)
+
+
+def course(trainer):
+    """Trains and evaluates in every way, with short last batches, and returns what was measured."""
+    result = trainer.train(data(), 2, 16, data(13, seed=1), val_interval=7)
+    evaluated = trainer.evaluate(data(83), 40)
+    mesh = trainer.state.step.sharding.mesh
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(tuple({"data", "fsdp"} & {*mesh.axis_names})))
+    places = split.addressable_devices_indices_map((16,)).values()
+    own = sorted({row for (where,) in places for row in range(16)[where]})
+    part = {name: column[own] for name, column in data().items()}
+    loss = float(trainer.train_step(part)["loss"])
+    trainer.train_data_loader = trainer.val_data_loader = [part, part]
+    return {
+        "history": trainer.history.to_dict(),
+        "result": result,
+        "evaluated": evaluated,
+        "loss": loss,
+        "epoch": trainer.train_epoch(),
+    }
+
+
+def flat(tree):
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+@pytest.mark.parametrize(
+    ("processes", "devices", "axes", "share"),
+    [(2, 2, {"data": 2, "tensor": 2}, 1.0), (4, 1, {"data": 2, "fsdp": 2}, 0.5)],
+)
+def test_processes_train_as_one_does(processes, devices, axes, share, tmp_path):
+    results = run(COURSE, processes, devices=devices, flags=axes)
+    assert [status for status, _, _ in results] == [0] * processes, results
+    found = [json.loads(out.splitlines()[-1]) for _, out, _ in results]
+    assert [one["leads"] for one in found] == [True] + [False] * (processes - 1)
+    assert found[0]["told"] > 12
+    assert [one["told"] for one in found[1:]] == [0] * (processes - 1)
+    assert [one["held"] for one in found] == [share] * processes
+    assert all(one["course"] == found[0]["course"] for one in found)
+
+    alone = course(trainer_on(make_mesh({"data": 1}, jax.devices()[:1]), tmp_path))
+    # Processes add in another order than one device does, in float32.
+    assert flat(found[0]["course"]) == pytest.approx(flat(alone), rel=2e-5, abs=2e-6)
+
+
+DISAGREE = """
+import tempfile, warnings
+import numpy as np
+from tests.test_trainer_mesh import Perceptron, config, data, objective
+from tests.test_trainer_processes import trainer_on
+from trainer import DistributedError, Trainer, make_mesh
+
+def told(work):
+    try:
+        work()
+    except DistributedError as error:
+        return str(error)
+
+mesh, directory = make_mesh({"data": 2}), tempfile.mkdtemp()
+rates = config(optimizer={"learning_rate": 0.1 + process})
+own = data()
+own["target"] = own["target"] + process
+found = {"config": told(lambda: Trainer(Perceptron, rates, loss_fn=objective, mesh=mesh))}
+trainer = trainer_on(mesh, directory)
+found["data"] = told(lambda: trainer.train(own, 1, 16))
+found["epochs"] = told(lambda: trainer.train(data(), 1 + process, 16))
+trainer = trainer_on(mesh, directory)
+trainer.loss_fn = lambda *args: (objective(*args)[0] * (1.0 + process), {})
+found["code"] = told(lambda: trainer.train(data(), 1, 16))
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    Trainer(Perceptron(__import__("flax").nnx.Rngs(0)), config(), loss_fn=objective)
+found["no mesh"] = [str(warning.message) for warning in caught]
+print(json.dumps({**found, "step": trainer.step}))
+"""
+
+
+def test_a_disagreement_is_told_by_all_before_the_first_step():
+    results = run(DISAGREE, 2)
+    assert [status for status, _, _ in results] == [0, 0], results
+    for found in (json.loads(out.splitlines()[-1]) for _, out, _ in results):
+        assert (
+            "`Trainer/training_config/optimizer/learning_rate` is 0.1 in process 0 and 1.1 in process 1"
+            in found["config"]
+        )
+        assert "`train/train_data` is " in found["data"]
+        assert "`train/num_epochs` is 1 in process 0 and 2 in process 1" in found["epochs"]
+        assert "`train_steps/program` is a text of" in found["code"]
+        assert "there are 2 processes and no `mesh`: each trains a model of its own" in found["no mesh"][0]
+        assert found["step"] == 0

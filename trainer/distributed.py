@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -50,6 +51,10 @@ def initialize(
     * is killed, or its machine dies, the others end after ``heartbeat_timeout_seconds`` with a message
       of JAX that names the process (at once, if it was process 0, which coordinates);
     * leaves in another way while the rest goes on, all end after ``shutdown_timeout_seconds``.
+
+    SIGTERM does what it did before, to its default action or the handler that was there: JAX would
+    swallow it, and then wait at its end for ever. So ``reached_preemption_sync_point`` of JAX, which relies
+    on that, hears nothing.
 
     Args:
         coordinator_address: Host and port of process 0, ``"10.0.0.1:1234"``.
@@ -103,6 +108,9 @@ def initialize(
         ) from error
     finally:
         waiting.cancel()
+    if threading.current_thread() is threading.main_thread():
+        # JAX has put a handler of its own below that of Python, which Python does not know of.
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     _end_with_the_others()
 
 

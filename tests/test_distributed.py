@@ -296,11 +296,19 @@ class TestEnd:
         expected = f"process {1 - failing} ends, since process {failing} failed: ValueError: the data is gone"
         assert expected in results[1 - failing][2]
 
-    @pytest.mark.parametrize("killed", [0, 1])
-    def test_a_process_that_is_killed_takes_the_other_with_it(self, killed):
+    @pytest.mark.parametrize(
+        ("killed", "way"),
+        [
+            (0, "os.kill(os.getpid(), signal.SIGKILL)"),
+            (1, "os.kill(os.getpid(), signal.SIGKILL)"),
+            (1, "os.kill(os.getpid(), signal.SIGTERM)"),  # outside of a run, which would end in order
+            (1, "os._exit(3)"),
+        ],
+    )
+    def test_a_process_that_is_killed_takes_the_other_with_it(self, killed, way):
         body = f"""
             if process == {killed}:
-                os.kill(os.getpid(), signal.SIGKILL)
+                {way}
             time.sleep(100)
         """
         running = start(JOIN + TURN + textwrap.dedent(body), 2)
@@ -342,6 +350,15 @@ class TestEnd:
 
 
 class TestStart:
+    def test_a_handler_of_the_callers_stays(self):
+        body = """
+            signal.signal(signal.SIGTERM, lambda *_: print("handled"))
+            initialize()
+            os.kill(os.getpid(), signal.SIGTERM)
+        """
+        results, _ = finish(start(body, 2))
+        assert [(status, out) for status, out, _ in results] == [(0, "handled\n")] * 2, results
+
     def test_one_process_runs_alone(self):
         initialize(num_processes=1)
         assert jax.process_count() == 1

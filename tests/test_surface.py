@@ -33,7 +33,7 @@ ARROWS = {
     "history": {"steps"},
     "loaders": {"data", "errors", "types"},
     "progress": {"errors", "history", "loaders", "types"},
-    "interruption": {"errors"},
+    "interruption": {"distributed", "errors"},
     "background": set(),
     "reports": {"history", "loggers", "throughput", "types"},
     "collection": set(),

@@ -979,7 +979,8 @@ class Trainer:
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
         """Emits the first and the last event of a run, whatever happens between, and minds signals."""
-        watching = self._interruption.watching() if self._handle_signals else contextlib.nullcontext()
+        together = self._devices.processes > 1
+        watching = self._interruption.watching(together=together) if self._handle_signals else contextlib.nullcontext()
         with watching:
             try:
                 self._emit("on_train_begin")
@@ -1002,7 +1003,7 @@ class Trainer:
             else:
                 for failure in self._listeners.emit_to_all("on_train_end", self):
                     raise failure
-                if self._interruption.received is not None:  # during that
+                if self._interruption.settle():  # during that
                     late = self._interruption.exception()
                     self._finish_saves(late)
                     raise late

@@ -179,16 +179,24 @@ class TestRules:
             partition(shapes_of(), self.MESH, rules)
         assert str(caught.value) == (
             "`tree` cannot be partitioned over the mesh {'data': 2, 'fsdp': 2, 'tensor': 2}: "
+            "the rule 'params/layers/0/kernel' splits as P('tensr',), and the mesh has no axis 'tensr': "
+            "did you mean 'tensor'? (one of size 1 costs nothing); "
             "`params/layers/0/bias` of shape (512,) is split by the rule 'params/layers/0/bias' as "
             "P(('data', 'data'),), which uses an axis twice; "
-            "`params/layers/0/kernel` of shape (64, 512) is split by the rule 'params/layers/0/kernel' as P('tensr',), "
-            "and the mesh has no axis 'tensr': did you mean 'tensor'? (`logical_axes` maps names to axes); "
             "`params/layers/2/kernel` of shape (512, 64) is split by the rule 'params/layers/2/kernel' as "
             "P(None, None, 'tensor'), which has 3 dimensions; a pattern can be narrowed to other paths; "
             "the rule 'kernel' matches no whole path; the nearest are params/layers/0/kernel, "
             "params/layers/2/kernel, opt_state/0/mu/layers/0/kernel; "
             "the rule 'parms/layers/2/bias' matches no whole path; the nearest are params/layers/2/bias, "
             "params/layers/0/bias, params/layers/2/kernel."
+        )
+
+    def test_an_axis_that_the_mesh_lacks_is_told_once_a_rule_and_not_once_a_leaf(self):
+        with pytest.raises(ArgumentError) as caught:
+            partition(shapes_of(), make_mesh({"data": 8}), {".*/kernel": P(("data", "tensor"))})
+        assert str(caught.value) == (
+            "`tree` cannot be partitioned over the mesh {'data': 8}: the rule '.*/kernel' splits as "
+            "P(('data', 'tensor'),), and the mesh has no axis 'tensor': known: data (one of size 1 costs nothing)."
         )
 
     def test_a_dimension_that_cannot_be_split_is_named(self):
@@ -487,9 +495,9 @@ class TestTraining:
         # Sums over the batch and over split dimensions add in another order: some units in the last place of
         # float32 (6e-8) a step. Dropout draws the same masks, or the losses would differ in the third digit.
         np.testing.assert_allclose(losses, alone[1], rtol=2e-6)
-        # Adam divides by the root of what it has seen, so that a gradient near zero is enlarged: of a step of
-        # 1e-3 a thousandth may differ.
-        chex.assert_trees_all_close(on_host(state.params), on_host(alone[0].params), rtol=0, atol=1e-6)
+        # Adam scales up gradients near zero, rounding included: of the 2e-2 that twenty steps can move a weight a
+        # thousandth may differ.
+        chex.assert_trees_all_close(on_host(state.params), on_host(alone[0].params), rtol=0, atol=2e-5)
         assert compilations["jit(train_step)"] == 1
         assert all(leaf.is_deleted() for leaf in leaves)
         assert shardings_of(state) == before
@@ -571,7 +579,7 @@ class TestBatch:
             ),
             (
                 {"input": np.zeros((3, 3))},
-                "dimension 0 of length 3 is split in 4 over data, fsdp; the nearest length is 4",
+                "of length 3 is split in 4 over data, fsdp; the nearest length is 4.",
             ),
             ({"input": np.zeros((4, 3)), "label": np.zeros(8)}, "`batch` has leading dimensions that differ"),
             ([1, 2], "`batch` is of type list; it must be a mapping"),

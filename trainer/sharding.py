@@ -133,8 +133,9 @@ def partition(
         P(None, 'tensor')
     """
     rules = _check_rules(rules)
+    unknown = _unknown_axes(rules, mesh)
     leaves = {_keys(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
-    problems: list[str] = []
+    problems = list(unknown.values())
     named = _named_specs(tree, mesh, logical_axes or {}, problems)
     params = {keys[1:] for keys in leaves if keys[0] == "params"} if isinstance(tree, TrainState) else set()
     decided_by = dict.fromkeys(rules, 0)
@@ -152,7 +153,8 @@ def partition(
                 if spec is None:
                     decided_by[pattern] += 1
                     spec = ruled
-                    problems.extend(_misfits(path, leaf.shape, spec, mesh, f"by the rule {pattern!r}"))
+                    if pattern not in unknown:
+                        problems.extend(_misfits(path, leaf.shape, spec, mesh, f"by the rule {pattern!r}"))
         if spec is None:
             spec = followed
         return _automatic(leaf, mesh, min_size) if spec is None else spec
@@ -478,6 +480,20 @@ def _check_rules(rules: Mapping[str, PartitionSpec] | None) -> dict[str, Partiti
                 f"`rules` has the pattern {pattern!r}, which is no regular expression: {error}."
             ) from None
     return dict(rules)
+
+
+def _unknown_axes(rules: Mapping[str, PartitionSpec], mesh: Mesh) -> dict[str, str]:
+    """Returns what to say of each rule that names an axis which the mesh does not have."""
+    found = {}
+    for pattern, spec in rules.items():
+        absent = [axis for axes in spec for axis in _axes(axes) if axis not in mesh.axis_names]
+        if absent:
+            hint = did_you_mean(absent[0], mesh.axis_names).rstrip(".")
+            found[pattern] = (
+                f"the rule {pattern!r} splits as {spec}, and the mesh has no axis {absent[0]!r}: {hint} "
+                f"(one of size 1 costs nothing)"
+            )
+    return found
 
 
 def _named_specs(

@@ -1,9 +1,21 @@
-"""Trains a small transformer to reverse sequences, over data and tensor axes, by rules alone.
+"""Trains a small transformer to reverse sequences, over data, sequence and tensor axes, by rules alone.
 
 Nothing in the model and nothing in the step knows of devices. ``python examples/transformer.py`` takes
-whatever devices there are, or eight pretended ones on a CPU, and ends in about half a minute. ``--plan 64``
-tells what a step would need on 64 devices instead. ``slurm.sh`` and ``kubernetes.yaml``, beside this
-file, start it as many processes.
+whatever devices there are, or eight pretended ones on a CPU, and ends in about half a minute. What a mesh
+can have, in any product, each size dividing what it splits:
+
+    data      the examples of a batch
+    fsdp      the examples, and the state
+    tensor    heads and hidden units, by the rules below                  (4 heads)
+    sequence  the tokens of every sequence, by the sharding of the batch  (16 tokens)
+
+so ``--mesh data=2,sequence=2,tensor=2`` uses eight devices. Along ``sequence`` each device computes on its
+part of every sequence, and the compiler gathers keys and values where attention looks at all of them: the
+memory of activations is divided, so that sequences can be longer. Pipeline parallelism, layers on devices
+of their own, is out of scope: it takes a schedule in the step, which no rule can say.
+
+``--plan 64`` tells what a step would need on 64 devices instead. ``slurm.sh`` and ``kubernetes.yaml``,
+beside this file, start it as many processes.
 """
 
 import argparse
@@ -26,7 +38,7 @@ from trainer import (
     plan,
 )
 from trainer.distributed import check_agreement, initialize
-from trainer.sharding import describe
+from trainer.sharding import BATCH_AXES, check_batch_fits, describe
 
 VOCABULARY, LENGTH, FEATURES, HEADS, LAYERS = 16, 8, 64, 4, 2
 SEPARATOR = VOCABULARY - 1
@@ -100,6 +112,11 @@ def place(batch, sharding):
     }
 
 
+def sharding_of_batches(mesh):
+    """Splits the examples over data axes, and the tokens of each over ``sequence``, where the mesh has them."""
+    return batch_sharding(mesh, BATCH_AXES, "sequence")
+
+
 def axes(text):
     """Reads ``data=-1,tensor=2``."""
     return {name: int(size) for name, size in (axis.split("=") for axis in text.split(","))}
@@ -121,30 +138,34 @@ def main(argv=None):
     if arguments.distributed:
         initialize()
 
-    mesh = make_mesh(arguments.mesh)
+    # The rules name `tensor`, so the mesh must have it; an axis of size 1 costs nothing.
+    mesh = make_mesh(arguments.mesh | {"tensor": arguments.mesh.get("tensor", 1)})
+    split = sharding_of_batches(mesh)
     optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 3e-3, arguments.steps // 4, arguments.steps))
     how = {"rng": jax.random.key(0), "mesh": mesh, "rules": RULES}
     step = make_train_step(cross_entropy, optimizer)
     if arguments.plan:
-        print(plan(step, abstract_state(Transformer, optimizer, **how), sequences(0, arguments.batch_size)))
+        abstract = abstract_state(Transformer, optimizer, **how)
+        print(plan(step, abstract, sequences(0, arguments.batch_size), split))
         return None
 
+    check_batch_fits(sequences(0, arguments.batch_size), split)
     state = create_sharded(Transformer, optimizer, **how)
-    train_step = jit_step(step, state)
-    first = place(sequences(1, arguments.batch_size), batch_sharding(mesh))
+    train_step = jit_step(step, state, split)
+    first = place(sequences(1, arguments.batch_size), split)
     check_agreement({"step": train_step.lower(state, first).as_text()})
     leads = jax.process_index() == 0
     if leads:
         print(describe(state.params))
     for number in range(1, arguments.steps + 1):
-        state, metrics = train_step(state, place(sequences(number, arguments.batch_size), batch_sharding(mesh)))
+        state, metrics = train_step(state, place(sequences(number, arguments.batch_size), split))
         if jax.default_backend() == "cpu":
             # Where a process has several devices on a CPU, collectives of two steps under way wait for each other.
             jax.block_until_ready(metrics)
         if number % 50 == 0 and leads:
             print(f"step {number:4}  loss {metrics['loss']:.4f}  accuracy {metrics['accuracy']:.3f}", flush=True)
 
-    unseen = place(sequences(0, 1024), batch_sharding(mesh))
+    unseen = place(sequences(0, 1024), split)
     result = {name: float(value) for name, value in jax.jit(make_eval_step(cross_entropy))(state, unseen).items()}
     if leads:
         print(f"unseen sequences: loss {result['loss']:.4f}  accuracy {result['accuracy']:.3f}")

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from trainer import make_train_step
+from trainer import BatchError, make_train_step
 from trainer.planning import Traffic, collectives, plan
 from trainer.sharding import abstract_state, create_sharded, jit_step, make_mesh, shardings_of
 
@@ -61,8 +61,16 @@ TENSOR = {
     "params/inner/bias": P("tensor"),
     "params/outer/kernel": P("tensor", "fsdp"),
 }
+REPLICAS = {
+    "params/inner/kernel": P(None, "tensor"),
+    "params/inner/bias": P("tensor"),
+    "params/outer/kernel": P("tensor", None),
+}
 LAYOUTS = {
     "data": ({"data": 8}, None),
+    "tensor": ({"tensor": 8}, REPLICAS),
+    "data x tensor": ({"data": 4, "tensor": 2}, REPLICAS),
+    "fsdp x tensor": ({"fsdp": 4, "tensor": 2}, TENSOR),
     "fsdp": ({"fsdp": 8}, SPLIT),
     "data x fsdp": ({"data": 2, "fsdp": 4}, SPLIT),
     "data x fsdp x tensor": ({"data": 2, "fsdp": 2, "tensor": 2}, TENSOR),
@@ -138,20 +146,22 @@ class TestPlan:
         born = [array for array in jax.live_arrays() if not any(array is other for other in before)]
         assert sum(array.size for array in born) < 8
 
-    def test_64_devices_are_planned_on_a_machine_with_one(self):
-        code = """
+    @pytest.mark.parametrize(("data", "fsdp", "tensor"), [(4, 8, 2), (16, 8, 4)], ids=["64", "512"])
+    def test_a_mesh_larger_than_the_machine_is_planned(self, data, fsdp, tensor):
+        devices = data * fsdp * tensor
+        code = f"""
             import jax
             jax.config.update("jax_platforms", "cpu")
-            jax.config.update("jax_num_cpu_devices", 64)
+            jax.config.update("jax_num_cpu_devices", {devices})
             from tests.test_planning import ADAM, Perceptron, TENSOR, batch_of, squared_error
             from trainer import make_train_step
             from trainer.planning import plan
             from trainer.sharding import abstract_state, make_mesh
 
-            mesh = make_mesh({"data": 4, "fsdp": 8, "tensor": 2})
+            mesh = make_mesh({{"data": {data}, "fsdp": {fsdp}, "tensor": {tensor}}})
             state = abstract_state(Perceptron, ADAM, rng=jax.random.key(0), mesh=mesh, rules=TENSOR)
             found = plan(make_train_step(squared_error, ADAM), state, batch_of(4096))
-            print(found.state, found.arguments, found.collectives["all-gather"].bytes)
+            print(found.state, found.arguments, found.temporary, found.collectives["all-gather"].bytes)
             print(found)
         """
         environment = {"PATH": "", "XLA_FLAGS": ""}
@@ -165,13 +175,20 @@ class TestPlan:
         )
         assert done.returncode == 0, done.stderr
         first, title, *_ = done.stdout.splitlines()
-        state, arguments, gathered = map(int, first.split())
-        kernels = 3 * 4 * 2 * FEATURES * WIDTH // 16
-        biases = 3 * 4 * (WIDTH // 2 + FEATURES)
+        state, arguments, temporary, gathered = map(int, first.split())
+        kernels = 3 * 4 * 2 * FEATURES * WIDTH // (fsdp * tensor)
+        biases = 3 * 4 * (WIDTH // tensor + FEATURES)
         assert state == kernels + biases + 4 + 4 + 8  # two counters and the key
-        assert arguments == state + 2 * 4 * 4096 * FEATURES // 32
-        assert gathered >= 4 * 2 * FEATURES * WIDTH // 2
-        assert title == "bytes on each of 64 devices (data 4 x fsdp 8 x tensor 2)"
+        assert arguments == state + 2 * 4 * 4096 * FEATURES // (data * fsdp)
+        assert temporary >= 4 * 4096 * WIDTH // devices  # the hidden units are kept for the way back
+        assert gathered >= 4 * 2 * FEATURES * WIDTH // tensor
+        assert title == f"bytes on each of {devices} devices (data {data} x fsdp {fsdp} x tensor {tensor})"
+
+    def test_a_batch_that_does_not_fit_is_refused(self):
+        with pytest.raises(
+            BatchError, match="dimension 0 of length 30 is split in 8 over data; the nearest lengths are"
+        ):
+            planned({"data": 8}, None, 30)
 
 
 class TestCounting:

@@ -22,7 +22,7 @@ ARROWS = {
     "modules": {"errors"},
     "state": {"errors", "modules", "types"},
     "steps": {"batches", "errors", "modules", "state", "types"},
-    "sharding": {"errors", "state", "types"},
+    "sharding": {"batches", "errors", "state", "types"},
     "planning": {"sharding"},
     "distributed": {"errors"},
     "config": {"errors"},

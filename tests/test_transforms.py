@@ -39,6 +39,10 @@ def masked(num_examples=16):
     return {**data, "mask": np.arange(num_examples, dtype=np.float32) % 4 + 0.5}
 
 
+def on_host(tree):
+    return jax.tree.map(np.asarray, tree)
+
+
 class TestJit:
     def test_every_buffer_of_a_donated_state_is_given_away(self):
         state = create(Busy())
@@ -124,6 +128,37 @@ class TestVmap:
         np.testing.assert_allclose(metrics["loss"], np.repeat(expected["loss"], 4), rtol=1e-5)
 
 
+class Normalizing(nnx.Module):
+    """Batch normalization whose statistics, where ``axis_name`` is given, are those of all devices together."""
+
+    def __init__(self, axis_name=None):
+        rngs = nnx.Rngs(0)
+        self.inner = nnx.Linear(4, 8, use_bias=False, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, axis_name=axis_name, rngs=rngs)
+        self.outer = nnx.Linear(8, 1, rngs=rngs)
+
+    def __call__(self, x):
+        return self.outer(jax.nn.relu(self.norm(self.inner(x))))[:, 0]
+
+
+def by_pmap(step, state, batches):
+    """Runs a step with ``axis_name`` "data" on eight devices; the state and metrics are those of the last device."""
+    mapped = jax.pmap(step, axis_name="data", donate_argnums=0)
+    state = jax.tree.map(lambda leaf: jnp.stack([leaf] * 8), state)
+    for batch in batches:
+        state, metrics = mapped(state, jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), batch))
+    return jax.tree.map(lambda leaf: leaf[7], (state, metrics))
+
+
+def by_shard_map(step, state, batches):
+    mapped = jax.jit(
+        jax.shard_map(step, mesh=mesh(), in_specs=(P(), P("data")), out_specs=(P(), P())), donate_argnums=0
+    )
+    for batch in batches:
+        state, metrics = mapped(state, batch)
+    return state, metrics
+
+
 class TestDevices:
     """Eight devices on eighths of a batch equal one device on all of it.
 
@@ -131,6 +166,52 @@ class TestDevices:
     """
 
     tolerance = {"rtol": 1e-4, "atol": 1e-6}
+
+    @pytest.mark.parametrize("run", [by_pmap, by_shard_map])
+    @pytest.mark.parametrize(("objective", "data"), [(squared_error, regression), (masked_error, masked)])
+    def test_a_gradient_is_averaged_and_not_summed(self, run, objective, data):
+        # Plain gradient descent: Adam would divide a factor of eight away.
+        optimizer = optax.sgd(0.1)
+        one, expected = jax.jit(make_train_step(objective, optimizer))(create(Linear(4), optimizer), data(16))
+        step = make_train_step(objective, optimizer, axis_name="data")
+        state, metrics = run(step, create(Linear(4), optimizer), [data(16)])
+        chex.assert_trees_all_close(on_host(state.params), on_host(one.params), rtol=1e-5, atol=1e-7)
+        assert metrics.keys() == expected.keys()
+        for name, value in expected.items():
+            np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-7)
+
+    @pytest.mark.parametrize("run", [by_pmap, by_shard_map])
+    def test_a_model_that_normalizes_over_the_axis_is_that_of_one_device(self, run):
+        optimizer = optax.sgd(0.05, momentum=0.9)
+        batches = [regression(32, seed=seed) for seed in range(10)]
+        one, step = create(Normalizing(), optimizer), jax.jit(make_train_step(squared_error, optimizer))
+        for batch in batches:
+            one, expected = step(one, batch)
+        mapped = make_train_step(squared_error, optimizer, axis_name="data")
+        state, metrics = run(mapped, create(Normalizing("data"), optimizer), batches)
+        np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-4)
+        chex.assert_trees_all_close(on_host(state.params), on_host(one.params), **self.tolerance)
+        chex.assert_trees_all_close(on_host(state.model_state), on_host(one.model_state), **self.tolerance)
+
+    def test_under_jit_a_model_normalizes_over_all_devices_by_itself(self):
+        optimizer = optax.sgd(0.05, momentum=0.9)
+        step = jax.jit(make_train_step(squared_error, optimizer))
+        one, expected = step(create(Normalizing(), optimizer), regression(32))
+        state = jax.device_put(create(Normalizing(), optimizer), NamedSharding(mesh(), P()))
+        state, metrics = step(state, jax.device_put(regression(32), NamedSharding(mesh(), P("data"))))
+        np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-5)
+        chex.assert_trees_all_close(on_host(state.model_state), on_host(one.model_state), **self.tolerance)
+
+    def test_several_axes_are_averaged_over_together(self):
+        optimizer = optax.sgd(0.1)
+        grid = jax.make_mesh((4, 2), ("data", "replica"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+        step = make_train_step(masked_error, optimizer, axis_name=("data", "replica"))
+        both = P(("data", "replica"))
+        mapped = jax.jit(jax.shard_map(step, mesh=grid, in_specs=(P(), both), out_specs=(P(), P())))
+        state, metrics = mapped(create(Linear(4), optimizer), masked())
+        one, expected = jax.jit(make_train_step(masked_error, optimizer))(create(Linear(4), optimizer), masked())
+        chex.assert_trees_all_close(on_host(state.params), on_host(one.params), rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-5)
 
     def run_on_one(self, objective, batch, steps=10):
         state, step = create(Linear(features=4)), jax.jit(make_train_step(objective, ADAM))

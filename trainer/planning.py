@@ -88,6 +88,7 @@ def plan(step: Callable[..., Any], state: Any, batch: Any, batch_sharding: Any =
 
     Raises:
         ArgumentTypeError: A leaf of ``state`` lies on no mesh.
+        BatchError: The batch cannot be split evenly, see `trainer.sharding.check_batch_fits`.
     """
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), batch)
     compiled = jit_step(step, state, batch_sharding).lower(state, shapes).compile()

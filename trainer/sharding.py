@@ -21,9 +21,10 @@ from flax import nnx
 from flax.core import spmd
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from trainer.errors import ArgumentError, ArgumentTypeError, did_you_mean, leaf_path
+from trainer.batches import batch_length
+from trainer.errors import ArgumentError, ArgumentTypeError, BatchError, did_you_mean, leaf_path
 from trainer.state import TrainState, check_model, check_optimizer, check_rng
-from trainer.types import ExtensionLike
+from trainer.types import Batch, ExtensionLike
 
 BATCH_AXES = ("data", "fsdp")
 """The mesh axes over which a batch is split: each of their devices computes on examples of its own."""
@@ -95,8 +96,10 @@ def partition(
     1. The names that a module's author gave to the dimensions of a variable (``nnx.with_partitioning``).
        ``logical_axes`` says which mesh axes they mean; a name of the mesh means itself.
     2. The first of ``rules`` whose pattern matches the path.
-    3. A leaf of ``opt_state`` or ``extensions`` whose path ends with that of a param and which has its
-       shape (a momentum, an average of the params) lies as that param does, by 1, 2 or 4.
+    3. A leaf of ``opt_state`` or ``extensions`` whose path ends with that of a param lies as that param
+       does, by 1, 2 or 4: one of the same shape (a momentum, an average of the params), one that lacks a
+       dimension (the rows and columns of Adafactor; not where that could be either of two which are
+       split differently), and one with a dimension more in front, which stays whole (the memory of L-BFGS).
     4. The axis ``fsdp`` of the mesh splits the largest dimension that it divides, the last one among
        equals. Leaves with fewer than ``min_size`` entries, keys and scalars are replicated, and
        everything is where the mesh has no such axis.
@@ -130,8 +133,9 @@ def partition(
         P(None, 'tensor')
     """
     rules = _check_rules(rules)
+    unknown = _unknown_axes(rules, mesh)
     leaves = {_keys(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
-    problems: list[str] = []
+    problems = list(unknown.values())
     named = _named_specs(tree, mesh, logical_axes or {}, problems)
     params = {keys[1:] for keys in leaves if keys[0] == "params"} if isinstance(tree, TrainState) else set()
     decided_by = dict.fromkeys(rules, 0)
@@ -140,18 +144,20 @@ def partition(
     @functools.cache
     def decide(keys: Keys) -> PartitionSpec:
         leaf, path = leaves[keys], "/".join(keys)
-        source = _mirrored(keys, leaf, leaves, params)
-        spec = named.get(keys, named.get(source) if source else None)
+        source = _mirrored(keys, params)
+        followed = _followed(decide(source), leaves[source].shape, leaf.shape) if source else None
+        spec = named.get(keys, followed if source in named else None)
         for pattern, ruled in rules.items():
             if re.fullmatch(pattern, path):
                 matched[pattern] += 1
                 if spec is None:
                     decided_by[pattern] += 1
                     spec = ruled
-                    problems.extend(_misfits(path, leaf.shape, spec, mesh, f"by the rule {pattern!r}"))
+                    if pattern not in unknown:
+                        problems.extend(_misfits(path, leaf.shape, spec, mesh, f"by the rule {pattern!r}"))
         if spec is None:
-            spec = decide(source) if source else _automatic(leaf, mesh, min_size)
-        return spec
+            spec = followed
+        return _automatic(leaf, mesh, min_size) if spec is None else spec
 
     specs = [decide(keys) for keys in leaves]
     for pattern, count in decided_by.items():
@@ -163,10 +169,57 @@ def partition(
     return jax.tree.unflatten(jax.tree.structure(tree), [NamedSharding(mesh, spec) for spec in specs])
 
 
-def batch_sharding(mesh: Mesh, axes: Sequence[str] = BATCH_AXES) -> NamedSharding:
-    """Returns the sharding of a batch: its first dimension split over those of ``axes`` that the mesh has."""
-    present = tuple(axis for axis in axes if axis in mesh.axis_names)
-    return NamedSharding(mesh, PartitionSpec(present) if present else PartitionSpec())
+def batch_sharding(mesh: Mesh, axes: Axes = BATCH_AXES, *others: Axes) -> NamedSharding:
+    """Returns the sharding of a batch, over those of the axes that the mesh has.
+
+    Args:
+        mesh: See `make_mesh`.
+        axes: What splits the first dimension, the examples.
+        *others: What splits the dimensions after it, in their order. To split the second one of
+            sequences is sequence parallelism: every device computes on its part of each sequence, and
+            the compiler gathers the keys and values of an attention. No rule and no model need know.
+
+    Example:
+        >>> mesh = make_mesh({"data": 1, "sequence": 1}, jax.devices()[:1])
+        >>> batch_sharding(mesh).spec
+        P('data',)
+        >>> batch_sharding(mesh, BATCH_AXES, "sequence").spec
+        P('data', 'sequence')
+    """
+    split = [tuple(axis for axis in _axes(those) if axis in mesh.axis_names) or None for those in (axes, *others)]
+    while split and split[-1] is None:
+        split.pop()
+    return NamedSharding(mesh, PartitionSpec(*split))
+
+
+def check_batch_fits(batch: Batch, sharding: Any) -> None:
+    """Refuses a batch that cannot be split evenly, before anything is placed or compiled.
+
+    Args:
+        batch: The global batch, of arrays or `jax.ShapeDtypeStruct`.
+        sharding: What `batch_sharding` returned, or a tree of such that the batch begins with.
+
+    Raises:
+        BatchError: Naming the leaves, the axes that do not divide their dimensions, and the nearest
+            sizes that they do. It also refuses what is no batch at all.
+    """
+    batch_length(batch)
+    whole = jax.tree.broadcast(sharding, batch)
+    mesh = jax.tree.leaves(whole)[0].mesh
+    uneven: dict[str, list[str]] = {}
+    for (path, leaf), split in zip(jax.tree.leaves_with_path(batch), jax.tree.leaves(whole), strict=True):
+        for dimension, axes in enumerate(map(_axes, split.spec)):
+            parts = math.prod(mesh.shape[axis] for axis in axes)
+            if axes and dimension >= len(leaf.shape):
+                why = f"no dimension {dimension} to split over {', '.join(axes)}; give it a sharding of its own"
+            elif axes and leaf.shape[dimension] % parts:
+                why = _uneven(dimension, leaf.shape[dimension], parts, axes)
+            else:
+                continue
+            uneven.setdefault(why, []).append(f"`batch/{leaf_path(path)}`")
+    if uneven:
+        found = "; ".join(f"{', '.join(names)}: {why}" for why, names in uneven.items())
+        raise BatchError(f"`batch` cannot be split evenly over the mesh {dict(mesh.shape)}. {found}.")
 
 
 def abstract_state(
@@ -256,17 +309,49 @@ def jit_step(step: Callable[..., Any], state: Any, batch: Any = None) -> Any:
             host are placed accordingly; where there are several processes, make global arrays of
             them first (``jax.make_array_from_process_local_data``).
 
+    Returns:
+        The compiled ``(state, batch) -> (state, metrics)``, with ``lower`` and ``trace`` as ``jax.jit`` has
+        them. Where a batch is refused that cannot be split evenly, it raises the `BatchError` of
+        `check_batch_fits` in place of JAX's, and the state lives on.
+
     Raises:
         ArgumentTypeError: A leaf of ``state`` lies on no mesh.
     """
     shardings = shardings_of(state)
     mesh = jax.tree.leaves(shardings)[0].mesh
-    return jax.jit(
+    split = batch_sharding(mesh) if batch is None else batch
+    compiled = jax.jit(
         step,
-        in_shardings=(shardings, batch_sharding(mesh) if batch is None else batch),
+        in_shardings=(shardings, split),
         out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
     )
+    return _ShardedStep(compiled, split)
+
+
+class _ShardedStep:
+    """A compiled step that explains a batch which JAX refuses; one that fits pays nothing for it."""
+
+    def __init__(self, compiled: Any, batch_sharding: Any) -> None:
+        self._compiled = compiled
+        self._batch_sharding = batch_sharding
+        functools.update_wrapper(self, compiled)
+
+    def __call__(self, state: Any, batch: Any) -> Any:
+        return self._explaining(self._compiled, state, batch)
+
+    def lower(self, state: Any, batch: Any) -> Any:
+        return self._explaining(self._compiled.lower, state, batch)
+
+    def trace(self, state: Any, batch: Any) -> Any:
+        return self._explaining(self._compiled.trace, state, batch)
+
+    def _explaining(self, function: Callable[..., Any], state: Any, batch: Any) -> Any:
+        try:
+            return function(state, batch)
+        except (TypeError, ValueError):
+            check_batch_fits(batch, self._batch_sharding)
+            raise
 
 
 def shardings_of(tree: Any) -> Any:
@@ -397,6 +482,20 @@ def _check_rules(rules: Mapping[str, PartitionSpec] | None) -> dict[str, Partiti
     return dict(rules)
 
 
+def _unknown_axes(rules: Mapping[str, PartitionSpec], mesh: Mesh) -> dict[str, str]:
+    """Returns what to say of each rule that names an axis which the mesh does not have."""
+    found = {}
+    for pattern, spec in rules.items():
+        absent = [axis for axes in spec for axis in _axes(axes) if axis not in mesh.axis_names]
+        if absent:
+            hint = did_you_mean(absent[0], mesh.axis_names).rstrip(".")
+            found[pattern] = (
+                f"the rule {pattern!r} splits as {spec}, and the mesh has no axis {absent[0]!r}: {hint} "
+                f"(one of size 1 costs nothing)"
+            )
+    return found
+
+
 def _named_specs(
     tree: Any, mesh: Mesh, logical_axes: Mapping[str, Axes], problems: list[str]
 ) -> dict[Keys, PartitionSpec]:
@@ -426,15 +525,26 @@ def _named_specs(
     return specs
 
 
-def _mirrored(keys: Keys, leaf: Any, leaves: Mapping[Keys, Any], params: set[Keys]) -> Keys | None:
-    """Returns the path of the param that a leaf is a copy of in kind, if there is one."""
+def _mirrored(keys: Keys, params: set[Keys]) -> Keys | None:
+    """Returns the path of the param that a leaf belongs to, if there is one."""
     if not params or keys[0] not in ("opt_state", "extensions"):
         return None
     # The longest ending is the right one: `mu/layers/kernel` follows `layers/kernel`, never a param `kernel`.
     for start in range(1, len(keys)):
-        if keys[start:] in params and leaves["params", *keys[start:]].shape == leaf.shape:
+        if keys[start:] in params:
             return "params", *keys[start:]
     return None
+
+
+def _followed(spec: PartitionSpec, param: tuple[int, ...], shape: tuple[int, ...]) -> PartitionSpec | None:
+    """Returns how a leaf is split that belongs to a param of shape ``param``, None if its shape does not tell."""
+    if shape == param:
+        return spec
+    if shape[1:] == param:
+        return PartitionSpec(None, *spec)
+    axes = (*spec, *[None] * len(param))[: len(param)]
+    lacking = {axes[:i] + axes[i + 1 :] for i in range(len(param)) if param[:i] + param[i + 1 :] == shape}
+    return PartitionSpec(*lacking.pop()) if len(lacking) == 1 else None
 
 
 def _automatic(leaf: Any, mesh: Mesh, min_size: int) -> PartitionSpec:
@@ -446,6 +556,13 @@ def _automatic(leaf: Any, mesh: Mesh, min_size: int) -> PartitionSpec:
         return PartitionSpec()
     chosen = max(divisible)[1]
     return PartitionSpec(*(FSDP_AXIS if dimension == chosen else None for dimension in range(leaf.ndim)))
+
+
+def _uneven(dimension: int, length: int, parts: int, axes: tuple[str, ...]) -> str:
+    """Says why a dimension of a batch cannot be split, and what could be."""
+    near = [size for size in (length // parts * parts, -(-length // parts) * parts) if size]
+    wanted = f"lengths are {near[0]} and {near[1]}" if len(near) > 1 else f"length is {near[0]}"
+    return f"dimension {dimension} of length {length} is split in {parts} over {', '.join(axes)}; the nearest {wanted}"
 
 
 def _misfits(path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh, why: str) -> list[str]:

@@ -185,9 +185,7 @@ class TestPlan:
         assert title == f"bytes on each of {devices} devices (data {data} x fsdp {fsdp} x tensor {tensor})"
 
     def test_a_batch_that_does_not_fit_is_refused(self):
-        with pytest.raises(
-            BatchError, match="dimension 0 of length 30 is split in 8 over data; the nearest lengths are"
-        ):
+        with pytest.raises(BatchError, match="dimension 0 of length 30 is split in 8 over data; the nearest"):
             planned({"data": 8}, None, 30)
 
 

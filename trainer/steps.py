@@ -57,9 +57,11 @@ def make_train_step(
         extensions: The extensions with which the state was created, by name. A key of its own is
             folded from the step's key, so that adding one leaves the objective's draws alone.
         axis_name: The mapped axis (or axes) under ``pmap``, ``vmap`` or ``shard_map``. Gradients,
-            floating metrics and changed batch statistics are averaged over it, gradients and
-            metrics by ``batch_weight`` where the objective reports one; each device draws from a
-            key of its own. None, also for ``jit`` over sharded arrays, where JAX does it.
+            metrics and the variables that the forward pass changed (those of floating dtype) are averaged
+            over it, gradients and metrics by ``batch_weight`` where the objective reports one, which itself
+            is summed; each device draws from a key of its own. The forward pass sees its own part of the
+            batch only: to normalize over all parts, give ``nnx.BatchNorm`` the same axis. None, also for
+            ``jit`` over sharded arrays, where the program is that of one device and JAX does all this.
 
     Returns:
         A pure ``(state, batch) -> (state, metrics)``. ``metrics`` holds scalars on the device: what

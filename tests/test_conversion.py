@@ -140,7 +140,9 @@ class TestRefusals:
         assert not (tmp_path / "b.msgpack").exists()
 
     def test_an_unknown_ending(self, trained, tmp_path):
-        with pytest.raises(ArgumentError, match=r"ends in '.ckpt'; known: .msgpack, .pkl, .safetensors, or none"):
+        with pytest.raises(
+            ArgumentError, match=r"ends in '.ckpt'; known: .msgpack, .pkl, .safetensors, .orbax, and no"
+        ):
             convert(trained[0], tmp_path / "a.ckpt")
 
     def test_a_directory_is_not_replaced(self, trained, tmp_path):

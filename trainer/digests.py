@@ -13,14 +13,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 _SEEDS = (0x9E3779B9, 0x7F4A7C15)
 _SLICE = 2**20
 
 
 def digest(array: jax.Array) -> jax.Array:
-    """Returns the digest of an array of any dtype but keys, as uint32 of shape ``(2,)``; does not wait."""
-    result: jax.Array = _digest(array)
+    """Returns the digest of an array of any dtype but keys, as uint32 of shape ``(2,)``; does not wait.
+
+    That of an array which lies on devices of several processes is the same in all of them; all must ask.
+    """
+    sharding = getattr(array, "sharding", None)  # one that is traced has none
+    mesh = None
+    if isinstance(sharding, NamedSharding) and not sharding.is_fully_addressable:
+        mesh = sharding.mesh
+    result: jax.Array = _digest_on(mesh)(array)
     return result
 
 
@@ -76,7 +84,12 @@ def _bit_width(dtype: Any) -> int:
     return int(limits(dtype).bits)
 
 
-@jax.jit
+@functools.cache
+def _digest_on(mesh: Mesh | None) -> Any:
+    """Returns the compiled digest, whose result every device of the mesh holds."""
+    return jax.jit(_digest, out_shardings=None if mesh is None else NamedSharding(mesh, PartitionSpec()))
+
+
 def _digest(array: jax.Array) -> jax.Array:
     words = bits(array).astype(jnp.uint32)
     strides = [int(np.prod(words.shape[axis + 1 :], dtype=object)) % 2**32 for axis in range(words.ndim)]

@@ -39,7 +39,7 @@ def trained(tmp_path_factory):
     return path, state
 
 
-@pytest.mark.parametrize("through", ["b.msgpack", "b", "b.pkl"])
+@pytest.mark.parametrize("through", ["b.msgpack", "b.orbax", "b.pkl"])
 @pytest.mark.parametrize("to", ["c.msgpack", "c", "c.pkl"])
 def test_there_and_further(through, to, trained, tmp_path):
     path, state = trained

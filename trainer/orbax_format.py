@@ -14,6 +14,7 @@ alone, keys as their words, dtypes of less than two bytes other than the plain i
 """
 
 import asyncio
+import contextlib
 import functools
 import json
 import os
@@ -31,7 +32,7 @@ import numpy as np
 import xxhash
 
 from trainer.bundle import DTYPES, Leaf, leaf_from_record, leaf_to_record
-from trainer.digests import as_text, bits, digest, digest_on_host, from_bits
+from trainer.digests import bits, digests_as_text, from_bits
 from trainer.distributed import Votes
 from trainer.durable import NewDirectory
 from trainer.errors import CheckpointError, UnreadableError
@@ -67,7 +68,7 @@ def begin_directory(path: Path, info: Mapping[str, Any], leaves: Sequence[tuple[
     votes, last_votes = Votes("save"), Votes("commit", timeout_seconds=_PATIENCE_SECONDS)
     writing = _Writing(path.absolute())
     # Digests first: they are computed by the devices of all processes together.
-    digests = [as_text(found) for found in [_digest(array) for _, array in leaves]]
+    digests = digests_as_text([array for _, array in leaves])
     tree = _tree_of(leaves)
     try:
         temporary = votes.settle(*_attempted(writing.prepare, path))
@@ -127,9 +128,17 @@ class _Writing:
         self._futures = _run(saving) or ()
 
     def wait(self) -> None:
+        """Waits until nothing is being written any more, and raises what went wrong first."""
         deadline = time.monotonic() + _PATIENCE_SECONDS
-        for future in self._futures:
-            future.result(timeout=max(deadline - time.monotonic(), 0.0))
+        futures, self._futures = self._futures, ()
+        failures = []
+        for future in futures:
+            try:
+                future.result(timeout=max(deadline - time.monotonic(), 0.0))
+            except Exception as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
 
     def commit(self, about: str) -> None:
         if self._new is None:
@@ -142,6 +151,8 @@ class _Writing:
 
     def discard(self) -> None:
         if self._new is not None:
+            with contextlib.suppress(Exception):  # there is one already
+                self.wait()
             self._new.discard()
 
 
@@ -235,9 +246,10 @@ class OrbaxDirectory:
             raise failure
         for path in wanted.keys() - arrays.keys():
             arrays[path] = np.empty(self.leaves[path].shape, DTYPES[self.leaves[path].dtype])
-        digests = {path: _digest(array) for path, array in arrays.items()}
-        for path, found in digests.items():
-            if as_text(found) != self._digests[path]:
+        # In the order of the file, which is that of all processes.
+        paths = [path for path in self.leaves if path in arrays]
+        for path, found in zip(paths, digests_as_text([arrays[path] for path in paths]), strict=True):
+            if found != self._digests[path]:
                 raise self._damaged(f"the checksum of `{self.leaves[path].name}` does not agree")
         return {path: _placed(arrays[path], like) for path, like in wanted.items()}
 
@@ -288,6 +300,8 @@ class OrbaxDirectory:
 
     def _restore(self, wanted: Mapping[LeafPath, jax.Array | None]) -> dict[LeafPath, Any]:
         """Reads the stored arrays, in one go: Orbax reads many at once."""
+        if not wanted:
+            return {}
         import orbax.checkpoint as ocp
 
         item: dict[str, Any] = {}
@@ -331,10 +345,6 @@ def _placed(array: Any, like: jax.Array | None) -> Any:
         return np.asarray(array)
     # An array of JAX was read to its place.
     return as_key(array, like) if isinstance(array, jax.Array) else place(array, like)
-
-
-def _digest(array: Any) -> Any:
-    return digest(array) if isinstance(array, jax.Array) else digest_on_host(array)
 
 
 def _names(path: LeafPath) -> list[str]:

@@ -189,13 +189,15 @@ class TestFailures:
         assert trainer.save_checkpoint().exists()
 
 
-def test_an_interpreter_that_exits_waits(tmp_path):
+@pytest.mark.parametrize("suffix", ["msgpack", "orbax"])
+def test_an_interpreter_that_exits_waits(suffix, tmp_path):
+    path = tmp_path / f"checkpoint_0.{suffix}"
     code = f"""
         from tests.test_background import build
-        build({str(tmp_path)!r}).save_checkpoint(background=True)
+        build({str(tmp_path)!r}).save_checkpoint({str(path)!r}, background=True)
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
-    assert latest_checkpoint(tmp_path).name == "checkpoint_0.msgpack"
+    assert latest_checkpoint(tmp_path) == path
 
 
 def test_a_pickle_is_written_at_once(tmp_path):

@@ -66,3 +66,10 @@ def test_it_runs_as_a_module(tmp_path):
 )
 def test_sizes_are_readable(size, text):
     assert _human(size) == text
+
+
+def test_a_directory_is_inspected_like_a_file(checkpoint, tmp_path):
+    assert run("convert", checkpoint, tmp_path / "s.orbax") == (0, "")
+    status, printed = run("inspect", tmp_path / "s.orbax", "--verify")
+    assert status == 0
+    assert printed == run("inspect", checkpoint, "--verify")[1]

@@ -39,7 +39,7 @@ def trained(tmp_path_factory):
     return path, state
 
 
-@pytest.mark.parametrize("through", ["b.msgpack", "b", "b.pkl"])
+@pytest.mark.parametrize("through", ["b.msgpack", "b.orbax", "b.pkl"])
 @pytest.mark.parametrize("to", ["c.msgpack", "c", "c.pkl"])
 def test_there_and_further(through, to, trained, tmp_path):
     path, state = trained
@@ -140,7 +140,9 @@ class TestRefusals:
         assert not (tmp_path / "b.msgpack").exists()
 
     def test_an_unknown_ending(self, trained, tmp_path):
-        with pytest.raises(ArgumentError, match=r"ends in '.ckpt'; known: .msgpack, .pkl, .safetensors, or none"):
+        with pytest.raises(
+            ArgumentError, match=r"ends in '.ckpt'; known: .msgpack, .pkl, .safetensors, .orbax, and no"
+        ):
             convert(trained[0], tmp_path / "a.ckpt")
 
     def test_a_directory_is_not_replaced(self, trained, tmp_path):

@@ -15,18 +15,15 @@ from tests.test_api import assert_same_bits
 from trainer import CheckpointError, TrainState, load_state, make_train_step
 from trainer.bundle import DTYPES
 from trainer.checkpoints import load_with_progress, take_snapshot
-from trainer.orbax_format import OrbaxDirectory, save_args
+from trainer.orbax_format import OrbaxDirectory, write_directory
 
 MESH = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
 
 def save(path, state, **options):
-    """Saves a state as a directory, through the manager that `ModelCheckpoint` uses."""
-    import orbax.checkpoint as ocp
-
+    """Saves a state as a directory under a name without an ending, as those of `ModelCheckpoint` are."""
     snapshot = take_snapshot(state, {"score": 0.5}, **options)
-    with ocp.CheckpointManager(path.parent) as manager:
-        manager.save(int(path.name), args=save_args(snapshot.info, snapshot.leaves))
+    write_directory(path, snapshot.info, snapshot.leaves)
     return path
 
 

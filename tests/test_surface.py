@@ -49,15 +49,16 @@ ARROWS = {
     "pickles": {"errors", "state"},
     "placement": set(),
     "digests": set(),
-    "orbax_format": {"bundle", "digests", "errors", "paths", "placement"},
+    "orbax_format": {"bundle", "digests", "distributed", "durable", "errors", "paths", "placement"},
     "containers": {"errors", "paths"},
-    "sources": {"bundle", "errors", "orbax_format", "paths", "pickles", "placement", "state"},
-    "checkpoints": {"bundle", "containers", "durable", "errors", "paths", "pickles", "sources", "state"},
+    "sources": {"bundle", "distributed", "errors", "orbax_format", "paths", "pickles", "placement", "state"},
+    "checkpoints": {"bundle", "containers", "distributed", "durable", "errors", "orbax_format", "paths", "pickles"}
+    | {"placement", "sources", "state"},
     "conversion": {"bundle", "containers", "durable", "errors", "orbax_format", "paths", "pickles", "sources", "state"},
     "cli": {"checkpoints", "conversion", "errors", "sources"},
     "monitors": {"errors", "loggers"},
     "early_stopping": {"callbacks", "errors", "monitors"},
-    "model_checkpoint": {"callbacks", "errors", "monitors", "orbax_format"},
+    "model_checkpoint": {"background", "callbacks", "distributed", "durable", "errors", "monitors", "orbax_format"},
     "__main__": {"cli"},
 }
 

@@ -556,28 +556,31 @@ class Trainer:
         return self._evaluate(held.in_order())
 
     def save_checkpoint(self, path: str | os.PathLike[str] | None = None, *, background: bool = False) -> Path:
-        """Writes the state to a file, whole or not at all.
+        """Writes the state under a name, whole or not at all.
 
-        It is ``save_state(path, trainer.state)``. Without a path the name carries the step, and
+        It is ``save_state(path, trainer.state)``, which the name tells the format, and every process
+        calls it where the state is spread over several. Without a path the name carries the step, and
         only the latest ``max_checkpoints`` of these are kept. A run can be resumed from one that a
         callback saves, at any event; of the states of callbacks it holds those of that moment, in
         which the ones behind it in the list have not heard of the event yet.
 
         Args:
-            path: The file; one that ends in ``.pkl`` gets the reference's pickle layout.
+            path: The name; ``.orbax`` is for a state on a mesh, ``.pkl`` the reference's pickle layout.
+                Without one it is ``checkpoint_<step>.orbax`` where the state lies on a mesh of several
+                devices, else ``checkpoint_<step>.msgpack``.
             background: Return as soon as the arrays are copied to the host, and write beside the
                 training. What is saved is the state of now. One save is under way at most; what it
                 raises is raised by the next step of `train`, the next save or load, or `close`. An
                 interpreter that exits waits for it. A pickle is always written at once.
 
         Returns:
-            The path of the file.
+            The path.
 
         Raises:
-            CheckpointError: It could not be written, or the loader cannot say where it is; earlier
+            CheckpointError: It could not be written, in any process, or the loader cannot say where it is; earlier
                 checkpoints are untouched.
         """
-        target = self.checkpoint_dir / default_name(self.step) if path is None else Path(path)
+        target = self.checkpoint_dir / default_name(self.step, self.state) if path is None else Path(path)
         snapshot = self.snapshot()
 
         def write() -> None:
@@ -585,11 +588,11 @@ class Trainer:
             if path is None:
                 prune(target.parent, self.training_config.max_checkpoints)
 
+        self._saver.wait()
         if background and target.suffix != ".pkl":
-            snapshot = snapshot.on_host()
+            snapshot = snapshot.on_host(target)
             self._saver.start(write)
         else:
-            self._saver.wait()
             write()
         self._reporter.remark("checkpoint", f"saved {target}", self.step)
         return target

@@ -1,9 +1,12 @@
 """Work beside the training: at most one save at a time, and no failure that nobody hears of."""
 
+import concurrent.futures.thread
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import Any
+
+_under_way: set[Future[Any]] = set()
 
 
 class BackgroundSaver:
@@ -29,6 +32,8 @@ class BackgroundSaver:
                 pending.set_exception(error)
 
         # A thread of its own, which is gone afterwards; the interpreter waits for it before it exits.
+        _under_way.add(pending)
+        pending.add_done_callback(_under_way.discard)
         threading.Thread(target=run, name="checkpoint").start()
 
     def check(self) -> None:
@@ -44,3 +49,13 @@ class BackgroundSaver:
             wait([pending])
             self._pending = None
             pending.result()
+
+
+def _wait_for_all() -> None:
+    wait(set(_under_way))
+
+
+# An interpreter that exits first forbids the executors to take work, which Orbax gives them while it finishes a
+# save. What `atexit` calls comes later; this is what the executors themselves use, the last one first.
+assert concurrent.futures.thread
+threading._register_atexit(_wait_for_all)  # type: ignore[attr-defined]

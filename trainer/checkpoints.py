@@ -15,17 +15,21 @@ import jax
 import jax.numpy as jnp
 import msgpack
 import numpy as np
+from jax.sharding import NamedSharding
 
 from trainer.bundle import DTYPES, Bundle, Leaf, write_bundle
 from trainer.containers import containers
-from trainer.durable import replacing
+from trainer.distributed import Votes
+from trainer.durable import remove_directory, replacing
 from trainer.errors import ArgumentError, CheckpointError, UnreadableError, did_you_mean
+from trainer.orbax_format import OrbaxDirectory, begin_directory
 from trainer.paths import LeafPath, parts_of
 from trainer.pickles import write_pickle
+from trainer.placement import is_spread
 from trainer.sources import PROGRESS, Source, describe, open_source, read_progress
 from trainer.state import TrainState
 
-_OWN_NAME = re.compile(r"checkpoint_(\d+)\.msgpack")
+_OWN_NAME = re.compile(r"checkpoint_(0|[1-9]\d*)\.(msgpack|orbax)")
 
 _T = TypeVar("_T")
 
@@ -46,18 +50,25 @@ class Snapshot:
         state: The state it was taken of.
         info: Plain values about it, for people.
         leaves: The arrays with their descriptions, keys as their words.
+        finish: What finishes the directory that is being written, where Orbax has the copies.
     """
 
     state: TrainState
     info: dict[str, Any]
     leaves: Sequence[tuple[Leaf, Any]]
+    finish: Callable[[], None] | None = None
 
-    def on_host(self) -> "Snapshot":
-        """Copies all arrays now, so that the state may be donated before they are written.
+    def on_host(self, path: Path) -> "Snapshot":
+        """Copies all arrays now, so that the state may be donated before `write_snapshot` writes them to ``path``.
+
+        Of a state that is spread over processes each copies its part, for a directory of Orbax.
 
         Raises:
-            CheckpointError: One is spread over processes.
+            CheckpointError: One is spread over processes and ``path`` is a file, or a directory of Orbax
+                cannot be written.
         """
+        if path.suffix == ".orbax":
+            return dataclasses.replace(self, finish=begin_directory(path, self.info, self.leaves))
         for leaf, array in self.leaves:
             _check_within_process(leaf, array)
             if isinstance(array, jax.Array):
@@ -97,12 +108,16 @@ def take_snapshot(
 
 
 def write_snapshot(path: Path, snapshot: Snapshot) -> None:
-    """Writes a snapshot to a file, in the format that its name asks for.
+    """Writes a snapshot in the format that the name asks for, see `save_state`.
 
     Raises:
-        CheckpointError: The file could not be written; what was there before is untouched. Or an array
-            is spread over processes, for which there is `trainer.ModelCheckpoint`.
+        CheckpointError: It could not be written; what was there before is untouched. Or an array is
+            spread over processes, which only a name that ends in ``.orbax`` can hold.
     """
+    if path.suffix == ".orbax":
+        finish = snapshot.finish or begin_directory(path, snapshot.info, snapshot.leaves)
+        finish()
+        return
     for leaf, array in snapshot.leaves:
         _check_within_process(leaf, array)
     try:
@@ -124,13 +139,17 @@ def save_state(
     *,
     progress: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes ``state`` to a file, see `trainer.bundle` for its format, or `trainer.pickles` for ``.pkl``.
+    """Writes ``state`` under a name, whose ending decides the format:
 
-    The file is either there as a whole or not at all, after a crash as well (`trainer.durable`).
-    One array at a time is on the host.
+    * ``.orbax``: a directory of Orbax (`trainer.orbax_format`), for states on a mesh. Each array is
+      written from where it is. Where there are several processes, all of them save, at the same point.
+    * ``.pkl``: a pickle in the reference's layout (`trainer.pickles`).
+    * any other: one file of ours (`trainer.bundle`). One array at a time is on the host.
+
+    What has the name is there as a whole or not at all, after a crash as well (`trainer.durable`).
 
     Args:
-        path: The file. Its directory is made if it is missing.
+        path: The name. The directory above is made if it is missing.
         state: The state.
         info: Plain values to keep beside it, shown by ``trainer inspect``.
         progress: Plain values of any size to keep beside it, for `load_with_progress`.
@@ -139,7 +158,7 @@ def save_state(
         The path.
 
     Raises:
-        CheckpointError: The file could not be written; what was there before is untouched.
+        CheckpointError: It could not be written, in any process; what was there before is untouched.
         StateError: The state was donated to a step.
     """
     path = Path(path)
@@ -159,12 +178,14 @@ def load_state(
     Everything is compared before an array is read, and every array's checksum is verified.
 
     Args:
-        path: A file written by `save_state`, a directory written by `trainer.ModelCheckpoint`, or a
-            pickle of the reference implementation. What is inside tells which, not the name. Of a
-            pickle nothing is executed (`trainer.pickles`), but it has no checksums; save it again in
+        path: What `save_state` wrote, a directory written by `trainer.ModelCheckpoint`, or a pickle of
+            the reference implementation. What is inside tells which, not the name.
+            Of a pickle nothing is executed (`trainer.pickles`), but it has no checksums; save it again in
             our format.
         like: A state of the same model, optimizer and extensions. Its values matter only where the
-            file's are not wanted; it may be a donated one if all are.
+            file's are not wanted; it may be a donated one if all are. It need not lie as the state
+            that was saved did. Where it is spread over processes, all of them load, at the same point,
+            and what fails in one fails in all.
         strict: Whether everything must fit. If not, what does not keeps the value that it has in
             ``like``, and a warning names it.
         only: Names of fields (``"params"``, ``"opt_state"``, …) to load; the others are copied.
@@ -179,8 +200,12 @@ def load_state(
     """
     path = Path(path)
     fields = _fields_to_load(only)
-    with open_source(path, like) as source:
-        state, problems = _fitted(source, like, fields, strict=strict)
+
+    def load(votes: Votes | None) -> tuple[TrainState, str]:
+        with open_source(path, like, votes) as source:
+            return _fitted(source, like, fields, strict=strict)
+
+    state, problems = _together(load, like)
     if problems:
         warnings.warn(f"`{path}` does not fit the state everywhere; not loaded: {problems}.", stacklevel=2)
     return state
@@ -194,9 +219,13 @@ def load_with_progress(path: str | os.PathLike[str], like: TrainState) -> Loaded
             whatever ``like`` is.
     """
     path = Path(path)
-    with open_source(path, like) as source:
-        state, _ = _fitted(source, like, _fields_to_load(None))
-        return Loaded(path, state, read_progress(source))
+
+    def load(votes: Votes | None) -> Loaded:
+        with open_source(path, like, votes) as source:
+            state, _ = _fitted(source, like, _fields_to_load(None))
+            return Loaded(path, state, read_progress(source))
+
+    return _together(load, like)
 
 
 def load_latest(directory: str | os.PathLike[str], like: TrainState) -> Loaded | None:
@@ -208,13 +237,17 @@ def load_latest(directory: str | os.PathLike[str], like: TrainState) -> Loaded |
         CheckpointError: There are checkpoints, and all are damaged; or the newest that is not does
             not fit ``like``.
     """
-    return _newest(directory, lambda path: load_with_progress(path, like))
+    # Process 0 says which there are: another may see one later, or one that is gone.
+    names = _own_names(Path(directory))
+    if _is_spread(like):
+        names = Votes("list").settle(None, names)
+    return _newest(directory, names, lambda path: load_with_progress(path, like))
 
 
 def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
     """Returns the newest checkpoint of a directory that is undamaged, by the step in its name.
 
-    Only default names (``checkpoint_<step>.msgpack``) are looked at. A damaged one is passed over
+    Only default names (``checkpoint_<step>.msgpack`` and ``.orbax``) are looked at. A damaged one is passed over
     with a warning that says why. Whether a checkpoint fits the model is not asked here: loading one
     that does not is a mistake to hear of, not a reason to go back to an older one.
 
@@ -226,22 +259,38 @@ def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
     """
 
     def verified(path: Path) -> Path:
+        if path.suffix == ".orbax":
+            OrbaxDirectory(path).verify()
+            return path
         with Bundle(path) as bundle:
             bundle.verify()
         return path
 
-    return _newest(directory, verified)
+    return _newest(directory, _own_names(Path(directory)), verified)
 
 
 def prune(directory: Path, keep: int) -> None:
-    """Removes all but the ``keep`` latest checkpoints with default names, and nothing else."""
-    for step in _own_steps(directory)[:-keep]:
-        (directory / default_name(step)).unlink(missing_ok=True)
+    """Removes all but the ``keep`` latest checkpoints with default names, and nothing else.
+
+    Directories of Orbax belong to all processes, and process 0 alone removes them, each as a whole.
+    """
+    for name in _own_names(directory)[:-keep]:
+        if name.endswith(".msgpack"):
+            (directory / name).unlink(missing_ok=True)
+        elif jax.process_index() == 0:
+            remove_directory(directory / name)
 
 
-def default_name(step: int) -> str:
-    """Returns the name of the checkpoint of a step where the caller gives none."""
-    return f"checkpoint_{step}.msgpack"
+def default_name(step: int, state: TrainState | None = None) -> str:
+    """Returns the name of the checkpoint of a step where the caller gives none.
+
+    It ends in ``.orbax`` for a state of which something lies on a mesh of several devices, whether they
+    are of one process or of many, and in ``.msgpack`` for any other.
+    """
+    is_on_mesh = any(
+        isinstance(leaf.sharding, NamedSharding) and leaf.sharding.num_devices > 1 for leaf in jax.tree.leaves(state)
+    )
+    return f"checkpoint_{step}.{'orbax' if is_on_mesh else 'msgpack'}"
 
 
 def describe_leaf(leaf: Leaf) -> str:
@@ -250,19 +299,19 @@ def describe_leaf(leaf: Leaf) -> str:
     return f"({shape}) {leaf.dtype if leaf.key is None else f'key<{leaf.key}>'}"
 
 
-def _own_steps(directory: Path) -> list[int]:
+def _own_names(directory: Path) -> list[str]:
+    """Returns the checkpoints that have default names, in the order of their steps."""
     names = os.listdir(directory) if directory.is_dir() else []
     matches = filter(None, map(_OWN_NAME.fullmatch, names))
-    # A name with leading zeros is not one that we give.
-    return sorted(int(match[1]) for match in matches if match[0] == default_name(int(match[1])))
+    return [match[0] for match in sorted(matches, key=lambda match: (int(match[1]), match[2]))]
 
 
-def _newest(directory: str | os.PathLike[str], use: Callable[[Path], _T]) -> _T | None:
-    """Returns what ``use`` makes of the newest checkpoint that it can read."""
+def _newest(directory: str | os.PathLike[str], names: Sequence[str], use: Callable[[Path], _T]) -> _T | None:
+    """Returns what ``use`` makes of the newest of a directory's checkpoints that it can read."""
     directory = Path(directory)
     passed_over = []
-    for step in reversed(_own_steps(directory)):
-        path = directory / default_name(step)
+    for name in reversed(names):
+        path = directory / name
         try:
             used = use(path)
         except UnreadableError as error:
@@ -274,6 +323,23 @@ def _newest(directory: str | os.PathLike[str], use: Callable[[Path], _T]) -> _T 
     if passed_over:
         raise CheckpointError(f"no checkpoint in `{directory}` can be used: {' '.join(passed_over)}")
     return None
+
+
+def _together(load: Callable[[Votes | None], _T], like: TrainState) -> _T:
+    """Loads in all processes or in none, where the state lies on devices of several."""
+    if not _is_spread(like):
+        return load(None)
+    votes, loaded, failure = Votes("load"), None, None
+    try:
+        loaded = load(votes)
+    except Exception as error:  # a bug as well would leave the others waiting
+        failure = error
+    votes.settle(failure)
+    return cast(_T, loaded)
+
+
+def _is_spread(state: TrainState) -> bool:
+    return any(map(is_spread, jax.tree.leaves(state)))
 
 
 def _packed(progress: Mapping[str, Any]) -> bytes:
@@ -292,10 +358,10 @@ def _packed(progress: Mapping[str, Any]) -> bytes:
 
 
 def _check_within_process(leaf: Leaf, array: Any) -> None:
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+    if is_spread(array):
         raise CheckpointError(
-            f"`{leaf.name}` lies on devices of other processes, which one file cannot hold; save sharded states "
-            f"with trainer.ModelCheckpoint."
+            f"`{leaf.name}` lies on devices of several processes, which one file cannot hold; save under a name that "
+            f"ends in .orbax, in every process."
         )
 
 

@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None, out: TextIO | None = None) -> i
     converting = commands.add_parser("convert", help="write what a checkpoint holds in another format")
     converting.add_argument("source", help="of any kind")
     converting.add_argument(
-        "target", help="a name that ends in .msgpack, .pkl or .safetensors (parameters only); none of these is Orbax"
+        "target", help="a name that ends in .msgpack, .pkl, .safetensors (parameters only), or .orbax, a directory"
     )
     converting.add_argument("--like", help="a checkpoint of the same model and optimizer, where the source is a pickle")
     options = parser.parse_args(arguments)

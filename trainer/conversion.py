@@ -35,8 +35,8 @@ def convert(
 
     Args:
         source: Of any kind. What is inside tells which, except for ``.safetensors``, which has no mark.
-        target: A name that ends in ``.msgpack``, ``.pkl`` or ``.safetensors``, or the name of a directory for
-            Orbax, which has no ending. It is replaced as a whole, but a directory must not exist yet.
+        target: A name that ends in ``.msgpack``, ``.pkl`` or ``.safetensors``, or in ``.orbax`` or without an
+            ending, for a directory of Orbax. It is replaced as a whole, but a directory must not exist yet.
         like: A checkpoint of the same model and optimizer, in our format or Orbax's, for a ``source`` that is
             a pickle: that tells neither which variables are parameters nor what the optimizer calls its fields.
 
@@ -48,7 +48,7 @@ def convert(
     if target.suffix not in _WRITERS:
         endings = ", ".join(filter(None, _WRITERS))
         raise ArgumentError(
-            f"`{target}` ends in {target.suffix!r}; known: {endings}, or none for a directory of Orbax."
+            f"`{target}` ends in {target.suffix!r}; known: {endings}, and none, which is a directory of Orbax too."
         )
     with _open(source, like) as opened:
         try:
@@ -154,7 +154,13 @@ def _to_directory(path: Path, source: Source) -> None:
     write_directory(path, source.info, [(leaf, _read(source, leaf)) for leaf in leaves])
 
 
-_WRITERS = {".msgpack": _to_file, ".pkl": _to_pickle, ".safetensors": _to_params, "": _to_directory}
+_WRITERS = {
+    ".msgpack": _to_file,
+    ".pkl": _to_pickle,
+    ".safetensors": _to_params,
+    ".orbax": _to_directory,
+    "": _to_directory,
+}
 
 
 def _read(source: Source, leaf: Leaf) -> np.ndarray[Any, Any]:

@@ -8,11 +8,13 @@ single one always changes the sum; that of many goes unnoticed once in 2⁶⁴, 
 
 import functools
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 _SEEDS = (0x9E3779B9, 0x7F4A7C15)
 _SLICE = 2**20
@@ -22,6 +24,27 @@ def digest(array: jax.Array) -> jax.Array:
     """Returns the digest of an array of any dtype but keys, as uint32 of shape ``(2,)``; does not wait."""
     result: jax.Array = _digest(array)
     return result
+
+
+def digests_as_text(arrays: Sequence[jax.Array | np.ndarray[Any, Any]]) -> list[str]:
+    """Returns the digest of each array as text, computed where it lies, and waits for them.
+
+    Those of arrays which lie on devices of several processes are the same in all; all of them must ask.
+    """
+    found: list[Any] = []
+    for array in arrays:
+        if not isinstance(array, jax.Array):
+            found.append(digest_on_host(array))
+        elif len(array.sharding.device_set) == 1:
+            found.append(digest(array))
+        else:
+            mesh = array.sharding.mesh if isinstance(array.sharding, NamedSharding) else None
+            found.append(_digest_over(mesh)(array))
+            # Devices of a CPU share threads: of many programs that communicate they may take up different ones first,
+            # and then wait for each other.
+            if next(iter(array.sharding.device_set)).platform == "cpu":
+                jax.block_until_ready(found[-1])
+    return [as_text(one) for one in found]
 
 
 def digest_on_host(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -74,6 +97,12 @@ def from_bits(words: jax.Array, dtype: Any) -> jax.Array:
 def _bit_width(dtype: Any) -> int:
     limits: Any = jnp.iinfo if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo
     return int(limits(dtype).bits)
+
+
+@functools.cache
+def _digest_over(mesh: Mesh | None) -> Any:
+    """Returns the compiled digest whose result every device of a mesh holds."""
+    return jax.jit(_digest, out_shardings=None if mesh is None else NamedSharding(mesh, PartitionSpec()))
 
 
 @jax.jit

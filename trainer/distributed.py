@@ -21,14 +21,17 @@ from typing import Any, Self
 
 import jax
 
-from trainer.errors import ArgumentError, ArgumentTypeError, DistributedError
+from trainer.errors import ArgumentError, ArgumentTypeError, CheckpointError, DistributedError, UnreadableError
 
 _FAILURE = "trainer/failure"
 _POLL_SECONDS = 1.0
 _LONGEST_SHOWN = 80
 
+_KINDS = {kind.__name__: kind for kind in (CheckpointError, UnreadableError)}
+
 _rounds = itertools.count()
 _stops = itertools.count()
+_works = itertools.count()
 
 
 def initialize(
@@ -165,11 +168,7 @@ def check_agreement(parts: Mapping[str, Any], *, timeout_seconds: float = 300.0)
     entries = dict(entry for name, value in parts.items() for entry in _entries(name, value))
     if jax.process_count() == 1:
         return
-    room = f"trainer/agreement/{next(_rounds)}"
-    client = _client()
-    client.key_value_set(f"{room}/{jax.process_index()}", json.dumps(entries))
-    barrier(room, timeout_seconds)
-    held = {int(key.rsplit("/", 1)[1]): json.loads(text) for key, text in client.key_value_dir_get(f"{room}/")}
+    held = _exchange(f"agreement/{next(_rounds)}", entries, timeout_seconds)
     differences = [
         f"`{name}` is {found}"
         for name in sorted(set().union(*held.values()))
@@ -351,6 +350,73 @@ class CommonStop:
             f"stop. {'It' if len(missing) == 1 else 'They'} may have taken another way through the program, or be busy "
             f"with something else."
         )
+
+
+class Votes:
+    """Points of a piece of work that all processes share, at which they learn whether one has failed.
+
+    What one process alone raises leaves the others waiting for it. So each catches what its part of the
+    work raises, and brings it to the next point::
+
+        votes, failure = Votes("save"), None
+        try:
+            write_mine()
+        except OSError as error:
+            failure = error
+        votes.settle(failure)  # raises in all processes, or in none
+
+    It takes no device, so a thread may do it while the devices compute. Make one at the same place of
+    every process, in the same order. In a single process a failure is raised, and that is all.
+
+    Args:
+        name: What the work is, for messages.
+        timeout_seconds: How long to wait for the others at a point.
+    """
+
+    def __init__(self, name: str, *, timeout_seconds: float = 600.0) -> None:
+        self._room = f"{name}/{next(_works)}"
+        self._timeout_seconds = timeout_seconds
+        self._points = itertools.count()
+
+    def settle(self, failure: Exception | None, told: Any = None) -> Any:
+        """Waits for all processes, and raises if one has failed.
+
+        Args:
+            failure: What went wrong in this process. It is raised here if something did; unless it is
+                from an earlier point, which all have heard of, when nobody is waited for.
+            told: What process 0 tells the others, as JSON can express it.
+
+        Returns:
+            What process 0 told.
+
+        Raises:
+            CheckpointError: Another process raised one; an `UnreadableError` if it raised such.
+            DistributedError: Another process raised something else, or not all came in time.
+        """
+        if failure is not None and getattr(failure, "is_settled", False):
+            raise failure
+        if jax.process_count() == 1:
+            if failure is not None:
+                raise failure
+            return told
+        vote = {"told": told, "kind": failure and type(failure).__name__, "text": str(failure)[:2000]}
+        held = _exchange(f"{self._room}/{next(self._points)}", vote, self._timeout_seconds)
+        failed = [process for process in sorted(held) if held[process]["kind"] is not None]
+        if failed and failure is None:
+            first = held[failed[0]]
+            failure = _KINDS.get(first["kind"], DistributedError)(f"process {failed[0]} failed: {first['text']}")
+        if failure is not None:
+            failure.is_settled = True  # type: ignore[attr-defined]
+            raise failure
+        return held[0]["told"]
+
+
+def _exchange(room: str, value: Any, timeout_seconds: float) -> dict[int, Any]:
+    """Returns what each process holds, by its index. Each room is used once."""
+    client, room = _client(), f"trainer/{room}"
+    client.key_value_set(f"{room}/{jax.process_index()}", json.dumps(value))
+    barrier(room, timeout_seconds)
+    return {int(key.rsplit("/", 1)[1]): json.loads(text) for key, text in client.key_value_dir_get(f"{room}/")}
 
 
 def _number(value: Any, name: str, variable: str) -> int | None:

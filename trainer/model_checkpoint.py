@@ -1,27 +1,32 @@
-"""The best checkpoints of a run, and its newest, kept by Orbax."""
+"""The best checkpoints of a run, and its newest, as directories of Orbax."""
 
-import functools
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
+
+from trainer.background import BackgroundSaver
 from trainer.callbacks import Callback
+from trainer.distributed import Votes
+from trainer.durable import remove_directory
 from trainer.errors import ArgumentError, CheckpointError, check_count
 from trainer.monitors import Monitor
-from trainer.orbax_format import OrbaxDirectory, save_args
+from trainer.orbax_format import OrbaxDirectory, begin_directory
 
 
 class ModelCheckpoint(Callback):
-    """Saves whole states in a directory that Orbax manages: the best by a metric, and the newest.
+    """Saves whole states in a directory, in the format of Orbax: the best by a metric, and the newest.
 
     Each is a directory ``dirpath/<step>``, whole or not there, for ``load_checkpoint(path)`` and
     ``train(..., resume=path)``; arrays that are sharded over devices or processes are saved from
     where they are, and never gathered. A metric named ``val_…`` is judged, and the state saved, when
     a validation ends, so the score is that of the very state it is saved with; any other at the end
-    of an epoch. It hears of an event after all other callbacks, whose states it saves.
+    of an epoch. It hears of an event after all other callbacks, whose states it saves. Where there are
+    several processes, each has one, with the same ``dirpath``, and all decide alike.
 
     A state that is not finite is not saved. A score that is NaN is worse than any number.
 
@@ -62,14 +67,14 @@ class ModelCheckpoint(Callback):
     ) -> None:
         if isinstance(save_top_k, bool) or not isinstance(save_top_k, int) or save_top_k < -1:
             raise ArgumentError(f"`save_top_k` is {save_top_k!r}; it must be -1 for all, 0, or a positive integer.")
-        self.dirpath = Path(dirpath).absolute()  # Orbax takes no other
+        self.dirpath = Path(dirpath).absolute()
         self._monitor = Monitor(monitor, mode)
         self._save_top_k = save_top_k
         self._save_last = save_last
         self._every_n_epochs = check_count(every_n_epochs, "every_n_epochs")
         self._background = background
-        self._manager: Any = None
-        self._scores: dict[int, float | None] = {}
+        self._saver = BackgroundSaver()
+        self._scores: dict[int, float | None] | None = None  # of what is there, None where that is not known
         self._epoch = 0
         self._judged_step = -1
         self._last_is_due = False
@@ -77,14 +82,15 @@ class ModelCheckpoint(Callback):
     @property
     def best_model_path(self) -> Path | None:
         """The checkpoint with the best score, None while there is none. Waits for a save under way."""
-        steps = [step for step in self._finished() if not math.isnan(self._score(step))]
-        return self.dirpath / str(max(steps, key=self._order)) if steps else None
+        scores = self._finished()
+        steps = [step for step in scores if not math.isnan(_number(scores[step]))]
+        return self.dirpath / str(max(steps, key=lambda step: self._order(step, scores))) if steps else None
 
     @property
     def best_model_score(self) -> float | None:
         """The score of the best checkpoint, None while there is none. Waits for a save under way."""
         best = self.best_model_path
-        return None if best is None else self._scores[int(best.name)]
+        return None if best is None else self._finished()[int(best.name)]
 
     @property
     def last_model_path(self) -> Path | None:
@@ -94,7 +100,9 @@ class ModelCheckpoint(Callback):
 
     def on_train_begin(self, trainer: Any) -> None:
         self._judged_step, self._last_is_due = -1, False
-        later = [step for step in self._open().all_steps() if step > trainer.step]
+        self.wait()
+        self._scores = None
+        later = [step for step in self._known() if step > trainer.step]
         if later:
             warnings.warn(
                 f"`dirpath` `{self.dirpath}` holds checkpoints up to step {max(later)}, later than this run's step "
@@ -130,8 +138,11 @@ class ModelCheckpoint(Callback):
         Raises:
             CheckpointError: It failed.
         """
-        if self._manager is not None:
-            self._calling_orbax(self._manager.wait_until_finished)
+        try:
+            self._saver.wait()
+        except Exception:
+            self._scores = None
+            raise
 
     def _judge(self, trainer: Any, logs: dict[str, float]) -> None:
         score = self._monitor.read(logs)
@@ -155,74 +166,67 @@ class ModelCheckpoint(Callback):
             )
 
     def _save(self, trainer: Any, score: float | None) -> None:
-        manager, step = self._open(), trainer.step
-        after = [*(known for known in manager.all_steps() if known != step), step]
-        self._scores[step] = score
-        if not self._kept(after)[-1]:
+        self.wait()
+        step = trainer.step
+        scores = {known: judged for known, judged in self._known().items() if known != step}
+        scores[step] = score
+        kept = self._kept(scores)
+        if step not in kept:
             return
         if not bool(trainer.state.is_finite()):
             warnings.warn(f"the state is not finite at step {step}; `{self.dirpath}` keeps what it has.", stacklevel=3)
             return
         snapshot = trainer.snapshot()
-        arguments = save_args({**snapshot.info, "monitor": self._monitor.name, "score": score}, snapshot.leaves)
-        if step in manager.all_steps():
-            self.wait()  # it may be the one that is under way
-            self._calling_orbax(functools.partial(manager.delete, step))
-        self._calling_orbax(functools.partial(manager.save, step, args=arguments, force=True))
+        info = {**snapshot.info, "monitor": self._monitor.name, "score": score}
+        finish = begin_directory(self.dirpath / str(step), info, snapshot.leaves)
+
+        def write() -> None:
+            finish()
+            for known in scores.keys() - kept if jax.process_index() == 0 else ():
+                remove_directory(self.dirpath / str(known))
+
+        self._scores = {known: scores[known] for known in scores if known in kept}
+        self._saver.start(write)
         if not self._background:
             self.wait()
 
-    def _calling_orbax(self, call: Any) -> None:
+    def _known(self) -> dict[int, float | None]:
+        """Returns the scores of the checkpoints that are there, of which process 0 tells the others."""
+        if self._scores is None:
+            self._scores = {
+                int(step): score for step, score in Votes("list").settle(None, list(self._on_disk().items()))
+            }
+        return self._scores
+
+    def _finished(self) -> dict[int, float | None]:
+        self.wait()
+        return self._on_disk() if self._scores is None else self._scores
+
+    def _on_disk(self) -> dict[int, float | None]:
+        names = os.listdir(self.dirpath) if self.dirpath.is_dir() else []
+        return {int(name): self._score_on_disk(name) for name in sorted(filter(str.isdecimal, names), key=int)}
+
+    def _score_on_disk(self, name: str) -> float | None:
         try:
-            call()
-        except Exception as error:  # anything at all that went wrong on the disk
-            # What Orbax believes to be there is not; it is asked again when next needed.
-            self._manager = None
-            reason = " ".join(str(error).split())[:300]
-            raise CheckpointError(
-                f"a checkpoint in `{self.dirpath}` could not be written ({type(error).__name__}: {reason}); earlier "
-                f"ones are as they were."
-            ) from error
-
-    def _open(self) -> Any:
-        if self._manager is None:
-            import orbax.checkpoint as ocp
-
-            options = ocp.CheckpointManagerOptions(preservation_policy=self, cleanup_tmp_directories=True)
-            self._manager = ocp.CheckpointManager(self.dirpath, options=options)
-            self._scores = {step: self._score_on_disk(step) for step in self._manager.all_steps()}
-        return self._manager
-
-    def _score_on_disk(self, step: int) -> float | None:
-        try:
-            with OrbaxDirectory(self.dirpath / str(step)) as directory:
+            with OrbaxDirectory(self.dirpath / name) as directory:
                 score = directory.info.get("score")
                 same = directory.info.get("monitor") == self._monitor.name
         except CheckpointError:  # to be found out by whoever loads it
             return None
         return float(score) if same and isinstance(score, int | float) else None
 
-    def _finished(self) -> list[int]:
-        if self._manager is None and not self.dirpath.is_dir():
-            return []
-        self.wait()
-        return list(self._open().all_steps())
+    def _kept(self, scores: Mapping[int, float | None]) -> set[int]:
+        """Returns the steps that stay: the best, and the last of the mapping."""
+        if self._save_top_k < 0:
+            return set(scores)
+        judged = [step for step in scores if scores[step] is not None]
+        best = sorted(judged, key=lambda step: self._order(step, scores), reverse=True)[: self._save_top_k]
+        return {*best, *list(scores)[-1:]} if self._save_last else set(best)
 
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Tells Orbax what to keep, see ``orbax.checkpoint.checkpoint_managers.PreservationPolicy``."""
-        del context
-        return self._kept([checkpoint.step for checkpoint in checkpoints])
-
-    def _kept(self, steps: Sequence[int]) -> list[bool]:
-        """Tells of each step whether it stays: the best, and the last of the list."""
-        judged = sorted((step for step in steps if self._scores.get(step) is not None), key=self._order, reverse=True)
-        best = set(steps if self._save_top_k < 0 else judged[: self._save_top_k])
-        return [step in best or (self._save_last and step == steps[-1]) for step in steps]
-
-    def _order(self, step: int) -> tuple[float, int]:
+    def _order(self, step: int, scores: Mapping[int, float | None]) -> tuple[float, int]:
         # Of two that are equally good the earlier one is better: it was there, and cost less.
-        return self._monitor.rank(self._score(step)), -step
+        return self._monitor.rank(_number(scores[step])), -step
 
-    def _score(self, step: int) -> float:
-        score = self._scores.get(step)
-        return math.nan if score is None else score
+
+def _number(score: float | None) -> float:
+    return math.nan if score is None else score

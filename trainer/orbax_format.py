@@ -5,13 +5,22 @@ Orbax reads; ``about`` holds what a person wants to know and a description of ev
 of our own, since Orbax notices damage to its indices but not to the numbers. Arrays are written from
 where they are and read to where they shall be; none is gathered.
 
+Where there are several processes, each calls at the same point. Orbax writes in each what its devices hold;
+process 0 writes the rest, and gives the directory its name once all have finished. What fails in one process
+fails in all (`trainer.distributed.Votes`).
+
 Orbax cannot store some arrays, so they are stored otherwise: those without entries in the description
 alone, keys as their words, dtypes of less than two bytes other than the plain integers as bits (uint8).
 """
 
+import asyncio
+import contextlib
+import functools
 import json
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,28 +32,131 @@ import numpy as np
 import xxhash
 
 from trainer.bundle import DTYPES, Leaf, leaf_from_record, leaf_to_record
-from trainer.digests import as_text, bits, digest, digest_on_host, from_bits
-from trainer.errors import UnreadableError
+from trainer.digests import bits, digests_as_text, from_bits
+from trainer.distributed import Votes
+from trainer.durable import NewDirectory
+from trainer.errors import CheckpointError, UnreadableError
 from trainer.paths import LeafPath
-from trainer.placement import place
+from trainer.placement import as_key, is_spread, place, sharding_of
 
 FORMAT = "nnx-trainer orbax 1"
+
+# A save that takes longer than this has failed.
+_PATIENCE_SECONDS = 3600.0
 
 _PLAIN = {"bool", "int8", "uint8", "int16", "uint16", "float16", "bfloat16", "int32", "uint32", "float32"}
 _PLAIN |= {"int64", "uint64", "float64", "complex64", "complex128"}
 
 
-def save_args(info: Mapping[str, Any], leaves: Sequence[tuple[Leaf, Any]]) -> Any:
-    """Returns what ``orbax.checkpoint.CheckpointManager.save`` takes as ``args``.
+def begin_directory(path: Path, info: Mapping[str, Any], leaves: Sequence[tuple[Leaf, Any]]) -> Callable[[], None]:
+    """Copies arrays to the host, and begins to write them beside the directory ``path``.
 
     Args:
+        path: The directory, which may hold a checkpoint already. The one above is made if it is missing.
         info: Plain values for people.
         leaves: Descriptions of the arrays, and the arrays, of JAX or NumPy; keys as their words. They may
-            be sharded over devices and processes, and donated as soon as the save has returned.
-    """
-    import orbax.checkpoint as ocp
+            be sharded over devices and processes, and donated as soon as this has returned.
 
-    digests = [_digest(array) for _, array in leaves]
+    Returns:
+        What finishes the checkpoint, and must be called, in any thread: it waits until all is written, in
+        all processes, and gives it the name. What had the name before is there until then.
+
+    Raises:
+        CheckpointError: Something failed, in this or in another process. The function that is returned
+            raises it as well; what was there before is untouched then.
+    """
+    votes, last_votes = Votes("save"), Votes("commit", timeout_seconds=_PATIENCE_SECONDS)
+    writing = _Writing(path.absolute())
+    # Digests first: they are computed by the devices of all processes together.
+    digests = digests_as_text([array for _, array in leaves])
+    tree = _tree_of(leaves)
+    try:
+        temporary = votes.settle(*_attempted(writing.prepare, path))
+        votes.settle(*_attempted(functools.partial(writing.begin, Path(temporary), tree), path))
+    except BaseException:
+        writing.discard()
+        raise
+    records = [{**leaf_to_record(leaf), "digest": found} for (leaf, _), found in zip(leaves, digests, strict=True)]
+    about = json.dumps({"info": info, "leaves": records}, default=str)
+
+    def finish() -> None:
+        try:
+            last_votes.settle(*_attempted(writing.wait, path))
+            last_votes.settle(*_attempted(functools.partial(writing.commit, about), path))
+        except BaseException:
+            writing.discard()
+            raise
+
+    return finish
+
+
+def write_directory(path: Path, info: Mapping[str, Any], leaves: Sequence[tuple[Leaf, Any]]) -> None:
+    """Writes one checkpoint, arguments and errors as for `begin_directory`."""
+    begin_directory(path, info, leaves)()
+
+
+class _Writing:
+    """What one process does to write a checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        import orbax.checkpoint as ocp
+
+        self._path = path
+        self._handler = ocp.PyTreeCheckpointHandler()
+        self._is_first = jax.process_index() == 0
+        self._new: NewDirectory | None = None
+        self._temporary = path
+        self._futures: Sequence[Any] = ()
+
+    def prepare(self) -> str | None:
+        """Makes a directory beside the path, in one process for all."""
+        if not self._is_first:
+            return None
+        if self._path.is_dir() and any(self._path.iterdir()) and not (self._path / "about" / "metadata").exists():
+            raise FileExistsError("it is a directory of something else, which is not replaced")
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._new = NewDirectory(self._path)
+        (self._new.temporary / "state").mkdir()
+        return str(self._new.temporary)
+
+    def begin(self, temporary: Path, tree: Any) -> None:
+        """Copies the arrays, and lets Orbax write them beside what comes next."""
+        import orbax.checkpoint as ocp
+
+        self._temporary = temporary
+        saving = self._handler.async_save(_state_in(temporary), args=ocp.args.PyTreeSave(tree))
+        self._futures = _run(saving) or ()
+
+    def wait(self) -> None:
+        """Waits until nothing is being written any more, and raises what went wrong first."""
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        futures, self._futures = self._futures, ()
+        failures = []
+        for future in futures:
+            try:
+                future.result(timeout=max(deadline - time.monotonic(), 0.0))
+            except Exception as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
+
+    def commit(self, about: str) -> None:
+        if self._new is None:
+            return
+        self._handler.finalize(_state_in(self._temporary))
+        envelope = {"format": FORMAT, "about": about, "checksum": xxhash.xxh3_64_hexdigest(about.encode())}
+        (self._temporary / "about").mkdir()
+        (self._temporary / "about" / "metadata").write_text(json.dumps(envelope), encoding="utf-8")
+        self._new.commit()
+
+    def discard(self) -> None:
+        if self._new is not None:
+            with contextlib.suppress(Exception):  # there is one already
+                self.wait()
+            self._new.discard()
+
+
+def _tree_of(leaves: Sequence[tuple[Leaf, Any]]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for leaf, array in leaves:
         if array.size:
@@ -52,29 +164,55 @@ def save_args(info: Mapping[str, Any], leaves: Sequence[tuple[Leaf, Any]]) -> An
             node = tree
             for name in parents:
                 node = node.setdefault(name, {})
-            node[last] = array if leaf.dtype in _PLAIN else bits(jnp.asarray(array))
-    records = [
-        {**leaf_to_record(leaf), "digest": as_text(found)} for (leaf, _), found in zip(leaves, digests, strict=True)
-    ]
-    about = json.dumps({"info": info, "leaves": records}, default=str)
-    envelope = {"format": FORMAT, "about": about, "checksum": xxhash.xxh3_64_hexdigest(about.encode())}
-    return ocp.args.Composite(state=ocp.args.PyTreeSave(tree), about=ocp.args.JsonSave(envelope))
+            stored = array if leaf.dtype in _PLAIN else bits(jnp.asarray(array))
+            # What every process has for itself, process 0 writes; Orbax takes it as an array of NumPy only.
+            node[last] = np.asarray(stored) if jax.process_count() > 1 and not is_spread(stored) else stored
+    return tree
 
 
-def write_directory(path: Path, info: Mapping[str, Any], leaves: Sequence[tuple[Leaf, Any]]) -> None:
-    """Writes one checkpoint, arguments as for `save_args`.
+def _attempted(work: Callable[[], Any], path: Path) -> tuple[Exception | None, Any]:
+    """Returns what to settle: a failure, or what the work returned."""
+    try:
+        return None, work()
+    except Exception as error:  # whatever a disk makes Orbax and TensorStore raise
+        reason = " ".join(str(error).split())[:300]
+        failure = CheckpointError(f"`{path}` could not be written ({type(error).__name__}: {reason})")
+        failure.__cause__ = error
+        return failure, None
 
-    Raises:
-        ValueError: Orbax could not write it.
-    """
-    import orbax.checkpoint as ocp
 
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        checkpointer.save(path.absolute(), args=save_args(info, leaves))
+def _state_in(directory: Path) -> Any:
+    """Returns where the arrays are, as the path that handlers of Orbax take."""
+    from etils import epath  # type: ignore[import-untyped]
+
+    return epath.Path(directory / "state")
+
+
+def _run(coroutine: Any) -> Any:
+    """Runs a coroutine to its end, in a thread of its own where this one has an event loop, as notebooks do."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return _run_in_new_loop(coroutine)
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_run_in_new_loop, coroutine).result()
+
+
+def _run_in_new_loop(coroutine: Any) -> Any:
+    # asyncio.run() would end by looking through the tasks of all threads, which others change meanwhile.
+    loop = asyncio.new_event_loop()
+    try:
+        return loop.run_until_complete(coroutine)
+    finally:
+        loop.close()
 
 
 class OrbaxDirectory:
-    """A checkpoint that `save_args` described, opened. Nothing but the description is read yet.
+    """A checkpoint that `begin_directory` wrote, opened. Nothing but the description is read yet.
+
+    Args:
+        path: The directory.
+        votes: Those of all processes that read it to arrays which are spread over them.
 
     Attributes:
         info: What was written about the state.
@@ -84,8 +222,9 @@ class OrbaxDirectory:
         UnreadableError: It cannot be read, or is no such directory.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], votes: Votes | None = None) -> None:
         self.path = Path(path).absolute()
+        self._votes = votes
         self.info, self.leaves, self._digests = self._read_about()
 
     def read(self, wanted: Mapping[LeafPath, jax.Array | None]) -> dict[LeafPath, Any]:
@@ -96,12 +235,21 @@ class OrbaxDirectory:
         """
         if not wanted:
             return {}
-        arrays = self._restore({path: like for path, like in wanted.items() if 0 not in self.leaves[path].shape})
+        arrays, failure = {}, None
+        try:
+            arrays = self._restore({path: like for path, like in wanted.items() if 0 not in self.leaves[path].shape})
+        except UnreadableError as error:
+            failure = error
+        if self._votes is not None and any(map(is_spread, wanted.values())):
+            self._votes.settle(failure)  # before the digests, which all processes compute together
+        if failure is not None:
+            raise failure
         for path in wanted.keys() - arrays.keys():
             arrays[path] = np.empty(self.leaves[path].shape, DTYPES[self.leaves[path].dtype])
-        digests = {path: _digest(array) for path, array in arrays.items()}
-        for path, found in digests.items():
-            if as_text(found) != self._digests[path]:
+        # In the order of the file, which is that of all processes.
+        paths = [path for path in self.leaves if path in arrays]
+        for path, found in zip(paths, digests_as_text([arrays[path] for path in paths]), strict=True):
+            if found != self._digests[path]:
                 raise self._damaged(f"the checksum of `{self.leaves[path].name}` does not agree")
         return {path: _placed(arrays[path], like) for path, like in wanted.items()}
 
@@ -152,6 +300,8 @@ class OrbaxDirectory:
 
     def _restore(self, wanted: Mapping[LeafPath, jax.Array | None]) -> dict[LeafPath, Any]:
         """Reads the stored arrays, in one go: Orbax reads many at once."""
+        if not wanted:
+            return {}
         import orbax.checkpoint as ocp
 
         item: dict[str, Any] = {}
@@ -166,14 +316,11 @@ class OrbaxDirectory:
             items[last] = jax.ShapeDtypeStruct(leaf.shape, stored)
             hows[last] = ocp.RestoreArgs(restore_type=np.ndarray)
             if like is not None and like.committed:
-                sharding = jax.random.key_data(like).sharding if leaf.key is not None else like.sharding
-                hows[last] = ocp.ArrayRestoreArgs(sharding=sharding, global_shape=leaf.shape)
+                hows[last] = ocp.ArrayRestoreArgs(sharding=sharding_of(like), global_shape=leaf.shape)
+        restore = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
         try:
-            with ocp.PyTreeCheckpointer() as checkpointer:
-                tree = checkpointer.restore(
-                    self.path / "state",
-                    args=ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True),
-                )
+            # Not through a checkpointer, whose barrier a process that fails would not come to.
+            tree = ocp.PyTreeCheckpointHandler().restore(_state_in(self.path), args=restore)
         except Exception as error:  # whatever a damaged directory makes Orbax and TensorStore raise
             reason = " ".join(str(error).split())[:300]
             raise self._damaged(f"its arrays could not be read ({type(error).__name__}: {reason})") from error
@@ -196,14 +343,8 @@ class OrbaxDirectory:
 def _placed(array: Any, like: jax.Array | None) -> Any:
     if like is None:
         return np.asarray(array)
-    if isinstance(array, jax.Array):  # it was read to its place
-        wrapped = jnp.issubdtype(like.dtype, jax.dtypes.prng_key)
-        return jax.random.wrap_key_data(array, impl=jax.random.key_impl(like)) if wrapped else array
-    return place(array, like)
-
-
-def _digest(array: Any) -> Any:
-    return digest(array) if isinstance(array, jax.Array) else digest_on_host(array)
+    # An array of JAX was read to its place.
+    return as_key(array, like) if isinstance(array, jax.Array) else place(array, like)
 
 
 def _names(path: LeafPath) -> list[str]:

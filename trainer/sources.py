@@ -18,6 +18,7 @@ import msgpack
 import numpy as np
 
 from trainer.bundle import Bundle, Leaf
+from trainer.distributed import Votes
 from trainer.errors import CheckpointError
 from trainer.orbax_format import OrbaxDirectory
 from trainer.paths import LeafPath, parts_of
@@ -73,20 +74,21 @@ class Source(Protocol):
     ) -> None: ...
 
 
-def open_source(path: str | os.PathLike[str], like: TrainState | None = None) -> Source:
+def open_source(path: str | os.PathLike[str], like: TrainState | None = None, votes: Votes | None = None) -> Source:
     """Opens a checkpoint, and checks everything but the arrays.
 
     Args:
         path: A file or directory.
         like: A state of the same structure. Only a pickle is in need of it, which neither tells the
             parameters from other variables nor knows what the optimizer calls its fields.
+        votes: Those of all processes that load it together, see `OrbaxDirectory`.
 
     Raises:
         CheckpointError: It is missing, damaged, of a newer format, or no checkpoint.
     """
     path = Path(path)
     if path.is_dir():
-        return OrbaxDirectory(path)
+        return OrbaxDirectory(path, votes)
     return _Pickle(path, like) if is_pickle(path) else _File(path)
 
 

@@ -7,6 +7,7 @@ where the run is), which checkpoints hold as well.
 
 import contextlib
 import copy
+import dataclasses
 import itertools
 import os
 import time
@@ -38,7 +39,7 @@ from trainer.compilation import Compilation, read_compilation
 from trainer.config import TrainingConfig
 from trainer.data import EpochOfData, InMemoryData, one_pass, seed_from_key, takes_batch_size
 from trainer.devices import devices_of
-from trainer.distributed import check_agreement
+from trainer.distributed import check_agreement, gathered
 from trainer.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -609,10 +610,12 @@ class Trainer:
             "epoch": self.epoch,
             "metrics": self.history[-1] if self.history else {},
         }
+        run, loaders = self._run_to_save()
         progress = {
             "epoch": self.epoch,
             "history": list(self.history),
-            "run": self._run_to_save(),
+            "run": run,
+            "loaders": loaders,
             "listeners": self._listeners.state_dict(),
         }
         return take_snapshot(self.state, info, progress=progress)
@@ -690,7 +693,8 @@ class Trainer:
                         validate()
                     if self.step % save_every == 0:
                         self._save_if_finite(background=True)
-                self._saver.check()
+                if self._devices.processes == 1:  # several wait for it at the same point, before the next save
+                    self._saver.check()
                 self._interruption.check()
                 collect()
         self._reporter.catch_up()
@@ -817,18 +821,34 @@ class Trainer:
             self.train_data_loader, config.batch_size, "train_data_loader", config.steps_per_epoch, self._pass
         )
 
-    def _run_to_save(self) -> dict[str, Any] | None:
-        """Returns the run that the state belongs to, None where there is none to resume."""
+    def _run_to_save(self) -> tuple[dict[str, Any] | None, list[Any] | None]:
+        """Returns the run that the state belongs to, None where there is none to resume, and `Books.loaders`."""
         run = self._run
         if run.step != self.step == self._awaited_step == self._latest[0]:
             # The step is done and its batch is not counted yet: on_batch_end is being emitted.
             run = run.copy()
             run.count(*self._latest)
         if run.step != self.step or (run.num_examples == 0 and self._pass is None):
-            return None
-        if self._pass is not None:
-            run.loader = self._pass.position(run.batch)
-        return run.to_dict()
+            return None, None
+        if self._pass is None:
+            return run.to_dict(), None
+        run.loader, loaders = self._positions(self._pass, run.batch)
+        return run.to_dict(), loaders
+
+    def _positions(self, loader_pass: LoaderPass, finished: int) -> tuple[LoaderPosition, list[Any] | None]:
+        """Returns where the loader is, and those of all processes where there are several."""
+        if self._devices.processes == 1:
+            return loader_pass.position(finished), None
+        position, failure = LoaderPosition(), ""
+        try:
+            position = loader_pass.position(finished)
+        except CheckpointError as error:  # which the others have to hear of
+            failure = str(error)
+        found = gathered([dataclasses.asdict(position), failure])
+        for process, (_, problem) in enumerate(found):
+            if problem:
+                raise CheckpointError(f"the loader of process {process} cannot be resumed: {problem}")
+        return position, [one for one, _ in found]
 
     def _checkpoint_to_resume(self, resume: bool | str | os.PathLike[str]) -> Loaded | None:
         if resume is False:
@@ -860,6 +880,7 @@ class Trainer:
                 f"load_checkpoint() and train on."
             )
         run.check_same_run(asked)
+        run.loader = self._own_position(checkpoint, run)
         with self._put_back_on_failure():
             self._restore(checkpoint, run)
             self._pass = self._pass_over_loader()
@@ -868,6 +889,23 @@ class Trainer:
             self._pass.open(run.loader or LoaderPosition(), run.batch)
         self._reporter.introduce(self.training_config.to_dict())
         self._remark_resumed(checkpoint)
+
+    def _own_position(self, checkpoint: Loaded, run: RunProgress) -> LoaderPosition | None:
+        """Returns where the loader of this process was."""
+        loaders = _books_in(checkpoint).loaders or [None]
+        if len(loaders) != self._devices.processes:
+            raise CheckpointError(
+                f"`{checkpoint.path}` was saved by {len(loaders)} processes, each with a loader of its own, and there "
+                f"are {self._devices.processes}; start as many, or train(data), whose order does not depend on them."
+            )
+        if len(loaders) == 1:
+            return run.loader
+        try:
+            return LoaderPosition.from_dict(loaders[jax.process_index()])
+        except ValueError as error:
+            raise CheckpointError(
+                f"`{checkpoint.path}` holds a position that cannot be understood: {error}."
+            ) from error
 
     def _remark_resumed(self, checkpoint: Loaded) -> None:
         where = f"epoch {self.epoch}, batch {self._run.batch}"

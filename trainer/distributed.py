@@ -6,6 +6,7 @@ message: they talk through the coordination service of JAX, beside the devices, 
 """
 
 import atexit
+import base64
 import hashlib
 import itertools
 import json
@@ -20,6 +21,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import jax
+import msgpack
 
 from trainer.errors import ArgumentError, ArgumentTypeError, CheckpointError, DistributedError, UnreadableError
 
@@ -409,6 +411,23 @@ class Votes:
             failure.is_settled = True  # type: ignore[attr-defined]
             raise failure
         return held[0]["told"]
+
+
+def gathered(value: Any, *, timeout_seconds: float = 300.0) -> list[Any]:
+    """Returns what each process holds, in their order. All call it, at the same point.
+
+    Args:
+        value: What MessagePack can express, and little of it.
+        timeout_seconds: How long to wait for the others.
+
+    Raises:
+        DistributedError: Not all came in time.
+    """
+    if jax.process_count() == 1:
+        return [value]
+    text = base64.b64encode(msgpack.packb(value)).decode()
+    held = _exchange(f"gathered/{next(_works)}", text, timeout_seconds)
+    return [msgpack.unpackb(base64.b64decode(held[process])) for process in sorted(held)]
 
 
 def _exchange(room: str, value: Any, timeout_seconds: float) -> dict[int, Any]:

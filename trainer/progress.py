@@ -22,12 +22,14 @@ class Books:
         history: The rows of the `trainer.History`.
         listeners: The states of the callbacks and extensions that have one.
         run: What `RunProgress.to_dict` returned.
+        loaders: Of several processes, where the loader of each is, as ``loader`` in ``run``.
     """
 
     epoch: int | None = None
     history: list[dict[str, Any]] | None = None
     listeners: list[Any] = dataclasses.field(default_factory=list)
     run: Any = None
+    loaders: list[Any] | None = None
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Self:
@@ -39,8 +41,9 @@ class Books:
         books = cls(**{field.name: plain[field.name] for field in dataclasses.fields(cls) if field.name in plain})
         if books.epoch is not None:
             _check_count("epoch", books.epoch)
-        if not isinstance(books.listeners, list):
-            raise ValueError(f"`listeners` is of type {type(books.listeners).__name__}, not a list")
+        for name, value in (("listeners", books.listeners), ("loaders", books.loaders or [])):
+            if not isinstance(value, list):
+                raise ValueError(f"`{name}` is of type {type(value).__name__}, not a list")
         if books.history is not None:
             if not isinstance(books.history, list):
                 raise ValueError(f"`history` is of type {type(books.history).__name__}, not a list")

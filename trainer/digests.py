@@ -42,7 +42,8 @@ def digests_as_text(arrays: Sequence[jax.Array | np.ndarray[Any, Any]]) -> list[
             found.append(_digest_over(mesh)(array))
             # Devices of a CPU share threads: of many programs that communicate they may take up different ones first,
             # and then wait for each other.
-            if next(iter(array.sharding.device_set)).platform == "cpu":
+            device: Any = next(iter(array.sharding.device_set))
+            if device.platform == "cpu":
                 jax.block_until_ready(found[-1])
     return [as_text(one) for one in found]
 

@@ -1,13 +1,17 @@
 """The `Trainer` in several processes: they train as one does, agree at the start, and one of them logs."""
 
 import json
+import os
+import shutil
+import signal
 
 import jax
+import numpy as np
 import pytest
 
 from tests.test_distributed import run
 from tests.test_trainer_mesh import Perceptron, config, data, objective
-from trainer import Trainer, make_mesh
+from trainer import Callback, CheckpointError, Trainer, latest_checkpoint, make_mesh
 
 COURSE = """
 import tempfile
@@ -122,3 +126,112 @@ def test_a_disagreement_is_told_by_all_before_the_first_step():
         assert "`train_steps/program` is a text of" in found["code"]
         assert "there are 2 processes and no `mesh`: each trains a model of its own" in found["no mesh"][0]
         assert found["step"] == 0
+
+
+INTERRUPT = """
+import pathlib, signal
+from tests.test_trainer_mesh import Perceptron, batch, data, objective
+from tests.test_trainer_processes import Stopping, losses, resumable
+from trainer import CheckpointError, TrainingInterrupted, make_mesh
+
+directory = pathlib.Path(json.loads(os.environ["FLAGS"]))
+mesh = make_mesh({"data": 1, "fsdp": 2})
+
+# A signal to one of them, in the midst of the second epoch.
+trainer = resumable(mesh, directory / "run", callbacks=[Stopping(8, process == 1)])
+try:
+    trainer.train(data(), 3, 16, data(13, seed=1), val_interval=7)
+except TrainingInterrupted as error:
+    found = {"step": trainer.step, "path": error.path.name, "losses": losses(trainer)}
+
+# Loaders of their own: interrupted between two batches, and taken up by another trainer.
+def parts():
+    starts = range(8 * process, 80, 16)
+    return [{name: column[start : start + 8] for name, column in data(80).items()} for start in starts]
+
+class Saving(Stopping):
+    def on_batch_end(self, trainer, step, logs):
+        if step == 7:
+            trainer.save_checkpoint()
+            raise RuntimeError("stopped")
+
+whole = resumable(mesh, directory / "whole", train_data_loader=parts())
+whole.train_epoch()
+whole.train_epoch()
+broken = resumable(mesh, directory / "parts", train_data_loader=parts(), callbacks=[Saving(0, False)])
+broken.train_epoch()
+try:
+    broken.train_epoch()
+except RuntimeError:
+    pass
+import warnings
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # lists are drawn again
+    again = resumable(mesh, directory / "parts", train_data_loader=parts(), callbacks=[Stopping(0, False)])
+    again.train_epoch(resume=True)
+print(json.dumps({**found, "whole": losses(whole), "again": losses(again)}))
+"""
+
+
+class Stopping(Callback):
+    """Sends a signal to this process at a step, if it is the one."""
+
+    def __init__(self, step, is_the_one):
+        self.step, self.is_the_one = step, is_the_one
+
+    def on_batch_end(self, trainer, step, logs):
+        if step == self.step and self.is_the_one:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def resumable(mesh, directory, **options):
+    fixed = {"rng": jax.random.key(3), "save_interval": 3, "workdir": directory, "loss_fn": objective}
+    return Trainer(Perceptron, config(log_frequency=1), mesh=mesh, **fixed, **options)
+
+
+def losses(trainer):
+    return list(zip(*trainer.history.series("loss"), strict=True))
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("interrupted")
+    results = run(INTERRUPT, 2, flags=str(directory))
+    assert [status for status, _, _ in results] == [0, 0], results
+    return directory, [json.loads(out.splitlines()[-1]) for _, out, _ in results]
+
+
+class TestInterruption:
+    def test_all_stop_after_the_same_step_and_save(self, interrupted):
+        directory, (first, second) = interrupted
+        assert first == second
+        assert 8 <= first["step"] < 18
+        assert first["path"] == f"checkpoint_{first['step']}.orbax"
+        assert latest_checkpoint(directory / "run").name == first["path"]
+
+    def test_another_number_of_processes_and_devices_goes_on_with_what_is_left(self, interrupted, tmp_path):
+        directory, (first, _) = interrupted
+        shutil.copytree(directory / "run", tmp_path / "run")
+        trainer = resumable(make_mesh({"fsdp": 8}), tmp_path / "run", callbacks=[Stopping(0, False)])
+        result = trainer.train(data(), 3, 16, data(13, seed=1), val_interval=7, resume=True)
+
+        never = resumable(make_mesh({"data": 1}, jax.devices()[:1]), tmp_path / "never")
+        expected = never.train(data(), 3, 16, data(13, seed=1), val_interval=7)
+        # The same batches step by step, in other parts and so summed in another order.
+        np.testing.assert_allclose(losses(trainer), losses(never), rtol=2e-5)
+        assert losses(trainer)[: first["step"]] == [tuple(row) for row in first["losses"]]
+        assert result == pytest.approx(expected, rel=2e-5, abs=2e-6)
+
+    def test_loaders_of_several_processes_are_taken_up(self, interrupted):
+        _, found = interrupted
+        for one in found:
+            assert one["again"] == one["whole"]
+            assert len(one["whole"]) == 10
+
+    def test_loaders_of_other_processes_are_refused(self, interrupted, tmp_path):
+        directory, _ = interrupted
+        shutil.copytree(directory / "parts", tmp_path / "parts")
+        trainer = resumable(make_mesh({"data": 8}), tmp_path / "parts", train_data_loader=[data(16)])
+        with pytest.raises(CheckpointError, match="was saved by 2 processes, each with a loader of its own"):
+            trainer.train_epoch(resume=True)
+        assert trainer.step == 0

@@ -9,8 +9,9 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(RUN) examples/digits.py
 
+# A process for every core; what one file tests stays in one of them.
 test: $(READY)
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest --numprocesses auto --dist loadfile $(ARGS)
 
 # A hundred kills, a process for every step to resume from, an array of 4 GiB; minutes, and 10 GiB of memory.
 kills: $(READY)

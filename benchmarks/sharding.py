@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import by_hand
-from dispatch import stack, stepping
+from dispatch import facade, stack, stepping
 from timing import Report, compared, in_turns, per
 from trainer import TrainState, jit_step, make_mesh, make_train_step, partition
 
@@ -102,7 +102,10 @@ def main():
     report = Report(__doc__, repeats=9)
     one = make_mesh({"data": 1}, jax.devices()[:1])
     sizes = ((2, 20), (10, 10)) if report.quick else ((2, 1000), (50, 200))
-    compare(report, "one device", {"plain": plain, "sharded": on_mesh(one)}, "plain", sizes, waits=False)
+    contenders = {"made first": plain, "plain": plain, "sharded": on_mesh(one)}
+    compare(report, "one device", contenders, "plain", sizes, waits=False)
+    contenders = {"Trainer.train_step": facade(), "  over a mesh": facade(mesh=one)}
+    compare(report, "one device", contenders, "Trainer.train_step", sizes, waits=False)
     sizes = ((2, 5),) if report.quick else ((2, 200), (50, 20))
     for axis, rules in (("data", None), ("fsdp", RULES)):
         mesh = make_mesh({axis: DEVICES}, jax.devices("cpu"))

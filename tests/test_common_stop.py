@@ -117,7 +117,7 @@ def test_the_one_that_is_furthest_decides():
     """Without collectives process 1 is far ahead when the signal comes to 0; a device may be as far behind."""
     body = """
         import itertools
-        from trainer.distributed import CommonStop
+        from trainer.common_stop import CommonStop
 
         reason = None
         with CommonStop(lambda: reason) as stop:
@@ -178,7 +178,7 @@ class TestErrors:
     def test_whoever_does_not_answer_is_named(self):
         body = """
             from trainer import DistributedError
-            from trainer.distributed import CommonStop
+            from trainer.common_stop import CommonStop
 
             for missing in (0, 1):
                 if process != missing:
@@ -202,7 +202,7 @@ class TestErrors:
 
     def test_runs_of_different_lengths_are_told(self):
         body = """
-            from trainer.distributed import CommonStop
+            from trainer.common_stop import CommonStop
 
             with CommonStop(lambda: None) as stop:
                 for _ in range(2 + process):

@@ -456,7 +456,8 @@ class Trainer:
         restored, and `TrainingInterrupted` or KeyboardInterrupt is raised. A second signal does not
         wait, and may cost the state in memory if it comes in the midst of a step. Where the state is
         not finite any more nothing is saved, so that the checkpoints of before are kept;
-        `save_checkpoint` saves whatever there is.
+        `save_checkpoint` saves whatever there is. Of several processes that train together all stop at
+        the same step, whichever got the signal; a second one ends all of them, unsaved.
 
         Args:
             train_data: A mapping of names to arrays of shape ``(num_examples, ...)``.
@@ -464,8 +465,8 @@ class Trainer:
             batch_size: Examples in a batch.
             val_data: Data to validate on, in the same form.
             val_interval: Validate every so many steps, and at the end.
-            resume: Continue an interrupted call with the same arguments at its next batch, to the bit:
-                True or "latest" from the latest undamaged checkpoint (from the start if there is
+            resume: Continue an interrupted call with the same arguments at its next batch, to the bit
+                (on other devices, or in another number of processes, within rounding): True or "latest" from the latest undamaged checkpoint (from the start if there is
                 none), or from the checkpoint at a path. History, averages, and callbacks that have
                 ``state_dict()`` and ``load_state_dict(state)`` go on as if nothing had happened.
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-from trainer.distributed import CommonStop, end_others
+from trainer.common_stop import CommonStop
+from trainer.distributed import end_others
 from trainer.errors import TrainingInterrupted
 
 

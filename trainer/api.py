@@ -466,9 +466,10 @@ class Trainer:
             val_data: Data to validate on, in the same form.
             val_interval: Validate every so many steps, and at the end.
             resume: Continue an interrupted call with the same arguments at its next batch, to the bit
-                (on other devices, or in another number of processes, within rounding): True or "latest" from the latest undamaged checkpoint (from the start if there is
-                none), or from the checkpoint at a path. History, averages, and callbacks that have
-                ``state_dict()`` and ``load_state_dict(state)`` go on as if nothing had happened.
+                (on other devices, or in another number of processes, within rounding): True or
+                "latest" from the latest undamaged checkpoint (from the start if there is none), or from
+                the checkpoint at a path. History, averages, and callbacks that have ``state_dict()`` and
+                ``load_state_dict(state)`` go on as if nothing had happened.
 
         Returns:
             The final validation averages where ``val_data`` is given, else the averages of the last

@@ -14,8 +14,8 @@ part of every sequence, and the compiler gathers keys and values where attention
 memory of activations is divided, so that sequences can be longer. Pipeline parallelism, layers on devices
 of their own, is out of scope: it takes a schedule in the step, which no rule can say.
 
-``--plan 64`` tells what a step would need on 64 devices instead. ``slurm.sh`` and ``kubernetes.yaml``,
-beside this file, start it as many processes.
+``--plan 64`` tells what a step would need on 64 devices instead, and ``--distributed`` makes it one of several
+processes, as `many_devices.py` is started by ``slurm.sh`` and ``kubernetes.yaml``.
 """
 
 import argparse

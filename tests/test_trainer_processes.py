@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.test_distributed import run
+from tests.test_distributed import finish, run, start
 from tests.test_trainer_mesh import Perceptron, config, data, objective
 from trainer import Callback, CheckpointError, Trainer, latest_checkpoint, make_mesh
 
@@ -235,3 +235,26 @@ class TestInterruption:
         with pytest.raises(CheckpointError, match="was saved by 2 processes, each with a loader of its own"):
             trainer.train_epoch(resume=True)
         assert trainer.step == 0
+
+
+EXAMPLE = """
+import contextlib, io
+sys.path.insert(0, "examples")
+import many_devices
+
+flags = ["--distributed", "--cpu-devices", "1", "--mesh", "data=-1,fsdp=2", "--epochs", "2", "--workdir"]
+printed = io.StringIO()
+with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(printed):
+    result = many_devices.main([*flags, json.loads(os.environ["FLAGS"])])
+print(json.dumps({"accuracy": result["accuracy"], "printed": printed.getvalue()}))
+"""
+
+
+def test_the_example_trains_and_one_process_tells(tmp_path):
+    results, _ = finish(start(EXAMPLE, 2, flags=str(tmp_path)), timeout=120)
+    assert [status for status, _, _ in results] == [0, 0], results
+    first, second = (json.loads(out.splitlines()[-1]) for _, out, _ in results)
+    assert first["accuracy"] == second["accuracy"] > 0.7
+    assert "after 24 steps on 2 devices" in first["printed"]
+    assert second["printed"] == ""
+    assert latest_checkpoint(tmp_path).name == "checkpoint_20.orbax"

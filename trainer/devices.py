@@ -98,8 +98,8 @@ class DefaultDevice:
     @functools.cache  # noqa: B019 - a trainer has one of these, and both end together
     def number(self, value: int) -> jax.Array:
         """Returns an integer as an array on every device."""
-        array: jax.Array = jax.device_put(np.int32(value), self.replicated)
-        return array
+        array: jax.Array = jax.device_put(np.int32(value))
+        return array if self.replicated is None else _spread(array, self.replicated)
 
     def take(
         self, batches: Iterator[Batch], *, may_be_short: bool = True, at_once: bool = False

@@ -72,7 +72,7 @@ class TestSaver:
         def save():
             waiting.wait(timeout=60)
             os.kill(os.getpid(), signal.SIGINT)
-            gate.wait(timeout=60)
+            gate.wait(timeout=10)  # for a signal that came just before the wait began
             failing()
 
         def wait():

@@ -11,7 +11,7 @@ import pytest
 
 from tests.test_distributed import finish, run, start
 from tests.test_trainer_mesh import Perceptron, config, data, objective
-from trainer import Callback, CheckpointError, Trainer, latest_checkpoint, make_mesh
+from trainer import Callback, CheckpointError, Trainer, batch_sharding, latest_checkpoint, make_mesh
 
 COURSE = """
 import tempfile
@@ -42,8 +42,7 @@ def course(trainer):
     """Trains and evaluates in every way, with short last batches, and returns what was measured."""
     result = trainer.train(data(), 2, 16, data(13, seed=1), val_interval=7)
     evaluated = trainer.evaluate(data(83), 40)
-    mesh = trainer.state.step.sharding.mesh
-    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(tuple({"data", "fsdp"} & {*mesh.axis_names})))
+    split = batch_sharding(trainer.state.step.sharding.mesh)
     places = split.addressable_devices_indices_map((16,)).values()
     own = sorted({row for (where,) in places for row in range(16)[where]})
     part = {name: column[own] for name, column in data().items()}

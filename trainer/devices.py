@@ -262,6 +262,16 @@ class OverMesh(DefaultDevice):
         return " and ".join(f"`{axis}`" for axis in self._axes) or "the mesh"
 
 
+class OverOneDevice(OverMesh):
+    """A mesh of one device: only the state has to be put there, and a batch follows it as fast as without a mesh."""
+
+    own = DefaultDevice.own
+    specification = DefaultDevice.specification
+    draw = DefaultDevice.draw
+    draw_several = DefaultDevice.draw_several
+    specification_in = DefaultDevice.specification_in
+
+
 def devices_of(mesh: Mesh | None, rules: Mapping[str, PartitionSpec] | None) -> DefaultDevice:
     """Returns where a trainer computes.
 
@@ -269,7 +279,7 @@ def devices_of(mesh: Mesh | None, rules: Mapping[str, PartitionSpec] | None) -> 
         ArgumentTypeError, ArgumentError: The arguments cannot be used.
     """
     if mesh is not None:
-        return OverMesh(mesh, rules)
+        return OverOneDevice(mesh, rules) if getattr(mesh, "size", 0) == 1 else OverMesh(mesh, rules)
     if rules is not None:
         raise ArgumentError("`partition_rules` were given without a `mesh`; pass one, see trainer.make_mesh.")
     if jax.process_count() > 1:

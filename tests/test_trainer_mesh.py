@@ -23,6 +23,7 @@ from trainer import (
     Trainer,
     TrainState,
     create_sharded,
+    latest_checkpoint,
     make_mesh,
 )
 from trainer.sharding import bytes_per_device
@@ -300,3 +301,34 @@ def test_one_process_is_the_one_that_logs(tmp_path):
     assert len(stream.getvalue().splitlines()) == 6
     assert isinstance(trainer.state, TrainState)
     assert isinstance(trainer.optimizer, optax.GradientTransformation)
+
+
+class Stopping(Callback):
+    """Raises before a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_batch_begin(self, trainer, step):
+        if step == self.step:
+            raise InterruptedError
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "data, tensor"])
+def test_a_run_that_was_interrupted_goes_on_to_the_same_bits(layout, tmp_path):
+    never = build(tmp_path / "never", layout)
+    never.train(data(), 3, BATCH, data(13, seed=1), val_interval=7)
+
+    broken = build(tmp_path / "broken", layout, callbacks=[Stopping(11)])
+    broken.save_interval = 3
+    with pytest.raises(InterruptedError):
+        broken.train(data(), 3, BATCH, data(13, seed=1), val_interval=7)
+    broken.close()
+    assert latest_checkpoint(tmp_path / "broken").name == "checkpoint_9.orbax"
+
+    again = build(tmp_path / "broken", layout)
+    again.train(data(), 3, BATCH, data(13, seed=1), val_interval=7, resume=True)
+    assert again.history.to_dict() == never.history.to_dict()
+    for ours, theirs in zip(jax.tree.leaves(again.state), jax.tree.leaves(never.state), strict=True):
+        assert ours.sharding == theirs.sharding
+        assert bool((ours == theirs).all())

@@ -8,7 +8,7 @@ where the run is), which checkpoints hold as well.
 import contextlib
 import copy
 import dataclasses
-import itertools
+import functools
 import os
 import time
 import warnings
@@ -185,7 +185,8 @@ class Trainer:
         self._devices = devices_of(mesh, partition_rules)
         self.leads = self._devices.leads
         rng = jax.random.PRNGKey(0) if rng is None else rng
-        self._agree("Trainer", {"training_config": training_config.to_dict(), "save_interval": save_interval})
+        about = {"mesh": str(mesh and dict(mesh.shape)), "partition_rules": str(partition_rules)}
+        self._agree("Trainer", {"training_config": training_config.to_dict(), "save_interval": save_interval, **about})
         self._wrt = wrt
         self._given_optimizer = optimizer
         self._horizon = self._horizon_of_loader()
@@ -949,10 +950,7 @@ class Trainer:
 
     def _evaluate(self, batches: Iterator[Batch]) -> dict[str, float]:
         average = WeightedAverage()
-        for index in itertools.count():
-            if (taken := self._devices.take(batches)) is None:
-                break
-            batch, examples = taken
+        for index, (batch, examples) in enumerate(iter(functools.partial(self._devices.take, batches), None)):
             average.add(self._eval_step(batch, index), examples)
             self._interruption.check()
         return average.compute()

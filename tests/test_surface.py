@@ -43,7 +43,7 @@ ARROWS = {
     "fusing": set(),
     "programs": {"batches", "errors", "fusing", "state", "steps", "types"},
     "data": {"batches", "errors", "types"},
-    "devices": {"batches", "data", "errors", "sharding", "state", "types"},
+    "devices": {"batches", "data", "errors", "placement", "sharding", "state", "types"},
     "durable": set(),
     "paths": set(),
     "bundle": {"durable", "errors", "paths"},

@@ -119,9 +119,9 @@ def test_it_communicates_what_the_same_step_by_hand_does_and_no_more(layout):
     assert ours.collectives == collectives(compiled.as_text())
 
 
-def test_it_learns_over_data_sequence_and_tensor():
+def run_example(*flags):
     done = subprocess.run(
-        [sys.executable, "examples/transformer.py", "--steps", "100", "--mesh", "data=2,sequence=2,tensor=2"],
+        [sys.executable, "examples/transformer.py", *flags],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -129,4 +129,15 @@ def test_it_learns_over_data_sequence_and_tensor():
         env={name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout.split()[-1]) > 0.99
+    return done.stdout
+
+
+def test_it_learns_over_data_sequence_and_tensor():
+    printed = run_example("--steps", "100", "--mesh", "data=2,sequence=2,tensor=2")
+    assert float(printed.split()[-1]) > 0.99
+
+
+def test_a_plan_runs_nothing():
+    printed = run_example("--plan", "64", "--mesh", "data=16,fsdp=2,tensor=2")
+    assert printed.startswith("bytes on each of 64 devices (data 16 x fsdp 2 x tensor 2)\nstate ")
+    assert "loss" not in printed

@@ -6,12 +6,12 @@ numbers of its examples, and each gathers only what its devices hold.
 """
 
 import functools
+import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -20,6 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from trainer.batches import checked_batch, describe
 from trainer.data import EpochOfData, rows_of
 from trainer.errors import ArgumentError, ArgumentTypeError, BatchError
+from trainer.placement import spread
 from trainer.sharding import BATCH_AXES, create_sharded, partition
 from trainer.state import TrainState, check_model
 from trainer.types import Batch, ExtensionLike
@@ -99,7 +100,7 @@ class DefaultDevice:
     def number(self, value: int) -> jax.Array:
         """Returns an integer as an array on every device."""
         array: jax.Array = jax.device_put(np.int32(value))
-        return array if self.replicated is None else _spread(array, self.replicated)
+        return array if self.replicated is None else spread(array, self.replicated)
 
     def take(
         self, batches: Iterator[Batch], *, may_be_short: bool = True, at_once: bool = False
@@ -160,7 +161,7 @@ class OverMesh(DefaultDevice):
         state.check_alive()
 
         def place(leaf: Any, sharding: NamedSharding) -> Any:
-            return leaf if self._lies_here(leaf) else _spread(leaf, sharding)
+            return leaf if self._lies_here(leaf) else spread(leaf, sharding)
 
         adopted: TrainState = jax.tree.map(place, state, partition(state, self.mesh, self._rules))
         return adopted
@@ -311,20 +312,4 @@ def _check_mesh(mesh: Any) -> None:
 
 
 def _parts(mesh: Mesh, axes: tuple[str, ...]) -> int:
-    parts = 1
-    for axis in axes:
-        parts *= mesh.shape[axis]
-    return parts
-
-
-def _spread(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
-    """Returns an array that every process has, as they shall hold it together."""
-    if sharding.is_fully_addressable:
-        placed: jax.Array = jax.device_put(leaf, sharding)
-        return placed
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        words = _spread(jax.random.key_data(leaf), sharding)
-        key: jax.Array = jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
-        return key
-    value: Callable[..., Any] = np.asarray(leaf).__getitem__
-    return jax.make_array_from_callback(leaf.shape, sharding, value)
+    return math.prod(mesh.shape[axis] for axis in axes)

@@ -1,4 +1,4 @@
-"""Where an array read from a file goes: to the devices on which its counterpart is."""
+"""How an array comes to lie where it shall: where its counterpart is, if it was read; over a mesh, if all have it."""
 
 from typing import Any
 
@@ -20,6 +20,15 @@ def place(value: np.ndarray[Any, Any], like: jax.Array) -> jax.Array:
     # An uncommitted array must stay so, or the compiled step would see another kind of argument.
     placed: jax.Array = jax.device_put(array, like.sharding) if like.committed else array
     return placed
+
+
+def spread(array: jax.Array, sharding: Sharding) -> jax.Array:
+    """Returns an array, which every process has, as they shall hold it together; keys stay keys."""
+    if sharding.is_fully_addressable:
+        placed: jax.Array = jax.device_put(array, sharding)
+        return placed
+    words = np.asarray(jax.random.key_data(array) if _is_key(array) else array)
+    return as_key(jax.make_array_from_callback(words.shape, sharding, lambda index: words[index]), array)
 
 
 def as_key(array: jax.Array, like: jax.Array) -> jax.Array:

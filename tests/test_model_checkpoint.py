@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.problems import Busy, Counting, config, regression, squared_error
+from tests.problems import Busy, Counting, Playing, config, regression, squared_error
 from tests.test_api import assert_same_bits
 from tests.test_resume import StoppedError, Watching
 from trainer import ArgumentError, Callback, CheckpointError, EarlyStopping, ModelCheckpoint, Trainer
@@ -39,7 +39,7 @@ def steps_in(directory):
     return sorted(int(path.name) for path in directory.iterdir())
 
 
-class Scripted:
+class Scripted(Playing):
     """Stands for a trainer whose validations give the scores of a script, one at each step."""
 
     def __init__(self, tmp_path):
@@ -52,15 +52,6 @@ class Scripted:
 
     def snapshot(self):
         return self.real.snapshot()
-
-    def play(self, callback, scores, *, first=1):
-        callback.on_train_begin(self)
-        for epoch, score in enumerate(scores):
-            callback.on_epoch_begin(self, epoch)
-            self.step = first + epoch
-            callback.on_validation_end(self, {"loss": score})
-            callback.on_epoch_end(self, epoch, {"loss": 0.0, "val_loss": score})
-        callback.on_train_end(self)
 
 
 nan, inf = math.nan, math.inf

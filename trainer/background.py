@@ -1,6 +1,6 @@
 """Work beside the training: at most one save at a time, and no failure that nobody hears of."""
 
-import concurrent.futures.thread
+import concurrent.futures.thread  # noqa: F401 - it has to be registered before what is below
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
@@ -57,5 +57,4 @@ def _wait_for_all() -> None:
 
 # An interpreter that exits first forbids the executors to take work, which Orbax gives them while it finishes a
 # save. What `atexit` calls comes later; this is what the executors themselves use, the last one first.
-assert concurrent.futures.thread
 threading._register_atexit(_wait_for_all)  # type: ignore[attr-defined]

@@ -21,8 +21,8 @@ from trainer.batches import checked_batch, describe
 from trainer.data import EpochOfData, rows_of
 from trainer.errors import ArgumentError, ArgumentTypeError, BatchError
 from trainer.placement import spread
-from trainer.sharding import BATCH_AXES, create_sharded, partition
-from trainer.state import TrainState, check_model
+from trainer.sharding import BATCH_AXES, batch_sharding, create_sharded, multiples_near, partition
+from trainer.state import TrainState
 from trainer.types import Batch, ExtensionLike
 
 
@@ -41,6 +41,9 @@ class DefaultDevice:
     leads = True
     replicated: NamedSharding | None = None
 
+    def __init__(self) -> None:
+        self._numbers: dict[int, jax.Array] = {}
+
     def create(
         self,
         model: Any,
@@ -50,7 +53,6 @@ class DefaultDevice:
         extensions: Mapping[str, ExtensionLike],
     ) -> TrainState:
         """Makes the state."""
-        check_model(model)
         return TrainState.create(model, optimizer, rng=rng, wrt=wrt, extensions=extensions)
 
     def adopt(self, state: TrainState) -> TrainState:
@@ -96,11 +98,12 @@ class DefaultDevice:
         """Returns shapes and dtypes of a full batch that `draw` would return."""
         return data.specification()
 
-    @functools.cache  # noqa: B019 - a trainer has one of these, and both end together
     def number(self, value: int) -> jax.Array:
-        """Returns an integer as an array on every device."""
-        array: jax.Array = jax.device_put(np.int32(value))
-        return array if self.replicated is None else spread(array, self.replicated)
+        """Returns an integer as an array on every device, the same one every time."""
+        if value not in self._numbers:
+            array = jax.device_put(np.int32(value))
+            self._numbers[value] = array if self.replicated is None else spread(array, self.replicated)
+        return self._numbers[value]
 
     def take(
         self, batches: Iterator[Batch], *, may_be_short: bool = True, at_once: bool = False
@@ -128,6 +131,7 @@ class OverMesh(DefaultDevice):
     """
 
     def __init__(self, mesh: Mesh, rules: Mapping[str, PartitionSpec] | None) -> None:
+        super().__init__()
         _check_mesh(mesh)
         self.mesh, self._rules = mesh, rules
         self._axes = tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
@@ -168,8 +172,7 @@ class OverMesh(DefaultDevice):
 
     def check_batch_size(self, batch_size: int) -> None:
         if batch_size % self._shards:
-            below = batch_size // self._shards * self._shards
-            nearest = f"{below} or {below + self._shards}" if below else str(self._shards)
+            nearest = " or ".join(map(str, multiples_near(batch_size, self._shards)))
             raise ArgumentError(
                 f"`batch_size` is {batch_size}, which cannot be shared by the {self._shards} devices of "
                 f"{self._named_axes()}; the nearest that can is {nearest}."
@@ -233,7 +236,7 @@ class OverMesh(DefaultDevice):
         for axis in self._axes:
             if examples % _parts(self.mesh, (*shared, axis)) == 0:
                 shared = (*shared, axis)
-        return NamedSharding(self.mesh, PartitionSpec(shared) if shared else PartitionSpec())
+        return batch_sharding(self.mesh, shared)
 
     def _specified(self, batch: Any, examples: int) -> Any:
         sharding = self._sharding(examples)

@@ -226,7 +226,7 @@ class Votes:
         Args:
             failure: What went wrong in this process. It is raised here if something did; unless it is
                 from an earlier point, which all have heard of, when nobody is waited for.
-            told: What process 0 tells the others, as JSON can express it.
+            told: What process 0 tells the others, as MessagePack can express it.
 
         Returns:
             What process 0 told.
@@ -265,9 +265,8 @@ def gathered(value: Any, *, timeout_seconds: float = 300.0) -> list[Any]:
     """
     if jax.process_count() == 1:
         return [value]
-    text = base64.b64encode(msgpack.packb(value)).decode()
-    held = _exchange(f"gathered/{next(_works)}", text, timeout_seconds)
-    return [msgpack.unpackb(base64.b64decode(held[process])) for process in sorted(held)]
+    held = _exchange(f"gathered/{next(_works)}", value, timeout_seconds)
+    return [held[process] for process in sorted(held)]
 
 
 def coordination_service() -> Any:
@@ -285,11 +284,12 @@ def name_processes(numbers: Sequence[int]) -> str:
 
 
 def _exchange(room: str, value: Any, timeout_seconds: float) -> dict[int, Any]:
-    """Returns what each process holds, by its index. Each room is used once."""
+    """Returns what each process holds, by its index, as MessagePack gives it back. Each room is used once."""
     client, room = coordination_service(), f"trainer/{room}"
-    client.key_value_set(f"{room}/{jax.process_index()}", json.dumps(value))
+    client.key_value_set(f"{room}/{jax.process_index()}", base64.b64encode(msgpack.packb(value)).decode())
     barrier(room, timeout_seconds)
-    return {int(key.rsplit("/", 1)[1]): json.loads(text) for key, text in client.key_value_dir_get(f"{room}/")}
+    held = client.key_value_dir_get(f"{room}/")
+    return {int(key.rsplit("/", 1)[1]): msgpack.unpackb(base64.b64decode(text)) for key, text in held}
 
 
 def _number(value: Any, name: str, variable: str) -> int | None:

@@ -222,6 +222,11 @@ def check_batch_fits(batch: Batch, sharding: Any) -> None:
         raise BatchError(f"`batch` cannot be split evenly over the mesh {dict(mesh.shape)}. {found}.")
 
 
+def multiples_near(length: int, parts: int) -> list[int]:
+    """Returns the nearest lengths, below if there is one and above, that can be split in so many parts."""
+    return [size for size in (length // parts * parts, -(-length // parts) * parts) if size]
+
+
 def abstract_state(
     model_fn: Callable[[nnx.Rngs], nnx.Module],
     optimizer: optax.GradientTransformation,
@@ -560,7 +565,7 @@ def _automatic(leaf: Any, mesh: Mesh, min_size: int) -> PartitionSpec:
 
 def _uneven(dimension: int, length: int, parts: int, axes: tuple[str, ...]) -> str:
     """Says why a dimension of a batch cannot be split, and what could be."""
-    near = [size for size in (length // parts * parts, -(-length // parts) * parts) if size]
+    near = multiples_near(length, parts)
     wanted = f"lengths are {near[0]} and {near[1]}" if len(near) > 1 else f"length is {near[0]}"
     return f"dimension {dimension} of length {length} is split in {parts} over {', '.join(axes)}; the nearest {wanted}"
 

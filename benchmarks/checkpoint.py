@@ -26,7 +26,7 @@ from flax import nnx
 
 from timing import Report, in_turns, per, ratio
 from trainer import OptimizerConfig, Trainer, TrainingConfig, TrainState, load_state, save_state
-from trainer.bundle import Bundle
+from trainer.checkpoints.file_format import Bundle
 
 
 class Wide(nnx.Module):

@@ -32,7 +32,7 @@ from trainer import (
     make_eval_step,
     make_train_step,
 )
-from trainer.loggers import Logger
+from trainer.loggers.base import Logger
 
 
 def build(tmp_path=None, *, model=None, optimizer=None, settings=None, **options):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from trainer import latest_checkpoint
-from trainer.bundle import Bundle
+from trainer.checkpoints.file_format import Bundle
 
 ROOT = Path(__file__).parent.parent
 

@@ -14,52 +14,30 @@ import trainer
 
 ROOT = Path(__file__).parent.parent
 
-PURE = {"types", "errors", "batches", "modules", "state", "steps"}
+PURE = {"types", "errors", "batches", "nnx_bridge", "tree_paths", "state", "steps"}
+
+# What each file of the top folder, and each package, may import of the others. The ground is open to all.
+GROUND = {"types", "errors", "batches", "nnx_bridge", "tree_paths", "state", "steps"}
 ARROWS = {
     "types": set(),
     "errors": set(),
+    "tree_paths": set(),
     "batches": {"errors"},
-    "modules": {"errors"},
-    "state": {"errors", "modules", "types"},
-    "steps": {"batches", "errors", "modules", "state", "types"},
-    "sharding": {"batches", "errors", "state", "types"},
-    "planning": {"sharding"},
-    "distributed": {"errors"},
+    "nnx_bridge": {"errors"},
+    "state": {"errors", "nnx_bridge", "types"},
+    "steps": {"batches", "errors", "nnx_bridge", "state", "types"},
     "config": {"errors"},
-    "optimizers": {"config", "errors"},
-    "callbacks": {"errors"},
-    "extensions": {"callbacks", "config", "errors"},
-    "loggers": {"errors"},
-    "history": {"steps"},
-    "loaders": {"data", "errors", "types"},
-    "progress": {"errors", "history", "loaders", "types"},
-    "common_stop": {"distributed", "errors"},
-    "interruption": {"common_stop", "distributed", "errors"},
-    "background": set(),
-    "reports": {"history", "loggers", "throughput", "types"},
-    "collection": set(),
-    "compilation": set(),
-    "throughput": set(),
-    "fusing": set(),
-    "programs": {"batches", "errors", "fusing", "state", "steps", "types"},
-    "data": {"batches", "errors", "types"},
-    "devices": {"batches", "data", "errors", "placement", "sharding", "state", "types"},
-    "durable": set(),
-    "paths": set(),
-    "bundle": {"durable", "errors", "paths"},
-    "pickles": {"errors", "state"},
-    "placement": set(),
-    "digests": set(),
-    "orbax_format": {"bundle", "digests", "distributed", "durable", "errors", "paths", "placement"},
-    "containers": {"errors", "paths"},
-    "sources": {"bundle", "distributed", "errors", "orbax_format", "paths", "pickles", "placement", "state"},
-    "checkpoints": {"bundle", "containers", "distributed", "durable", "errors", "orbax_format", "paths", "pickles"}
-    | {"placement", "sources", "state"},
-    "conversion": {"bundle", "containers", "durable", "errors", "orbax_format", "paths", "pickles", "sources", "state"},
-    "cli": {"checkpoints", "conversion", "errors", "sources"},
-    "monitors": {"errors", "loggers"},
-    "early_stopping": {"callbacks", "errors", "monitors"},
-    "model_checkpoint": {"background", "callbacks", "distributed", "durable", "errors", "monitors", "orbax_format"},
+    "metrics": GROUND,
+    "data": GROUND,
+    "distributed": GROUND,
+    "sharding": GROUND | {"data"},
+    "compile": GROUND | {"sharding"},
+    "run": GROUND | {"data", "metrics"},
+    "checkpoints": GROUND | {"distributed", "sharding"},
+    "loggers": GROUND | {"metrics"},
+    "callbacks": GROUND | {"checkpoints", "distributed", "loggers"},
+    "extensions": GROUND | {"callbacks", "config"},
+    "cli": GROUND | {"checkpoints"},
     "__main__": {"cli"},
 }
 
@@ -73,16 +51,22 @@ def imports_of(path):
             yield node.module
 
 
+def files_of(name):
+    """The files of a package, or the one of a module in the top folder."""
+    package = ROOT / "trainer" / name
+    return sorted(package.rglob("*.py")) if package.is_dir() else [package.with_suffix(".py")]
+
+
 @pytest.mark.parametrize("name", sorted(ARROWS))
-def test_arrows_point_one_way(name):
-    imported = set(imports_of(ROOT / "trainer" / f"{name}.py"))
-    own = {module.removeprefix("trainer.") for module in imported if module.split(".")[0] == "trainer"}
-    assert own <= ARROWS[name]
+def test_packages_import_downwards_only(name):
+    imported = {module for path in files_of(name) for module in imports_of(path)}
+    own = {module.split(".")[1] for module in imported if module.startswith("trainer.")}
+    assert own - {name} <= ARROWS[name]
 
 
-def test_every_file_has_its_arrows():
-    files = {path.stem for path in (ROOT / "trainer").glob("*.py")}
-    assert files == set(ARROWS) | {"api", "__init__"}
+def test_every_package_has_its_arrows():
+    entries = {path.stem for path in (ROOT / "trainer").iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert entries - {"__pycache__"} == set(ARROWS) | {"api", "__init__"}
 
 
 @pytest.mark.parametrize("name", sorted(PURE))
@@ -90,7 +74,8 @@ def test_the_core_touches_no_files_clocks_or_loggers(name):
     allowed = {"__future__", "jax", "flax", "optax", "chex", "numpy", "trainer"}
     allowed |= {"collections", "dataclasses", "difflib", "functools", "typing", "weakref", "zlib"}
     allowed |= {"pathlib", "signal"} if name == "errors" else set()  # for types and numbers only
-    assert {module.split(".")[0] for module in imports_of(ROOT / "trainer" / f"{name}.py")} <= allowed
+    (path,) = files_of(name)
+    assert {module.split(".")[0] for module in imports_of(path)} <= allowed
 
 
 def test_state_is_assigned_in_few_places():

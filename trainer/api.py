@@ -22,9 +22,9 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from trainer.background import BackgroundSaver
-from trainer.callbacks import CallbackList, Listeners, as_callback_list
-from trainer.checkpoints import (
+from trainer.callbacks.base import CallbackList, Listeners, as_callback_list
+from trainer.checkpoints.background import BackgroundSaver
+from trainer.checkpoints.state_io import (
     Loaded,
     Snapshot,
     default_name,
@@ -34,12 +34,15 @@ from trainer.checkpoints import (
     take_snapshot,
     write_snapshot,
 )
-from trainer.collection import scheduled_collection
-from trainer.compilation import Compilation, read_compilation
-from trainer.config import TrainingConfig
-from trainer.data import EpochOfData, InMemoryData, one_pass, seed_from_key, takes_batch_size
-from trainer.devices import devices_of
-from trainer.distributed import check_agreement, gathered
+from trainer.compile.analysis import Compilation, read_compilation
+from trainer.compile.collection import scheduled_collection
+from trainer.compile.dispatch import Calls, Layout, Program, StepPrograms, leaves_of
+from trainer.config.optimizers import make_optimizer, make_schedule, needs_horizon
+from trainer.config.training import TrainingConfig
+from trainer.data.memory import EpochOfData, InMemoryData, one_pass, seed_from_key, takes_batch_size
+from trainer.data.resumable import LoaderPass, LoaderPosition
+from trainer.distributed.signals import Interruption
+from trainer.distributed.start import check_agreement, gathered
 from trainer.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -48,17 +51,14 @@ from trainer.errors import (
     TrainingInterrupted,
     check_count,
 )
-from trainer.history import History, WeightedAverage, metrics_at
-from trainer.interruption import Interruption
-from trainer.loaders import LoaderPass, LoaderPosition
-from trainer.loggers import Logger, MetricsLoggerLike, WandbLogger, prefixed
-from trainer.optimizers import make_optimizer, make_schedule, needs_horizon
-from trainer.programs import Calls, Layout, Program, StepPrograms, leaves_of
-from trainer.progress import Books, RunProgress
-from trainer.reports import Reporter
+from trainer.loggers.base import Logger, MetricsLoggerLike, WandbLogger, prefixed
+from trainer.loggers.fanout import Reporter
+from trainer.metrics.history import History, WeightedAverage, metrics_at
+from trainer.metrics.throughput import Meter, Throughput
+from trainer.run import Books, RunProgress
+from trainer.sharding.batches import devices_of
 from trainer.state import TrainState, check_model, check_optimizer
 from trainer.steps import check_extensions, check_loss_fn, make_eval_step, make_train_step
-from trainer.throughput import Meter, Throughput
 from trainer.types import Batch, ExtensionLike, LogCallback, LossFn, Metrics
 
 # Stands for the length of the run where only the structure of an optimizer's state matters.

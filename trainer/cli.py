@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from typing import TextIO
 
-from trainer.checkpoints import describe_leaf
-from trainer.conversion import convert
+from trainer.checkpoints.export import convert
+from trainer.checkpoints.open import open_source
+from trainer.checkpoints.state_io import describe_leaf
 from trainer.errors import ArgumentError, CheckpointError
-from trainer.sources import open_source
 
 
 def main(arguments: Sequence[str] | None = None, out: TextIO | None = None) -> int:

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from trainer.callbacks import Callback
-from trainer.config import Config
+from trainer.callbacks.base import Callback
+from trainer.config.training import Config
 from trainer.errors import ArgumentTypeError
 
 

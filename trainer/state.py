@@ -18,7 +18,17 @@ import optax
 from flax import nnx
 
 from trainer.errors import ArgumentError, ArgumentTypeError, StateError, leaf_path
-from trainer.modules import Flat, GraphDef, Path, flatten, graphdef_of, join_path, nest, split_variables, variables_of
+from trainer.nnx_bridge import (
+    Flat,
+    GraphDef,
+    Path,
+    flatten,
+    graphdef_of,
+    join_path,
+    nest,
+    split_variables,
+    variables_of,
+)
 from trainer.types import ExtensionLike
 
 if TYPE_CHECKING:  # a few types, which are not worth a tenth of the time of the import

@@ -15,7 +15,7 @@ from flax import nnx
 
 from trainer.batches import batch_length, describe
 from trainer.errors import ArgumentError, ArgumentTypeError, BatchError, ObjectiveError, check_count
-from trainer.modules import Flat, carry, flatten, split_variables, variables_of, with_variables
+from trainer.nnx_bridge import Flat, carry, flatten, split_variables, variables_of, with_variables
 from trainer.state import TrainState, check_optimizer
 from trainer.types import Batch, ExtensionLike, LossFn, Metrics
 

@@ -1,0 +1,298 @@
+"""The best checkpoints of a run: judged on the state they hold, and never lost to a NaN or to a newer one."""
+
+import math
+import resource
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.problems import Busy, Counting, Playing, config, regression, squared_error
+from tests.test_api import assert_same_bits
+from tests.test_resume import StoppedError, Watching
+from trainer import ArgumentError, Callback, CheckpointError, EarlyStopping, ModelCheckpoint, Trainer
+from trainer.checkpoints.orbax_directory import OrbaxDirectory
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
+
+def build(tmp_path, *callbacks, **options):
+    return Trainer(
+        Busy(),
+        config(max_checkpoints=100),
+        loss_fn=options.pop("loss_fn", squared_error),
+        workdir=tmp_path / "files",
+        rng=jax.random.key(3),
+        callbacks=callbacks,
+        extensions={"size": Counting()},
+        **options,
+    )
+
+
+def run(trainer, epochs=3, val_interval=5, **options):
+    """20 examples in batches of 4: five steps an epoch, a validation at the end of each."""
+    return trainer.train(regression(20), epochs, 4, regression(8, seed=1), val_interval, **options)
+
+
+def steps_in(directory):
+    return sorted(int(path.name) for path in directory.iterdir())
+
+
+class Scripted(Playing):
+    """Stands for a trainer whose validations give the scores of a script, one at each step."""
+
+    def __init__(self, tmp_path):
+        self.real = build(tmp_path)
+        self.step, self.validates = 0, True
+
+    @property
+    def state(self):
+        return self.real.state.replace(step=jnp.asarray(self.step, jnp.int32))
+
+    def snapshot(self):
+        return self.real.snapshot()
+
+
+nan, inf = math.nan, math.inf
+
+
+@pytest.mark.parametrize(
+    ("scores", "options", "kept", "best"),
+    [
+        ([5, 4, 3, 2, 1], {"save_top_k": 2}, [4, 5], 5),
+        ([1, 2, 3, 4, 5], {"save_top_k": 2}, [1, 2, 5], 1),
+        ([1, 2, 3, 4, 5], {"save_top_k": 2, "mode": "max"}, [4, 5], 5),
+        ([1, 2, 3, 4, 5], {"save_top_k": 2, "save_last": False}, [1, 2], 1),
+        ([1, 2, nan], {"save_top_k": 2}, [1, 2, 3], 1),
+        ([1, nan, 2, 3], {"save_top_k": 2}, [1, 3, 4], 1),
+        ([nan, 2, nan, 3], {"save_top_k": 1}, [2, 4], 2),
+        ([nan, nan], {"save_top_k": 1, "mode": "max"}, [1, 2], None),
+        ([inf, 1, -inf], {"save_top_k": 1}, [3], 3),
+        ([inf, 1, -inf], {"save_top_k": 1, "mode": "max"}, [1, 3], 1),
+        ([2, 2, 2], {"save_top_k": 1}, [1, 3], 1),
+        ([3, 1, 2], {"save_top_k": 0}, [3], 3),
+        ([3, 1, 2], {"save_top_k": -1}, [1, 2, 3], 2),
+        ([3, 1, 2], {"save_top_k": 1, "every_n_epochs": 3}, [3], 3),
+    ],
+)
+def test_what_is_kept(scores, options, kept, best, tmp_path):
+    callback = ModelCheckpoint(tmp_path / "best", **options)
+    Scripted(tmp_path).play(callback, scores)
+    assert steps_in(tmp_path / "best") == kept
+    assert callback.best_model_path == (None if best is None else tmp_path / "best" / str(best))
+    assert callback.best_model_score == (None if best is None else scores[best - 1])
+    assert callback.last_model_path == tmp_path / "best" / str(kept[-1])
+    # Another process finds the same.
+    again = ModelCheckpoint(tmp_path / "best", **options)
+    assert (again.best_model_path, again.best_model_score) == (callback.best_model_path, callback.best_model_score)
+
+
+def test_nothing_saved_yet(tmp_path):
+    callback = ModelCheckpoint(tmp_path / "best")
+    assert (callback.best_model_path, callback.best_model_score, callback.last_model_path) == (None, None, None)
+    assert not (tmp_path / "best").exists()
+
+
+class TestInARun:
+    def test_the_score_is_that_of_the_state_it_is_saved_with(self, tmp_path):
+        best = ModelCheckpoint(tmp_path / "best", save_top_k=-1)
+        trainer = build(tmp_path, best)
+        run(trainer, val_interval=3)
+        assert steps_in(tmp_path / "best") == [3, 5, 6, 9, 10, 12, 15]  # 5 and 10 end an epoch, and are not judged
+        for step in (3, 6, 9, 12, 15):
+            other = build(tmp_path)
+            other.load_checkpoint(tmp_path / "best" / str(step))
+            assert other.step == step
+            averages = other.evaluate(regression(8, seed=1), 4)
+            with OrbaxDirectory(tmp_path / "best" / str(step)) as directory:
+                assert directory.info["score"] == averages["loss"]
+        scores = trainer.history.series("val_loss")
+        assert best.best_model_score == min(scores[1])
+        assert best.best_model_path.name == str(scores[0][np.argmin(scores[1])])
+
+    def test_a_metric_of_training_is_judged_at_the_end_of_epochs(self, tmp_path):
+        best = ModelCheckpoint(tmp_path / "best", monitor="loss", save_top_k=1)
+        seen = Watching()
+        run(build(tmp_path, best, seen))
+        losses = [logs["loss"] for _, logs in seen.epochs]
+        assert best.best_model_score == min(losses)
+        assert best.best_model_path.name == str(5 * (1 + int(np.argmin(losses))))
+
+    def test_it_changes_nothing_in_what_is_learned(self, tmp_path):
+        plain, saved = build(tmp_path / "a"), build(tmp_path / "b", ModelCheckpoint(tmp_path / "best"))
+        run(plain)
+        run(saved)
+        assert_same_bits(saved.state, plain.state)
+
+    @pytest.mark.parametrize("step", [3, 5, 9, 10, 12])
+    def test_a_run_goes_on_from_it_to_the_bit(self, step, tmp_path):
+        first, whole = Watching(), build(tmp_path, Watching(), ModelCheckpoint(tmp_path / "best", save_top_k=-1))
+        returned = run(whole, val_interval=3)
+        again = build(tmp_path / "again", first)
+        assert run(again, val_interval=3, resume=tmp_path / "best" / str(step)) == returned
+        assert_same_bits(again.state, whole.state)
+        assert first.epochs == whole.callbacks.callbacks[0].epochs
+        assert first.batches == whole.callbacks.callbacks[0].batches
+        assert again.history.to_dict() == whole.history.to_dict()
+
+    def test_it_hears_of_events_last(self, tmp_path):
+        """Wherever it stands in the list: a validation that others have not heard of would be lost to them."""
+
+        class Counts(Callback):
+            validations = 0
+
+            def on_validation_end(self, trainer, logs):
+                self.validations += 1
+
+            def state_dict(self):
+                return self.validations
+
+            def load_state_dict(self, state):
+                self.validations = state
+
+        run(build(tmp_path, ModelCheckpoint(tmp_path / "best", save_top_k=-1), Counts()))
+        other = build(tmp_path, counts := Counts())
+        other.load_checkpoint(tmp_path / "best" / "10")
+        assert counts.validations == 2
+
+    def test_a_run_that_was_stopped_goes_on_and_replaces_what_comes_again(self, tmp_path):
+        best = ModelCheckpoint(tmp_path / "best", save_top_k=-1)
+        with pytest.raises(StoppedError):
+            run(build(tmp_path, best, Watching(stop_at=12), save_interval=4))
+        assert steps_in(tmp_path / "best") == [5, 10]
+        again = ModelCheckpoint(tmp_path / "best", save_top_k=-1)
+        resumed = build(tmp_path, again, save_interval=4)
+        with pytest.warns(UserWarning, match=r"holds checkpoints up to step 10, later than this run's step 8"):
+            run(resumed, resume=tmp_path / "files" / "checkpoint_8.msgpack")
+        assert steps_in(tmp_path / "best") == [5, 10, 15]
+        assert again.best_model_score == min(resumed.history.series("val_loss")[1])
+
+    def test_a_state_that_is_not_finite_is_not_saved(self, tmp_path):
+        def explode(model, batch, rng, step):
+            loss, metrics = squared_error(model, batch, rng, step)
+            return loss * jnp.where(step >= 7, jnp.nan, 1.0), metrics
+
+        best = ModelCheckpoint(tmp_path / "best")
+        with pytest.warns(UserWarning, match=r"the state is not finite at step 1[05]; .* keeps what it has"):
+            run(build(tmp_path, best, loss_fn=explode))
+        assert steps_in(tmp_path / "best") == [5]
+        assert best.best_model_path == tmp_path / "best" / "5"
+
+
+# Where a save fails, Orbax leaves coroutines behind that complain when they are collected.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+class TestFailures:
+    @pytest.mark.parametrize("background", [True, False])
+    def test_a_save_that_fails_raises_and_leaves_the_others(self, background, tmp_path):
+        best = ModelCheckpoint(tmp_path / "best", save_top_k=-1, background=background)
+
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+        class FillsTheDisk(Callback):
+            def on_epoch_begin(self, trainer, epoch):
+                if epoch == 1:
+                    best.wait()
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (50, limits[1]))
+
+        trainer = build(tmp_path, best, FillsTheDisk())
+        try:
+            with pytest.raises(CheckpointError, match=r"`.*best/10` could not be written \(ValueError: "):
+                run(trainer)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        trainer.state.check_alive()
+        assert best.best_model_path == tmp_path / "best" / "5"
+        build(tmp_path).load_checkpoint(best.best_model_path)
+
+    def test_a_missing_monitor_names_the_nearest(self, tmp_path):
+        with pytest.raises(ArgumentError, match="`monitor` is 'val_lss', which nothing measured; did you mean 'val_l"):
+            run(build(tmp_path, ModelCheckpoint(tmp_path / "best", monitor="val_lss")))
+        with pytest.raises(ArgumentError, match=r"`monitor` is 'accuracy', which nothing measured; known: .*mean_er"):
+            run(build(tmp_path, ModelCheckpoint(tmp_path / "best", monitor="accuracy")))
+
+    def test_a_run_without_validation(self, tmp_path):
+        trainer = build(tmp_path, ModelCheckpoint(tmp_path / "best"))
+        with pytest.raises(ArgumentError, match="`monitor` is 'val_loss', but this run validates on nothing; pass"):
+            trainer.train(regression(20), 3, 4)
+        assert trainer.step == 5
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"mode": "least"}, "`mode` is 'least'; it must be 'min' or 'max'"),
+            ({"save_top_k": -2}, "`save_top_k` is -2; it must be -1 for all"),
+            ({"save_top_k": True}, "`save_top_k` is True"),
+            ({"every_n_epochs": 0}, "`every_n_epochs` is 0; it must be a positive integer"),
+        ],
+    )
+    def test_arguments(self, options, message, tmp_path):
+        with pytest.raises(ArgumentError, match=message):
+            ModelCheckpoint(tmp_path, **options)
+
+
+class TestEarlyStopping:
+    def play(self, scores, **options):
+        class Told:
+            step = 0
+
+        stopping, trainer = EarlyStopping(**options), Told()
+        stopping.on_train_begin(trainer)
+        for step, score in enumerate(scores, start=1):
+            trainer.step = step
+            stopping.on_validation_end(trainer, {"loss": score})
+        return stopping
+
+    @pytest.mark.parametrize(
+        ("scores", "options", "stopped", "best"),
+        [
+            ([3, 2, 1, 0], {}, None, 0),
+            ([1, 2, 3, 4, 5], {}, 4, 1),
+            ([1, 2, 3, 4, 5], {"mode": "max"}, None, 5),
+            ([1, 2, 0.5, 3, 3, 3], {}, 6, 0.5),
+            ([1, 0.95, 0.9, 0.85], {"min_delta": 0.2, "patience": 2}, 3, 1),
+            ([nan, nan], {"patience": 2}, 2, None),
+            ([nan, 1, nan, nan], {"patience": 2}, 4, 1),
+            ([inf, 5], {"patience": 1}, 1, 5),
+            ([1, 1], {"patience": 1}, 2, 1),
+        ],
+    )
+    def test_when_it_stops(self, scores, options, stopped, best):
+        stopping = self.play(scores, **options)
+        assert stopping.stopped_step == stopped
+        assert stopping.should_stop == (stopped is not None)
+        assert stopping.best_score == best
+
+    def test_it_ends_a_run_after_the_epoch_and_the_next_run_starts_anew(self, tmp_path):
+        stopping = EarlyStopping(patience=1, min_delta=1e9)
+        trainer = build(tmp_path, stopping)
+        run(trainer, epochs=10)
+        assert (trainer.epoch, stopping.stopped_step) == (2, 10)
+        run(trainer, epochs=10)
+        assert (trainer.epoch, stopping.stopped_step) == (4, 20)
+
+    def test_a_metric_of_training(self, tmp_path):
+        stopping = EarlyStopping(monitor="loss", patience=2, min_delta=1e9)
+        trainer = build(tmp_path, stopping)
+        trainer.train(regression(20), 10, 4)
+        assert trainer.epoch == 3
+
+    @pytest.mark.parametrize("step", range(1, 16))
+    def test_a_resumed_run_stops_where_it_would_have(self, step, tmp_path):
+        whole = build(tmp_path, EarlyStopping(patience=2, min_delta=1e9), save_interval=1)
+        run(whole, epochs=10)
+        assert whole.step == 15
+        again = build(tmp_path / "again", stopping := EarlyStopping(patience=2, min_delta=1e9))
+        run(again, epochs=10, resume=tmp_path / "files" / f"checkpoint_{step}.msgpack")
+        assert (again.step, stopping.stopped_step) == (15, 15)
+        assert_same_bits(again.state, whole.state)
+
+    def test_arguments(self):
+        with pytest.raises(ArgumentError, match="`patience` is 0; it must be a positive integer"):
+            EarlyStopping(patience=0)
+        with pytest.raises(ArgumentError, match="`min_delta` is -1; it must be zero or more"):
+            EarlyStopping(min_delta=-1)
+
+    def test_a_missing_monitor(self, tmp_path):
+        with pytest.raises(ArgumentError, match="`monitor` is 'val_los', which nothing measured; did you mean"):
+            run(build(tmp_path, EarlyStopping("val_los")))

@@ -1,0 +1,204 @@
+"""Saves beside the training: what is saved is the state of the call, and no failure goes unheard."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+
+import pytest
+
+from tests.problems import Busy, Counting, config, regression, squared_error
+from tests.test_api import Recorder, assert_same_bits
+from trainer import Callback, CheckpointError, Trainer, latest_checkpoint
+from trainer.checkpoints.background import BackgroundSaver
+
+
+def build(directory, callbacks=(), **options):
+    options.setdefault("save_interval", 1000)
+    return Trainer(Busy(), config(), loss_fn=squared_error, workdir=directory, callbacks=list(callbacks), **options)
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Holds every write back until `held.set()`."""
+    import trainer.api
+
+    gate, write = threading.Event(), trainer.api.write_snapshot
+
+    def wait_and_write(*arguments):
+        assert gate.wait(timeout=60)
+        write(*arguments)
+
+    monkeypatch.setattr("trainer.api.write_snapshot", wait_and_write)
+    yield gate
+    gate.set()
+
+
+def failing(*_):
+    raise CheckpointError("the disk is gone")
+
+
+class TestSaver:
+    def test_one_at_a_time_in_order(self):
+        saver, gate, order = BackgroundSaver(), threading.Event(), []
+
+        def first():
+            gate.wait(timeout=60)
+            order.append("first")
+
+        saver.start(first)
+        saver.check()
+        assert order == []
+        gate.set()
+        saver.start(lambda: order.append("second"))
+        saver.wait()
+        assert order == ["first", "second"]
+
+    @pytest.mark.parametrize("ask", ["wait", "check", "start"])
+    def test_a_failure_is_raised_once(self, ask):
+        saver = BackgroundSaver()
+        saver.start(failing)
+        saver._pending.exception(timeout=60)
+        with pytest.raises(CheckpointError, match="the disk is gone"):
+            saver.start(lambda: None) if ask == "start" else getattr(saver, ask)()
+        saver.wait()
+        saver.check()
+
+    def test_a_wait_that_a_signal_ends_forgets_nothing(self):
+        saver, waiting, gate = BackgroundSaver(), threading.Event(), threading.Event()
+
+        def save():
+            waiting.wait(timeout=60)
+            os.kill(os.getpid(), signal.SIGINT)
+            gate.wait(timeout=10)  # for a signal that came just before the wait began
+            failing()
+
+        def wait():
+            waiting.set()
+            saver.wait()
+
+        saver.start(save)
+        with pytest.raises(KeyboardInterrupt):
+            wait()
+        gate.set()
+        with pytest.raises(CheckpointError, match="the disk is gone"):
+            saver.wait()
+
+
+def test_what_is_saved_is_the_state_of_the_call(tmp_path, held):
+    trainer = build(tmp_path, extensions={"size": Counting()})
+    trainer.train_step(regression())
+    expected = trainer.state.copy()
+    path = trainer.save_checkpoint(background=True)
+    for seed in range(3):
+        trainer.train_step(regression(seed=seed))  # donates the state that is being saved
+    assert latest_checkpoint(tmp_path) is None
+    held.set()
+    trainer.close()
+    other = build(tmp_path, extensions={"size": Counting()})
+    other.load_checkpoint(path)
+    assert_same_bits(other.state, expected)
+
+
+def test_periodic_saves_are_all_there_when_train_returns(tmp_path):
+    trainer = build(tmp_path, save_interval=2)
+    trainer.train(regression(24), 1, 4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint_{step}.msgpack" for step in (2, 4, 6)]
+
+
+def test_train_epoch_waits_for_its_saves(tmp_path):
+    settings = config(save_frequency=2)
+    trainer = Trainer(Busy(), settings, loss_fn=squared_error, workdir=tmp_path, train_data_loader=[regression(8)] * 5)
+    trainer.train_epoch()
+    assert latest_checkpoint(tmp_path).name == "checkpoint_4.msgpack"
+
+
+def test_on_train_end_finds_the_last_save_finished(tmp_path):
+    found = []
+
+    class Looking(Callback):
+        def on_train_end(self, trainer):
+            found.append(latest_checkpoint(tmp_path))
+
+    build(tmp_path, [Looking()], save_interval=6).train(regression(24), 1, 4)
+    assert found == [tmp_path / "checkpoint_6.msgpack"]
+
+
+class TestFailures:
+    def test_one_in_the_middle_ends_the_run(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("trainer.api.write_snapshot", failing)
+        recorder = Recorder()
+        trainer = build(tmp_path, [recorder], save_interval=1)
+        with pytest.raises(CheckpointError, match="the disk is gone"):
+            trainer.train(regression(24), 2, 4)
+        assert recorder.names[-1] == "on_train_end"
+        assert trainer.step < 12
+
+    def test_one_at_the_end_is_raised_by_train(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("trainer.api.write_snapshot", failing)
+        with pytest.raises(CheckpointError, match="the disk is gone"):
+            build(tmp_path, save_interval=6).train(regression(24), 1, 4)
+
+    def test_one_does_not_hide_the_users_error(self, tmp_path, monkeypatch):
+        gate = threading.Event()
+
+        def fail_later(*_):
+            gate.wait(timeout=60)
+            failing()
+
+        class Failing(Callback):
+            def on_epoch_end(self, trainer, epoch, logs):
+                gate.set()
+                raise ZeroDivisionError
+
+        monkeypatch.setattr("trainer.api.write_snapshot", fail_later)
+        with pytest.raises(ZeroDivisionError) as caught:
+            build(tmp_path, [Failing()], save_interval=6).train(regression(24), 1, 4)
+        assert caught.value.__notes__ == ["and a save in the background raised CheckpointError('the disk is gone')"]
+
+    def test_one_of_any_kind_does_not_hide_the_users_error_nor_skip_the_end(self, tmp_path, monkeypatch):
+        gate = threading.Event()
+
+        def fail_later(*_):
+            gate.wait(timeout=60)
+            raise PermissionError("not yours")
+
+        class Failing(Callback):
+            def on_epoch_end(self, trainer, epoch, logs):
+                gate.set()
+                raise ZeroDivisionError
+
+        monkeypatch.setattr("trainer.api.prune", fail_later)
+        recorder = Recorder()
+        with pytest.raises(ZeroDivisionError) as caught:
+            build(tmp_path, [Failing(), recorder], save_interval=6).train(regression(24), 1, 4)
+        assert caught.value.__notes__ == ["and a save in the background raised PermissionError('not yours')"]
+        assert recorder.names[-1] == "on_train_end"
+
+    @pytest.mark.parametrize("ask", ["close", "save_checkpoint"])
+    def test_one_after_a_call_is_raised_by_the_next(self, ask, tmp_path, monkeypatch):
+        trainer = build(tmp_path)
+        with monkeypatch.context() as patch:
+            patch.setattr("trainer.api.write_snapshot", failing)
+            trainer.save_checkpoint(background=True)
+            trainer._saver._pending.exception(timeout=60)
+        with pytest.raises(CheckpointError, match="the disk is gone"):
+            getattr(trainer, ask)()
+        assert trainer.save_checkpoint().exists()
+
+
+@pytest.mark.parametrize("suffix", ["msgpack", "orbax"])
+def test_an_interpreter_that_exits_waits(suffix, tmp_path):
+    path = tmp_path / f"checkpoint_0.{suffix}"
+    code = f"""
+        from tests.checkpoints.test_background import build
+        build({str(tmp_path)!r}).save_checkpoint({str(path)!r}, background=True)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+    assert latest_checkpoint(tmp_path) == path
+
+
+def test_a_pickle_is_written_at_once(tmp_path):
+    assert build(tmp_path).save_checkpoint(tmp_path / "s.pkl", background=True).exists()

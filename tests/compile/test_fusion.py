@@ -1,0 +1,295 @@
+"""How many steps go into one call: judged from what they compute, and never seen in what is learned."""
+
+import gc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from tests.problems import Busy, Counting, config, regression, squared_error
+from tests.test_api import Spy, assert_same_bits
+from trainer import ArgumentError, ArgumentTypeError, Callback, Trainer, TrainState, make_train_step
+from trainer.compile.collection import scheduled_collection
+from trainer.compile.dispatch import Program
+from trainer.compile.fusion import as_function, flops, steps_worth_fusing
+from trainer.metrics.throughput import Meter, Throughput
+
+
+def traced(function, *shapes):
+    return jax.jit(function).trace(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)).jaxpr
+
+
+def convolve(image, kernel):
+    return jax.lax.conv_general_dilated(image, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+class TestFlops:
+    @pytest.mark.parametrize(
+        ("function", "shapes", "expected"),
+        [
+            (lambda a, b: a @ b, [(3, 5), (5, 7)], 2 * 3 * 5 * 7),
+            (lambda a, b: jnp.einsum("bij,bjk->bik", a, b), [(2, 3, 5), (2, 5, 7)], 2 * 2 * 3 * 5 * 7),
+            (lambda a, b: a * b + a, [(4,), (4,)], 8),
+            (lambda a: jax.lax.scan(lambda c, _: (c @ a, None), a, length=10)[0], [(3, 3)], 10 * 2 * 27),
+            (lambda a: jax.jit(lambda x: x @ x)(a), [(3, 3)], 2 * 27),
+            (lambda a: jax.lax.cond(a[0, 0] > 0, lambda: a @ a, lambda: a), [(64, 64)], 2 * 64**3),
+            (lambda a: jax.checkpoint(lambda x: x @ x)(a), [(3, 3)], 2 * 27),
+            (
+                lambda x, k: jax.lax.conv_general_dilated(
+                    x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+                ),
+                [(2, 8, 8, 3), (3, 3, 3, 16)],
+                2 * 2 * 8 * 8 * 16 * 3 * 3 * 3,
+            ),
+        ],
+    )
+    def test_products_are_counted(self, function, shapes, expected):
+        assert flops(traced(function, *shapes).jaxpr) == pytest.approx(expected, abs=5)
+
+    def test_a_step_is_about_three_forward_passes(self):
+        def objective(model, batch, rng, step):
+            return jnp.mean((model(batch["x"])) ** 2), {}
+
+        optimizer = optax.sgd(0.1)
+        state = TrainState.create(nnx.Linear(128, 128, rngs=nnx.Rngs(0)), optimizer, rng=jax.random.key(0))
+        step = jax.jit(make_train_step(objective, optimizer)).trace(state, {"x": jnp.ones((64, 128))})
+        # Of the first layer no gradient towards the input is needed: two products instead of three.
+        assert flops(step.jaxpr.jaxpr) == pytest.approx(2 * 2 * 64 * 128 * 128, rel=0.05)
+
+
+class TestHowMany:
+    def test_less_work_means_more_steps(self):
+        small, large = (traced(lambda a: a @ a, (size, size)) for size in (16, 2048))
+        assert steps_worth_fusing(small, 100, "cpu") == 128
+        assert steps_worth_fusing(large, 100, "cpu") == 1
+        assert steps_worth_fusing(large, 100, "gpu") == 58
+
+    def test_batches_of_one_call_fit_into_memory(self):
+        small = traced(lambda a: a @ a, (16, 16))
+        assert steps_worth_fusing(small, 2**20, "cpu") == 8
+        assert steps_worth_fusing(small, 2**30, "cpu") == 1
+
+    def test_convolutions_are_slow_in_loops_on_the_cpu_only(self):
+        inner = jax.jit(lambda x: jax.lax.conv_general_dilated(x, x, (1,), "SAME"))
+        convolution = traced(lambda x: inner(x), (1, 1, 8))
+        assert steps_worth_fusing(convolution, 100, "cpu") == 1
+        assert steps_worth_fusing(convolution, 100, "gpu") == 128
+
+    def test_a_traced_function_is_a_function_again(self):
+        function = jax.jit(lambda tree, key: {"sum": tree["a"] + tree["b"][0], "key": jax.random.split(key)[1]})
+        arguments = {"a": jnp.ones(2), "b": [jnp.arange(2.0)]}, jax.random.key(0)
+        found = as_function(function.trace(*arguments))(*arguments)
+        assert_same_bits(found, function(*arguments))
+
+
+def build(**options):
+    options = {"settings": config(), **options}
+    return Trainer(Busy(), options.pop("settings"), loss_fn=squared_error, rng=jax.random.key(3), **options)
+
+
+class TestInTrain:
+    def run(self, tmp_path, **options):
+        trainer = build(workdir=tmp_path, extensions={"size": Counting()}, **options)
+        returned = trainer.train(regression(61), 3, 4, regression(9, seed=1), val_interval=7)
+        return trainer, returned
+
+    @pytest.mark.parametrize("settings", [{}, {"log_frequency": 1}, {"log_frequency": 5}])
+    def test_nothing_of_a_run_depends_on_it(self, settings, tmp_path):
+        one, returned = self.run(tmp_path / "1", steps_per_call=1, settings=config(**settings))
+        for steps_per_call in (2, 5, 1000, "auto"):
+            other, found = self.run(tmp_path / "n", steps_per_call=steps_per_call, settings=config(**settings))
+            assert_same_bits(other.state, one.state)
+            assert found == returned
+            assert other.history.to_dict() == one.history.to_dict()
+
+    def test_it_is_told_the_same(self, tmp_path):
+        def told(steps_per_call):
+            spy, calls = Spy(), []
+            self.run(
+                tmp_path / str(steps_per_call),
+                steps_per_call=steps_per_call,
+                settings=config(log_frequency=4),
+                logger=spy,
+                log_callback=lambda step, metrics, prefix: calls.append((step, metrics, prefix)),
+            )
+            rows = [row for row in spy.rows if isinstance(row[1], dict) and "speed/steps_per_second" not in row[1]]
+            return calls, rows
+
+        assert told("auto") == told(1)
+
+    def test_a_call_ends_where_the_host_looks(self, tmp_path):
+        calls = []
+
+        class Watching(Callback):
+            def on_call_end(self, trainer, step, logs):
+                calls.append(step)
+                assert trainer.step == step == int(logs["step"].__array__())
+
+        build(workdir=tmp_path, callbacks=[Watching()], save_interval=10).train(
+            regression(61), 2, 4, regression(8), val_interval=7
+        )
+        assert calls == [7, 10, 14, 15, 16, 20, 21, 28, 30, 31, 32]
+
+    def test_who_listens_to_batches_hears_of_every_one(self, tmp_path):
+        steps = []
+
+        class Watching(Callback):
+            def on_batch_begin(self, trainer, step):
+                steps.append(step)
+
+        watched = build(callbacks=[Watching()])
+        watched.train(regression(40), 1, 4)
+        assert steps == list(range(10))
+        fused = build()
+        fused.train(regression(40), 1, 4)
+        assert_same_bits(watched.state, fused.state)
+
+    def test_advice_comes_once_where_listening_costs_much(self, tmp_path):
+        def advice(*callbacks, **options):
+            spy = Spy()
+            trainer = build(callbacks=callbacks, logger=spy, **options)
+            trainer.train(regression(40), 2, 4)
+            return [row for row in spy.rows if row[1] == "advice"]
+
+        class Watching(Callback):
+            def on_batch_end(self, trainer, step, logs):
+                pass
+
+        (row,) = advice(Watching())
+        assert row[2].startswith("a step computes so little that 128 could run in one call, many times faster, but")
+        assert not advice()
+        assert not advice(Watching(), steps_per_call=1)
+
+    def test_weights_and_switches_between_calls_are_obeyed(self, tmp_path):
+        def run(steps_per_call):
+            extension = Counting()
+
+            class Changing(Callback):
+                def on_validation_end(self, trainer, logs):
+                    extension.weight *= 0.5
+                    extension.enabled = trainer.step % 2 == 0
+
+            trainer = build(callbacks=[Changing()], extensions={"size": extension}, steps_per_call=steps_per_call)
+            trainer.train(regression(60), 1, 4, regression(8), val_interval=3)
+            return trainer.state
+
+        assert_same_bits(run(1), run(3))
+
+    @pytest.mark.parametrize(("value", "error"), [(0, ArgumentError), (-1, ArgumentError), (1.5, ArgumentTypeError)])
+    def test_refusals(self, value, error):
+        with pytest.raises(error, match=r"`steps_per_call` is .*; it must be a positive integer"):
+            build(steps_per_call=value)
+
+    @pytest.mark.parametrize("steps_per_call", [1, "auto"])
+    def test_between_two_moments_nothing_is_transferred_but_batches(self, steps_per_call, tmp_path):
+        """Within an epoch every transfer that is not asked for by name raises."""
+
+        class Guarding(Callback):
+            def on_epoch_begin(self, trainer, epoch):
+                jax.config.update("jax_transfer_guard", "disallow")
+
+            def on_epoch_end(self, trainer, epoch, logs):
+                jax.config.update("jax_transfer_guard", "allow")
+
+        trainer = build(steps_per_call=steps_per_call, workdir=tmp_path, callbacks=[Guarding()])
+        try:
+            trainer.train(regression(41), 3, 4, regression(8), val_interval=100)
+            assert trainer.step == 33
+            with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed"), jax.transfer_guard("disallow"):
+                trainer.train_step(regression(4))  # that the guard would notice
+        finally:
+            jax.config.update("jax_transfer_guard", "allow")
+
+
+class TestPrograms:
+    def test_a_changing_shape_is_warned_of_once(self):
+        trainer = build()
+        for size in (8, 3, 8):
+            trainer.train_step(regression(size))
+        with pytest.warns(UserWarning, match=r"`train_step` was compiled 3 times: the batch is input: float32\(5"):
+            trainer.train_step(regression(5))
+        trainer.train_step(regression(6))
+
+    def test_it_names_a_dtype_that_changed(self):
+        trainer = build()
+        trainer.train_step(regression(8))
+        trainer.train_step(regression(4))
+        half = {name: column.astype(np.float16) for name, column in regression(8).items()}
+        with pytest.warns(UserWarning, match=r"the batch is input: float16\(8, 4\).* and was input: float32\(4, 4\)"):
+            trainer.train_step(half)
+
+    def test_compilations_are_told_once(self):
+        program = Program(lambda state, batch: (state + batch["x"].sum(), {}), "sum")
+        assert program.is_new
+        program(jnp.zeros(()), {"x": jnp.ones(2)})
+        seconds, warning = program.compilation()
+        assert seconds > 0
+        assert warning is None
+        assert not program.is_new
+        program(jnp.zeros(()), {"x": jnp.ones(2)})
+        assert program.compilation() is None
+
+
+class TestMeter:
+    def test_it_adds_up(self):
+        now = [0.0]
+        meter = Meter(1e6, clock=lambda: now[0])
+        for _ in range(4):
+            with meter.preparing():
+                now[0] += 0.5
+            meter.dispatched(jax.block_until_ready(jnp.zeros(())), 10, 8)
+            with meter.pausing():
+                now[0] += 7.0
+            now[0] += 0.5
+        # Of the first batch nobody can say that the device waited for it.
+        assert meter.read(jax.devices()[:1]) == Throughput(10.0, 80.0, 1.5 / 4, 10e6, None)
+
+    def test_utilization_where_the_peak_is_known(self):
+        class Device:
+            device_kind = "NVIDIA H200 NVL"
+
+        now = [0.0]
+        meter = Meter(989e12, clock=lambda: now[0])
+        meter.dispatched(jnp.zeros(()), 1, 8)
+        now[0] = 4.0
+        throughput = meter.read([Device(), Device()])
+        assert throughput.utilization == 1 / 8
+        assert str(throughput) == "0.2 steps/s, 2 examples/s, 12.5% of peak, waiting for data 0%"
+
+    def test_a_trainer_tells_how_fast_it_was(self):
+        trainer = build()
+        assert trainer.throughput is None
+        trainer.train(regression(40), 1, 4)
+        assert trainer.throughput.examples_per_second == pytest.approx(4 * trainer.throughput.steps_per_second)
+        assert trainer.throughput.flops_per_second > 0
+
+
+class TestCollection:
+    def test_it_waits_until_it_is_asked_and_everything_is_as_before_afterwards(self):
+        with scheduled_collection() as collect:
+            assert not gc.isenabled()
+            cycles = [[] for _ in range(30_000)]
+            for cycle in cycles:
+                cycle.append(cycle)
+            del cycles, cycle
+            assert gc.get_count()[0] > 20_000
+            collect()
+            assert gc.get_count()[0] < 20_000
+        assert gc.isenabled()
+
+    def test_a_collector_that_is_off_stays_off(self):
+        gc.disable()
+        try:
+            with scheduled_collection() as collect:
+                collect()
+            assert not gc.isenabled()
+        finally:
+            gc.enable()
+
+    def test_an_exception_restores_it(self):
+        with pytest.raises(ZeroDivisionError), scheduled_collection():
+            raise ZeroDivisionError
+        assert gc.isenabled()

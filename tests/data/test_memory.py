@@ -1,0 +1,334 @@
+"""Where batches come from: every example exactly once, in an order that can be told in advance."""
+
+import functools
+import itertools
+from types import MappingProxyType, SimpleNamespace
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from trainer import ArgumentError, ArgumentTypeError, BatchError, InMemoryData
+from trainer.batches import batch_length, describe
+from trainer.data.memory import one_pass, open_loader, seed_from_key
+from trainer.errors import check_count
+
+
+def numbered(num_examples):
+    """A nested data set in which every leaf of example i holds i."""
+    i = np.arange(num_examples)
+    return {
+        "input": {"image": np.broadcast_to(i[:, None, None], (num_examples, 2, 3)).astype(np.float32), "id": i},
+        "target": [i.astype(np.int8), (i + 0.5).astype(np.float64)],
+    }
+
+
+def ids(batches):
+    """Returns the numbers of the examples, batch by batch."""
+    return [batch["input"]["id"].tolist() for batch in batches]
+
+
+def order_of(batches):
+    return list(itertools.chain.from_iterable(ids(batches)))
+
+
+SIZES = [(12, 4), (10, 4), (3, 4), (4, 4), (1, 1), (5, 1)]
+
+
+@pytest.mark.parametrize(("num_examples", "batch_size"), SIZES)
+def test_in_order_gives_every_example_once(num_examples, batch_size):
+    data = InMemoryData(numbered(num_examples), batch_size)
+    batches = list(data.in_order())
+    assert order_of(batches) == list(range(num_examples))
+    assert len(batches) == len(data)
+    assert all(len(batch) == batch_size for batch in ids(batches)[:-1])
+    chex.assert_trees_all_equal(
+        jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches), numbered(num_examples), strict=True
+    )
+
+
+@pytest.mark.parametrize(("num_examples", "batch_size"), SIZES)
+def test_shuffled_gives_every_example_once(num_examples, batch_size):
+    data = InMemoryData(numbered(num_examples), batch_size)
+    batches = list(data.shuffled((1, 2), epoch=3))
+    assert sorted(order_of(batches)) == list(range(num_examples))
+    assert len(batches) == len(data)
+    assert all(len(batch) == batch_size for batch in ids(batches)[:-1])
+
+
+def test_the_leaves_of_an_example_stay_together():
+    for batch in InMemoryData(numbered(10), 4).shuffled((0,), epoch=0):
+        i = batch["input"]["id"]
+        np.testing.assert_array_equal(batch["input"]["image"], np.broadcast_to(i[:, None, None], (len(i), 2, 3)))
+        np.testing.assert_array_equal(batch["target"][0], i)
+        np.testing.assert_array_equal(batch["target"][1], i + 0.5)
+        assert [leaf.dtype for leaf in jax.tree.leaves(batch)] == [np.int64, np.float32, np.int8, np.float64]
+
+
+def test_the_order_is_a_function_of_seed_and_epoch_only():
+    first, second = InMemoryData(numbered(50), 7), InMemoryData(numbered(50), 50)
+    order = order_of(first.shuffled((1, 2), epoch=5))
+    list(first.shuffled((1, 2), epoch=9))
+    assert order_of(first.shuffled((1, 2), epoch=5)) == order
+    assert order_of(second.shuffled((1, 2), epoch=5)) == order
+    assert order == np.random.default_rng([1, 2, 5]).permutation(50).tolist()
+
+
+@pytest.mark.parametrize(("seed", "epoch"), [((1, 2), 1), ((1, 3), 0), ((2, 1), 0)])
+def test_another_seed_or_epoch_gives_another_order(seed, epoch):
+    data = InMemoryData(numbered(50), 50)
+    assert ids(data.shuffled(seed, epoch)) != ids(data.shuffled((1, 2), epoch=0))
+
+
+def test_data_is_neither_copied_nor_changed():
+    given = numbered(10)
+    before = jax.tree.map(np.copy, given)
+    data = InMemoryData(given, 4)
+    list(data.shuffled((0,), epoch=0))
+    assert np.shares_memory(next(data.in_order())["input"]["id"], given["input"]["id"])
+    chex.assert_trees_all_equal(given, before)
+
+
+def test_device_arrays_and_keys_are_accepted():
+    given = {"x": jnp.arange(6.0), "key": jax.random.split(jax.random.key(0), 6), "half": jnp.ones(6, jnp.bfloat16)}
+    data = InMemoryData(given, 4)
+    first, last = data.in_order()
+    np.testing.assert_array_equal(first["x"], [0, 1, 2, 3])
+    assert type(first["x"]) is np.ndarray
+    assert (last["half"].dtype, last["half"].shape) == (jnp.bfloat16, (2,))
+    order = np.random.default_rng([0, 0]).permutation(6)
+    shuffled = next(data.shuffled((0,), epoch=0))
+    chex.assert_trees_all_equal(shuffled["key"], given["key"][order[:4]])
+
+
+def test_arrays_of_another_device_stay_there(monkeypatch):
+    array = jnp.arange(4.0)
+    monkeypatch.setattr(type(array), "devices", lambda self: [SimpleNamespace(platform="gpu")])
+    first = next(InMemoryData({"x": array}, 2).in_order())
+    assert isinstance(first["x"], jax.Array)
+
+
+@pytest.mark.parametrize(("batch_size", "error"), [(0, ArgumentError), (-1, ArgumentError), (2.0, ArgumentTypeError)])
+def test_a_batch_size_must_be_a_positive_integer(batch_size, error):
+    with pytest.raises(error) as caught:
+        InMemoryData(numbered(4), batch_size)
+    assert str(caught.value).startswith(f"`batch_size` is {batch_size!r}")
+
+
+@pytest.mark.parametrize("value", [3, np.int64(3), np.array(3), jnp.array(3)])
+def test_check_count_takes_every_kind_of_integer(value):
+    count = check_count(value, "count")
+    assert (count, type(count)) == (3, int)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (0, ArgumentError, "`count` is 0; it must be a positive integer."),
+        (True, ArgumentTypeError, "`count` is True of type bool; it must be a positive integer."),
+        ("3", ArgumentTypeError, "`count` is '3' of type str; it must be a positive integer."),
+        (None, ArgumentTypeError, "`count` is None of type NoneType; it must be a positive integer."),
+    ],
+)
+def test_check_count_refuses(value, error, message):
+    with pytest.raises(error) as caught:
+        check_count(value, "count")
+    assert (type(caught.value), str(caught.value)) == (error, message)
+
+
+def test_errors_name_the_data_as_the_caller_does():
+    with pytest.raises(BatchError, match=r"^`train_data` is of type list; it must be a mapping"):
+        InMemoryData([1, 2], 1, "train_data")
+
+
+class Frame:
+    """Has a shape and no dtype, like a data frame."""
+
+    shape = (3, 2)
+
+
+ONES = np.ones((3, 2), np.float32)
+NO_MAPPING = '; it must be a mapping of names to arrays, such as {"input": images, "label": labels}.'
+EVERY_LEAF = " Every leaf must be a numeric array of shape (batch_size, ...)."
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (ONES, "`batch` is of type ndarray" + NO_MAPPING),
+        (3, "`batch` is of type int" + NO_MAPPING),
+        ({}, "`batch` is empty; it must hold at least one array of shape (batch_size, ...)."),
+        ({"x": None}, "`batch` is empty; it must hold at least one array of shape (batch_size, ...)."),
+        (
+            {"x": ONES, "y": [1, 2]},
+            "`batch/y/0` is of type int, not an array; `batch/y/1` is of type int, not an array." + EVERY_LEAF,
+        ),
+        ({"x": ONES, "y": "abc"}, "`batch/y` is of type str, not an array." + EVERY_LEAF),
+        ({"x": Frame()}, "`batch/x` is of type Frame, not an array." + EVERY_LEAF),
+        (
+            {"a": {"b": np.array(["u", "v"])}, "c": np.array([None, 1])},
+            "`batch/a/b` has dtype <U1, which no model can take; `batch/c` has dtype object, which no model can take."
+            + EVERY_LEAF,
+        ),
+        (
+            {"t": np.array(["2020-01-01"], "datetime64[D]")},
+            "`batch/t` has dtype datetime64[D], which no model can take." + EVERY_LEAF,
+        ),
+        (
+            {"x": ONES, "rate": np.float32(1.0)},
+            "`batch/rate` is a scalar; pass constants to the objective another way." + EVERY_LEAF,
+        ),
+        (
+            {"x": ONES, "y": [np.zeros(4, np.int32)]},
+            "`batch` has leading dimensions that differ: x: float32(3, 2), y/0: int32(4,). They must be one number.",
+        ),
+        ({"x": ONES[:0]}, "`batch` holds no examples: x: float32(0, 2)."),
+        ({"x": ONES[:0], "y": ONES}, "`batch` holds no examples: x: float32(0, 2), y: float32(3, 2)."),
+    ],
+)
+def test_what_is_no_batch_is_refused(batch, message):
+    with pytest.raises(BatchError) as caught:
+        batch_length(batch)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {"x": ONES},
+        {"x": ONES, "nothing": None, "deep": {"y": (jnp.zeros(3, jnp.int8), np.zeros((3, 1), bool))}},
+        {"x": ONES, "key": jax.random.split(jax.random.key(0), 3), "half": jnp.zeros(3, jnp.bfloat16)},
+        {"x": jax.ShapeDtypeStruct((3, 5), jnp.float32)},
+        {"x": ONES + 1j},
+    ],
+)
+def test_the_length_of_a_batch(batch):
+    assert batch_length(batch) == 3
+
+
+def test_the_length_of_a_batch_is_known_while_tracing():
+    assert jax.jit(lambda batch: jnp.zeros(batch_length(batch)))({"x": ONES}).shape == (3,)
+
+
+def test_a_mapping_that_jax_does_not_know_is_refused():
+    with pytest.raises(BatchError, match=r"is of type mappingproxy, not an array"):
+        batch_length(MappingProxyType({"x": ONES}))
+
+
+def test_describe_names_every_leaf():
+    tree = {"image": ONES, "meta": {"id": jnp.zeros(3, jnp.int32), "note": "text"}, "keys": (jax.random.key(0),)}
+    assert describe(tree) == "image: float32(3, 2), keys/0: key<fry>(), meta/id: int32(3,), meta/note: str"
+    assert describe({}) == ""
+
+
+BATCHES = [{"x": np.full(2, i)} for i in range(3)]
+
+
+class Loader:
+    """Can be iterated over again and again, and would also be callable."""
+
+    def __iter__(self):
+        return iter(BATCHES)
+
+    def __call__(self):
+        raise AssertionError("an iterable is taken as it is")
+
+
+class Factory:
+    """Is made into a loader by a call, with the size of a batch."""
+
+    def __call__(self, batch_size):
+        return BATCHES[:batch_size]
+
+
+@pytest.mark.parametrize(
+    ("loader", "expected"),
+    [
+        (BATCHES, 3),
+        (Loader(), 3),
+        (lambda: BATCHES, 3),
+        (lambda: iter(BATCHES), 3),
+        (lambda batch_size: BATCHES[:batch_size], 2),
+        (lambda size=1: BATCHES[:size], 2),
+        (lambda *sizes: BATCHES[: sizes[0]], 2),
+        (lambda batch_size, /: BATCHES[:batch_size], 2),
+        (lambda *, limit=1: BATCHES[:limit], 1),
+        (lambda **options: BATCHES[: len(options) or 1], 1),
+        (Factory(), 2),
+        (functools.partial(lambda n, batch_size: BATCHES[: n * batch_size], 1), 2),
+        (BATCHES.__iter__, 3),
+        (Loader, 3),
+    ],
+)
+def test_loaders_of_many_kinds(loader, expected):
+    assert list(open_loader(loader, 2, "loader")) == BATCHES[:expected]
+    assert list(one_pass(loader, 2, "loader", None)) == BATCHES[:expected]
+
+
+def test_a_callable_without_signature_is_called_with_the_batch_size():
+    assert list(open_loader(range, 3, "loader")) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        (3, "`loader` is of type int; it must be an iterable of batches, or a callable that returns one."),
+        (None, "`loader` is of type NoneType; it must be an iterable of batches, or a callable that returns one."),
+        (
+            lambda: 3,
+            "`loader` returned an object that is of type int; it must be an iterable of batches, or a callable that "
+            "returns one.",
+        ),
+    ],
+)
+def test_what_is_no_loader_is_refused(loader, message):
+    with pytest.raises(ArgumentTypeError) as caught:
+        open_loader(loader, 2, "loader")
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(None, 3), (2, 2), (3, 3), (9, 3)])
+def test_a_pass_takes_at_most_the_limit(limit, expected):
+    assert list(one_pass(BATCHES, 2, "loader", limit)) == BATCHES[:expected]
+
+
+def test_a_limited_pass_over_an_endless_loader_leaves_the_rest_to_the_next():
+    endless = itertools.count()
+    assert list(one_pass(endless, 2, "loader", 3)) == [0, 1, 2]
+    assert list(one_pass(endless, 2, "loader", 2)) == [3, 4]
+
+
+def test_a_loader_can_be_passed_over_again():
+    for loader in (Loader(), lambda: iter(BATCHES)):
+        assert list(one_pass(loader, 2, "loader", None)) == list(one_pass(loader, 2, "loader", None)) == BATCHES
+
+
+@pytest.mark.parametrize("loader", [[], iter([]), lambda: iter([])])
+def test_a_pass_without_batches_is_refused(loader):
+    with pytest.raises(ArgumentError) as caught:
+        list(one_pass(loader, 2, "train_data_loader", None))
+    assert str(caught.value) == (
+        "`train_data_loader` yielded no batch. If it is an iterator it was used up by an earlier pass; pass a "
+        "callable that makes a new one, or something that can be iterated over again."
+    )
+
+
+def test_an_iterator_can_be_used_once_only():
+    loader = iter(BATCHES)
+    assert list(one_pass(loader, 2, "loader", None)) == BATCHES
+    with pytest.raises(ArgumentError, match="yielded no batch"):
+        next(one_pass(loader, 2, "loader", None))
+
+
+def test_the_seed_is_the_words_of_the_key():
+    raw, typed = jax.random.PRNGKey(2**32 + 7), jax.random.key(7)
+    assert seed_from_key(typed) == (0, 7)
+    assert seed_from_key(raw) == tuple(np.asarray(raw).tolist())
+    assert seed_from_key(jax.random.key_data(typed)) == seed_from_key(typed)
+    assert all(type(word) is int for word in seed_from_key(raw))
+
+
+def test_keys_of_other_generators_have_seeds_too():
+    assert len(seed_from_key(jax.random.key(7, impl="rbg"))) == 4

@@ -1,0 +1,274 @@
+"""Signals during a run: wherever they come, the run ends in order and goes on to the same bits."""
+
+import functools
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tests.problems import Busy, config, regression, squared_error
+from tests.test_api import Recorder, assert_same_bits
+from trainer import Callback, Trainer, TrainingInterrupted, latest_checkpoint
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
+SIGNALS = {signal.SIGTERM: TrainingInterrupted, signal.SIGINT: KeyboardInterrupt}
+
+
+class Sending(Callback):
+    """Sends this process a signal at an event."""
+
+    def __init__(self, number, event, at=1, times=1):
+        self.number, self.at, self.times, self.calls = number, at, times, 0
+        setattr(self, event, self.send)
+
+    def send(self, *_):
+        self.calls += 1
+        if self.calls == self.at:
+            for _ in range(self.times):
+                os.kill(os.getpid(), self.number)
+
+
+def build(directory, callbacks=(), **options):
+    return Trainer(Busy(), config(), loss_fn=squared_error, workdir=directory, callbacks=list(callbacks), **options)
+
+
+def run(trainer, **options):
+    return trainer.train(regression(24), 2, 4, regression(12, seed=1), val_interval=3, **options)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize(
+    ("event", "at"),
+    [
+        ("on_train_begin", 1),
+        ("on_epoch_begin", 2),
+        ("on_batch_begin", 1),
+        ("on_batch_begin", 5),
+        ("on_batch_end", 6),
+        ("on_validation_begin", 1),
+        ("on_validation_begin", 4),
+        ("on_validation_end", 2),
+        ("on_epoch_end", 1),
+        ("on_epoch_end", 2),
+        ("on_train_end", 1),
+    ],
+)
+def test_wherever_it_comes_the_run_is_saved_and_resumes_to_the_same_bits(number, event, at, tmp_path):
+    whole = build(tmp_path / "whole")
+    returned = run(whole)
+    recorder = Recorder()
+    before = signal.getsignal(number)
+    with pytest.raises(SIGNALS[number]) as caught:
+        run(build(tmp_path / "part", [Sending(number, event, at), recorder]))
+    assert signal.getsignal(number) is before
+    assert recorder.names[-1] == "on_train_end"
+    path = latest_checkpoint(tmp_path / "part")
+    assert f"the state was saved to {path}; train(..., resume=True) goes on from it" in caught.value.__notes__
+    resumed = build(tmp_path / "part")
+    assert run(resumed, resume=True) == returned
+    assert_same_bits(resumed.state, whole.state)
+    assert resumed.history.to_dict() == whole.history.to_dict()
+
+
+def test_the_exception_says_where_and_is_an_exit(tmp_path):
+    with pytest.raises(TrainingInterrupted, match="training was terminated") as caught:
+        run(build(tmp_path, [Sending(signal.SIGTERM, "on_batch_end", 2)]))
+    assert caught.value.code == 143
+    assert caught.value.path == tmp_path / "checkpoint_2.msgpack"
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_second_signal_does_not_wait(number, tmp_path):
+    recorder = Recorder()
+    with pytest.raises(SIGNALS[number]):
+        run(build(tmp_path, [Sending(number, "on_batch_begin", 3, times=2), recorder]))
+    assert recorder.names.count("on_batch_begin") == 2
+    assert recorder.names[-1] == "on_train_end"
+
+
+class Phase:
+    """Sends signals in the midst of some work, once; if that is the work of a step, then as its objective.
+
+    Without a number it compiles to the same programs, and sends nothing.
+    """
+
+    def __init__(self, name, number=None, times=1):
+        self.name, self.number, self.left = name, number, times
+
+    def send(self):
+        times, self.left = self.left, 0
+        for _ in range(times if self.number is not None else 0):
+            os.kill(os.getpid(), self.number)
+
+    def __call__(self, model, batch, rng, step):
+        evaluating = model.norm.use_running_average
+        if self.name == "evaluation" if evaluating else self.name == "step":
+            jax.debug.callback(lambda step: self.send() if step == 3 else None, step)
+        if self.name == "compilation of the evaluation" if evaluating else self.name == "compilation":
+            self.send()
+        return squared_error(model, batch, rng, step)
+
+    def sending_fsync(self, fsync, number=1):
+        """Stands for `os.fsync`, and sends before the file that is being saved has its name."""
+        calls = itertools.count(1)
+
+        def call(descriptor):
+            if self.name == "save" and next(calls) == number:
+                self.send()
+            return fsync(descriptor)
+
+        return call
+
+    def build(self, directory, callbacks=()):
+        return Trainer(Busy(), config(), loss_fn=self, workdir=directory, callbacks=list(callbacks), save_interval=2)
+
+
+@functools.cache
+def never_interrupted(phase):
+    trainer = Phase(phase).build(None)
+    return run(trainer), trainer
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("phase", ["compilation", "compilation of the evaluation", "step", "evaluation", "save"])
+def test_whatever_is_under_way_the_run_ends_in_order_and_resumes_to_the_same_bits(
+    phase, times, number, tmp_path, monkeypatch
+):
+    returned, whole = never_interrupted(phase)
+    recorder, sending = Recorder(), Phase(phase, number, times)
+    before = signal.getsignal(number)
+    interrupted = sending.build(tmp_path / "part", [recorder])
+    monkeypatch.setattr(os, "fsync", sending.sending_fsync(os.fsync))
+    with pytest.raises(SIGNALS[number]) as caught:
+        run(interrupted)
+    assert sending.left == 0
+    assert signal.getsignal(number) is before
+    assert recorder.names[-1] == "on_train_end"
+    assert recorder.names.count("on_train_end") == 1
+    interrupted.close()
+    assert not list((tmp_path / "part").glob(".*"))
+    if times == 1:
+        assert "train(..., resume=True) goes on from it" in caught.value.__notes__[0]
+    # A second one may come between the call of a step, which consumes the state, and its return.
+    if times == 1 or phase not in ("step", "save"):
+        interrupted.state.check_alive()
+    resumed = Phase(phase).build(tmp_path / "part")
+    assert run(resumed, resume=True) == returned
+    assert_same_bits(resumed.state, whole.state)
+    assert resumed.history.to_dict() == whole.history.to_dict()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_second_one_while_the_first_is_obeyed_gives_up_the_save_but_not_the_end(number, tmp_path, monkeypatch):
+    first, second = Sending(number, "on_batch_end", 5), Phase("save", number)
+    recorder = Recorder()
+    trainer = second.build(tmp_path, [first, recorder])
+    # Two saves in the background, each of which flushes its file and its directory, go before.
+    monkeypatch.setattr(os, "fsync", second.sending_fsync(os.fsync, number=5))
+    with pytest.raises(SIGNALS[number]) as caught:
+        run(trainer)
+    assert second.left == 0
+    assert isinstance(caught.value.__context__, SIGNALS[number])
+    assert recorder.names[-1] == "on_train_end"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_2.msgpack", "checkpoint_4.msgpack"]
+    trainer.state.check_alive()
+    assert trainer.step == 5
+
+
+@pytest.mark.parametrize(("number", "status"), [("SIGTERM", 143), ("SIGINT", -2)])
+def test_a_process_that_does_not_catch_it_ends_with_the_usual_status(number, status, tmp_path):
+    code = f"""
+        import signal
+        from tests.distributed.test_signals import Sending, build, run
+        run(build({str(tmp_path)!r}, [Sending(signal.{number}, "on_batch_end", 2)]))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
+    assert done.returncode == status
+    assert (tmp_path / "checkpoint_2.msgpack").exists()
+
+
+def test_nothing_is_handled_where_it_is_not_wanted(tmp_path):
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda *_: seen.append("mine"))
+    try:
+        run(build(tmp_path, [Sending(signal.SIGTERM, "on_batch_end", 2)], handle_signals=False))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == ["mine"]
+
+
+def test_a_thread_other_than_the_main_one_trains_without(tmp_path):
+    trainer = build(tmp_path)
+    thread = threading.Thread(target=run, args=(trainer,))
+    thread.start()
+    thread.join()
+    assert trainer.step == 12
+
+
+def test_what_goes_wrong_in_saving_does_not_hide_the_interruption(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TrainingInterrupted) as caught:
+        run(build(tmp_path / "file", [Sending(signal.SIGTERM, "on_batch_end", 2)]))
+    assert "the state could not be saved: `" in caught.value.__notes__[0]
+    assert caught.value.path is None
+
+
+def test_what_a_callback_raises_while_saving_does_not_hide_it_either(tmp_path):
+    class Stateful(Callback):
+        def state_dict(self):
+            raise ZeroDivisionError("mine")
+
+        def load_state_dict(self, state):
+            raise AssertionError
+
+    recorder = Recorder()
+    with pytest.raises(TrainingInterrupted) as caught:
+        run(build(tmp_path, [Sending(signal.SIGTERM, "on_batch_end", 2), Stateful(), recorder]))
+    assert caught.value.__notes__[0] == "the state could not be saved: mine"
+    assert recorder.names[-1] == "on_train_end"
+
+
+class TestNotFinite:
+    def diverging(self, model, batch, rng, step):
+        loss, metrics = squared_error(model, batch, rng, step)
+        return jnp.where(step >= 3, jnp.nan, 1.0) * loss, metrics
+
+    def test_it_is_not_saved_over_what_is_good(self, tmp_path):
+        trainer = Trainer(Busy(), config(max_checkpoints=2), loss_fn=self.diverging, workdir=tmp_path, save_interval=1)
+        with pytest.warns(UserWarning, match=r"the state is not finite any more at step \d; it was not saved"):
+            trainer.train(regression(24), 1, 4)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_2.msgpack", "checkpoint_3.msgpack"]
+
+    def test_unless_asked(self, tmp_path):
+        trainer = build(tmp_path)
+        trainer.state = jax.tree.map(lambda leaf: leaf * jnp.nan if leaf.dtype == jnp.float32 else leaf, trainer.state)
+        assert trainer.save_checkpoint().exists()
+
+    def test_an_interruption_leaves_it_as_well(self, tmp_path):
+        trainer = Trainer(
+            Busy(),
+            config(),
+            loss_fn=self.diverging,
+            workdir=tmp_path,
+            callbacks=[Sending(signal.SIGTERM, "on_batch_end", 5)],
+        )
+        with pytest.warns(UserWarning, match="not finite"), pytest.raises(TrainingInterrupted) as caught:
+            trainer.train(regression(24), 1, 4)
+        assert caught.value.path is None
+        assert list(tmp_path.iterdir()) == []
+        assert trainer.step == 5

@@ -1,0 +1,259 @@
+"""The `Trainer` in several processes: they train as one does, agree at the start, and one of them logs."""
+
+import json
+import os
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from tests.distributed.test_start import finish, run, start
+from tests.sharding.test_trainer_mesh import Perceptron, config, data, objective
+from trainer import Callback, CheckpointError, Trainer, batch_sharding, latest_checkpoint, make_mesh
+
+COURSE = """
+import tempfile
+from tests.sharding.test_trainer_mesh import RULES
+from tests.distributed.test_trainer_processes import course, trainer_on
+from trainer import make_mesh
+
+axes = json.loads(os.environ["FLAGS"])
+told = []
+trainer = trainer_on(
+    make_mesh(axes), tempfile.mkdtemp(), RULES if "tensor" in axes else None,
+    log_callback=lambda step, metrics, prefix: told.append(step),
+)
+found = course(trainer)
+kernel = trainer.state.params["outer"]["kernel"]
+held = sum(shard.data.nbytes for shard in kernel.addressable_shards) / kernel.nbytes
+print(json.dumps({"course": found, "told": len(told), "leads": trainer.leads, "held": held}))
+"""
+
+
+def trainer_on(mesh, directory, rules=None, **options):
+    settings = config(log_frequency=1, gradient_clip_norm=1.0)
+    fixed = {"rng": jax.random.key(3), "save_interval": 10**9, "workdir": directory}
+    return Trainer(Perceptron, settings, loss_fn=objective, mesh=mesh, partition_rules=rules, **fixed, **options)
+
+
+def course(trainer):
+    """Trains and evaluates in every way, with short last batches, and returns what was measured."""
+    result = trainer.train(data(), 2, 16, data(13, seed=1), val_interval=7)
+    evaluated = trainer.evaluate(data(83), 40)
+    split = batch_sharding(trainer.state.step.sharding.mesh)
+    places = split.addressable_devices_indices_map((16,)).values()
+    own = sorted({row for (where,) in places for row in range(16)[where]})
+    part = {name: column[own] for name, column in data().items()}
+    loss = float(trainer.train_step(part)["loss"])
+    trainer.train_data_loader = trainer.val_data_loader = [part, part]
+    return {
+        "history": trainer.history.to_dict(),
+        "result": result,
+        "evaluated": evaluated,
+        "loss": loss,
+        "epoch": trainer.train_epoch(),
+    }
+
+
+def flat(tree):
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+@pytest.mark.parametrize(
+    ("processes", "devices", "axes", "share"),
+    [(2, 2, {"data": 2, "tensor": 2}, 1.0), (4, 1, {"data": 2, "fsdp": 2}, 0.5)],
+)
+def test_processes_train_as_one_does(processes, devices, axes, share, tmp_path):
+    results = run(COURSE, processes, devices=devices, flags=axes)
+    assert [status for status, _, _ in results] == [0] * processes, results
+    found = [json.loads(out.splitlines()[-1]) for _, out, _ in results]
+    assert [one["leads"] for one in found] == [True] + [False] * (processes - 1)
+    assert found[0]["told"] > 12
+    assert [one["told"] for one in found[1:]] == [0] * (processes - 1)
+    assert [one["held"] for one in found] == [share] * processes
+    assert all(one["course"] == found[0]["course"] for one in found)
+
+    alone = course(trainer_on(make_mesh({"data": 1}, jax.devices()[:1]), tmp_path))
+    # Processes add in another order than one device does, in float32.
+    assert flat(found[0]["course"]) == pytest.approx(flat(alone), rel=2e-5, abs=2e-6)
+
+
+DISAGREE = """
+import tempfile, warnings
+import numpy as np
+from tests.sharding.test_trainer_mesh import Perceptron, config, data, objective
+from tests.distributed.test_trainer_processes import trainer_on
+from trainer import DistributedError, Trainer, make_mesh
+
+def told(work):
+    try:
+        work()
+    except DistributedError as error:
+        return str(error)
+
+mesh, directory = make_mesh({"data": 2}), tempfile.mkdtemp()
+rates = config(optimizer={"learning_rate": 0.1 + process})
+own = data()
+own["target"] = own["target"] + process
+found = {"config": told(lambda: Trainer(Perceptron, rates, loss_fn=objective, mesh=mesh))}
+trainer = trainer_on(mesh, directory)
+found["data"] = told(lambda: trainer.train(own, 1, 16))
+found["epochs"] = told(lambda: trainer.train(data(), 1 + process, 16))
+trainer = trainer_on(mesh, directory)
+trainer.loss_fn = lambda *args: (objective(*args)[0] * (1.0 + process), {})
+found["code"] = told(lambda: trainer.train(data(), 1, 16))
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    Trainer(Perceptron(__import__("flax").nnx.Rngs(0)), config(), loss_fn=objective)
+found["no mesh"] = [str(warning.message) for warning in caught]
+print(json.dumps({**found, "step": trainer.step}))
+"""
+
+
+def test_a_disagreement_is_told_by_all_before_the_first_step():
+    results = run(DISAGREE, 2)
+    assert [status for status, _, _ in results] == [0, 0], results
+    for found in (json.loads(out.splitlines()[-1]) for _, out, _ in results):
+        assert (
+            "`Trainer/training_config/optimizer/learning_rate` is 0.1 in process 0 and 1.1 in process 1"
+            in found["config"]
+        )
+        assert "`train/train_data` is " in found["data"]
+        assert "`train/num_epochs` is 1 in process 0 and 2 in process 1" in found["epochs"]
+        assert "`train_steps/program` is a text of" in found["code"]
+        assert "there are 2 processes and no `mesh`: each trains a model of its own" in found["no mesh"][0]
+        assert found["step"] == 0
+
+
+INTERRUPT = """
+import pathlib, signal
+from tests.sharding.test_trainer_mesh import Perceptron, batch, data, objective
+from tests.distributed.test_trainer_processes import Stopping, losses, resumable
+from trainer import CheckpointError, TrainingInterrupted, make_mesh
+
+directory = pathlib.Path(json.loads(os.environ["FLAGS"]))
+mesh = make_mesh({"data": 1, "fsdp": 2})
+
+# A signal to one of them, in the midst of the second epoch.
+trainer = resumable(mesh, directory / "run", callbacks=[Stopping(8, process == 1)])
+try:
+    trainer.train(data(), 3, 16, data(13, seed=1), val_interval=7)
+except TrainingInterrupted as error:
+    found = {"step": trainer.step, "path": error.path.name, "losses": losses(trainer)}
+
+# Loaders of their own: interrupted between two batches, and taken up by another trainer.
+def parts():
+    starts = range(8 * process, 80, 16)
+    return [{name: column[start : start + 8] for name, column in data(80).items()} for start in starts]
+
+class Saving(Stopping):
+    def on_batch_end(self, trainer, step, logs):
+        if step == 7:
+            trainer.save_checkpoint()
+            raise RuntimeError("stopped")
+
+whole = resumable(mesh, directory / "whole", train_data_loader=parts())
+whole.train_epoch()
+whole.train_epoch()
+broken = resumable(mesh, directory / "parts", train_data_loader=parts(), callbacks=[Saving(0, False)])
+broken.train_epoch()
+try:
+    broken.train_epoch()
+except RuntimeError:
+    pass
+import warnings
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # lists are drawn again
+    again = resumable(mesh, directory / "parts", train_data_loader=parts(), callbacks=[Stopping(0, False)])
+    again.train_epoch(resume=True)
+print(json.dumps({**found, "whole": losses(whole), "again": losses(again)}))
+"""
+
+
+class Stopping(Callback):
+    """Sends a signal to this process at a step, if it is the one."""
+
+    def __init__(self, step, is_the_one):
+        self.step, self.is_the_one = step, is_the_one
+
+    def on_batch_end(self, trainer, step, logs):
+        if step == self.step and self.is_the_one:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def resumable(mesh, directory, **options):
+    fixed = {"rng": jax.random.key(3), "save_interval": 3, "workdir": directory, "loss_fn": objective}
+    return Trainer(Perceptron, config(log_frequency=1), mesh=mesh, **fixed, **options)
+
+
+def losses(trainer):
+    return list(zip(*trainer.history.series("loss"), strict=True))
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("interrupted")
+    results = run(INTERRUPT, 2, flags=str(directory))
+    assert [status for status, _, _ in results] == [0, 0], results
+    return directory, [json.loads(out.splitlines()[-1]) for _, out, _ in results]
+
+
+class TestInterruption:
+    def test_all_stop_after_the_same_step_and_save(self, interrupted):
+        directory, (first, second) = interrupted
+        assert first == second
+        assert 8 <= first["step"] < 18
+        assert first["path"] == f"checkpoint_{first['step']}.orbax"
+        assert latest_checkpoint(directory / "run").name == first["path"]
+
+    def test_another_number_of_processes_and_devices_goes_on_with_what_is_left(self, interrupted, tmp_path):
+        directory, (first, _) = interrupted
+        shutil.copytree(directory / "run", tmp_path / "run")
+        trainer = resumable(make_mesh({"fsdp": 8}), tmp_path / "run", callbacks=[Stopping(0, False)])
+        result = trainer.train(data(), 3, 16, data(13, seed=1), val_interval=7, resume=True)
+
+        never = resumable(make_mesh({"data": 1}, jax.devices()[:1]), tmp_path / "never")
+        expected = never.train(data(), 3, 16, data(13, seed=1), val_interval=7)
+        # The same batches step by step, in other parts and so summed in another order.
+        np.testing.assert_allclose(losses(trainer), losses(never), rtol=2e-5)
+        assert losses(trainer)[: first["step"]] == [tuple(row) for row in first["losses"]]
+        assert result == pytest.approx(expected, rel=2e-5, abs=2e-6)
+
+    def test_loaders_of_several_processes_are_taken_up(self, interrupted):
+        _, found = interrupted
+        for one in found:
+            assert one["again"] == one["whole"]
+            assert len(one["whole"]) == 10
+
+    def test_loaders_of_other_processes_are_refused(self, interrupted, tmp_path):
+        directory, _ = interrupted
+        shutil.copytree(directory / "parts", tmp_path / "parts")
+        trainer = resumable(make_mesh({"data": 8}), tmp_path / "parts", train_data_loader=[data(16)])
+        with pytest.raises(CheckpointError, match="was saved by 2 processes, each with a loader of its own"):
+            trainer.train_epoch(resume=True)
+        assert trainer.step == 0
+
+
+EXAMPLE = """
+import contextlib, io
+sys.path.insert(0, "examples")
+import many_devices
+
+flags = ["--distributed", "--cpu-devices", "1", "--mesh", "data=-1,fsdp=2", "--epochs", "2", "--workdir"]
+printed = io.StringIO()
+with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(printed):
+    result = many_devices.main([*flags, json.loads(os.environ["FLAGS"])])
+print(json.dumps({"accuracy": result["accuracy"], "printed": printed.getvalue()}))
+"""
+
+
+def test_the_example_trains_and_one_process_tells(tmp_path):
+    results, _ = finish(start(EXAMPLE, 2, flags=str(tmp_path)), timeout=120)
+    assert [status for status, _, _ in results] == [0, 0], results
+    first, second = (json.loads(out.splitlines()[-1]) for _, out, _ in results)
+    assert first["accuracy"] == second["accuracy"] > 0.7
+    assert "after 24 steps on 2 devices" in first["printed"]
+    assert second["printed"] == ""
+    assert latest_checkpoint(tmp_path).name == "checkpoint_20.orbax"

@@ -1,0 +1,352 @@
+"""Checkpoints as Orbax directories, for states that are spread over devices and processes.
+
+A directory has two items. ``state`` holds the arrays, as a tree of dicts along their paths that any
+Orbax reads; ``about`` holds what a person wants to know and a description of every array with a checksum
+of our own, since Orbax notices damage to its indices but not to the numbers. Arrays are written from
+where they are and read to where they shall be; none is gathered.
+
+Where there are several processes, each calls at the same point. Orbax writes in each what its devices hold;
+process 0 writes the rest, and gives the directory its name once all have finished. What fails in one process
+fails in all (`trainer.distributed.Votes`).
+
+Orbax cannot store some arrays, so they are stored otherwise: those without entries in the description
+alone, keys as their words, dtypes of less than two bytes other than the plain integers as bits (uint8).
+"""
+
+import asyncio
+import contextlib
+import functools
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import quote
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import xxhash
+
+from trainer.checkpoints.atomic import NewDirectory
+from trainer.checkpoints.device_checksums import bits, digests_as_text, from_bits
+from trainer.checkpoints.file_format import DTYPES, Leaf, leaf_from_record, leaf_to_record
+from trainer.distributed.start import Votes
+from trainer.errors import CheckpointError, UnreadableError
+from trainer.sharding.arrays import as_key, is_spread, place, sharding_of
+from trainer.tree_paths import LeafPath
+
+FORMAT = "nnx-trainer orbax 1"
+
+# A save that takes longer than this has failed.
+_PATIENCE_SECONDS = 3600.0
+
+_PLAIN = {"bool", "int8", "uint8", "int16", "uint16", "float16", "bfloat16", "int32", "uint32", "float32"}
+_PLAIN |= {"int64", "uint64", "float64", "complex64", "complex128"}
+
+
+def begin_directory(path: Path, info: Mapping[str, Any], leaves: Sequence[tuple[Leaf, Any]]) -> Callable[[], None]:
+    """Copies arrays to the host, and begins to write them beside the directory ``path``.
+
+    Args:
+        path: The directory, which may hold a checkpoint already. The one above is made if it is missing.
+        info: Plain values for people.
+        leaves: Descriptions of the arrays, and the arrays, of JAX or NumPy; keys as their words. They may
+            be sharded over devices and processes, and donated as soon as this has returned.
+
+    Returns:
+        What finishes the checkpoint, and must be called, in any thread: it waits until all is written, in
+        all processes, and gives it the name. What had the name before is there until then.
+
+    Raises:
+        CheckpointError: Something failed, in this or in another process. The function that is returned
+            raises it as well; what was there before is untouched then.
+    """
+    votes, last_votes = Votes("save"), Votes("commit", timeout_seconds=_PATIENCE_SECONDS)
+    writing = _Writing(path.absolute())
+    # Digests first: they are computed by the devices of all processes together.
+    digests = digests_as_text([array for _, array in leaves])
+    tree = _tree_of(leaves)
+    try:
+        temporary = votes.settle(*_attempted(writing.prepare, path))
+        votes.settle(*_attempted(functools.partial(writing.begin, Path(temporary), tree), path))
+    except BaseException:
+        writing.discard()
+        raise
+    records = [{**leaf_to_record(leaf), "digest": found} for (leaf, _), found in zip(leaves, digests, strict=True)]
+    about = json.dumps({"info": info, "leaves": records}, default=str)
+
+    def finish() -> None:
+        try:
+            last_votes.settle(*_attempted(writing.wait, path))
+            last_votes.settle(*_attempted(functools.partial(writing.commit, about), path))
+        except BaseException:
+            writing.discard()
+            raise
+
+    return finish
+
+
+def write_directory(path: Path, info: Mapping[str, Any], leaves: Sequence[tuple[Leaf, Any]]) -> None:
+    """Writes one checkpoint, arguments and errors as for `begin_directory`."""
+    begin_directory(path, info, leaves)()
+
+
+class _Writing:
+    """What one process does to write a checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        import orbax.checkpoint as ocp
+
+        self._path = path
+        self._handler = ocp.PyTreeCheckpointHandler()
+        self._is_first = jax.process_index() == 0
+        self._new: NewDirectory | None = None
+        self._temporary = path
+        self._futures: Sequence[Any] = ()
+
+    def prepare(self) -> str | None:
+        """Makes a directory beside the path, in one process for all."""
+        if not self._is_first:
+            return None
+        if self._path.is_dir() and any(self._path.iterdir()) and not (self._path / "about" / "metadata").exists():
+            raise FileExistsError("it is a directory of something else, which is not replaced")
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._new = NewDirectory(self._path)
+        (self._new.temporary / "state").mkdir()
+        return str(self._new.temporary)
+
+    def begin(self, temporary: Path, tree: Any) -> None:
+        """Copies the arrays, and lets Orbax write them beside what comes next."""
+        import orbax.checkpoint as ocp
+
+        self._temporary = temporary
+        saving = self._handler.async_save(_state_in(temporary), args=ocp.args.PyTreeSave(tree))
+        self._futures = _run(saving) or ()
+
+    def wait(self) -> None:
+        """Waits until nothing is being written any more, and raises what went wrong first."""
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        futures, self._futures = self._futures, ()
+        failures = []
+        for future in futures:
+            try:
+                future.result(timeout=max(deadline - time.monotonic(), 0.0))
+            except Exception as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
+
+    def commit(self, about: str) -> None:
+        if self._new is None:
+            return
+        self._handler.finalize(_state_in(self._temporary))
+        envelope = {"format": FORMAT, "about": about, "checksum": xxhash.xxh3_64_hexdigest(about.encode())}
+        (self._temporary / "about").mkdir()
+        (self._temporary / "about" / "metadata").write_text(json.dumps(envelope), encoding="utf-8")
+        self._new.commit()
+
+    def discard(self) -> None:
+        if self._new is not None:
+            with contextlib.suppress(Exception):  # there is one already
+                self.wait()
+            self._new.discard()
+
+
+def _tree_of(leaves: Sequence[tuple[Leaf, Any]]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for leaf, array in leaves:
+        if array.size:
+            *parents, last = _names(leaf.path)
+            node = tree
+            for name in parents:
+                node = node.setdefault(name, {})
+            stored = array if leaf.dtype in _PLAIN else bits(jnp.asarray(array))
+            # What every process has for itself, process 0 writes; Orbax takes it as an array of NumPy only.
+            node[last] = np.asarray(stored) if jax.process_count() > 1 and not is_spread(stored) else stored
+    return tree
+
+
+def _attempted(work: Callable[[], Any], path: Path) -> tuple[Exception | None, Any]:
+    """Returns what to settle: a failure, or what the work returned."""
+    try:
+        return None, work()
+    except Exception as error:  # whatever a disk makes Orbax and TensorStore raise
+        reason = " ".join(str(error).split())[:300]
+        failure = CheckpointError(f"`{path}` could not be written ({type(error).__name__}: {reason})")
+        failure.__cause__ = error
+        return failure, None
+
+
+def _state_in(directory: Path) -> Any:
+    """Returns where the arrays are, as the path that handlers of Orbax take."""
+    from etils import epath  # type: ignore[import-untyped]
+
+    return epath.Path(directory / "state")
+
+
+def _run(coroutine: Any) -> Any:
+    """Runs a coroutine to its end, in a thread of its own where this one has an event loop, as notebooks do."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return _run_in_new_loop(coroutine)
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_run_in_new_loop, coroutine).result()
+
+
+def _run_in_new_loop(coroutine: Any) -> Any:
+    # asyncio.run() would end by looking through the tasks of all threads, which others change meanwhile.
+    loop = asyncio.new_event_loop()
+    try:
+        return loop.run_until_complete(coroutine)
+    finally:
+        loop.close()
+
+
+class OrbaxDirectory:
+    """A checkpoint that `begin_directory` wrote, opened. Nothing but the description is read yet.
+
+    Args:
+        path: The directory.
+        votes: Those of all processes that read it to arrays which are spread over them.
+
+    Attributes:
+        info: What was written about the state.
+        leaves: What it holds, by path.
+
+    Raises:
+        UnreadableError: It cannot be read, or is no such directory.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], votes: Votes | None = None) -> None:
+        self.path = Path(path).absolute()
+        self._votes = votes
+        self.info, self.leaves, self._digests = self._read_about()
+
+    def read(self, wanted: Mapping[LeafPath, jax.Array | None]) -> dict[LeafPath, Any]:
+        """Returns arrays, each where its counterpart is, or as a NumPy array where that is None.
+
+        Raises:
+            UnreadableError: One is damaged or cannot be read.
+        """
+        if not wanted:
+            return {}
+        arrays, failure = {}, None
+        try:
+            arrays = self._restore({path: like for path, like in wanted.items() if 0 not in self.leaves[path].shape})
+        except UnreadableError as error:
+            failure = error
+        if self._votes is not None and any(map(is_spread, wanted.values())):
+            self._votes.settle(failure)  # before the digests, which all processes compute together
+        if failure is not None:
+            raise failure
+        for path in wanted.keys() - arrays.keys():
+            arrays[path] = np.empty(self.leaves[path].shape, DTYPES[self.leaves[path].dtype])
+        # In the order of the file, which is that of all processes.
+        paths = [path for path in self.leaves if path in arrays]
+        for path, found in zip(paths, digests_as_text([arrays[path] for path in paths]), strict=True):
+            if found != self._digests[path]:
+                raise self._damaged(f"the checksum of `{self.leaves[path].name}` does not agree")
+        return {path: _placed(arrays[path], like) for path, like in wanted.items()}
+
+    def verify(self) -> None:
+        """Reads everything, one array at a time, and keeps nothing.
+
+        Raises:
+            UnreadableError: A checksum does not agree.
+        """
+        for path in self.leaves:
+            self.read({path: None})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        del kind, error, trace  # no file is open
+
+    def _read_about(self) -> tuple[dict[str, Any], dict[LeafPath, Leaf], dict[LeafPath, str]]:
+        steps = sorted(int(name) for name in os.listdir(self.path) if name.isdecimal()) if self.path.is_dir() else []
+        if steps:
+            listed = ", ".join(map(str, steps))
+            raise UnreadableError(f"`{self.path}` holds checkpoints of the steps {listed}; pass one of them.")
+        try:
+            text = (self.path / "about" / "metadata").read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UnreadableError(
+                f"`{self.path}` is no Orbax directory that this library wrote, since its `about` could not be read: "
+                f"{error}"
+            ) from error
+        try:
+            envelope = json.loads(text)
+            if envelope["format"] != FORMAT:
+                raise self._damaged(f"its format is {envelope['format']!r}, and this release reads {FORMAT!r}")
+            if xxhash.xxh3_64_hexdigest(envelope["about"].encode()) != envelope["checksum"]:
+                raise self._damaged("its description does not have the checksum that was written")
+            about = json.loads(envelope["about"])
+            digests = [str(record.pop("digest")) for record in about["leaves"]]
+            leaves = [leaf_from_record(record) for record in about["leaves"]]
+            found = dict(zip((leaf.path for leaf in leaves), digests, strict=True))
+            return dict(about["info"]), {leaf.path: leaf for leaf in leaves}, found
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            if isinstance(error, UnreadableError):
+                raise
+            raise self._damaged(f"its description cannot be understood: {error!r}") from error
+
+    def _restore(self, wanted: Mapping[LeafPath, jax.Array | None]) -> dict[LeafPath, Any]:
+        """Reads the stored arrays, in one go: Orbax reads many at once."""
+        if not wanted:
+            return {}
+        import orbax.checkpoint as ocp
+
+        item: dict[str, Any] = {}
+        how: dict[str, Any] = {}
+        for path, like in wanted.items():
+            leaf = self.leaves[path]
+            *parents, last = _names(path)
+            items, hows = item, how
+            for name in parents:
+                items, hows = items.setdefault(name, {}), hows.setdefault(name, {})
+            stored = DTYPES[leaf.dtype] if leaf.dtype in _PLAIN else np.dtype(np.uint8)
+            items[last] = jax.ShapeDtypeStruct(leaf.shape, stored)
+            hows[last] = ocp.RestoreArgs(restore_type=np.ndarray)
+            if like is not None and like.committed:
+                hows[last] = ocp.ArrayRestoreArgs(sharding=sharding_of(like), global_shape=leaf.shape)
+        restore = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
+        try:
+            # Not through a checkpointer, whose barrier a process that fails would not come to.
+            tree = ocp.PyTreeCheckpointHandler().restore(_state_in(self.path), args=restore)
+        except Exception as error:  # whatever a damaged directory makes Orbax and TensorStore raise
+            reason = " ".join(str(error).split())[:300]
+            raise self._damaged(f"its arrays could not be read ({type(error).__name__}: {reason})") from error
+        arrays = {}
+        for path in wanted:
+            leaf, stored_array = self.leaves[path], tree
+            for name in _names(path):
+                stored_array = stored_array[name]
+            if leaf.dtype not in _PLAIN:
+                stored_array = from_bits(jnp.asarray(stored_array), DTYPES[leaf.dtype])
+            if (tuple(stored_array.shape), stored_array.dtype) != (leaf.shape, DTYPES[leaf.dtype]):
+                raise self._damaged(f"`{leaf.name}` is {stored_array.dtype}{stored_array.shape} in its arrays")
+            arrays[path] = stored_array
+        return arrays
+
+    def _damaged(self, how: str) -> UnreadableError:
+        return UnreadableError(f"`{self.path}` is damaged: {how}.")
+
+
+def _placed(array: Any, like: jax.Array | None) -> Any:
+    if like is None:
+        return np.asarray(array)
+    # An array of JAX was read to its place.
+    return as_key(array, like) if isinstance(array, jax.Array) else place(array, like)
+
+
+def _names(path: LeafPath) -> list[str]:
+    """Returns the names under which Orbax is given an array; it joins them with dots and slashes itself."""
+    return [quote(str(part), safe="").replace(".", "%2E") or "%" for part in path]

@@ -48,7 +48,7 @@ def main(argv=None):
     )
     train_data, val_data = digits()
     result = trainer.train(train_data, arguments.epochs, 128, val_data, val_interval=50, resume=True)
-    if trainer.leads:
+    if trainer.is_primary_process:
         steps, devices = trainer.step, jax.device_count()
         print(f"validation accuracy {result['accuracy']:.4f} after {steps} steps on {devices} devices")
     return result

@@ -154,20 +154,20 @@ def main(argv=None):
     train_step = jit_step(step, state, split)
     first = place(sequences(1, arguments.batch_size), split)
     check_agreement({"step": train_step.lower(state, first).as_text()})
-    leads = jax.process_index() == 0
-    if leads:
+    is_primary_process = jax.process_index() == 0
+    if is_primary_process:
         print(describe(state.params))
     for number in range(1, arguments.steps + 1):
         state, metrics = train_step(state, place(sequences(number, arguments.batch_size), split))
         if jax.default_backend() == "cpu":
             # Where a process has several devices on a CPU, collectives of two steps under way wait for each other.
             jax.block_until_ready(metrics)
-        if number % 50 == 0 and leads:
+        if number % 50 == 0 and is_primary_process:
             print(f"step {number:4}  loss {metrics['loss']:.4f}  accuracy {metrics['accuracy']:.3f}", flush=True)
 
     unseen = place(sequences(0, 1024), split)
     result = {name: float(value) for name, value in jax.jit(make_eval_step(cross_entropy))(state, unseen).items()}
-    if leads:
+    if is_primary_process:
         print(f"unseen sequences: loss {result['loss']:.4f}  accuracy {result['accuracy']:.3f}")
     return result
 

@@ -118,7 +118,7 @@ class Trainer:
         epoch: How many epochs this trainer has finished.
         validates: Whether the run that is under way, or the one before, validates on anything.
         throughput: How fast the latest epoch was, see `trainer.Throughput`; None before the first.
-        leads: Whether this process is the one that writes logs, of several that train together.
+        is_primary_process: Whether this process is the one that writes logs, of several that train together.
 
     Raises:
         ArgumentError: An argument cannot be used; nothing has happened then. Those of a wrong type
@@ -183,7 +183,7 @@ class Trainer:
         self.history = History()
         self.epoch = 0
         self._devices = devices_of(mesh, partition_rules)
-        self.leads = self._devices.leads
+        self.is_primary_process = self._devices.is_primary_process
         rng = jax.random.PRNGKey(0) if rng is None else rng
         about = {"mesh": str(mesh and dict(mesh.shape)), "partition_rules": str(partition_rules)}
         self._agree("Trainer", {"training_config": training_config.to_dict(), "save_interval": save_interval, **about})
@@ -200,9 +200,11 @@ class Trainer:
             )
         self._seed = seed_from_key(rng)
         loggers = [logger] if logger is not None else []
-        if training_config.use_wandb and self.leads:
+        if training_config.use_wandb and self.is_primary_process:
             loggers.append(WandbLogger(training_config.wandb_project, training_config.name))
-        self._reporter = Reporter(log_callback, metrics_logger, loggers) if self.leads else Reporter(None, None, ())
+        self._reporter = (
+            Reporter(log_callback, metrics_logger, loggers) if self.is_primary_process else Reporter(None, None, ())
+        )
         self._run = RunProgress()
         self.validates = val_data_loader is not None
         self._pass: LoaderPass | None = None
@@ -530,7 +532,7 @@ class Trainer:
                 return run.average.compute()
             if run.validation_step != self.step:
                 validate()
-            if self.metrics_logger is not None and self.leads:
+            if self.metrics_logger is not None and self.is_primary_process:
                 self.metrics_logger.log_test_metrics(run.validation)
             return dict(run.validation)
 

@@ -101,7 +101,7 @@ def with_variables(module: Any, variables: chex.ArrayTree) -> Any:
     if not isinstance(module, nnx.Module):
         return module
     graphdef, flat = nnx.flatten(without_intermediates(module))
-    values = flatten(variables, paths=flat.paths)
+    values = lookup(variables, paths=flat.paths)
     return nnx.merge(graphdef, [values[path] for path in flat.paths])
 
 
@@ -118,7 +118,7 @@ def without_intermediates(module: nnx.Module) -> nnx.Module:
     return module
 
 
-def carry(
+def merge_updated(
     before: chex.ArrayTree, after: Flat, where: str, reduce: Callable[[Any, Any], Any] = lambda old, new: new
 ) -> chex.ArrayTree:
     """Returns what a step carries on: the values ``after`` it, in the structure ``before`` it.
@@ -135,7 +135,7 @@ def carry(
     Raises:
         ObjectiveError: Naming every variable that appeared, vanished or changed shape or dtype.
     """
-    flat = flatten(before, paths=after.keys(), missing=_ABSENT)
+    flat = lookup(before, paths=after.keys(), missing=_ABSENT)
     problems: list[str] = []
     carried: Flat = {}
     for path, value in after.items():
@@ -174,7 +174,7 @@ def nest(flat: Flat) -> dict[Any, Any]:
 _ABSENT = object()
 
 
-def flatten(*trees: Any, paths: Iterable[Path], missing: Any = None) -> Flat:
+def lookup(*trees: Any, paths: Iterable[Path], missing: Any = None) -> Flat:
     """Looks every path up in the nested dicts; the first tree that has it wins."""
 
     def look_up(path: Path) -> Any:

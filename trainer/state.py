@@ -22,9 +22,9 @@ from trainer.nnx_bridge import (
     Flat,
     GraphDef,
     Path,
-    flatten,
     graphdef_of,
     join_path,
+    lookup,
     nest,
     split_variables,
     variables_of,
@@ -125,7 +125,7 @@ class TrainState:
             StateError: The state was donated to a step.
         """
         self.check_alive()
-        flat = flatten(self.params, self.model_state, paths=self.graphdef.paths)
+        flat = lookup(self.params, self.model_state, paths=self.graphdef.paths)
         return nnx.merge(self.graphdef, [flat[path] for path in self.graphdef.paths])
 
     def replace(self, **changes: Any) -> Self:

@@ -15,7 +15,7 @@ from flax import nnx
 
 from trainer.batches import batch_length, describe
 from trainer.errors import ArgumentError, ArgumentTypeError, BatchError, ObjectiveError, check_count
-from trainer.nnx_bridge import Flat, carry, flatten, split_variables, variables_of, with_variables
+from trainer.nnx_bridge import Flat, lookup, merge_updated, split_variables, variables_of, with_variables
 from trainer.state import TrainState, check_optimizer
 from trainer.types import Batch, ExtensionLike, LossFn, Metrics
 
@@ -117,11 +117,11 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         next_state = state.replace(
             params=optax.apply_updates(state.params, updates),
-            model_state=carry(state.model_state, variables, "model_state", reduce),
+            model_state=merge_updated(state.model_state, variables, "model_state", reduce),
             opt_state=opt_state,
             step=state.step + 1,
             extensions={
-                name: {**held, "variables": carry(held["variables"], after, f"extensions/{name}", reduce)}
+                name: {**held, "variables": merge_updated(held["variables"], after, f"extensions/{name}", reduce)}
                 if (after := extension_variables.get(name)) is not None
                 else held
                 for name, held in state.extensions.items()
@@ -330,7 +330,7 @@ def _check_wrt(state: TrainState, wrt: nnx.filterlib.Filter) -> None:
             f"the model has no parameters: `wrt` = {wrt!r} selects none of its variables, so there is nothing to train."
         )
     absent = object()
-    if any(v is absent for v in flatten(state.params, paths=selected, missing=absent).values()) or len(
+    if any(v is absent for v in lookup(state.params, paths=selected, missing=absent).values()) or len(
         jax.tree.leaves(selected)
     ) != len(jax.tree.leaves(state.params)):
         raise ArgumentError(

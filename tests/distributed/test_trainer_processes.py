@@ -28,7 +28,7 @@ trainer = trainer_on(
 found = course(trainer)
 kernel = trainer.state.params["outer"]["kernel"]
 held = sum(shard.data.nbytes for shard in kernel.addressable_shards) / kernel.nbytes
-print(json.dumps({"course": found, "told": len(told), "leads": trainer.leads, "held": held}))
+print(json.dumps({"course": found, "told": len(told), "leads": trainer.is_primary_process, "held": held}))
 """
 
 

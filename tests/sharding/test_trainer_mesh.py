@@ -296,7 +296,7 @@ def test_one_process_is_the_one_that_logs(tmp_path):
             pass
 
     trainer = build(tmp_path, "data", metrics_logger=Telling())
-    assert trainer.leads
+    assert trainer.is_primary_process
     trainer.train(data(), 1, BATCH)
     assert len(stream.getvalue().splitlines()) == 6
     assert isinstance(trainer.state, TrainState)

@@ -252,22 +252,22 @@ class Progress(Callback):
         self._started = self._clock()
 
     def on_compile_begin(self, trainer: Any, what: str) -> None:
-        if trainer.leads and self._stream.isatty():
+        if trainer.is_primary_process and self._stream.isatty():
             self._write(f"compiling {what} …", {}, self._clock(), end="\r")
 
     def on_compile_end(self, trainer: Any, what: str, seconds: float) -> None:
-        if trainer.leads:
+        if trainer.is_primary_process:
             self._write(f"compiled {what} in {seconds:.1f} s", {}, self._clock(), end="\n")
 
     def on_call_end(self, trainer: Any, step: int, logs: Mapping[str, Any]) -> None:
         now = self._clock()
-        if trainer.leads and self._stream.isatty() and now - self._painted >= 0.1:
+        if trainer.is_primary_process and self._stream.isatty() and now - self._painted >= 0.1:
             self._write(f"epoch {trainer.epoch + 1}  step {step}", self._previous, now, end="\r")
             self._painted = now
         self._previous = logs
 
     def on_epoch_end(self, trainer: Any, epoch: int, logs: dict[str, float]) -> None:
-        if trainer.leads:
+        if trainer.is_primary_process:
             self._write(f"epoch {epoch + 1}  step {trainer.step}", logs, self._clock(), end="\n")
 
     def _write(self, head: str, logs: Mapping[str, Any], now: float, end: str) -> None:

@@ -14,7 +14,7 @@ from trainer.callbacks.monitor import Monitor
 from trainer.checkpoints.atomic import remove_directory
 from trainer.checkpoints.background import BackgroundSaver
 from trainer.checkpoints.orbax_directory import OrbaxDirectory, begin_directory
-from trainer.distributed.start import Votes
+from trainer.distributed.start import AllOrNone
 from trainer.errors import ArgumentError, CheckpointError, check_count
 
 
@@ -194,7 +194,7 @@ class ModelCheckpoint(Callback):
         """Returns the scores of the checkpoints that are there, of which process 0 tells the others."""
         if self._scores is None:
             self._scores = {
-                int(step): score for step, score in Votes("list").settle(None, list(self._on_disk().items()))
+                int(step): score for step, score in AllOrNone("list").sync(None, list(self._on_disk().items()))
             }
         return self._scores
 

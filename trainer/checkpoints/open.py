@@ -20,9 +20,9 @@ import numpy as np
 from trainer.checkpoints.file_format import Bundle, Leaf
 from trainer.checkpoints.orbax_directory import OrbaxDirectory
 from trainer.checkpoints.reference_pickle import read_pickle
-from trainer.distributed.start import Votes
+from trainer.distributed.start import AllOrNone
 from trainer.errors import CheckpointError
-from trainer.sharding.arrays import place
+from trainer.sharding.arrays import place_like
 from trainer.state import TrainState
 from trainer.tree_paths import LeafPath, parts_of
 
@@ -74,7 +74,7 @@ class Source(Protocol):
     ) -> None: ...
 
 
-def open_source(path: str | os.PathLike[str], like: TrainState | None = None, votes: Votes | None = None) -> Source:
+def open_source(path: str | os.PathLike[str], like: TrainState | None = None, votes: AllOrNone | None = None) -> Source:
     """Opens a checkpoint, and checks everything but the arrays.
 
     Args:
@@ -139,7 +139,7 @@ class _File:
                 for path, value in zip(paths, values, strict=True):
                     # In this thread, whose settings (64 bits, the default device) other threads do not have.
                     like = wanted[path]
-                    arrays[path] = value if like is None else place(value, like)
+                    arrays[path] = value if like is None else place_like(value, like)
         return arrays
 
     def verify(self) -> None:
@@ -174,7 +174,7 @@ class _Pickle:
 
     def read(self, wanted: Mapping[LeafPath, jax.Array | None]) -> dict[LeafPath, Any]:
         values = {path: np.array(self._arrays[path]) for path in wanted}
-        return {path: values[path] if like is None else place(values[path], like) for path, like in wanted.items()}
+        return {path: values[path] if like is None else place_like(values[path], like) for path, like in wanted.items()}
 
     def verify(self) -> None:
         raise CheckpointError(f"`{self.path}` is a pickle, which has no checksums; save it again in another format.")

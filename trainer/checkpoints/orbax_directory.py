@@ -7,7 +7,7 @@ where they are and read to where they shall be; none is gathered.
 
 Where there are several processes, each calls at the same point. Orbax writes in each what its devices hold;
 process 0 writes the rest, and gives the directory its name once all have finished. What fails in one process
-fails in all (`trainer.distributed.Votes`).
+fails in all (`trainer.distributed.AllOrNone`).
 
 Orbax cannot store some arrays, so they are stored otherwise: those without entries in the description
 alone, keys as their words, dtypes of less than two bytes other than the plain integers as bits (uint8).
@@ -34,9 +34,9 @@ import xxhash
 from trainer.checkpoints.atomic import NewDirectory
 from trainer.checkpoints.device_checksums import bits, digests_as_text, from_bits
 from trainer.checkpoints.file_format import DTYPES, Leaf, leaf_from_record, leaf_to_record
-from trainer.distributed.start import Votes
+from trainer.distributed.start import AllOrNone
 from trainer.errors import CheckpointError, UnreadableError
-from trainer.sharding.arrays import as_key, is_spread, place, sharding_of
+from trainer.sharding.arrays import as_key, is_multiprocess, place_like, sharding_of
 from trainer.tree_paths import LeafPath
 
 FORMAT = "nnx-trainer orbax 1"
@@ -65,14 +65,14 @@ def begin_directory(path: Path, info: Mapping[str, Any], leaves: Sequence[tuple[
         CheckpointError: Something failed, in this or in another process. The function that is returned
             raises it as well; what was there before is untouched then.
     """
-    votes, last_votes = Votes("save"), Votes("commit", timeout_seconds=_PATIENCE_SECONDS)
+    votes, last_votes = AllOrNone("save"), AllOrNone("commit", timeout_seconds=_PATIENCE_SECONDS)
     writing = _Writing(path.absolute())
     # Digests first: they are computed by the devices of all processes together.
     digests = digests_as_text([array for _, array in leaves])
     tree = _tree_of(leaves)
     try:
-        temporary = votes.settle(*_attempted(writing.prepare, path))
-        votes.settle(*_attempted(functools.partial(writing.begin, Path(temporary), tree), path))
+        temporary = votes.sync(*_attempted(writing.prepare, path))
+        votes.sync(*_attempted(functools.partial(writing.begin, Path(temporary), tree), path))
     except BaseException:
         writing.discard()
         raise
@@ -81,8 +81,8 @@ def begin_directory(path: Path, info: Mapping[str, Any], leaves: Sequence[tuple[
 
     def finish() -> None:
         try:
-            last_votes.settle(*_attempted(writing.wait, path))
-            last_votes.settle(*_attempted(functools.partial(writing.commit, about), path))
+            last_votes.sync(*_attempted(writing.wait, path))
+            last_votes.sync(*_attempted(functools.partial(writing.commit, about), path))
         except BaseException:
             writing.discard()
             raise
@@ -166,7 +166,7 @@ def _tree_of(leaves: Sequence[tuple[Leaf, Any]]) -> dict[str, Any]:
                 node = node.setdefault(name, {})
             stored = array if leaf.dtype in _PLAIN else bits(jnp.asarray(array))
             # What every process has for itself, process 0 writes; Orbax takes it as an array of NumPy only.
-            node[last] = np.asarray(stored) if jax.process_count() > 1 and not is_spread(stored) else stored
+            node[last] = np.asarray(stored) if jax.process_count() > 1 and not is_multiprocess(stored) else stored
     return tree
 
 
@@ -222,7 +222,7 @@ class OrbaxDirectory:
         UnreadableError: It cannot be read, or is no such directory.
     """
 
-    def __init__(self, path: str | os.PathLike[str], votes: Votes | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str], votes: AllOrNone | None = None) -> None:
         self.path = Path(path).absolute()
         self._votes = votes
         self.info, self.leaves, self._digests = self._read_about()
@@ -240,8 +240,8 @@ class OrbaxDirectory:
             arrays = self._restore({path: like for path, like in wanted.items() if 0 not in self.leaves[path].shape})
         except UnreadableError as error:
             failure = error
-        if self._votes is not None and any(map(is_spread, wanted.values())):
-            self._votes.settle(failure)  # before the digests, which all processes compute together
+        if self._votes is not None and any(map(is_multiprocess, wanted.values())):
+            self._votes.sync(failure)  # before the digests, which all processes compute together
         if failure is not None:
             raise failure
         for path in wanted.keys() - arrays.keys():
@@ -344,7 +344,7 @@ def _placed(array: Any, like: jax.Array | None) -> Any:
     if like is None:
         return np.asarray(array)
     # An array of JAX was read to its place.
-    return as_key(array, like) if isinstance(array, jax.Array) else place(array, like)
+    return as_key(array, like) if isinstance(array, jax.Array) else place_like(array, like)
 
 
 def _names(path: LeafPath) -> list[str]:

@@ -23,9 +23,9 @@ from trainer.checkpoints.file_format import DTYPES, Bundle, Leaf, write_bundle
 from trainer.checkpoints.open import PROGRESS, Source, describe, open_source, read_progress
 from trainer.checkpoints.orbax_directory import OrbaxDirectory, begin_directory
 from trainer.checkpoints.reference_pickle import write_pickle
-from trainer.distributed.start import Votes
+from trainer.distributed.start import AllOrNone
 from trainer.errors import ArgumentError, CheckpointError, UnreadableError, did_you_mean
-from trainer.sharding.arrays import is_spread
+from trainer.sharding.arrays import is_multiprocess
 from trainer.state import TrainState
 from trainer.tree_paths import LeafPath, parts_of
 
@@ -201,7 +201,7 @@ def load_state(
     path = Path(path)
     fields = _fields_to_load(only)
 
-    def load(votes: Votes | None) -> tuple[TrainState, str]:
+    def load(votes: AllOrNone | None) -> tuple[TrainState, str]:
         with open_source(path, like, votes) as source:
             return _fitted(source, like, fields, strict=strict)
 
@@ -220,7 +220,7 @@ def load_with_progress(path: str | os.PathLike[str], like: TrainState) -> Loaded
     """
     path = Path(path)
 
-    def load(votes: Votes | None) -> Loaded:
+    def load(votes: AllOrNone | None) -> Loaded:
         with open_source(path, like, votes) as source:
             state, _ = _fitted(source, like, _fields_to_load(None))
             return Loaded(path, state, read_progress(source))
@@ -239,8 +239,8 @@ def load_latest(directory: str | os.PathLike[str], like: TrainState) -> Loaded |
     """
     # Process 0 says which there are: another may see one later, or one that is gone.
     names = _own_names(Path(directory))
-    if _is_spread(like):
-        names = Votes("list").settle(None, names)
+    if _is_multiprocess(like):
+        names = AllOrNone("list").sync(None, names)
     return _newest(directory, names, lambda path: load_with_progress(path, like))
 
 
@@ -325,21 +325,21 @@ def _newest(directory: str | os.PathLike[str], names: Sequence[str], use: Callab
     return None
 
 
-def _together(load: Callable[[Votes | None], _T], like: TrainState) -> _T:
+def _together(load: Callable[[AllOrNone | None], _T], like: TrainState) -> _T:
     """Loads in all processes or in none, where the state lies on devices of several."""
-    if not _is_spread(like):
+    if not _is_multiprocess(like):
         return load(None)
-    votes, loaded, failure = Votes("load"), None, None
+    votes, loaded, failure = AllOrNone("load"), None, None
     try:
         loaded = load(votes)
     except Exception as error:  # a bug as well would leave the others waiting
         failure = error
-    votes.settle(failure)
+    votes.sync(failure)
     return cast(_T, loaded)
 
 
-def _is_spread(state: TrainState) -> bool:
-    return any(map(is_spread, jax.tree.leaves(state)))
+def _is_multiprocess(state: TrainState) -> bool:
+    return any(map(is_multiprocess, jax.tree.leaves(state)))
 
 
 def _packed(progress: Mapping[str, Any]) -> bytes:
@@ -358,7 +358,7 @@ def _packed(progress: Mapping[str, Any]) -> bytes:
 
 
 def _check_within_process(leaf: Leaf, array: Any) -> None:
-    if is_spread(array):
+    if is_multiprocess(array):
         raise CheckpointError(
             f"`{leaf.name}` lies on devices of several processes, which one file cannot hold; save under a name that "
             f"ends in .orbax, in every process."

@@ -194,18 +194,18 @@ def end_others(reason: str) -> None:
         return  # another was first, or the coordinator is gone, which ends the others as well
 
 
-class Votes:
+class AllOrNone:
     """Points of a piece of work that all processes share, at which they learn whether one has failed.
 
     What one process alone raises leaves the others waiting for it. So each catches what its part of the
     work raises, and brings it to the next point::
 
-        votes, failure = Votes("save"), None
+        votes, failure = AllOrNone("save"), None
         try:
             write_mine()
         except OSError as error:
             failure = error
-        votes.settle(failure)  # raises in all processes, or in none
+        votes.sync(failure)  # raises in all processes, or in none
 
     It takes no device, so a thread may do it while the devices compute. Make one at the same place of
     every process, in the same order. In a single process a failure is raised, and that is all.
@@ -220,37 +220,37 @@ class Votes:
         self._timeout_seconds = timeout_seconds
         self._points = itertools.count()
 
-    def settle(self, failure: Exception | None, told: Any = None) -> Any:
+    def sync(self, error: Exception | None, broadcast: Any = None) -> Any:
         """Waits for all processes, and raises if one has failed.
 
         Args:
-            failure: What went wrong in this process. It is raised here if something did; unless it is
+            error: What went wrong in this process. It is raised here if something did; unless it is
                 from an earlier point, which all have heard of, when nobody is waited for.
-            told: What process 0 tells the others, as MessagePack can express it.
+            broadcast: A value of process 0 for all others; MessagePack must be able to express it.
 
         Returns:
-            What process 0 told.
+            The value that process 0 broadcast.
 
         Raises:
             CheckpointError: Another process raised one; an `UnreadableError` if it raised such.
             DistributedError: Another process raised something else, or not all came in time.
         """
-        if failure is not None and getattr(failure, "is_settled", False):
-            raise failure
+        if error is not None and getattr(error, "is_synced", False):
+            raise error
         if jax.process_count() == 1:
-            if failure is not None:
-                raise failure
-            return told
-        vote = {"told": told, "kind": failure and type(failure).__name__, "text": str(failure)[:2000]}
+            if error is not None:
+                raise error
+            return broadcast
+        vote = {"broadcast": broadcast, "kind": error and type(error).__name__, "text": str(error)[:2000]}
         held = _exchange(f"{self._room}/{next(self._points)}", vote, self._timeout_seconds)
         failed = [process for process in sorted(held) if held[process]["kind"] is not None]
-        if failed and failure is None:
+        if failed and error is None:
             first = held[failed[0]]
-            failure = _KINDS.get(first["kind"], DistributedError)(f"process {failed[0]} failed: {first['text']}")
-        if failure is not None:
-            failure.is_settled = True  # type: ignore[attr-defined]
-            raise failure
-        return held[0]["told"]
+            error = _KINDS.get(first["kind"], DistributedError)(f"process {failed[0]} failed: {first['text']}")
+        if error is not None:
+            error.is_synced = True  # type: ignore[attr-defined]
+            raise error
+        return held[0]["broadcast"]
 
 
 def gathered(value: Any, *, timeout_seconds: float = 300.0) -> list[Any]:

@@ -8,13 +8,13 @@ import numpy as np
 from jax.sharding import NamedSharding, Sharding
 
 
-def place(value: np.ndarray[Any, Any], like: jax.Array) -> jax.Array:
+def place_like(value: np.ndarray[Any, Any], like: jax.Array) -> jax.Array:
     """Returns ``value`` as ``like`` is: on its devices, in its sharding, as a key if that is one.
 
     ``like`` may be a donated array, and may lie on devices of other processes: each process then places
     what its own devices hold. Memory that is fresh and aligned is taken by the CPU as it is.
     """
-    if is_spread(like):
+    if is_multiprocess(like):
         return as_key(jax.make_array_from_callback(value.shape, sharding_of(like), lambda index: value[index]), like)
     array = as_key(jax.device_put(value), like)
     # An uncommitted array must stay so, or the compiled step would see another kind of argument.
@@ -22,7 +22,7 @@ def place(value: np.ndarray[Any, Any], like: jax.Array) -> jax.Array:
     return placed
 
 
-def spread(array: jax.Array, sharding: Sharding) -> jax.Array:
+def to_global(array: jax.Array, sharding: Sharding) -> jax.Array:
     """Returns an array, which every process has, as they shall hold it together; keys stay keys."""
     if sharding.is_fully_addressable:
         placed: jax.Array = jax.device_put(array, sharding)
@@ -48,7 +48,7 @@ def sharding_of(like: jax.Array) -> Sharding:
     return NamedSharding(sharding.mesh, sharding.spec) if isinstance(sharding, NamedSharding) else sharding
 
 
-def is_spread(array: Any) -> bool:
+def is_multiprocess(array: Any) -> bool:
     """Tells whether an array lies on devices of several processes; it may be donated."""
     return isinstance(array, jax.Array) and not array.sharding.is_fully_addressable
 

@@ -20,7 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from trainer.batches import checked_batch, describe
 from trainer.data.memory import EpochOfData, rows_of
 from trainer.errors import ArgumentError, ArgumentTypeError, BatchError
-from trainer.sharding.arrays import spread
+from trainer.sharding.arrays import to_global
 from trainer.sharding.partition import BATCH_AXES, batch_sharding, create_sharded, multiples_near, partition
 from trainer.state import TrainState
 from trainer.types import Batch, ExtensionLike
@@ -32,13 +32,13 @@ class DefaultDevice:
     Attributes:
         processes: How many processes train together.
         one_at_a_time: Whether a call has to be finished before the next one is dispatched.
-        leads: Whether this process is the one that writes logs.
+        is_primary_process: Whether this process is the one that writes logs.
         replicated: The sharding of what every device holds, None where there is but one.
     """
 
     processes = 1
     one_at_a_time = False
-    leads = True
+    is_primary_process = True
     replicated: NamedSharding | None = None
 
     def __init__(self) -> None:
@@ -102,7 +102,7 @@ class DefaultDevice:
         """Returns an integer as an array on every device, the same one every time."""
         if value not in self._numbers:
             array = jax.device_put(np.int32(value))
-            self._numbers[value] = array if self.replicated is None else spread(array, self.replicated)
+            self._numbers[value] = array if self.replicated is None else to_global(array, self.replicated)
         return self._numbers[value]
 
     def take(
@@ -137,7 +137,7 @@ class OverMesh(DefaultDevice):
         self._axes = tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
         self._shards = _parts(mesh, self._axes)
         self.processes = jax.process_count()
-        self.leads = jax.process_index() == 0
+        self.is_primary_process = jax.process_index() == 0
         self.replicated = NamedSharding(mesh, PartitionSpec())
         local = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
         # On a CPU, where one process has several devices, collectives of two calls wait for each other.
@@ -165,7 +165,7 @@ class OverMesh(DefaultDevice):
         state.check_alive()
 
         def place(leaf: Any, sharding: NamedSharding) -> Any:
-            return leaf if self._lies_here(leaf) else spread(leaf, sharding)
+            return leaf if self._lies_here(leaf) else to_global(leaf, sharding)
 
         adopted: TrainState = jax.tree.map(place, state, partition(state, self.mesh, self._rules))
         return adopted

@@ -56,3 +56,10 @@ class ExtensionLike(Protocol):
     def is_enabled(self) -> bool: ...
 
     def loss_fn(self, batch: Any, model_outputs: Any, **kwargs: Any) -> jax.Array: ...
+
+
+BATCH_WEIGHT = "batch_weight"
+"""The metric under which an objective reports how much its batch counts in averages."""
+
+MODEL_OUTPUTS = "model_outputs"
+"""The metric under which an objective hands outputs of the model to extensions; it is not reported."""

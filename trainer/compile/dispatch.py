@@ -1,246 +1,352 @@
-"""The compiled steps of a trainer: one step a call, or many."""
+"""Compiled steps: one step a call, or many small ones fused into one."""
+
+from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 
 from trainer.batches import describe
-from trainer.compile.fusion import as_function, flops, steps_worth_fusing
-from trainer.errors import ArgumentError
+from trainer.checks import check_count
+from trainer.compile.flops import flops
+from trainer.compile.fusion import FusionPolicy, as_function
+from trainer.errors import ArgumentError, StateError
+from trainer.run import Layout, Run, flatten_state
 from trainer.state import TrainState
 from trainer.steps import fuse_steps
 from trainer.types import Batch, Metrics
 
-Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+Step = Callable[..., tuple[TrainState, Metrics]]
+"""``(state, batch, *arguments) -> (state, metrics)``; the arguments are those of `CompiledStep`."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """How the arrays of a state make it up.
-
-    A compiled function is called with the list of them, typed keys as their words, which costs a
-    tenth less than with the tree; and a state is made of them where somebody looks.
+class CompileReport:
+    """A compilation that a call has caused.
 
     Attributes:
-        structure: The tree.
-        keys: Which of the arrays are words of typed keys, and of which implementation.
+        name: The compiled function, ``train_step`` or ``train_steps``.
+        seconds: The time of tracing, compiling and dispatching it.
+        warning: What to say if it has been compiled too often; None mostly.
     """
 
-    structure: Any
-    keys: tuple[tuple[int, str], ...]
-
-    def state(self, leaves: Sequence[Any]) -> TrainState:
-        """Makes the state; it shares the arrays."""
-        leaves = list(leaves)
-        for index, implementation in self.keys:
-            # Of an array that was donated no key can be made; as it is, it tells that the state is gone.
-            if isinstance(leaves[index], jax.core.Tracer) or not leaves[index].is_deleted():
-                leaves[index] = jax.random.wrap_key_data(leaves[index], impl=implementation)
-        state: TrainState = jax.tree.unflatten(self.structure, leaves)
-        return state
-
-
-def leaves_of(state: TrainState) -> tuple[list[Any], Layout]:
-    """Returns the arrays of a state, typed keys as their words, and how they make it up."""
-    leaves, structure = jax.tree.flatten(state)
-    keys = []
-    for index, leaf in enumerate(leaves):
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            keys.append((index, str(jax.random.key_impl(leaf))))
-            leaves[index] = jax.random.key_data(leaf)
-    return leaves, Layout(structure, tuple(keys))
+    name: str
+    seconds: float
+    warning: str | None
 
 
 @dataclasses.dataclass(frozen=True)
-class Calls:
-    """How the steps over some data are called.
+class DispatchPlan:
+    """How the steps over some batches are called.
 
     Attributes:
-        program: Takes ``(state, batches, count)``, see `trainer.fuse_steps`; None where every step is a
-            call of its own.
-        room: How many steps a call has room for.
-        flops: The floating-point operations of one step, None where that is not known.
-        moments: The host looks at every so many steps; a call never goes beyond.
-        worth: How many steps would be worth a call if nobody looked.
+        program: The fused program, which takes ``(leaves, batches, count)``; None where every step is its own call.
+        capacity: The number of steps that one call can take.
+        flops: The floating-point operations of one step, None where they are not known.
+        sync_every: The host needs the state at every multiple of these numbers of steps; no call crosses one.
+        fusable_steps: The number of steps that would be worth one call if the host never needed the state.
+        variant: The variant of the step that the program was traced for; see `CompiledStep`.
     """
 
-    program: "Program | None" = None
-    room: int = 1
+    program: Program | None = None
+    capacity: int = 1
     flops: float | None = None
-    moments: tuple[int, ...] = ()
-    worth: int = 1
+    sync_every: tuple[int, ...] = ()
+    fusable_steps: int = 1
+    variant: Hashable = None
+
+    def steps_before_sync(self, step: int) -> int:
+        """Returns how many steps a call may take after ``step``."""
+        return min(self.capacity, *(every - step % every for every in self.sync_every))
 
 
 class Program:
-    """A compiled function that consumes the arrays of a state, and knows when it was compiled.
+    """A jitted function that donates its first argument, and knows when it was compiled.
 
     Args:
-        function: Takes the arrays and a batch, or several batches and their number.
-        name: What it is called where compilations are reported.
-        shardings: Where the results lie, the arrays of the state and the metrics; None leaves that to JAX.
+        function: Takes the leaves of a state, a batch (or stacked batches and their number), and further arguments.
+        name: The name under which compilations are reported.
+        out_shardings: Shardings of the results; None leaves them to JAX.
     """
 
-    def __init__(self, function: Callable[..., Any], name: str, shardings: Any = None) -> None:
+    def __init__(self, function: Callable[..., Any], name: str, out_shardings: Any = None) -> None:
+        # The closure holds this list and not the program: a program that held a function that held the program would
+        # be a reference cycle, and the arrays in it would live until the garbage collector runs.
+        traces = [0]
+
         def counted(*args: Any) -> Any:
-            self._traces += 1
+            traces[0] += 1
             return function(*args)
 
         counted.__name__ = name
         self.name = name
-        self._jitted = jax.jit(counted, donate_argnums=0, out_shardings=shardings)
-        self._traces = self._reported = 0
+        self._jitted = jax.jit(counted, donate_argnums=0, out_shardings=out_shardings)
+        self._traces, self._reported = traces, 0
         self._seconds = 0.0
         self._batch = self._previous = ""
         self._has_warned = False
 
     @property
     def is_new(self) -> bool:
-        """Whether it was never called, so that the next call compiles."""
+        """Whether the next call is the first, and compiles."""
         return not self._reported
 
     def __call__(self, leaves: list[Any], *args: Any) -> Any:
-        """Runs it."""
+        """Runs the function; the leaves are donated."""
         start = time.perf_counter()
         result = self._jitted(leaves, *args)
-        if self._traces != self._reported:
+        if self._traces[0] != self._reported:
             self._seconds = time.perf_counter() - start
             self._previous, self._batch = self._batch, describe(args[0])
         return result
 
-    def compilation(self) -> tuple[float, str | None] | None:
-        """Tells, once, that the latest call compiled: the seconds, and a warning if that is one time too many."""
-        if self._traces == self._reported:
+    def report(self) -> CompileReport | None:
+        """Returns what the latest call compiled, once; None mostly."""
+        if self._traces[0] == self._reported:
             return None
-        self._reported = self._traces
-        # The short last batch of an epoch is expected to be one more.
-        if self._traces <= 2 or self._has_warned or self._previous == self._batch:
-            return self._seconds, None
-        self._has_warned = True
-        return self._seconds, (
-            f"`{self.name}` was compiled {self._traces} times: the batch is {self._batch} and was {self._previous} "
-            f"before. Every new shape or dtype costs a compilation: pad or crop to a few shapes, and keep "
-            f"the dtypes."
-        )
+        self._reported = self._traces[0]
+        warning = None
+        # A short last batch is an expected second shape.
+        if self._traces[0] > 2 and not self._has_warned and self._previous != self._batch:
+            self._has_warned = True
+            warning = (
+                f"`{self.name}` was compiled {self._traces[0]} times: the batch is {self._batch} and was "
+                f"{self._previous} before. Every new shape or dtype costs a compilation: pad or crop to a few shapes, "
+                f"and keep the dtypes."
+            )
+        return CompileReport(self.name, self._seconds, warning)
 
     def text(self, *args: Any) -> str:
-        """Returns the program as it is before it is compiled: shapes, shardings and every operation."""
+        """Returns the program before compilation: shapes, shardings and every operation."""
         text: str = self._jitted.trace(*args).lower().as_text()
         return text
 
     def trace(self, *args: Any) -> Any:
-        """Traces it, which the first call will not do again."""
+        """Traces the program; a call on such arguments does not trace again."""
         return self._jitted.trace(*args)
 
     def compile(self, traced: Any) -> Any:
-        """Compiles what `trace` returned, which the first call will not do again."""
+        """Compiles what `trace` returned; a call does not compile again."""
         compiled = traced.lower().compile()
-        self._reported = self._traces
+        self._reported = self._traces[0]
         return compiled
 
 
-class StepPrograms:
-    """Makes the programs of a trainer, each once.
+class CompiledStep:
+    """A pure step, compiled with donation, that advances a `Run`; many small steps are fused into one call.
+
+    Fusing changes no number: the steps are the same operations in a loop. (XLA on the CPU is an exception for
+    convolutions; steps with convolutions are fused on request only.)
 
     Args:
-        make_step: Returns the step, with the extensions that are enabled.
-        enabled: Returns their names.
-        steps_per_call: How many steps to fuse where nothing looks between them.
+        step: ``(state, batch) -> (state, metrics)``, not jitted: see `trainer.make_train_step`.
+        steps_per_call: How many steps to fuse where the host does not need the state in between. "auto" fuses
+            steps that compute little, judged from the traced step and never by a clock; 1 never fuses.
+        policy: The limits of "auto".
+        variant: What the traced step depends on beside its arguments, such as which extensions are enabled. A new
+            value compiles a program of its own.
+        arguments: Further arguments of the step that are traced, computed from the run.
+        replicated: The sharding of metrics on a mesh. With it, a step returns its state in the shardings that it got.
+        one_call_at_a_time: Whether a call has to finish before the next is dispatched.
+        before_compile: Called before a program is compiled for the first time, with its name and a function that
+            returns its text.
+
+    Example::
+
+        step = CompiledStep(make_train_step(loss_fn, optimizer))
+        run, metrics = step(run, batch)
     """
 
     def __init__(
         self,
-        make_step: Callable[[], Step],
-        enabled: Callable[[], tuple[str, ...]],
-        steps_per_call: int | Literal["auto"],
+        step: Step,
+        *,
+        steps_per_call: int | Literal["auto"] = "auto",
+        policy: FusionPolicy | None = None,
+        variant: Callable[[], Hashable] | None = None,
+        arguments: Callable[[Run], tuple[Any, ...]] | None = None,
+        replicated: Any = None,
+        one_call_at_a_time: bool = False,
+        before_compile: Callable[[str, Callable[[], str]], None] | None = None,
     ) -> None:
-        self._make_step, self._enabled, self._steps_per_call = make_step, enabled, steps_per_call
+        if steps_per_call != "auto":
+            steps_per_call = check_count(steps_per_call, "steps_per_call")
+        self._step, self._steps_per_call = step, steps_per_call
+        self.policy = FusionPolicy() if policy is None else policy
+        self._variant, self._arguments = variant, arguments
+        self._replicated, self._one_call_at_a_time = replicated, one_call_at_a_time
+        self._before_compile = before_compile
         self._layout: Layout | None = None
         self._shardings: Any = None
-        self._single: dict[tuple[str, ...], Program] = {}
+        self._single: dict[Hashable, Program] = {}
         self._fused: dict[Any, Program] = {}
         self._traced: dict[Any, Any] = {}
-        self._calls: dict[Any, Calls] = {}
+        self._plans: dict[Any, DispatchPlan] = {}
+        self._latest: Program | None = None
 
-    def set_layout(self, layout: Layout, shardings: Any) -> None:
-        """Forgets all programs, if the state is made up or spread over the devices in another way now.
+    def __call__(self, run: Run, batch: Batch, examples: int | None = None) -> tuple[Run, Metrics]:
+        """Runs one step, which donates the state of ``run``.
 
         Args:
-            layout: How it is made up.
-            shardings: See `Program`.
+            run: The run to advance.
+            batch: The batch.
+            examples: The examples in it; left out, the step counts for no epoch and cannot be resumed from.
+
+        Returns:
+            The run after the step, and its metrics, scalars on the device.
         """
-        if (layout, shardings) != (self._layout, self._shardings):
-            self._layout, self._shardings = layout, shardings
-            self.clear()
+        run = run.with_edits()
+        return self._call(self._program(run), run, (batch, *self._more(run)), examples, None)
 
-    def clear(self) -> None:
-        """Forgets all of them, because the optimizer is another one."""
-        self._single.clear()
-        self._fused.clear()
-        self._traced.clear()
-        self._calls.clear()
-
-    def single(self) -> Program:
-        """Returns the program of one step, with the extensions that are enabled now."""
-        enabled = self._enabled()
-        if enabled not in self._single:
-            self._single[enabled] = Program(_on_leaves(self._make_step(), self._layout), "train_step", self._shardings)
-        return self._single[enabled]
-
-    def trace(self, leaves: list[Any], batch: Any) -> Any:
-        """Returns the traced step for a batch of which only shapes and dtypes matter; each is traced once."""
-        key = self._key(batch)
-        if key not in self._traced:
-            self._traced[key] = self.single().trace(leaves, batch)
-        return self._traced[key]
-
-    def calls(self, leaves: list[Any], batch: Any, most: int, moments: tuple[int, ...]) -> Calls:
-        """Decides how steps over batches like this one are called.
+    def fused(
+        self, plan: DispatchPlan, run: Run, batches: Batch, count: int, count_array: jax.Array, examples: int
+    ) -> tuple[Run, Metrics]:
+        """Runs several steps in one call, which donates the state of ``run``.
 
         Args:
-            leaves: The arrays of the state.
+            plan: What `plan` returned, with a program.
+            run: The run to advance.
+            batches: Stacked batches, of shape ``(capacity, batch_size, ...)``.
+            count: The number of batches to use.
+            count_array: The same as an int32 array on the devices.
+            examples: The examples in each batch.
+        """
+        run = run.with_edits()
+        assert plan.program is not None
+        return self._call(plan.program, run, (batches, count_array, *self._more(run)), examples, count)
+
+    def report(self) -> CompileReport | None:
+        """Returns what the latest call compiled, once; None mostly. Ask when the new run has been kept."""
+        return None if self._latest is None else self._latest.report()
+
+    def is_current(self, plan: DispatchPlan) -> bool:
+        """Whether a plan still fits the variant of the step."""
+        return plan.program is None or plan.variant == self._current_variant()
+
+    def plan(self, run: Run, batch: Any, most: int, sync_every: Sequence[int]) -> DispatchPlan:
+        """Decides how steps over batches like this are called.
+
+        Args:
+            run: The run.
             batch: Shapes and dtypes of a batch.
-            most: How many steps there are at most before somebody looks.
-            moments: At what multiples of steps somebody does.
+            most: The most steps that a call may take.
+            sync_every: The host needs the state at multiples of these numbers of steps.
         """
-        key = *self._key(batch), most, moments
-        if key not in self._calls:
-            self._calls[key] = self._decide(self.trace(leaves, batch), batch, most, moments)
-        return self._calls[key]
+        key = (*self._key(run, batch), most, tuple(sync_every))
+        if key not in self._plans:
+            self._plans[key] = self._decide(run, batch, most, tuple(sync_every))
+        return self._plans[key]
 
-    def _decide(self, traced: Any, batch: Any, most: int, moments: tuple[int, ...]) -> Calls:
-        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
-        chosen = self._steps_per_call
-        if chosen == "auto":
-            chosen = steps_worth_fusing(traced.jaxpr, size, jax.default_backend())
-        room = min(chosen, most)
+    def trace(self, run: Run, batch: Any) -> tuple[Program, Any]:
+        """Returns the program of one step, and its trace for a batch of which only shapes and dtypes matter."""
+        key = self._key(run, batch)
+        program = self._program(run)
+        if key not in self._traced:
+            self._traced[key] = program.trace(run.leaves, batch, *self._more(run))
+        return program, self._traced[key]
+
+    def _call(
+        self, program: Program, run: Run, arguments: tuple[Any, ...], examples: int | None, count: int | None
+    ) -> tuple[Run, Metrics]:
+        if program.is_new and self._before_compile is not None:
+            self._before_compile(program.name, lambda: program.text(run.leaves, *arguments))
+        try:
+            leaves, metrics = program(run.leaves, *arguments)
+        except Exception as error:
+            explain_lost_state(run.peek(), error)
+            raise
+        self._latest = program
+        if self._one_call_at_a_time:
+            jax.block_until_ready(metrics)
+        return run.advance(leaves, metrics, examples, count), metrics
+
+    def _program(self, run: Run) -> Program:
+        if run.layout is not self._layout:
+            self._adopt(run)
+        variant = self._current_variant()
+        program = self._single.get(variant)
+        if program is None:
+            function = _on_leaves(self._step, run.layout)
+            program = self._single[variant] = Program(function, "train_step", self._shardings)
+        return program
+
+    def _current_variant(self) -> Hashable:
+        return None if self._variant is None else self._variant()
+
+    def _more(self, run: Run) -> tuple[Any, ...]:
+        return () if self._arguments is None else self._arguments(run)
+
+    def _adopt(self, run: Run) -> None:
+        """Drops all programs if the state has another structure, or other shardings, than they were made for."""
+        shardings = None
+        if self._replicated is not None:
+            shardings = ([leaf.sharding for leaf in run.leaves], self._replicated)
+        if (run.layout, shardings) != (self._layout, self._shardings):
+            for programs in (self._single, self._fused, self._traced, self._plans):
+                programs.clear()
+        self._layout, self._shardings = run.layout, shardings
+
+    def _decide(self, run: Run, batch: Any, most: int, sync_every: tuple[int, ...]) -> DispatchPlan:
+        _, traced = self.trace(run, batch)
         work = flops(traced.jaxpr.jaxpr)
-        if room <= 1:
-            return Calls(None, 1, work, moments, chosen)
-        key = *self._key(batch), room
+        fusable = self._steps_per_call
+        if fusable == "auto":
+            # The state's own devices: a mesh of CPU devices on a machine with a GPU is still a CPU.
+            platform = next(iter(run.leaves[0].devices())).platform
+            size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
+            fusable = self.policy.fusable_steps(traced.jaxpr, size, platform)
+        capacity = min(fusable, most)
+        if capacity <= 1:
+            return DispatchPlan(None, 1, work, sync_every, fusable, self._current_variant())
+        key = *self._key(run, batch), capacity
         if key not in self._fused:
-            self._fused[key] = Program(fuse_steps(as_function(traced), room), "train_steps", self._shardings)
-        return Calls(self._fused[key], room, work, moments, chosen)
+            function = _fused_on_leaves(as_function(traced), capacity)
+            self._fused[key] = Program(function, "train_steps", self._shardings)
+        return DispatchPlan(self._fused[key], capacity, work, sync_every, fusable, self._current_variant())
 
-    def _key(self, batch: Any) -> tuple[Any, ...]:
-        return self._enabled(), str(jax.tree.structure(batch)), describe(batch)
+    def _key(self, run: Run, batch: Any) -> tuple[Any, ...]:
+        if run.layout is not self._layout:
+            self._adopt(run)
+        return self._current_variant(), str(jax.tree.structure(batch)), describe(batch)
 
 
-def _on_leaves(step: Step, layout: Layout | None) -> Callable[..., Any]:
-    """Returns the step as a function of the arrays of a state."""
-    assert layout is not None
+def explain_lost_state(state: TrainState, error: Exception) -> None:
+    """Adds to an error of a compiled function that the state is gone, where the function has taken it.
 
-    def on_leaves(leaves: list[Any], batch: Batch) -> tuple[list[Any], Metrics]:
-        state, metrics = step(layout.state(leaves), batch)
-        after, found = leaves_of(state)
+    Raises:
+        StateError: The state was gone before, which is what the error is about.
+    """
+    try:
+        state.check_alive()
+    except StateError as lost:
+        if "deleted" in str(error) or "donated" in str(error):
+            raise lost from error
+        error.add_note("the state was donated to the step that failed and is gone; load a checkpoint to continue")
+
+
+def _on_leaves(step: Step, layout: Layout) -> Callable[..., Any]:
+    """Returns the step as a function of the flat list of leaves."""
+
+    def on_leaves(leaves: list[Any], batch: Batch, *arguments: Any) -> tuple[list[Any], Metrics]:
+        state, metrics = step(layout.unflatten(leaves)[0], batch, *arguments)
+        after, found = flatten_state(state)
         if found != layout:
             raise ArgumentError(
-                f"`optimizer` returned a state of another structure than the one it started with: {found.structure} "
-                f"after {layout.structure}. A step must be able to follow itself."
+                f"`optimizer` returned a state of another structure than the one it started with: {found.treedef} "
+                f"after {layout.treedef}. A step must be able to follow itself."
             )
         return after, metrics
 
     return on_leaves
+
+
+def _fused_on_leaves(step: Callable[..., Any], capacity: int) -> Callable[..., Any]:
+    """Returns up to ``capacity`` traced steps as one function."""
+
+    def fused(leaves: list[Any], batches: Batch, count: Any, *arguments: Any) -> Any:
+        return fuse_steps(lambda leaves, batch: step(leaves, batch, *arguments), capacity)(leaves, batches, count)
+
+    return fused

@@ -1,124 +1,37 @@
-"""What a run has measured: averages that weigh, and the record of what was logged."""
+"""The history of a run: the rows that were logged, as an append-only sequence that is cheap to copy and to save."""
 
-import collections
+import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
-import jax
-import numpy as np
+import msgpack
 
-from trainer.steps import BATCH_WEIGHT
+from trainer.metrics.average import MAX_PENDING, read
 
-# So many metrics may wait on the device; then the older half is read, which finished long ago.
-_MOST_WAITING = 512
+Row = dict[str, Any]
 
-
-def read(metrics: Any) -> Any:
-    """Copies a tree of arrays to the host as Python numbers, or lists of these, waiting for them in one go."""
-    return jax.tree.map(lambda leaf: np.asarray(leaf).tolist(), jax.device_get(metrics))
+_CHUNK = MAX_PENDING // 2
 
 
-class Entry:
-    """One entry of an array on the device, read when somebody looks: the metric of a step among many."""
+@dataclasses.dataclass(frozen=True)
+class _Chunk:
+    """Rows that were read from the device and will not change; packed once, however often they are saved."""
 
-    __slots__ = ("_array", "_index")
+    rows: tuple[Row, ...]
 
-    def __init__(self, array: jax.Array, index: int) -> None:
-        self._array, self._index = array, index
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
-        """Waits for the array."""
-        del copy  # it is one already
-        return np.asarray(np.asarray(self._array)[self._index], dtype)
-
-    def __float__(self) -> float:
-        """Waits for the array."""
-        return float(self.__array__())
+    @functools.cached_property
+    def packed(self) -> bytes:
+        return b"".join(map(_pack, self.rows))
 
 
-def metrics_at(metrics: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """Returns the metrics of one step of several, from those that `trainer.fuse_steps` returns."""
-    return {name: Entry(array, index) for name, array in metrics.items()}
-
-
-class WeightedAverage:
-    """The average of the metrics of batches, each counted by its weight.
-
-    A batch weighs as much as it has examples, or what its objective reports as ``batch_weight``
-    (then the average of that is its sum). The sums are float64 on the host; metrics that are still
-    being computed stay on the device until `compute`, or until so many wait that the oldest are
-    long finished.
-
-    Example:
-        >>> average = WeightedAverage()
-        >>> average.add({"loss": 1.0}, 30)
-        >>> average.add({"loss": 5.0}, 10)
-        >>> average.compute()
-        {'loss': 2.0}
-    """
-
-    def __init__(self) -> None:
-        # Metrics, the examples in a batch, and the number of batches if there are several.
-        self._waiting: list[tuple[Mapping[str, Any], int, int | None]] = []
-        self._sums: dict[str, float] = {}
-        self._weights: dict[str, float] = {}
-
-    def add(self, metrics: Mapping[str, Any], examples: int, count: int | None = None) -> None:
-        """Counts the metrics of a batch of so many examples.
-
-        Args:
-            metrics: Scalars; or, where ``count`` is given, arrays of which the first ``count``
-                entries belong to as many batches.
-            examples: How many examples there are in a batch.
-            count: How many batches.
-        """
-        self._waiting.append((dict(metrics), examples, count))
-        if len(self._waiting) > _MOST_WAITING:
-            self._settle(_MOST_WAITING // 2)
-
-    def compute(self) -> dict[str, float]:
-        """Returns the averages so far, ``step`` left out; empty if nothing was added."""
-        self._settle(len(self._waiting))
-        averages = {name: total / self._weights[name] for name, total in self._sums.items() if self._weights[name]}
-        # A metric that only ever came with weight zero has no average, and saying so is honest.
-        return {name: averages.get(name, float("nan")) for name in self._sums}
-
-    def to_dict(self) -> dict[str, dict[str, float]]:
-        """Returns the sums so far, such that `from_dict` goes on from them to the bit."""
-        self._settle(len(self._waiting))
-        return {"sums": dict(self._sums), "weights": dict(self._weights)}
-
-    @classmethod
-    def from_dict(cls, plain: Mapping[str, Mapping[str, float]]) -> Self:
-        """Makes an average again from what `to_dict` returned."""
-        average = cls()
-        average._sums, average._weights = dict(plain["sums"]), dict(plain["weights"])
-        return average
-
-    def _settle(self, count: int) -> None:
-        settled, self._waiting = self._waiting[:count], self._waiting[count:]
-        for metrics, (_, examples, batches) in zip(read([one for one, *_ in settled]), settled, strict=True):
-            columns = {name: [value] if batches is None else value[:batches] for name, value in metrics.items()}
-            weights = columns.get(BATCH_WEIGHT, [float(examples)] * (batches or 1))
-            for name, column in columns.items():
-                if name != "step":
-                    self._count(name, column, weights)
-
-    def _count(self, name: str, column: Sequence[float], weights: Sequence[float]) -> None:
-        # One after the other, whether they came one by one or many at once: sums depend on the order.
-        total, norm = self._sums.get(name, 0.0), self._weights.get(name, 0.0)
-        for value, weight in zip(column, weights, strict=True):
-            # The average weight of a batch would be of no use; the whole weight is.
-            share, norm = (value, 1.0) if name == BATCH_WEIGHT else (value * weight, norm + weight)
-            total += share
-        self._sums[name], self._weights[name] = total, norm
-
-
-class History(Sequence[dict[str, Any]]):
+class History(Sequence[Row]):
     """The rows that were logged, oldest first; ``history[-1]`` is the latest.
 
-    A row holds ``step`` and what was measured at it: training metrics under their names, validation
-    averages as ``val_<name>``. Values are read from the device when somebody looks.
+    A row holds ``step`` and the metrics of that step: training metrics under their names, validation
+    averages as ``val_<name>``. Values are read from the device on demand.
+
+    A copy costs nothing: the parts that both share are replaced and never changed.
 
     Example:
         >>> history = History()
@@ -131,44 +44,65 @@ class History(Sequence[dict[str, Any]]):
         ([2], [0.3])
     """
 
+    __slots__ = ("_chunks", "_dropped", "_max_rows", "_recent", "_unread")
+
     def __init__(self, max_rows: int = 100_000) -> None:
-        """Makes an empty record that forgets its oldest row for every one above ``max_rows``."""
-        self._rows: collections.deque[dict[str, Any]] = collections.deque(maxlen=max_rows)
-        self._unread = 0
+        """Makes an empty history that drops its oldest row for every row above ``max_rows``."""
+        self._max_rows = max_rows
+        self._chunks: tuple[_Chunk, ...] = ()
+        self._dropped = 0  # rows at the start of the first chunk that are too old
+        self._recent: tuple[Row, ...] = ()
+        self._unread = 0  # the last of the recent rows, whose values may be on the device
 
     def record(self, step: int, metrics: Mapping[str, Any], prefix: str = "") -> None:
-        """Adds what was measured at ``step``, to the row of that step if it is the latest."""
+        """Adds metrics of a step, to the row of that step if it is the latest."""
         values = {
             name if name.startswith(prefix) else prefix + name: value
             for name, value in metrics.items()
             if name != "step"
         }
-        if self._rows and self._rows[-1]["step"] == step:
-            self._rows[-1].update(values)
+        latest = self._latest
+        if latest is not None and latest["step"] == step:
+            self._drop_latest()
+            self._recent = (*self._recent, {**latest, **values})
             self._unread = max(self._unread, 1)
         else:
-            self._rows.append({"step": step, **values})
-            self._unread = min(self._unread + 1, len(self._rows))
-        if self._unread > _MOST_WAITING:
-            self._settle(_MOST_WAITING // 2)
+            self._recent = (*self._recent, {"step": step, **values})
+            self._unread += 1
+        if len(self) > self._max_rows:
+            self._drop_oldest()
+        if len(self._recent) > MAX_PENDING:
+            self._freeze(_CHUNK)
 
-    def restore(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Forgets everything and takes these rows instead."""
-        self._rows.clear()
-        self._rows.extend(map(dict, rows))
-        self._unread = 0
+    def copy(self) -> Self:
+        """Returns an equal history that is recorded to independently."""
+        copied = type(self)(self._max_rows)
+        copied._chunks, copied._dropped = self._chunks, self._dropped
+        copied._recent, copied._unread = self._recent, self._unread
+        return copied
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Mapping[str, Any]]) -> Self:
+        """Returns a history of these rows."""
+        history = cls()
+        kept = tuple(dict(row) for row in rows[-history._max_rows :])
+        whole = len(kept) // _CHUNK * _CHUNK
+        history._chunks = tuple(_Chunk(kept[start : start + _CHUNK]) for start in range(0, whole, _CHUNK))
+        history._recent = kept[whole:]
+        return history
 
     def rewind(self, step: int) -> None:
-        """Forgets the rows of later steps."""
-        first_unread = len(self._rows) - self._unread
-        kept = [(index, row) for index, row in enumerate(self._rows) if row["step"] <= step]
-        self._rows.clear()
-        self._rows.extend(row for _, row in kept)
+        """Drops the rows of later steps. Waits for nothing."""
+        first_unread = len(self._recent) - self._unread
+        chunks = (_Chunk(tuple(row for row in chunk.rows if row["step"] <= step)) for chunk in self._whole_chunks())
+        self._chunks, self._dropped = tuple(chunk for chunk in chunks if chunk.rows), 0
+        kept = [(index, row) for index, row in enumerate(self._recent) if row["step"] <= step]
+        self._recent = tuple(row for _, row in kept)
         self._unread = sum(index >= first_unread for index, _ in kept)
 
     def to_dict(self) -> dict[str, list[Any]]:
-        """Returns columns of one length, None where a row lacks a value: ``pandas.DataFrame`` takes it."""
-        rows = self._read()
+        """Returns columns of equal length, None where a row lacks a value: ``pandas.DataFrame`` takes them."""
+        rows = self._rows()
         names = dict.fromkeys(name for row in rows for name in row)
         return {name: [row.get(name) for row in rows] for name in names}
 
@@ -178,33 +112,85 @@ class History(Sequence[dict[str, Any]]):
         Raises:
             KeyError: Nothing was logged under that name.
         """
-        rows = [row for row in self._read() if name in row]
+        everything = self._rows()
+        rows = [row for row in everything if name in row]
         if not rows:
-            known = sorted({key for row in self._rows for key in row})
+            known = sorted({key for row in everything for key in row})
             raise KeyError(f"nothing was logged as {name!r}; there is {', '.join(known) or 'nothing'}")
         return [row["step"] for row in rows], [row[name] for row in rows]
 
+    def packed(self) -> tuple[int, list[bytes]]:
+        """Returns the number of rows, and their MessagePack bytes in pieces. Only recent rows are packed anew."""
+        self._read()
+        pieces = [chunk.packed for chunk in self._whole_chunks()]
+        return len(self), [*pieces, b"".join(map(_pack, self._recent))]
+
     def __len__(self) -> int:
-        return len(self._rows)
+        # Full chunks have one size; only a rewind makes shorter ones.
+        return sum(len(chunk.rows) for chunk in self._chunks) - self._dropped + len(self._recent)
 
     def __getitem__(self, index: Any) -> Any:
-        rows = self._read()
-        return list(rows)[index] if isinstance(index, slice) else rows[index]
+        if isinstance(index, int) and -len(self._recent) <= index < 0:  # the latest rows, without a list of all
+            self._read()
+            return self._recent[index]
+        return self._rows()[index]
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return iter(list(self._read()))
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self._rows())
 
     def __repr__(self) -> str:
         return f"History({len(self)} rows, latest {self[-1] if self else None})"
 
-    def _read(self) -> collections.deque[dict[str, Any]]:
-        self._settle(self._unread)
-        return self._rows
+    @property
+    def _latest(self) -> Row | None:
+        if self._recent:
+            return self._recent[-1]
+        return self._chunks[-1].rows[-1] if len(self) else None
 
-    def _settle(self, count: int) -> None:
-        """Reads the ``count`` oldest rows that are still on the device."""
-        first = len(self._rows) - self._unread
-        unread = [self._rows[i] for i in range(first, first + count)]
-        for row, values in zip(unread, read(unread), strict=True):
-            row.update(values)
-        self._unread -= count
+    def _drop_latest(self) -> None:
+        if self._recent:
+            self._recent = self._recent[:-1]
+            self._unread = max(self._unread - 1, 0)
+            return
+        # The latest row was frozen already: it is thawed with the rest of its chunk.
+        *kept, last = self._whole_chunks()
+        self._chunks, self._dropped, self._recent = tuple(kept), 0, last.rows[:-1]
+
+    def _drop_oldest(self) -> None:
+        if not self._chunks:
+            self._recent = self._recent[1:]
+            self._unread = min(self._unread, len(self._recent))
+        elif self._dropped + 1 == len(self._chunks[0].rows):
+            self._chunks, self._dropped = self._chunks[1:], 0
+        else:
+            self._dropped += 1
+
+    def _whole_chunks(self) -> list[_Chunk]:
+        """Returns the chunks without the rows that were dropped from the first."""
+        if not self._dropped:
+            return list(self._chunks)
+        first, *others = self._chunks
+        return [_Chunk(first.rows[self._dropped :]), *others]
+
+    def _freeze(self, count: int) -> None:
+        """Reads the ``count`` oldest of the recent rows and moves them to a chunk."""
+        self._read(count)
+        self._chunks = (*self._chunks, _Chunk(self._recent[:count]))
+        self._recent = self._recent[count:]
+
+    def _read(self, count: int | None = None) -> None:
+        """Reads values from the device, of the first ``count`` recent rows or of all."""
+        first = len(self._recent) - self._unread
+        last = len(self._recent) if count is None else count
+        if first < last:
+            fetched = read([*self._recent[first:last]])
+            self._recent = (*self._recent[:first], *fetched, *self._recent[last:])
+            self._unread = len(self._recent) - last
+
+    def _rows(self) -> list[Row]:
+        self._read()
+        return [*(row for chunk in self._whole_chunks() for row in chunk.rows), *self._recent]
+
+
+def _pack(row: Row) -> bytes:
+    return bytes(msgpack.packb(row))

@@ -1,0 +1,286 @@
+"""A `Run` beside its state, as plain values: how it is written into a checkpoint, and checked when it is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import msgpack
+import numpy as np
+
+from trainer.checkpoints.state_io import (
+    Loaded,
+    Snapshot,
+    load_latest,
+    load_with_progress,
+    take_snapshot,
+    write_snapshot,
+)
+from trainer.data.resumable import LoaderPass, LoaderPosition
+from trainer.errors import CheckpointError
+from trainer.metrics.average import WeightedAverage, read
+from trainer.metrics.history import History
+from trainer.run import FromLoader, InMemory, Run, Validation
+
+_FIELDS = {
+    *("seed", "num_examples", "batch_size", "first_epoch", "first_step", "step", "batch", "logged_step"),
+    *("validation_step", "validation", "average", "metrics", "loader"),
+}
+_COUNTS = ("num_examples", "batch_size", "first_epoch", "first_step", "step", "batch", "logged_step")
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What a checkpoint holds, ready to be assigned.
+
+    Attributes:
+        path: The checkpoint.
+        run: The run that was saved. Its position is None if it was saved outside a run.
+        listeners: The states of callbacks and extensions.
+        loaders: The positions of the loaders of all processes, where there were several; else None.
+    """
+
+    path: Path
+    run: Run
+    listeners: list[Any]
+    loaders: list[Any] | None
+
+
+def save_run(path: str | os.PathLike[str], run: Run, info: Mapping[str, Any] | None = None) -> Path:
+    """Writes a run: its state and everything that travels with it. It is atomic; see `trainer.save_state`.
+
+    Args:
+        path: The name, whose ending decides the format.
+        run: The run.
+        info: Plain values for people, shown by ``trainer inspect``.
+
+    Returns:
+        The path.
+
+    Raises:
+        CheckpointError: It could not be written, or the loader cannot tell its position. What was there is untouched.
+    """
+    path = Path(path)
+    write_snapshot(path, snapshot_run(run, info))
+    return path
+
+
+def snapshot_run(
+    run: Run,
+    info: Mapping[str, Any] | None = None,
+    *,
+    listeners: Sequence[Any] = (),
+    loaders: Sequence[Any] | None = None,
+) -> Snapshot:
+    """Describes a run for `write_snapshot`. Copies no array: write it, or copy it, before the next step.
+
+    Args:
+        run: The run.
+        info: Plain values for people.
+        listeners: The states of callbacks and extensions.
+        loaders: The positions of the loaders of all processes, where there are several.
+
+    Raises:
+        CheckpointError: It holds a value that no checkpoint can hold, or the loader cannot tell its position.
+    """
+    run = run.with_edits()
+    about = {"epoch": run.epoch, "metrics": run.history[-1] if run.history else {}, **(info or {})}
+    return take_snapshot(run.peek(), about, progress=_packed(run, list(listeners), loaders))
+
+
+def load_run(path: str | os.PathLike[str], like: Run) -> Run:
+    """Reads a run.
+
+    Args:
+        path: What `save_run`, ``Trainer.save_checkpoint`` or `trainer.save_state` wrote.
+        like: A run with a state of the same structure. What the checkpoint does not hold is taken from it.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be used.
+    """
+    return restore(load_with_progress(path, like.peek()), like).run
+
+
+def load_latest_run(directory: str | os.PathLike[str], like: Run) -> Run:
+    """Reads the newest undamaged checkpoint of a directory, or returns ``like`` if there is none.
+
+    Raises:
+        CheckpointError: There are checkpoints, and none can be used.
+    """
+    loaded = load_latest(directory, like.peek())
+    return like if loaded is None else restore(loaded, like).run
+
+
+def restore(loaded: Loaded, current: Run) -> Restored:
+    """Returns the run in a checkpoint. What the checkpoint does not hold is that of the current run.
+
+    Raises:
+        CheckpointError: It holds something that cannot be used.
+    """
+    path, state, progress = loaded.path, loaded.state, loaded.progress or {}
+    try:
+        epoch, rows, listeners, loaders, horizon = _checked(progress)
+    except ValueError as error:
+        raise CheckpointError(f"`{path}` holds a progress that cannot be used: {error}.") from error
+    step = int(state.step)
+    if rows is None:
+        history = current.history.copy()
+        history.rewind(step)
+    else:
+        history = History.from_rows(rows)
+    run = current.with_state(state, step=step).replace(
+        epoch=current.epoch if epoch is None else epoch,
+        position=None,
+        average=WeightedAverage(),
+        metrics={},
+        validation=None,
+        logged_step=0,
+        history=history,
+        horizon=current.horizon if horizon is None else horizon,
+        drawn=None,
+    )
+    if progress.get("run"):
+        try:
+            run = _with_record(run, progress["run"], epoch)
+        except ValueError as error:
+            raise CheckpointError(f"`{path}` holds a run that cannot be understood: {error}.") from error
+    return Restored(path, run, listeners, loaders)
+
+
+def _packed(run: Run, listeners: list[Any], loaders: Sequence[Any] | None) -> bytes:
+    count, rows = run.history.packed()
+    fields = {"epoch": run.epoch, "run": _record(run), "loaders": loaders, "listeners": listeners}
+    fields["horizon"] = run.horizon
+    packer = msgpack.Packer(default=_plain, autoreset=False)
+    try:
+        packer.pack_map_header(len(fields) + 1)
+        for name, value in fields.items():
+            packer.pack(name)
+            packer.pack(value)
+        packer.pack("history")
+        packer.pack_array_header(count)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"the progress of the run has {error}.") from error
+    # The rows come last, since most of them are packed already: a long history costs a copy and no packing.
+    return b"".join([packer.bytes(), *rows])
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic | np.ndarray | jax.Array):
+        return np.asarray(value).tolist()
+    raise TypeError(
+        f"an object of type {type(value).__qualname__}, which no checkpoint holds; what callbacks return from "
+        f"state_dict() consists of numbers, strings, lists and mappings"
+    )
+
+
+def _record(run: Run) -> dict[str, Any] | None:
+    """Returns where the run is as plain values; waits for metrics that are still on the device."""
+    position = run.position
+    if position is None:
+        return None
+    loader = None
+    if isinstance(position, FromLoader):
+        found = position.loader
+        loader = found.position(position.batch) if isinstance(found, LoaderPass) else found
+    return {
+        "seed": list(position.seed) if isinstance(position, InMemory) else [],
+        # The file format of version 1 has no tag: no examples means a loader.
+        "num_examples": position.num_examples if isinstance(position, InMemory) else 0,
+        "batch_size": position.batch_size,
+        "first_epoch": position.first_epoch,
+        "first_step": position.first_step,
+        "step": run.step,
+        "batch": position.batch,
+        "logged_step": run.logged_step,
+        "validation_step": -1 if run.validation is None else run.validation.step,
+        "validation": {} if run.validation is None else dict(run.validation.averages),
+        "average": run.average.to_dict(),
+        "metrics": read(dict(run.metrics)),
+        "loader": None if loader is None else dataclasses.asdict(loader),
+    }
+
+
+def _with_record(run: Run, plain: Any, epoch: int | None) -> Run:
+    # The position of a loader came later than the first files; nothing else may be missing.
+    if not isinstance(plain, dict) or not _FIELDS - {"loader"} <= plain.keys() <= _FIELDS:
+        raise ValueError(f"it does not consist of {', '.join(sorted(_FIELDS))}")
+    for name in _COUNTS:
+        _check_count(name, plain[name])
+    _check_count("validation_step", plain["validation_step"], least=-1)
+    if plain["batch"] > plain["step"]:
+        raise ValueError(f"it has finished {plain['batch']} batches of an epoch after {plain['step']} steps")
+    if not isinstance(plain["seed"], list):
+        raise ValueError(f"`seed` is of type {type(plain['seed']).__name__}, not a list")
+    for word in plain["seed"]:
+        _check_count("seed", word)
+    for name in ("validation", "metrics"):
+        _check_scalars(name, plain[name])
+    average, loader = plain["average"], plain.get("loader")
+    if not isinstance(average, dict) or average.keys() != {"sums", "weights"}:
+        raise ValueError("`average` does not consist of sums and weights")
+    for name, numbers in average.items():
+        _check_scalars(f"average/{name}", numbers, of=(int, float))
+    if average["sums"].keys() != average["weights"].keys():
+        raise ValueError("`average` has sums without weights, or weights without sums")
+    if plain["step"] != run.step or epoch is None or plain["first_epoch"] > epoch:
+        raise ValueError(
+            f"it is at step {plain['step']} and began in epoch {plain['first_epoch']}, but the state is at step "
+            f"{run.step} in epoch {epoch}"
+        )
+    where = {name: plain[name] for name in ("batch_size", "first_epoch", "first_step", "batch")}
+    found = None if loader is None else LoaderPosition.from_dict(loader)
+    position = (
+        InMemory(seed=tuple(plain["seed"]), num_examples=plain["num_examples"], **where)
+        if plain["num_examples"]
+        else FromLoader(loader=found, **where)
+    )
+    validated = plain["validation_step"] >= 0
+    return run.replace(
+        position=position,
+        average=WeightedAverage.from_dict(average),
+        metrics=plain["metrics"],
+        validation=Validation(plain["validation_step"], plain["validation"]) if validated else None,
+        logged_step=plain["logged_step"],
+    )
+
+
+def _checked(
+    plain: Mapping[str, Any],
+) -> tuple[int | None, list[dict[str, Any]] | None, list[Any], list[Any] | None, int | None]:
+    """Returns what is beside the run, None for what the checkpoint does not hold; unknown names are left alone."""
+    epoch, rows, horizon = (plain.get(name) for name in ("epoch", "history", "horizon"))
+    listeners, loaders = plain.get("listeners", []), plain.get("loaders")
+    for name, value in (("epoch", epoch), ("horizon", horizon)):
+        if value is not None:
+            _check_count(name, value)
+    for name, value in (("listeners", listeners), ("loaders", loaders or [])):
+        if not isinstance(value, list):
+            raise ValueError(f"`{name}` is of type {type(value).__name__}, not a list")
+    if rows is not None:
+        if not isinstance(rows, list):
+            raise ValueError(f"`history` is of type {type(rows).__name__}, not a list")
+        for index, row in enumerate(rows):
+            _check_scalars(f"history/{index}", row)
+            _check_count(f"history/{index}/step", row.get("step"))
+    return epoch, rows, listeners, loaders, horizon
+
+
+def _check_count(name: str, value: Any, least: int = 0) -> None:
+    if type(value) is not int or value < least:
+        raise ValueError(f"`{name}` is {reprlib.repr(value)}, not a count")
+
+
+def _check_scalars(name: str, values: Any, of: Iterable[type] = (bool, int, float, str, type(None))) -> None:
+    if not isinstance(values, dict):
+        raise ValueError(f"`{name}` is of type {type(values).__name__}, not a mapping")
+    for key, value in values.items():
+        if type(key) is not str or type(value) not in of:
+            raise ValueError(
+                f"`{name}` has {reprlib.repr(value)} of type {type(value).__name__} under {reprlib.repr(key)}"
+            )

@@ -1,0 +1,458 @@
+"""What `Trainer.train` and `Trainer.train_epoch` add to the loop: events, logs, validation, saves, stops and signals.
+
+Both are a `FitPlan` that `fit` carries out. Wherever a new run exists the trainer holds it before anyone is told, so
+whatever a callback saves is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from trainer.checkpoints.run_record import Restored
+from trainer.compile.analysis import Compilation, read_compilation
+from trainer.data.memory import InMemoryData, one_pass, takes_batch_size
+from trainer.data.resumable import LoaderPass, LoaderPosition
+from trainer.distributed.signals import Signals
+from trainer.errors import ArgumentError, ArgumentTypeError, CheckpointError, TrainingInterrupted
+from trainer.loggers.base import prefixed
+from trainer.loop import evaluate, plan_dispatch, rare_collections, run_epoch
+from trainer.metrics.average import metrics_at
+from trainer.metrics.throughput import Meter
+from trainer.fit_plan import FitPlan
+from trainer.run import FromLoader, InMemory, Position, Run
+from trainer.setup import Setup
+from trainer.types import Batch, Metrics
+
+if TYPE_CHECKING:
+    from trainer.api import Trainer
+
+
+def fit(trainer: Trainer, plan: FitPlan, resume: bool | str | os.PathLike[str]) -> Run:
+    """Carries out a plan, from its start or from a checkpoint, and returns the run at its end."""
+    setup, before = trainer.setup, trainer.run
+    setup.live.validates = plan.held_out is not None
+    restored = _find(setup, before, plan, resume)
+    if restored is None:
+        run = before.replace(position=plan.position)
+        if plan.data is not None or plan.caller == "train":
+            run = setup.with_horizon(run, _end(run.step, plan))
+        trainer.hold(run)
+    else:
+        run = _checked(setup, plan, restored)
+        listeners = copy.deepcopy(setup.events.state_dict())
+        with _put_back(trainer, before, listeners):
+            setup.events.load_state_dict(restored.listeners)
+        trainer.hold(run)
+        if _is_finished(plan, run):
+            if plan.caller == "train_epoch":
+                return trainer.run
+        elif plan.loader is not None:
+            return _run_epochs(trainer, plan, restored, _put_back(trainer, before, listeners))
+    return _run_epochs(trainer, plan, restored, contextlib.nullcontext())
+
+
+def train_step(trainer: Trainer, batch: Batch) -> Metrics:
+    """Runs one step on a batch that is placed, with its events; see `Trainer.train_step`."""
+    setup = trainer.setup
+    setup.events.emit("on_batch_begin", trainer, trainer.run.step)
+    run = setup.with_weights(trainer.run)
+    run, metrics = setup.step(run, batch, run.drawn)
+    trainer.hold(run)
+    _after_call(trainer, metrics, None, defer=False)
+    return metrics
+
+
+def validate(trainer: Trainer, held_out: Callable[[], Iterator[Batch]], check: Callable[[], None]) -> None:
+    """Evaluates the state, and records, logs and announces the averages."""
+    setup = trainer.setup
+    setup.events.emit("on_validation_begin", trainer)
+    state = trainer.run.with_edits().peek()
+    averages = evaluate(setup.eval_step, state, held_out(), placement=setup.placement, check=check)
+    trainer.hold(trainer.run.validated(averages))
+    setup.fanout.report("val", trainer.run.step, averages)
+    setup.events.emit("on_validation_end", trainer, averages)
+
+
+def _run_epochs(
+    trainer: Trainer, plan: FitPlan, restored: Restored | None, opening: contextlib.AbstractContextManager[None]
+) -> Run:
+    setup = trainer.setup
+    with _running(trainer) as signals:
+        setup.fanout.log_hyperparams(setup.config.to_dict())
+        if restored is not None:
+            where = f"epoch {trainer.run.epoch}, batch {trainer.run.batch}"
+            setup.fanout.log_text("checkpoint", f"resumed {restored.path}, {where}", trainer.run.step)
+        if trainer.run.is_new or plan.caller == "train":
+            setup.fanout.log_text("training", plan.about, trainer.run.step)
+        first = plan.position.first_epoch if restored is None else _position(trainer.run).first_epoch
+        for epoch in range(trainer.run.epoch, first + plan.num_epochs):
+            # A run that was to stop after its last epoch, and is resumed there, stays stopped.
+            if trainer.run.batch == 0 and epoch > first and setup.events.should_stop:
+                break
+            with rare_collections():
+                _run_epoch(trainer, plan, signals, opening)
+            opening = contextlib.nullcontext()
+        run = trainer.run
+        if run.logged_step != run.step:
+            trainer.hold(run.recorded(run.metrics))
+            setup.fanout.report("train", run.step, run.metrics)
+        if plan.held_out is not None and _not_validated(trainer.run):
+            validate(trainer, plan.held_out, signals.check)
+        if plan.caller == "train" and trainer.run.validation is not None and plan.held_out is not None:
+            setup.fanout.log_test_metrics(trainer.run.validation.averages)
+    return trainer.run
+
+
+def _run_epoch(
+    trainer: Trainer, plan: FitPlan, signals: Signals, opening: contextlib.AbstractContextManager[None]
+) -> None:
+    setup, epoch = trainer.setup, trainer.run.epoch
+    batches = _open_epoch(trainer, plan, opening)
+    run = trainer.run
+    # An interruption may have come between a step and the validation that was due after it.
+    if run.batch and _is_due(plan.validate_every, run) and _not_validated(run):
+        assert plan.held_out is not None
+        validate(trainer, plan.held_out, signals.check)
+    overridden = _overrides_train_step(trainer)
+    observed = overridden or setup.events.handles("on_batch_begin") or setup.events.handles("on_batch_end")
+    run = setup.with_weights(trainer.run)
+    dispatch = plan_dispatch(
+        setup.step, run, batches, sync_every=plan.sync_every, placement=setup.placement, fuse=not observed
+    )
+    if observed:
+        _advise(setup, dispatch.fusable_steps, run.step)
+
+    def each(run: Run, batch: Batch, examples: int) -> tuple[Run, Metrics]:
+        # The public method, which a subclass may override. It finds the batch announced, so it counts it.
+        trainer.hold(run.drawing(examples))
+        metrics = trainer.train_step(batch)
+        return trainer.run, metrics
+
+    meter = Meter(dispatch.flops)
+    ticks = run_epoch(
+        setup.step,
+        run,
+        batches,
+        sync_every=plan.sync_every,
+        plan=dispatch,
+        placement=setup.placement,
+        meter=meter,
+        each=each if observed else None,
+    )
+    for tick in ticks:
+        if not observed:
+            trainer.hold(tick.run)
+            _after_call(trainer, tick.metrics, tick.count, defer=True)
+        with meter.pausing():
+            # A checkpoint comes after the validation of its step, so that the two belong together.
+            if plan.held_out is not None and _is_due(plan.validate_every, trainer.run):
+                validate(trainer, plan.held_out, signals.check)
+            if trainer.run.step % plan.save_every == 0:
+                save_if_finite(trainer, background=True)
+        # Several processes wait for a save at the same point, before the next one.
+        if setup.placement.num_processes == 1:
+            setup.checkpointer.check()
+        signals.check()
+        tick.run = setup.with_weights(trainer.run)
+    setup.fanout.flush()
+    setup.live.throughput = meter.read(trainer.run.leaves[0].sharding.device_set)
+    if plan.held_out is not None and _not_validated(trainer.run):
+        validate(trainer, plan.held_out, signals.check)
+    validation = prefixed("val_", trainer.run.validation_of_epoch)
+    trainer.hold(trainer.run.end_epoch())
+    setup.fanout.log_throughput(trainer.run.step, setup.live.throughput)
+    # The average waits for the device, so it is computed only for those who handle the event.
+    if setup.events.handles("on_epoch_end"):
+        setup.events.emit("on_epoch_end", trainer, epoch, {**trainer.run.average.compute(), **validation})
+
+
+def _open_epoch(
+    trainer: Trainer, plan: FitPlan, opening: contextlib.AbstractContextManager[None]
+) -> Iterator[Batch]:
+    """Begins an epoch, or the rest of the epoch that is resumed, and returns its batches."""
+    setup, run = trainer.setup, trainer.run.begin_epoch()
+    if plan.data is not None:
+        trainer.hold(run)
+        setup.events.emit("on_epoch_begin", trainer, run.epoch)
+        return plan.data.shuffled(setup.seed, run.epoch, skip=trainer.run.batch)
+    position = _position(run)
+    assert isinstance(position, FromLoader)
+    before = position.loader
+    loader_pass = LoaderPass(
+        plan.loader,
+        plan.batch_size,
+        plan.name,
+        setup.config.steps_per_epoch,
+        before if isinstance(before, LoaderPass) else None,
+    )
+    where: LoaderPosition | None = None
+    if isinstance(before, LoaderPosition):
+        # A pass that was over: the next one starts from its end.
+        where = dataclasses.replace(before, drawn=0) if before.over and not position.batch else before
+    else:
+        position = dataclasses.replace(position, loader=loader_pass)
+    trainer.hold(run.replace(position=position))
+    setup.events.emit("on_epoch_begin", trainer, run.epoch)
+    with opening:
+        if where is None and position.batch:
+            where = LoaderPosition()
+        loader_pass.open(where, position.batch)
+    trainer.hold(trainer.run.replace(position=dataclasses.replace(position, loader=loader_pass)))
+    return loader_pass
+
+
+def _after_call(trainer: Trainer, metrics: Metrics, count: int | None, *, defer: bool) -> None:
+    """Reports a compilation, logs the steps that are due, and emits the events of a call."""
+    setup, run = trainer.setup, trainer.run
+    report = setup.step.report()
+    if report is not None:
+        tell_compilation(trainer, report.name, report.seconds, report.warning)
+    setup.fanout.flush()
+    step, every = run.step, setup.config.log_frequency
+    if count is None:
+        if step == 1 or step % every == 0:
+            trainer.hold(trainer.run.recorded(metrics))
+            (setup.fanout.defer if defer else setup.fanout.report)("train", step, metrics)
+        setup.events.emit("on_batch_end", trainer, step, metrics)
+        setup.events.emit("on_call_end", trainer, step, metrics)
+        return
+    first = step - count + 1
+    due = set(range(first + -first % every, step + 1, every)) | ({1} if first == 1 else set())
+    for number in sorted(due):
+        row = metrics_at(metrics, number - first)
+        trainer.hold(trainer.run.recorded(row, step=number))
+        setup.fanout.defer("train", number, row)
+    setup.events.emit("on_call_end", trainer, step, metrics_at(metrics, count - 1))
+
+
+def compile_step(trainer: Trainer, batch: Batch) -> Compilation:
+    """Compiles the step for batches like this; see `Trainer.compile`."""
+    setup = trainer.setup
+    batch, _ = setup.placement.abstract_batch(batch)
+    run = setup.with_weights(trainer.run).with_edits()
+    run.peek().check_alive()
+    start = time.perf_counter()
+    program, traced = setup.step.trace(run, batch)
+    compiled = program.compile(traced)
+    seconds = time.perf_counter() - start
+    trainer.hold(run)
+    compilation = read_compilation(compiled, seconds, next(iter(run.leaves[0].sharding.addressable_devices)))
+    tell_compilation(trainer, program.name, seconds, None)
+    if not compilation.fits:
+        warnings.warn(
+            f"a step needs {compilation.total:,} bytes and the device has {compilation.available:,}: it will not "
+            f"fit. Smaller batches, jax.checkpoint in the model, or more devices (trainer.sharding) help.",
+            stacklevel=3,
+        )
+    return compilation
+
+
+def tell_compilation(trainer: Trainer, name: str, seconds: float, warning: str | None) -> None:
+    """Tells callbacks and loggers of a compilation, and warns where it is one too many."""
+    setup = trainer.setup
+    setup.events.emit("on_compile_end", trainer, name, seconds)
+    setup.fanout.log_text("compilation", f"{name} took {seconds:.1f} s to compile", trainer.run.step)
+    if warning is not None:
+        warnings.warn(warning, stacklevel=6)
+
+
+def save_if_finite(trainer: Trainer, *, background: bool = False) -> Path | None:
+    """Saves a checkpoint with the default name, unless the state holds NaN or infinity."""
+    if bool(trainer.run.with_edits().peek().is_finite()):
+        return trainer.save_checkpoint(background=background)
+    warnings.warn(
+        f"the state is not finite any more at step {trainer.run.step}; it was not saved, and earlier checkpoints stay.",
+        stacklevel=2,
+    )
+    return None
+
+
+@contextlib.contextmanager
+def _running(trainer: Trainer) -> Iterator[Signals]:
+    """Emits the first and the last event of a run, whatever happens in between, and handles signals."""
+    setup = trainer.setup
+    signals = Signals(together=setup.placement.num_processes > 1)
+    with signals if setup.handle_signals else contextlib.nullcontext():
+        setup.live.is_running = True
+        try:
+            setup.events.emit("on_train_begin", trainer)
+            yield signals
+            setup.checkpointer.wait()
+            # A signal that came after the last step must not be lost: it wants the process to end.
+            signals.check()
+        except BaseException as error:
+            with contextlib.suppress(Exception):  # the metrics of finished steps are logged if they can be
+                setup.fanout.flush()
+            try:
+                _finish_saves(trainer, signals, error)
+            finally:  # also where a second signal ends the saving
+                for failure in setup.events.emit_to_all("on_train_end", trainer):
+                    error.add_note(f"and on_train_end raised {failure!r}")
+            # XLA replaces an exception that is raised in a host callback of the objective by its own.
+            if signals.second_signal and isinstance(error, Exception):
+                raise signals.exception() from error
+            raise
+        finally:
+            setup.live.is_running = False
+        failures = setup.events.emit_to_all("on_train_end", trainer)
+        # Before anything is raised: every process waits here for the others.
+        if signals.wait_for_all():
+            late = signals.exception()
+            for failure in failures:
+                late.add_note(f"and on_train_end raised {failure!r}")
+            _finish_saves(trainer, signals, late)
+            raise late
+        if len(failures) > 1:
+            raise ExceptionGroup("several callbacks failed in on_train_end", failures)
+        if failures:
+            raise failures[0]
+
+
+def _finish_saves(trainer: Trainer, signals: Signals, error: BaseException) -> None:
+    """Waits for the save in flight and, if a signal came, saves for ``resume``; no failure hides the error."""
+    try:
+        trainer.setup.checkpointer.wait()
+    except Exception as unsaved:
+        error.add_note(f"and a save in the background raised {unsaved!r}")
+    if signals.received is None:
+        return
+    try:
+        path = save_if_finite(trainer)
+    except Exception as failure:
+        error.add_note(f"the state could not be saved: {failure}")
+        return
+    if path is not None:
+        error.add_note(f"the state was saved to {path}; train(..., resume=True) goes on from it")
+    if isinstance(error, TrainingInterrupted):
+        error.path = path
+
+
+@contextlib.contextmanager
+def _put_back(trainer: Trainer, run: Run, listeners: list[Any]) -> Iterator[None]:
+    """Gives the trainer its run, and the callbacks their states, back if the block raises."""
+    try:
+        yield
+    except BaseException:
+        trainer.hold(run)
+        with contextlib.suppress(CheckpointError):  # from a callback that refuses its own state
+            trainer.setup.events.load_state_dict(listeners)
+        raise
+
+
+def load(trainer: Trainer, path: str | os.PathLike[str]) -> None:
+    """Restores a checkpoint; see `Trainer.load_checkpoint`."""
+    setup = trainer.setup
+    restored = setup.checkpointer.load(path, trainer.run)
+    with _put_back(trainer, trainer.run, copy.deepcopy(setup.events.state_dict())):
+        setup.events.load_state_dict(restored.listeners)
+    run = restored.run.replace(position=None, validation=None, logged_step=0, average=trainer.run.average)
+    if setup.live.is_running:
+        # A callback rolls the state back: the run goes through its data as before.
+        run = run.replace(position=trainer.run.position, epoch=trainer.run.epoch)
+    trainer.hold(run)
+    setup.fanout.log_text("checkpoint", f"loaded {path}", trainer.run.step)
+
+
+def _find(setup: Setup, run: Run, plan: FitPlan, resume: Any) -> Restored | None:
+    """Returns the checkpoint to resume from, None to start the plan from here."""
+    if not isinstance(resume, bool) and not (isinstance(resume, str | os.PathLike) and os.fspath(resume)):
+        raise ArgumentTypeError(
+            f"`resume` is {resume!r} of type {type(resume).__name__}; it must be a bool, 'latest', or the path of a "
+            f"checkpoint."
+        )
+    if resume is False:
+        return None
+    if resume is not True and resume != "latest":
+        return setup.checkpointer.load(resume, run)
+    here = run.position
+    if plan.caller == "train_epoch" and isinstance(here, FromLoader) and _is_over(here):
+        # This trainer has just finished an epoch: `while trainer.epoch < n` must come to an end.
+        return None
+    return setup.checkpointer.load_latest(run)
+
+
+def _is_over(position: FromLoader) -> bool:
+    return position.batch == 0 and isinstance(position.loader, LoaderPass | LoaderPosition) and position.loader.over
+
+
+def _checked(setup: Setup, plan: FitPlan, restored: Restored) -> Run:
+    """Returns the run in a checkpoint, if it is the one that is asked for."""
+    run = restored.run
+    if not isinstance(run.position, InMemory if plan.data is not None else FromLoader):
+        what = "epoch" if plan.caller == "train_epoch" else "run"
+        raise CheckpointError(
+            f"`{restored.path}` was not saved during {plan.caller}(), so there is no {what} to resume; "
+            f"load_checkpoint() and train on."
+        )
+    run.check_same_run(plan.position)
+    position = run.position
+    if isinstance(position, FromLoader):
+        position = dataclasses.replace(position, loader=_own_position(setup, restored, position))
+        run = run.replace(position=position)
+    return setup.with_horizon(run, _end(position.first_step, plan))
+
+
+def _own_position(setup: Setup, restored: Restored, position: FromLoader) -> Any:
+    """Returns the position of the loader of this process."""
+    loaders = restored.loaders or [None]
+    if len(loaders) != setup.placement.num_processes:
+        raise CheckpointError(
+            f"`{restored.path}` was saved by {len(loaders)} processes, each with a loader of its own, and there are "
+            f"{setup.placement.num_processes}; start as many, or train(data), whose order does not depend on them."
+        )
+    if len(loaders) == 1:
+        return position.loader
+    try:
+        return LoaderPosition.from_dict(loaders[jax.process_index()])
+    except ValueError as error:
+        raise CheckpointError(f"`{restored.path}` holds a position that cannot be understood: {error}.") from error
+
+
+def _end(first_step: int, plan: FitPlan) -> int | None:
+    return None if plan.horizon is None else first_step + plan.horizon
+
+
+def _is_finished(plan: FitPlan, run: Run) -> bool:
+    return run.epoch >= _position(run).first_epoch + plan.num_epochs
+
+
+def _position(run: Run) -> Position:
+    assert run.position is not None, "a run has a position from its beginning to its end"
+    return run.position
+
+
+def _is_due(every: int | None, run: Run) -> bool:
+    return every is not None and run.step % every == 0
+
+
+def _not_validated(run: Run) -> bool:
+    return run.validation is None or run.validation.step != run.step
+
+
+def _overrides_train_step(trainer: Trainer) -> bool:
+    from trainer.api import Trainer as Base
+
+    return type(trainer).train_step is not Base.train_step
+
+
+def _advise(setup: Setup, fusable_steps: int, step: int) -> None:
+    """Says once that a callback costs much, where many steps could be fused but for its events."""
+    if fusable_steps >= setup.step.policy.advise_at and not setup.live.has_advised:
+        setup.live.has_advised = True
+        setup.fanout.log_text(
+            "advice",
+            f"a step computes so little that {fusable_steps} could run in one call, many times faster, but a callback "
+            f"handles on_batch_begin or on_batch_end; on_call_end does not ask for a call a step",
+            step,
+        )

@@ -1,0 +1,167 @@
+"""`FitPlan`: what one call of ``Trainer.train`` or ``Trainer.train_epoch`` does, decided before anything changes."""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from trainer.data.memory import InMemoryData, one_pass, takes_batch_size
+from trainer.errors import ArgumentError
+from trainer.run import FromLoader, InMemory, Position, Run
+from trainer.setup import Setup
+from trainer.types import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class FitPlan:
+    """What one call of ``train`` or ``train_epoch`` does.
+
+    Attributes:
+        caller: The name of the method, for messages.
+        position: The position at the start, from which a checkpoint is recognized as one of the same run.
+        num_epochs: The number of epochs.
+        batch_size: The number of examples in a batch, which a loader that takes an argument is called with.
+        data: The data in memory; None for a loader.
+        loader: The loader; None for data in memory.
+        name: The argument that the data came in, for messages.
+        horizon: The step at which the run ends, None if that is not known.
+        save_every: Save at multiples of this step.
+        validate_every: Validate at multiples of this step, beside the end of every epoch; None for no other.
+        held_out: Opens the validation data; None where nothing is validated.
+        about: The plan in words.
+    """
+
+    caller: str
+    position: Position
+    num_epochs: int
+    batch_size: int
+    data: InMemoryData | None
+    loader: Any
+    name: str
+    horizon: int | None
+    save_every: int
+    validate_every: int | None
+    held_out: Callable[[], Iterator[Batch]] | None
+    about: str
+
+    @property
+    def sync_every(self) -> list[int]:
+        """The multiples of steps at which the host needs the state."""
+        return [self.save_every] if self.validate_every is None else [self.save_every, self.validate_every]
+
+
+def plan_run(
+    setup: Setup,
+    run: Run,
+    train_data: Any,
+    val_data: Any,
+    resume: Any,
+    *,
+    num_epochs: int,
+    batch_size: int,
+    val_interval: int,
+) -> FitPlan:
+    """Returns the plan of a call of ``train``, on which all processes agree."""
+    held_out, val_in_memory = _held_out(setup, val_data, batch_size)
+    common = {
+        "caller": "train",
+        "num_epochs": num_epochs,
+        "batch_size": batch_size,
+        "save_every": setup.save_interval,
+        "validate_every": None if held_out is None else val_interval,
+        "held_out": held_out,
+    }
+    counts = {"num_epochs": num_epochs, "batch_size": batch_size, "val_interval": val_interval, "resume": str(resume)}
+    if _is_loader(train_data):
+        setup.agree_on_run("train", run, counts, val_data=val_in_memory)
+        horizon = setup.horizon_of(train_data, num_epochs)
+        return _over_loader(run, train_data, "train_data", horizon=horizon, first_step=run.step, **common)
+    data = setup.in_memory(train_data, batch_size, "train_data")
+    if batch_size > data.num_examples:
+        warnings.warn(
+            f"`batch_size` is {batch_size} but `train_data` has {data.num_examples} examples; every epoch is "
+            f"one batch of {data.num_examples}.",
+            stacklevel=3,
+        )
+    setup.agree_on_run("train", run, counts, train_data=data, val_data=val_in_memory)
+    return FitPlan(
+        position=InMemory(setup.seed, data.num_examples, batch_size, run.epoch, run.step),
+        data=data,
+        loader=None,
+        name="train_data",
+        horizon=num_epochs * len(data),
+        about=f"{num_epochs} epochs of {len(data)} steps, batch size {batch_size}",
+        **common,
+    )
+
+
+def plan_epoch(setup: Setup, run: Run, resume: Any) -> FitPlan:
+    """Returns the plan of a call of ``train_epoch``, on which all processes agree."""
+    if setup.train_data_loader is None:
+        raise ArgumentError(
+            "`train_data_loader` was not given to the Trainer, and train_epoch() trains on nothing else; "
+            "pass one, or call train(data, num_epochs, batch_size)."
+        )
+    setup.agree_on_run("train_epoch", run, {"resume": str(resume)})
+    size, loader, held_out = setup.config.batch_size, setup.val_data_loader, None
+    if loader is not None:
+        held_out = functools.partial(one_pass, loader, size, "val_data_loader", None)
+    # Consecutive calls are one run, so that early stopping counts over all of them.
+    before = run.position
+    continues = isinstance(before, FromLoader) and before.batch == 0
+    return _over_loader(
+        run,
+        setup.train_data_loader,
+        "train_data_loader",
+        caller="train_epoch",
+        num_epochs=1,
+        batch_size=size,
+        horizon=None,
+        first_step=before.first_step if continues and before is not None else run.step,
+        save_every=setup.config.save_frequency,
+        validate_every=None,
+        held_out=held_out,
+    )
+
+
+def _over_loader(
+    run: Run, loader: Any, name: str, *, batch_size: int, num_epochs: int, first_step: int, **more: Any
+) -> FitPlan:
+    position = FromLoader(
+        batch_size=batch_size if takes_batch_size(loader) else 0,
+        first_epoch=run.epoch,
+        first_step=first_step,
+        # An iterator goes on from where the pass before has left it.
+        loader=run.position.loader if isinstance(run.position, FromLoader) else None,
+    )
+    about = f"{num_epochs} epoch{'s' * (num_epochs > 1)} over `{name}`"
+    return FitPlan(
+        position=position,
+        data=None,
+        loader=loader,
+        name=name,
+        num_epochs=num_epochs,
+        batch_size=batch_size,
+        about=about,
+        **more,
+    )
+
+
+def _is_loader(data: Any) -> bool:
+    """Tells a loader from data in memory: something to call or to iterate over, but neither a mapping, a tuple of columns nor an array."""
+    if isinstance(data, Mapping | tuple | str | bytes) or hasattr(data, "__array__"):
+        return False
+    return callable(data) or isinstance(data, Iterable)
+
+
+def _held_out(
+    setup: Setup, val_data: Any, batch_size: int
+) -> tuple[Callable[[], Iterator[Batch]] | None, InMemoryData | None]:
+    """Returns what opens the validation data, and the data if they are in memory."""
+    if val_data is None:
+        return None, None
+    if _is_loader(val_data):
+        return functools.partial(one_pass, val_data, batch_size, "val_data", None), None
+    held_out = setup.in_memory(val_data, batch_size, "val_data")
+    return held_out.in_order, held_out

@@ -1,0 +1,227 @@
+"""The loop: `run_epoch` advances a run over batches, `evaluate` averages an objective. Both work without a `Trainer`.
+
+`Trainer.train`, `Trainer.train_epoch` and your own loop are the same loop::
+
+    for tick in run_epoch(step, run, batches):
+        run = tick.run  # the run before was donated
+"""
+
+import collections
+import contextlib
+import dataclasses
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+
+from trainer.compile.dispatch import CompiledStep, DispatchPlan, explain_lost_state
+from trainer.data.memory import Epoch
+from trainer.metrics.average import WeightedAverage
+from trainer.metrics.throughput import Meter
+from trainer.run import Run
+from trainer.sharding.placement import Placement, SingleDevice
+from trainer.state import TrainState
+from trainer.types import Batch, Metrics
+
+MAX_IN_FLIGHT = 2
+"""Calls that may wait for the device: one that runs and one that follows it without a gap. More only hold memory."""
+
+_COLLECT_AT = 50_000
+
+
+@dataclasses.dataclass
+class Tick:
+    """One call into the compiled step, finished or in flight.
+
+    Attributes:
+        run: The run after the call; its state may still be computing. Assign another to continue from that.
+        metrics: Scalars on the device; where ``count`` is given, stacked as `trainer.fuse_steps` returns them.
+        count: The number of steps in the call where they are fused, else None.
+        examples: The examples in each batch.
+    """
+
+    run: Run
+    metrics: Metrics
+    count: int | None
+    examples: int
+
+    @property
+    def steps(self) -> int:
+        """The number of steps in the call."""
+        return self.count or 1
+
+
+class InFlight:
+    """Bounds the calls that wait for the device, so that the host does not run ahead of it without limit."""
+
+    def __init__(self, limit: int = MAX_IN_FLIGHT) -> None:
+        self._results: collections.deque[jax.Array] = collections.deque()
+        self._limit = limit
+
+    def add(self, result: jax.Array) -> None:
+        """Adds a result of a call; waits for the oldest call if there are more than the limit."""
+        self._results.append(result)
+        if len(self._results) > self._limit:
+            self._results.popleft().block_until_ready()
+
+
+def run_epoch(
+    step: CompiledStep,
+    run: Run,
+    batches: Iterable[Batch],
+    *,
+    sync_every: Sequence[int] = (),
+    plan: DispatchPlan | None = None,
+    placement: Placement | None = None,
+    meter: Meter | None = None,
+    each: Callable[[Run, Batch, int], tuple[Run, Metrics]] | None = None,
+) -> Iterator[Tick]:
+    """Advances a run over batches, and yields after each call into the compiled step.
+
+    A step is counted before its tick is yielded, so what is saved then is complete. Each call is dispatched while
+    the one before is running, and the batches of the next are prepared meanwhile. Data in memory
+    (`trainer.InMemoryData`) is fused: a call runs as many steps as are worth it and ends before a multiple of
+    ``sync_every``. Batches of any other iterable are one call each.
+
+    Args:
+        step: The compiled step.
+        run: The run to start from. Its state is donated: afterwards only the latest ``tick.run`` can be used.
+        batches: One pass over data in memory, or an iterable of batches.
+        sync_every: The steps, as multiples, at which you need the state: to save, validate or log.
+        plan: How to call the step; see `plan_dispatch`, which decides it if it is left out.
+        placement: Where batches are put; JAX's default device if left out.
+        meter: Measures throughput.
+        each: Runs one batch in place of ``step``; then no steps are fused.
+
+    Yields:
+        A `Tick` for each call. The loop continues from ``tick.run``, so you may assign to it.
+
+    Raises:
+        BatchError: A batch cannot be used. The run of the latest tick is intact.
+    """
+    placement = SingleDevice() if placement is None else placement
+    batches = iter(batches)
+    if plan is None:
+        plan = plan_dispatch(step, run, batches, sync_every=sync_every, placement=placement, fuse=each is None)
+    meter = Meter(plan.flops) if meter is None else meter
+    in_flight = InFlight()
+    while True:
+        with meter.preparing():
+            drawn = _draw(batches, run, plan, placement, at_once=each is not None)
+        if drawn is None:
+            return
+        batch, examples, count = drawn
+        if count is not None:
+            after, metrics = step.fused(plan, run, batch, count, placement.replicated_int(count), examples)
+        else:
+            after, metrics = (step if each is None else each)(run, batch, examples)
+        result = next(iter(metrics.values()))
+        in_flight.add(result)
+        meter.dispatched(result, count or 1, examples)
+        tick = Tick(after, metrics, count, examples)
+        yield tick
+        run = tick.run
+        if not step.is_current(plan):  # an extension was switched on or off
+            plan = plan_dispatch(
+                step, run, batches, sync_every=sync_every, placement=placement, fuse=plan.program is not None
+            )
+
+
+def plan_dispatch(
+    step: CompiledStep,
+    run: Run,
+    batches: Iterable[Batch],
+    *,
+    sync_every: Sequence[int] = (),
+    placement: Placement | None = None,
+    fuse: bool = True,
+) -> DispatchPlan:
+    """Decides how many steps over these batches go into a call; arguments as for `run_epoch`.
+
+    Batches that are not in memory are not known before they are drawn, so their steps are not fused.
+    """
+    if not isinstance(batches, Epoch) or not batches.full_batches:
+        return DispatchPlan()
+    placement = SingleDevice() if placement is None else placement
+    most = min(*sync_every, batches.full_batches_in_epoch) if sync_every else batches.full_batches_in_epoch
+    return step.plan(run, placement.abstract_batch_of(batches), most if fuse else 1, sync_every)
+
+
+def evaluate(
+    eval_step: Callable[..., Metrics],
+    state: TrainState,
+    batches: Iterable[Batch],
+    *,
+    placement: Placement | None = None,
+    check: Callable[[], None] | None = None,
+) -> dict[str, float]:
+    """Returns the weighted averages of the metrics over batches. Changes nothing, not even the key.
+
+    It equals::
+
+        average = WeightedAverage()
+        for index, batch in enumerate(batches):
+            average.add(eval_step(state, batch, index), examples_in(batch))
+        return average.compute()
+
+    Args:
+        eval_step: ``jax.jit(make_eval_step(loss_fn))``.
+        state: The state. It is not donated.
+        batches: An iterable of batches; the last may be short.
+        placement: Where batches are put; JAX's default device if left out.
+        check: Called after each batch; what it raises ends the evaluation. For signals.
+    """
+    placement = SingleDevice() if placement is None else placement
+    average, batches, index = WeightedAverage(), iter(batches), 0
+    while (taken := placement.next_batch_from(batches)) is not None:
+        batch, examples = taken
+        average.add(evaluate_batch(eval_step, state, batch, index, placement), examples)
+        index += 1
+        if check is not None:
+            check()
+    return average.compute()
+
+
+def evaluate_batch(
+    eval_step: Callable[..., Metrics], state: TrainState, batch: Batch, index: int, placement: Placement
+) -> Metrics:
+    """Returns the metrics of one batch; ``index`` tells the batches of an evaluation apart."""
+    try:
+        metrics = eval_step(state, batch, placement.replicated_int(index))
+        return jax.block_until_ready(metrics) if placement.one_call_at_a_time else metrics
+    except Exception as error:
+        explain_lost_state(state, error)
+        raise
+
+
+@contextlib.contextmanager
+def rare_collections() -> Iterator[None]:
+    """Keeps garbage collection cheap inside the block, and as it was afterwards.
+
+    A full collection walks every object of the process, 100 ms where JAX is loaded. Everything that exists now is
+    frozen, so collections inside walk new objects only. A collector that is switched off stays off.
+    """
+    if not gc.isenabled() or gc.get_freeze_count():
+        yield
+        return
+    thresholds = gc.get_threshold()
+    gc.freeze()
+    gc.set_threshold(_COLLECT_AT, *thresholds[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.unfreeze()
+
+
+def _draw(
+    batches: Iterator[Batch], run: Run, plan: DispatchPlan, placement: Placement, *, at_once: bool
+) -> tuple[Any, int, int | None] | None:
+    """Returns what the next call trains on, the examples in a batch, and the number of steps where they are fused."""
+    if plan.program is not None and isinstance(batches, Epoch) and batches.full_batches:
+        count = min(plan.steps_before_sync(run.step), batches.full_batches)
+        return placement.next_batches(batches, count, plan.capacity), batches.batch_size, count
+    # Only the first batch of an epoch cannot be a short last one.
+    taken = placement.next_batch_from(batches, may_be_short=run.batch > 0, at_once=at_once)
+    return None if taken is None else (*taken, None)

@@ -1,0 +1,127 @@
+"""Weighted averages of metrics that are read from the device late."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import jax
+import numpy as np
+
+from trainer.types import BATCH_WEIGHT
+
+MAX_PENDING = 512
+"""Metrics of at most this many calls stay on the device; then the older half is read, which finished long ago."""
+
+
+def read(metrics: Any) -> Any:
+    """Returns a tree of arrays as Python numbers, or lists of them. Waits for all arrays at once."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf).tolist(), jax.device_get(metrics))
+
+
+class LazyScalar:
+    """One entry of an array on the device, read on demand: the metric of one step among several fused ones."""
+
+    __slots__ = ("_array", "_index")
+
+    def __init__(self, array: jax.Array, index: int) -> None:
+        self._array, self._index = array, index
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        """Waits for the array."""
+        del copy  # the result never shares memory with the device
+        return np.asarray(np.asarray(self._array)[self._index], dtype)
+
+    def __float__(self) -> float:
+        """Waits for the array."""
+        return float(self.__array__())
+
+
+def metrics_at(metrics: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """Returns the metrics of one step out of the stacked metrics that `trainer.fuse_steps` returns."""
+    return {name: LazyScalar(array, index) for name, array in metrics.items()}
+
+
+class WeightedAverage:
+    """The average of metrics over batches, weighted by the size of each batch.
+
+    The weight of a batch is its number of examples, or the metric ``batch_weight`` where the objective
+    reports it; ``batch_weight`` itself is reported as its sum. The sums are float64 on the host. Metrics
+    stay on the device until `compute`, or until hundreds of calls are pending.
+
+    A copy costs nothing: the parts that both share are replaced and never changed.
+
+    Example:
+        >>> average = WeightedAverage()
+        >>> average.add({"loss": 1.0}, 30)
+        >>> average.add({"loss": 5.0}, 10)
+        >>> average.compute()
+        {'loss': 2.0}
+    """
+
+    __slots__ = ("_pending", "_sums", "_weights")
+
+    def __init__(self) -> None:
+        # (metrics, examples in a batch, number of batches or None for a single one) of every call.
+        self._pending: tuple[tuple[Mapping[str, Any], int, int | None], ...] = ()
+        self._sums: dict[str, float] = {}
+        self._weights: dict[str, float] = {}
+
+    def add(self, metrics: Mapping[str, Any], examples: int, count: int | None = None) -> None:
+        """Adds the metrics of a batch, or of several.
+
+        Args:
+            metrics: Scalars; where ``count`` is given, arrays with one entry for each batch, of which the
+                first ``count`` are used.
+            examples: The number of examples in a batch.
+            count: The number of batches.
+        """
+        self._pending = (*self._pending, (dict(metrics), examples, count))
+        if len(self._pending) > MAX_PENDING:
+            self._read(MAX_PENDING // 2)
+
+    def compute(self) -> dict[str, float]:
+        """Returns the averages so far, without ``step``; empty if nothing was added. Waits for the device."""
+        self._read(len(self._pending))
+        averages = {name: total / self._weights[name] for name, total in self._sums.items() if self._weights[name]}
+        # A metric that only ever came with weight zero has no average.
+        return {name: averages.get(name, float("nan")) for name in self._sums}
+
+    def copy(self) -> Self:
+        """Returns an equal average that is added to independently."""
+        copied = type(self)()
+        copied._pending, copied._sums, copied._weights = self._pending, self._sums, self._weights
+        return copied
+
+    def to_dict(self) -> dict[str, dict[str, float]]:
+        """Returns the sums and weights so far, from which `from_dict` continues to the bit."""
+        self._read(len(self._pending))
+        return {"sums": dict(self._sums), "weights": dict(self._weights)}
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Mapping[str, float]]) -> Self:
+        """Returns the average that `to_dict` described."""
+        average = cls()
+        average._sums, average._weights = dict(plain["sums"]), dict(plain["weights"])
+        return average
+
+    def _read(self, count: int) -> None:
+        """Moves the metrics of the ``count`` oldest calls from the device into the sums."""
+        if not count:
+            return
+        pending, self._pending = self._pending[:count], self._pending[count:]
+        self._sums, self._weights = dict(self._sums), dict(self._weights)
+        for metrics, (_, examples, batches) in zip(read([first for first, *_ in pending]), pending, strict=True):
+            columns = {name: [value] if batches is None else value[:batches] for name, value in metrics.items()}
+            weights = columns.get(BATCH_WEIGHT, [float(examples)] * (batches or 1))
+            for name, column in columns.items():
+                if name != "step":
+                    self._sum(name, column, weights)
+
+    def _sum(self, name: str, column: Sequence[float], weights: Sequence[float]) -> None:
+        # In order, and one at a time: floating-point sums depend on the order, and fused steps must give the
+        # same bits as single ones.
+        total, norm = self._sums.get(name, 0.0), self._weights.get(name, 0.0)
+        for value, weight in zip(column, weights, strict=True):
+            # The average weight of a batch would be of no use; the whole weight is.
+            share, norm = (value, 1.0) if name == BATCH_WEIGHT else (value * weight, norm + weight)
+            total += share
+        self._sums[name], self._weights[name] = total, norm

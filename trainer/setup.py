@@ -1,0 +1,389 @@
+"""`Setup`: what a trainer is made of and never changes, checked once."""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sized
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+
+from trainer.callbacks.dispatch import CallbackDispatcher, as_callback_list
+from trainer.checkpoints.checkpointer import Checkpointer
+from trainer.checkpoints.run_record import snapshot_run
+from trainer.checkpoints.state_io import Snapshot
+from trainer.checks import check_count
+from trainer.compile.dispatch import CompiledStep
+from trainer.config import TrainingConfig, make_optimizer, make_schedule
+from trainer.config.schedules import check_horizon, needs_horizon
+from trainer.data.memory import InMemoryData, seed_from_key
+from trainer.data.resumable import LoaderPass, LoaderPosition
+from trainer.distributed.agreement import check_agreement, gathered
+from trainer.errors import ArgumentError, ArgumentTypeError, CheckpointError
+from trainer.loggers.base import Logger, MetricsLoggerLike
+from trainer.loggers.fanout import MetricFanout
+from trainer.loggers.wandb import WandbLogger
+from trainer.metrics.throughput import Throughput
+from trainer.objective import check_extensions, check_loss_fn
+from trainer.run import FromLoader, Run
+from trainer.sharding.placement import Placement, placement_of
+from trainer.state import check_model, check_optimizer, check_rng
+from trainer.steps import make_eval_step, make_train_step
+from trainer.types import Batch, ExtensionLike, LogCallback, LossFn, Metrics
+
+# Stands for the horizon where only the structure of an optimizer's state matters.
+_ANY_HORIZON = 2**31 - 1
+
+
+@dataclasses.dataclass
+class Live:
+    """What is known of the call in progress, or of the latest. Nothing of it is saved.
+
+    Attributes:
+        trainer: The trainer that events are about; a weak reference, since the trainer holds this.
+        is_running: Whether a call of ``train`` or ``train_epoch`` is in progress.
+        validates: Whether it, or the latest, validates on anything.
+        throughput: The speed of the latest epoch.
+        has_advised: Whether fusing was recommended.
+    """
+
+    trainer: Callable[[], Any]
+    is_running: bool = False
+    validates: bool = False
+    throughput: Throughput | None = None
+    has_advised: bool = False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Setup:
+    """The parts of a trainer, assembled by `assemble`; attributes as the arguments of `trainer.Trainer`."""
+
+    config: TrainingConfig
+    loss_fn: LossFn
+    given_optimizer: optax.GradientTransformation | None
+    train_data_loader: Any
+    val_data_loader: Any
+    metrics_logger: MetricsLoggerLike | None
+    logger: Logger | None
+    log_callback: LogCallback | None
+    save_interval: int
+    handle_signals: bool
+    wrt: nnx.filterlib.Filter
+    callbacks: Any
+    extensions: dict[str, ExtensionLike]
+    seed: tuple[int, ...]
+    placement: Placement
+    events: CallbackDispatcher
+    fanout: MetricFanout
+    checkpointer: Checkpointer
+    step: CompiledStep
+    eval_step: Callable[..., Metrics]
+    live: Live
+
+    def emit(self, event: str, *args: Any) -> None:
+        """Emits an event of the trainer to its callbacks and extensions."""
+        self.events.emit(event, self.live.trainer(), *args)
+
+    def agree(self, what: str, parts: Mapping[str, Any], **data: InMemoryData | None) -> None:
+        """Compares with the other processes what all are about to do.
+
+        Raises:
+            DistributedError: In all processes, if one is about to do something else.
+        """
+        if self.placement.num_processes > 1:
+            prints = {name: None if held is None else held.fingerprint() for name, held in data.items()}
+            check_agreement({what: {**parts, **prints}})
+
+    def agree_on_run(self, what: str, run: Run, arguments: Mapping[str, Any], **data: InMemoryData | None) -> None:
+        """Compares the arguments of a call, the data and where the run is, before the call does anything."""
+        self.agree(what, {**arguments, "step": run.step, "epoch": run.epoch, "rng": list(self.seed)}, **data)
+
+    def in_memory(self, data: Mapping[str, Any], batch_size: int, name: str) -> InMemoryData:
+        """Returns data in memory, if it can be used and its full batches can be shared by the devices."""
+        held = InMemoryData(data, batch_size, name)
+        if held.num_examples >= batch_size:
+            self.placement.check_batch_size(batch_size)
+        return held
+
+    def with_weights(self, run: Run) -> Run:
+        """Returns the run with the weights that the extension objects have now."""
+        if not self.extensions:
+            return run
+        weights = {name: extension.weight for name, extension in self.extensions.items()}
+        if weights == run.weights:
+            return run
+        run = run.with_edits()
+        state = run.peek()
+        held = {
+            name: {**state.extensions[name], "weight": jnp.asarray(weight, state.extensions[name]["weight"].dtype)}
+            for name, weight in weights.items()
+        }
+        state = self.placement.adopt(state.replace(extensions=held))
+        return run.with_state(state, step=run.step).replace(weights=weights)
+
+    def horizon_of(self, loader: Any, num_epochs: int | None = None) -> int | None:
+        """Returns the steps of all epochs over a loader, None if its length is not known."""
+        steps = self.config.steps_per_epoch
+        if steps is None and isinstance(loader, Iterable) and isinstance(loader, Sized):
+            with contextlib.suppress(TypeError):  # an iterable-style torch loader has no length after all
+                steps = len(loader)
+        return None if steps is None else steps * (num_epochs or self.config.num_epochs)
+
+    def with_horizon(self, run: Run, horizon: int | None) -> Run:
+        """Returns the run with another end of its schedule. Warns if the learning rate jumps.
+
+        Raises:
+            ConfigError: The schedule cannot end there.
+        """
+        scheduler = self.config.scheduler
+        if horizon is None or self.given_optimizer is not None or scheduler is None or not needs_horizon(scheduler):
+            return run
+        check_horizon(scheduler, horizon)
+        if run.horizon is not None and run.horizon != horizon and run.step > 0:
+            peak = self.config.optimizer.learning_rate
+            was, now = (float(make_schedule(scheduler, peak, end)(run.step)) for end in (run.horizon, horizon))
+            if abs(was - now) > 1e-6 * peak:
+                warnings.warn(
+                    f"the end of the learning-rate schedule {scheduler.scheduler_type!r} moves from step {run.horizon} "
+                    f"to step {horizon}, so the learning rate at step {run.step} jumps from {was:.3g} to {now:.3g}. "
+                    f"Train all epochs in one call, or set `SchedulerConfig.total_steps`.",
+                    stacklevel=4,
+                )
+        return run.replace(horizon=horizon)
+
+    def snapshot(self, run: Run) -> Snapshot:
+        """Describes what a checkpoint of the run holds. Copies no array."""
+        info = {"name": self.config.name, "metadata": self.config.to_dict()["metadata"]}
+        run, loaders = self._with_positions(run)
+        return snapshot_run(run, info, listeners=self.events.state_dict(), loaders=loaders)
+
+    def _with_positions(self, run: Run) -> tuple[Run, list[Any] | None]:
+        """Returns the run, and the positions of the loaders of all processes where there are several."""
+        position = run.position
+        if self.placement.num_processes == 1 or not isinstance(position, FromLoader):
+            return run, None
+        found, failure = LoaderPosition(), ""
+        try:
+            if isinstance(position.loader, LoaderPass):
+                found = position.loader.position(position.batch)
+        except CheckpointError as error:  # the other processes wait for an answer all the same
+            failure = str(error)
+        everyone = gathered([dataclasses.asdict(found), failure])
+        for process, (_, problem) in enumerate(everyone):
+            if problem:
+                raise CheckpointError(f"the loader of process {process} cannot be resumed: {problem}")
+        return run.replace(position=dataclasses.replace(position, loader=found)), [first for first, _ in everyone]
+
+
+def assemble(
+    trainer: Any,
+    *,
+    model: Any,
+    training_config: TrainingConfig,
+    optimizer: optax.GradientTransformation | None,
+    train_data_loader: Callable[..., Any] | Iterable[Batch] | None,
+    val_data_loader: Callable[..., Any] | Iterable[Batch] | None,
+    workdir: str | os.PathLike[str] | None,
+    rng: jax.Array,
+    loss_fn: LossFn,
+    metrics_logger: MetricsLoggerLike | None,
+    logger: Logger | None,
+    checkpoint_dir: str | os.PathLike[str] | None,
+    save_interval: int,
+    log_callback: LogCallback | None,
+    callbacks: Any,
+    extensions: Mapping[str, ExtensionLike] | None,
+    wrt: nnx.filterlib.Filter,
+    handle_signals: bool,
+    steps_per_call: int | Literal["auto"],
+    mesh: Mesh | None,
+    partition_rules: Mapping[str, PartitionSpec] | None,
+) -> tuple[Setup, Run]:
+    """Checks the arguments of `trainer.Trainer`, and returns its parts and its initial run.
+
+    Raises:
+        ArgumentError: An argument cannot be used; nothing has happened then.
+    """
+    if mesh is None or not callable(model):
+        check_model(model)
+    _check_config(training_config)
+    if optimizer is not None:
+        check_optimizer(optimizer)
+        _warn_of_unused_schedule(training_config)
+    _check_loader(train_data_loader, "train_data_loader")
+    _check_loader(val_data_loader, "val_data_loader")
+    check_loss_fn(loss_fn)
+    if log_callback is not None and not callable(log_callback):
+        raise ArgumentTypeError(f"`log_callback` is of type {type(log_callback).__name__}; it must be callable.")
+    save_interval = check_count(save_interval, "save_interval")
+    extensions = check_extensions(extensions)
+    callbacks = as_callback_list(callbacks)
+    events = CallbackDispatcher(callbacks, extensions)
+    placement = placement_of(mesh, partition_rules)
+    check_rng(rng)
+    run = _initial_run(model, rng, training_config, optimizer, wrt, extensions, placement)
+    live = Live(weakref.ref(trainer), validates=val_data_loader is not None)
+    checkpointer = Checkpointer(
+        Path(checkpoint_dir or workdir or training_config.checkpoint_dir), training_config.max_checkpoints
+    )
+    setup = Setup(
+        config=training_config,
+        loss_fn=loss_fn,
+        given_optimizer=optimizer,
+        train_data_loader=train_data_loader,
+        val_data_loader=val_data_loader,
+        metrics_logger=metrics_logger,
+        logger=logger,
+        log_callback=log_callback,
+        save_interval=save_interval,
+        handle_signals=handle_signals,
+        wrt=wrt,
+        callbacks=callbacks,
+        extensions=extensions,
+        seed=seed_from_key(rng),
+        placement=placement,
+        events=events,
+        fanout=_fanout(training_config, placement, log_callback, metrics_logger, logger),
+        checkpointer=checkpointer,
+        step=_compiled_step(
+            training_config, optimizer, loss_fn, wrt, extensions, placement, steps_per_call, events, live
+        ),
+        eval_step=jax.jit(make_eval_step(loss_fn), out_shardings=placement.replicated),
+        live=live,
+    )
+    about = {"mesh": str(mesh and dict(mesh.shape)), "partition_rules": str(partition_rules)}
+    setup.agree("Trainer", {"training_config": training_config.to_dict(), "save_interval": save_interval, **about})
+    return setup, run.replace(horizon=setup.horizon_of(train_data_loader))
+
+
+def _initial_run(
+    model: Any,
+    rng: jax.Array,
+    config: TrainingConfig,
+    optimizer: optax.GradientTransformation | None,
+    wrt: nnx.filterlib.Filter,
+    extensions: dict[str, ExtensionLike],
+    placement: Placement,
+) -> Run:
+    state = placement.create(model, build_optimizer(config, optimizer, _ANY_HORIZON), rng, wrt, extensions)
+    if not jax.tree.leaves(state.params):
+        raise ArgumentError(
+            f"`model` has no parameters: `wrt` = {wrt!r} selects none of its variables, so there is nothing to train."
+        )
+    return Run.start(state).replace(position=None)
+
+
+def build_optimizer(
+    config: TrainingConfig, given: optax.GradientTransformation | None, horizon: Any
+) -> optax.GradientTransformation:
+    """Returns the given or configured optimizer, with gradient clipping.
+
+    Args:
+        config: The configuration.
+        given: The caller's optimizer.
+        horizon: The step at which a computed schedule ends; it may be traced, so that a longer run compiles nothing.
+
+    Raises:
+        ConfigError: The schedule needs a horizon and none is known.
+    """
+    optimizer = given
+    if optimizer is None:
+        rate, scheduler = config.optimizer.learning_rate, config.scheduler
+        schedule = None if scheduler is None else make_schedule(scheduler, rate, horizon)
+        optimizer = make_optimizer(config.optimizer, schedule)
+    if config.gradient_clip_norm is None:
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(config.gradient_clip_norm), optimizer)
+
+
+def _compiled_step(
+    config: TrainingConfig,
+    optimizer: optax.GradientTransformation | None,
+    loss_fn: LossFn,
+    wrt: nnx.filterlib.Filter,
+    extensions: dict[str, ExtensionLike],
+    placement: Placement,
+    steps_per_call: int | Literal["auto"],
+    events: CallbackDispatcher,
+    live: Live,
+) -> CompiledStep:
+    make = functools.partial(make_train_step, loss_fn, wrt=wrt, extensions=extensions)
+    scheduler = config.scheduler
+    arguments = None
+    if optimizer is None and scheduler is not None and needs_horizon(scheduler):
+
+        def step(state: Any, batch: Any, horizon: Any) -> Any:
+            return make(build_optimizer(config, None, horizon))(state, batch)
+
+        def arguments(run: Run) -> tuple[Any, ...]:
+            check_horizon(scheduler, run.horizon)
+            return (placement.replicated_int(run.horizon),)
+
+    else:
+        step = make(build_optimizer(config, optimizer, None))
+
+    def enabled() -> tuple[str, ...]:
+        return tuple(name for name, extension in extensions.items() if extension.is_enabled())
+
+    def before_compile(name: str, text: Callable[[], str]) -> None:
+        events.emit("on_compile_begin", live.trainer(), name)
+        if placement.num_processes > 1:
+            check_agreement({name: {"program": text()}})
+
+    return CompiledStep(
+        step,
+        steps_per_call=steps_per_call,
+        variant=enabled if extensions else None,
+        arguments=arguments,
+        replicated=placement.replicated,
+        one_call_at_a_time=placement.one_call_at_a_time,
+        before_compile=before_compile,
+    )
+
+
+def _fanout(
+    config: TrainingConfig,
+    placement: Placement,
+    log_callback: LogCallback | None,
+    metrics_logger: MetricsLoggerLike | None,
+    logger: Logger | None,
+) -> MetricFanout:
+    """Returns the destinations of metrics: none in any process but the first."""
+    if not placement.is_primary_process:
+        return MetricFanout(None, None, ())
+    loggers = [] if logger is None else [logger]
+    owned = [WandbLogger(config.wandb_project, config.name)] if config.use_wandb else []
+    return MetricFanout(log_callback, metrics_logger, [*loggers, *owned], owned)
+
+
+def _check_config(config: Any) -> None:
+    if not isinstance(config, TrainingConfig):
+        hint = " TrainingConfig.from_dict makes one." if isinstance(config, Mapping) else ""
+        raise ArgumentTypeError(
+            f"`training_config` is of type {type(config).__name__}; it must be a trainer.TrainingConfig.{hint}"
+        )
+
+
+def _check_loader(loader: Any, name: str) -> None:
+    if loader is not None and not callable(loader) and not isinstance(loader, Iterable):
+        raise ArgumentTypeError(
+            f"`{name}` is of type {type(loader).__name__}; it must be an iterable of batches, or a callable that "
+            f"returns one."
+        )
+
+
+def _warn_of_unused_schedule(config: TrainingConfig) -> None:
+    if config.scheduler is not None:
+        warnings.warn(
+            "`training_config.scheduler` does nothing, because an `optimizer` was given; put the schedule into "
+            "that one, for example with trainer.make_schedule.",
+            stacklevel=4,
+        )

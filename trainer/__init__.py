@@ -3,9 +3,9 @@
 from trainer.api import Trainer as Trainer
 from trainer.callbacks.base import Callback as Callback
 from trainer.callbacks.base import CallbackList as CallbackList
-from trainer.callbacks.base import Progress as Progress
 from trainer.callbacks.early_stopping import EarlyStopping as EarlyStopping
 from trainer.callbacks.model_checkpoint import ModelCheckpoint as ModelCheckpoint
+from trainer.callbacks.progress import Progress as Progress
 from trainer.checkpoints.state_io import latest_checkpoint as latest_checkpoint
 from trainer.checkpoints.state_io import load_state as load_state
 from trainer.checkpoints.state_io import save_state as save_state

@@ -22,7 +22,8 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from trainer.callbacks.base import CallbackList, Listeners, as_callback_list
+from trainer.callbacks.base import CallbackList, as_callback_list
+from trainer.callbacks.dispatch import CallbackDispatcher
 from trainer.checkpoints.background import BackgroundSaver
 from trainer.checkpoints.state_io import (
     Loaded,
@@ -179,7 +180,7 @@ class Trainer:
         self.checkpoint_dir = Path(checkpoint_dir or workdir or training_config.checkpoint_dir)
         self.extensions = check_extensions(extensions)
         self.callbacks = as_callback_list(callbacks)
-        self._listeners = Listeners((self.callbacks, *self.extensions.values()))
+        self._listeners = CallbackDispatcher(self.callbacks, self.extensions)
         self.history = History()
         self.epoch = 0
         self._devices = devices_of(mesh, partition_rules)
@@ -710,7 +711,7 @@ class Trainer:
         self.epoch, run.batch = epoch + 1, 0
         self._reporter.report_speed(self.step, self.throughput)
         # Averages wait for the device, so they are taken only where somebody looks.
-        if self._listeners.listen("on_epoch_end"):
+        if self._listeners.handles("on_epoch_end"):
             self._emit("on_epoch_end", epoch, {**run.average.compute(), **validation})
 
     def _plan_calls(self, batches: Iterator[Batch], moments: list[int]) -> tuple[Calls, bool]:
@@ -718,7 +719,7 @@ class Trainer:
 
         That is a listener to its events, or a subclass with a ``train_step`` of its own.
         """
-        looking = self._listeners.listen("on_batch_begin") or self._listeners.listen("on_batch_end")
+        looking = self._listeners.handles("on_batch_begin") or self._listeners.handles("on_batch_end")
         looking = looking or type(self).train_step is not Trainer.train_step
         if not isinstance(batches, EpochOfData) or not batches.full_batches:
             return Calls(), looking

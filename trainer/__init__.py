@@ -31,11 +31,11 @@ from trainer.errors import TrainingInterrupted as TrainingInterrupted
 from trainer.errors import UnreadableError as UnreadableError
 from trainer.extensions import Extension as Extension
 from trainer.extensions import ExtensionConfig as ExtensionConfig
-from trainer.loggers.base import ConsoleLogger as ConsoleLogger
-from trainer.loggers.base import FileLogger as FileLogger
 from trainer.loggers.base import Logger as Logger
 from trainer.loggers.base import MetricsLogger as MetricsLogger
-from trainer.loggers.base import WandbLogger as WandbLogger
+from trainer.loggers.console import ConsoleLogger as ConsoleLogger
+from trainer.loggers.jsonl import FileLogger as FileLogger
+from trainer.loggers.wandb import WandbLogger as WandbLogger
 from trainer.metrics.history import History as History
 from trainer.metrics.history import WeightedAverage as WeightedAverage
 from trainer.metrics.throughput import Throughput as Throughput

@@ -52,8 +52,9 @@ from trainer.errors import (
     TrainingInterrupted,
     check_count,
 )
-from trainer.loggers.base import Logger, MetricsLoggerLike, WandbLogger, prefixed
-from trainer.loggers.fanout import Reporter
+from trainer.loggers.base import Logger, MetricsLoggerLike, prefixed
+from trainer.loggers.fanout import MetricFanout
+from trainer.loggers.wandb import WandbLogger
 from trainer.metrics.history import History, WeightedAverage, metrics_at
 from trainer.metrics.throughput import Meter, Throughput
 from trainer.run import Books, RunProgress
@@ -200,11 +201,13 @@ class Trainer:
                 f"to train."
             )
         self._seed = seed_from_key(rng)
-        loggers = [logger] if logger is not None else []
+        loggers, owned = [logger] if logger is not None else [], list[Logger]()
         if training_config.use_wandb and self.is_primary_process:
-            loggers.append(WandbLogger(training_config.wandb_project, training_config.name))
+            owned.append(WandbLogger(training_config.wandb_project, training_config.name))
         self._reporter = (
-            Reporter(log_callback, metrics_logger, loggers) if self.is_primary_process else Reporter(None, None, ())
+            MetricFanout(log_callback, metrics_logger, loggers, owned)
+            if self.is_primary_process
+            else MetricFanout(None, None, ())
         )
         self._run = RunProgress()
         self.validates = val_data_loader is not None
@@ -408,7 +411,7 @@ class Trainer:
         goes_on = has_finished_one and resume in (True, "latest")
         checkpoint = None if goes_on else self._checkpoint_to_resume(resume)
         if checkpoint is None:
-            self._reporter.introduce(config.to_dict())
+            self._reporter.log_hyperparams(config.to_dict())
             self._run, self._pass = run, self._pass_over_loader()
             self._begin_epoch()
             self._pass.open()
@@ -513,9 +516,9 @@ class Trainer:
             self._validate(held_out.in_order())
 
         with self._running():
-            self._reporter.introduce(self.training_config.to_dict())
+            self._reporter.log_hyperparams(self.training_config.to_dict())
             about = f"{num_epochs} epochs of {len(data)} steps, batch size {batch_size}"
-            self._reporter.remark("training", about, self.step)
+            self._reporter.log_text("training", about, self.step)
             for epoch in range(self.epoch, run.first_epoch + num_epochs):
                 # A run that was to stop there and is resumed at its end stays stopped.
                 if run.batch == 0 and epoch > run.first_epoch and self._listeners.should_stop:
@@ -533,8 +536,7 @@ class Trainer:
                 return run.average.compute()
             if run.validation_step != self.step:
                 validate()
-            if self.metrics_logger is not None and self.is_primary_process:
-                self.metrics_logger.log_test_metrics(run.validation)
+            self._reporter.log_test_metrics(run.validation)
             return dict(run.validation)
 
     def evaluate(self, data: Mapping[str, Any], batch_size: int) -> dict[str, float]:
@@ -601,7 +603,7 @@ class Trainer:
             self._saver.start(write)
         else:
             write()
-        self._reporter.remark("checkpoint", f"saved {target}", self.step)
+        self._reporter.log_text("checkpoint", f"saved {target}", self.step)
         return target
 
     def snapshot(self) -> Snapshot:
@@ -651,7 +653,7 @@ class Trainer:
         """
         self._saver.wait()
         self._restore(load_with_progress(path, self.state), RunProgress())
-        self._reporter.remark("checkpoint", f"loaded {path}", self.step)
+        self._reporter.log_text("checkpoint", f"loaded {path}", self.step)
 
     def _begin_epoch(self) -> None:
         if self._run.batch == 0:
@@ -703,13 +705,13 @@ class Trainer:
                     self._saver.check()
                 self._interruption.check()
                 collect()
-        self._reporter.catch_up()
+        self._reporter.flush()
         self.throughput = meter.read(self.state.step.sharding.device_set)
         if validate_at_end is not None and run.validation_step != self.step:
             validate_at_end()
         validation = prefixed("val_", run.validation_of_epoch)
         self.epoch, run.batch = epoch + 1, 0
-        self._reporter.report_speed(self.step, self.throughput)
+        self._reporter.log_throughput(self.step, self.throughput)
         # Averages wait for the device, so they are taken only where somebody looks.
         if self._listeners.handles("on_epoch_end"):
             self._emit("on_epoch_end", epoch, {**run.average.compute(), **validation})
@@ -728,7 +730,7 @@ class Trainer:
         calls = self._programs.calls(self._leaves, batch, most, tuple(moments))
         if looking and calls.worth >= _MANY_STEPS and not self._has_advised:
             self._has_advised = True
-            self._reporter.remark(
+            self._reporter.log_text(
                 "advice",
                 f"a step computes so little that {calls.worth} could run in one call, many times faster, but somebody "
                 f"listens to on_batch_begin or on_batch_end; on_call_end does not ask for a call a step",
@@ -753,7 +755,7 @@ class Trainer:
         self._emit("on_batch_begin", self.step)
         metrics = self._advance(self._programs.single(), 1, batch)
         step = self.step
-        self._reporter.catch_up()
+        self._reporter.flush()
         if step == 1 or step % self.training_config.log_frequency == 0:
             self._log("train", step, metrics, postpone=postpone)
         self._latest = step, metrics, examples
@@ -765,7 +767,7 @@ class Trainer:
         """Runs several steps in one call; nobody listens to the events of their batches."""
         first, every = self.step + 1, self.training_config.log_frequency
         metrics = self._advance(program, count, batches, self._devices.number(count))
-        self._reporter.catch_up()
+        self._reporter.flush()
         due = set(range(first + -first % every, self.step + 1, every)) | ({1} if first == 1 else set())
         for step in sorted(due):
             self._log("train", step, metrics_at(metrics, step - first), postpone=True)
@@ -796,7 +798,7 @@ class Trainer:
 
     def _tell_compilation(self, what: str, seconds: float, warning: str | None) -> None:
         self._emit("on_compile_end", what, seconds)
-        self._reporter.remark("compilation", f"{what} took {seconds:.1f} s to compile", self.step)
+        self._reporter.log_text("compilation", f"{what} took {seconds:.1f} s to compile", self.step)
         if warning is not None:
             warnings.warn(warning, stacklevel=6)
 
@@ -893,7 +895,7 @@ class Trainer:
             if self.epoch == run.first_epoch:
                 self._begin_epoch()
             self._pass.open(run.loader or LoaderPosition(), run.batch)
-        self._reporter.introduce(self.training_config.to_dict())
+        self._reporter.log_hyperparams(self.training_config.to_dict())
         self._remark_resumed(checkpoint)
 
     def _own_position(self, checkpoint: Loaded, run: RunProgress) -> LoaderPosition | None:
@@ -915,7 +917,7 @@ class Trainer:
 
     def _remark_resumed(self, checkpoint: Loaded) -> None:
         where = f"epoch {self.epoch}, batch {self._run.batch}"
-        self._reporter.remark("checkpoint", f"resumed {checkpoint.path}, {where}", self.step)
+        self._reporter.log_text("checkpoint", f"resumed {checkpoint.path}, {where}", self.step)
 
     def _restore(self, checkpoint: Loaded, run: RunProgress) -> None:
         books = _books_in(checkpoint)
@@ -1034,7 +1036,7 @@ class Trainer:
                 self._interruption.check()
             except BaseException as error:
                 with contextlib.suppress(Exception):  # what was measured before is told, if it can be
-                    self._reporter.catch_up()
+                    self._reporter.flush()
                 try:
                     self._finish_saves(error)
                 finally:  # also where a second signal ends the saving
@@ -1086,7 +1088,7 @@ class Trainer:
         self.history.record(step, metrics, prefix="" if prefix == "train" else "val_")
         if prefix == "train":
             self._run.logged_step = step
-        (self._reporter.postpone if postpone else self._reporter.report)(prefix, step, metrics)
+        (self._reporter.defer if postpone else self._reporter.report)(prefix, step, metrics)
 
     def _explain_lost_state(self, error: Exception) -> None:
         try:

@@ -205,6 +205,4 @@ def test_missing_wandb_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ArgumentError) as caught:
         WandbLogger("project")
-    assert str(caught.value) == (
-        "`TrainingConfig.use_wandb` is true but wandb is not installed; run `pip install wandb`."
-    )
+    assert str(caught.value) == "WandbLogger needs wandb, which is not installed; run `pip install wandb`."

@@ -3,6 +3,7 @@
 from trainer.loggers.base import Logger as Logger
 from trainer.loggers.base import MetricsLogger as MetricsLogger
 from trainer.loggers.base import MetricsLoggerLike as MetricsLoggerLike
+from trainer.loggers.base import check_metric_names as check_metric_names
 from trainer.loggers.base import prefixed as prefixed
 from trainer.loggers.console import ConsoleLogger as ConsoleLogger
 from trainer.loggers.fanout import MetricFanout as MetricFanout

@@ -1,9 +1,11 @@
 """The methods of a logger, and of a metrics logger. Compiled code calls none of them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
+
+from trainer.errors import ObjectiveError
 
 
 class Logger:
@@ -63,10 +65,35 @@ class MetricsLogger:
 
 
 def prefixed(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:
-    """Returns the metrics with ``prefix`` before each name, once; ``step`` is left out, it is no measurement."""
-    return {
-        name if name.startswith(prefix) else prefix + name: value for name, value in metrics.items() if name != "step"
-    }
+    """Returns the metrics with ``prefix`` before each name, once; ``step`` is left out, it is no measurement.
+
+    Raises:
+        ObjectiveError: Two metrics would get the same name.
+    """
+    longer: dict[str, float] = {}
+    for name, value in metrics.items():
+        key = name if name.startswith(prefix) else prefix + name
+        if key in longer:
+            raise ObjectiveError(f"metrics `{key.removeprefix(prefix)}` and `{key}` are both `{key}`; rename one.")
+        if name != "step":
+            longer[key] = value
+    return longer
+
+
+def check_metric_names(metrics: Iterable[str]) -> None:
+    """Refuses names that the averages of a validation have: a metric `val_loss` would hide the validation's loss.
+
+    Call it with what a train step or an eval step returned. It looks at names only, so it waits for nothing.
+
+    Raises:
+        ObjectiveError: The name of a metric begins with ``val_``.
+    """
+    for name in metrics:
+        if name.startswith("val_"):
+            raise ObjectiveError(
+                f"the objective or an extension reports a metric `{name}`, but names that begin with `val_` belong to "
+                f"the averages of a validation; rename it, for example to `own_{name}`."
+            )
 
 
 def summary(values: Any) -> dict[str, float]:

@@ -157,9 +157,7 @@ def test_two_metrics_do_not_become_one(names):
 
 def test_names_of_validation_averages_are_refused():
     check_metric_names({"loss": 1.0, "interval_loss": 2.0, "val": 3.0, "step": 4})
-    with pytest.raises(
-        ObjectiveError, match="a metric `val_loss`, but names .* rename it, for example to `own_val_loss`"
-    ):
+    with pytest.raises(ObjectiveError, match=r"`val_loss`, but names .* rename it, for example to `own_val_loss`"):
         check_metric_names({"loss": 1.0, "val_loss": 2.0})
 
 

@@ -3,9 +3,9 @@
 from trainer.api import Trainer as Trainer
 from trainer.callbacks.base import Callback as Callback
 from trainer.callbacks.base import CallbackList as CallbackList
-from trainer.callbacks.base import Progress as Progress
 from trainer.callbacks.early_stopping import EarlyStopping as EarlyStopping
 from trainer.callbacks.model_checkpoint import ModelCheckpoint as ModelCheckpoint
+from trainer.callbacks.progress import Progress as Progress
 from trainer.checkpoints.state_io import latest_checkpoint as latest_checkpoint
 from trainer.checkpoints.state_io import load_state as load_state
 from trainer.checkpoints.state_io import save_state as save_state
@@ -31,11 +31,11 @@ from trainer.errors import TrainingInterrupted as TrainingInterrupted
 from trainer.errors import UnreadableError as UnreadableError
 from trainer.extensions import Extension as Extension
 from trainer.extensions import ExtensionConfig as ExtensionConfig
-from trainer.loggers.base import ConsoleLogger as ConsoleLogger
-from trainer.loggers.base import FileLogger as FileLogger
 from trainer.loggers.base import Logger as Logger
 from trainer.loggers.base import MetricsLogger as MetricsLogger
-from trainer.loggers.base import WandbLogger as WandbLogger
+from trainer.loggers.console import ConsoleLogger as ConsoleLogger
+from trainer.loggers.jsonl import FileLogger as FileLogger
+from trainer.loggers.wandb import WandbLogger as WandbLogger
 from trainer.metrics.history import History as History
 from trainer.metrics.history import WeightedAverage as WeightedAverage
 from trainer.metrics.throughput import Throughput as Throughput

@@ -1,12 +1,13 @@
-"""Callbacks: who is called, in which order, and what a run shows of itself."""
+"""Callbacks and lists of callbacks: which methods an event calls, and in which order."""
 
+import dataclasses
 import io
 from types import SimpleNamespace
 
 import pytest
 
-from trainer import Callback, CallbackList, Extension, Progress
-from trainer.callbacks.base import EVENTS, emit, listens
+from trainer import ArgumentTypeError, Callback, CallbackList, EarlyStopping, Extension, Progress
+from trainer.callbacks.base import EVENTS, as_callback_list, emit, handles
 
 ARGUMENTS = {
     "on_train_begin": ("trainer",),
@@ -61,7 +62,6 @@ def test_a_list_calls_everyone_in_order_with_the_same_arguments(event):
     callbacks.add(Recorder("c", calls))
     getattr(callbacks, event)(*ARGUMENTS[event])
     assert calls == [(name, event, ARGUMENTS[event]) for name in "abc"]
-    assert (getattr(CallbackList, event).__name__, event in getattr(CallbackList, event).__doc__) == (event, True)
 
 
 @pytest.mark.parametrize("event", EVENTS)
@@ -102,6 +102,59 @@ def test_a_callback_may_remove_itself_without_the_next_one_missing_the_event():
     assert len(callbacks) == 1
 
 
+def test_a_callback_may_add_another_which_gets_the_next_event():
+    calls = []
+    callbacks = CallbackList()
+    callbacks.add(SimpleNamespace(on_train_begin=lambda trainer: callbacks.add(Recorder("new", calls))))
+    callbacks.on_train_begin(None)
+    assert calls == []
+    callbacks.on_train_end(None)
+    assert calls == [("new", "on_train_end", (None,))]
+
+
+@dataclasses.dataclass
+class Equal:
+    """Equal to every other of its class, but not the same."""
+
+    def __post_init__(self):
+        self.steps = []
+
+    def on_batch_begin(self, trainer, step):
+        self.steps.append(step)
+
+
+def test_a_replaced_callback_gets_no_event_any_more_though_the_new_one_is_equal():
+    old, new = Equal(), Equal()
+    inner = CallbackList([old])
+    callbacks = CallbackList([inner])
+    callbacks.on_batch_begin(None, 1)
+    inner.callbacks[0] = new
+    callbacks.on_batch_begin(None, 2)
+    inner.callbacks = [old]
+    callbacks.on_batch_begin(None, 3)
+    assert (old.steps, new.steps) == ([1, 3], [2])
+
+
+def test_a_method_that_is_assigned_later_is_called_from_the_next_epoch_on():
+    calls = []
+    callback = Callback()
+    callbacks = CallbackList([callback])
+    callbacks.on_batch_begin(None, 1)
+    callback.on_batch_begin = lambda trainer, step: calls.append(step)
+    callbacks.on_epoch_begin(None, 1)
+    callbacks.on_batch_begin(None, 2)
+    assert calls == [2]
+
+
+def test_a_callback_that_runs_last_does_so_from_within_a_nested_list():
+    calls = []
+    last = Recorder("last", calls)
+    last.runs_last = True
+    callbacks = CallbackList([CallbackList([last, Recorder("a", calls)]), Recorder("b", calls)])
+    callbacks.on_train_begin(None)
+    assert [name for name, _, _ in calls] == ["a", "b", "last"]
+
+
 def test_an_exception_of_a_callback_reaches_the_caller():
     with pytest.raises(NotImplementedError):
         CallbackList([OnEpochEnd()]).on_epoch_end(None, 0, {})
@@ -131,7 +184,7 @@ def with_method_of_its_own():
 
 
 @pytest.mark.parametrize(
-    ("listener", "expected"),
+    ("callback", "expected"),
     [
         (Callback(), False),
         (OnEpochEnd(), True),
@@ -148,86 +201,45 @@ def with_method_of_its_own():
         (Progress(io.StringIO()), True),
     ],
 )
-def test_listens(listener, expected):
-    assert listens(listener, "on_epoch_end") is expected
+def test_handles(callback, expected):
+    assert handles(callback, "on_epoch_end") is expected
 
 
-def test_listens_asks_for_one_event():
-    assert not listens(OnEpochEnd(), "on_batch_end")
-    assert listens(DuckTyped(), "on_epoch_begin")
+def test_handles_asks_for_one_event():
+    assert not handles(OnEpochEnd(), "on_batch_end")
+    assert handles(DuckTyped(), "on_epoch_begin")
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            [lambda trainer: None],
+            r"`callbacks\[0\]` is of type function, which is no callback; a callback is an object",
+        ),
+        (
+            [Callback(), object()],
+            r"`callbacks\[1\]` is of type object, .* \(on_train_begin, .*subclass of trainer.Call",
+        ),
+        ((EarlyStopping,), r"`callbacks\[0\]` is the class EarlyStopping, which is no callback"),
+        (CallbackList([Callback(), CallbackList([None])]), r"`callbacks\[1\]` is of type NoneType"),
+        ("tensorboard", "`callbacks` is of type str; it must be a trainer.CallbackList or a sequence of callbacks"),
+        (EarlyStopping, "`callbacks` is the class EarlyStopping; it must be a trainer.CallbackList"),
+        (5, "`callbacks` is of type int; it must be"),
+    ],
+)
+def test_what_is_no_callback_is_refused(given, message):
+    with pytest.raises(ArgumentTypeError, match=message):
+        as_callback_list(given)
 
 
-class Clock:
-    def __init__(self):
-        self.now = 100.0
-
-    def __call__(self):
-        return self.now
-
-
-def show(stream, times, num_batches_per_epoch=3):
-    """Runs a display through one batch at each of the times, in seconds since the start."""
-    clock = Clock()
-    progress = Progress(stream, clock=clock)
-    trainer = SimpleNamespace(epoch=0, step=0, leads=True)
-    for i, time in enumerate(times):
-        if i % num_batches_per_epoch == 0:
-            trainer.epoch = i // num_batches_per_epoch
-            progress.on_epoch_begin(trainer, trainer.epoch)
-        clock.now = 100.0 + time
-        trainer.step = i + 1
-        progress.on_call_end(trainer, trainer.step, {"step": i + 1, "loss": float(i + 1)})
-        if (i + 1) % num_batches_per_epoch == 0:
-            progress.on_epoch_end(trainer, trainer.epoch, {"loss": 0.5})
-    return stream.getvalue()
+@pytest.mark.parametrize(
+    "given", [None, [], (DuckTyped(), Callback(), Extension()), iter([SimpleNamespace(should_stop=0)])]
+)
+def test_what_is_a_sequence_of_callbacks_becomes_a_list(given):
+    assert type(as_callback_list(given)) is CallbackList
 
 
-def test_a_file_gets_whole_lines_only():
-    assert show(io.StringIO(), [0.5, 1.0, 2.0, 3.0, 4.0, 5.25]) == (
-        "epoch 1  step 3  loss 0.5  2.0 s\nepoch 2  step 6  loss 0.5  3.2 s\n"
-    )
-
-
-def test_a_terminal_shows_the_metrics_of_the_step_before():
-    assert show(Terminal(), [1.0, 2.0, 3.0]) == (
-        "epoch 1  step 1  1.0 s\r"
-        "epoch 1  step 2  loss 1  2.0 s\r"
-        "epoch 1  step 3  loss 2  3.0 s\r"
-        "epoch 1  step 3  loss 0.5  3.0 s\n"
-    )
-
-
-def test_a_terminal_is_drawn_at_most_ten_times_a_second():
-    drawn = show(Terminal(), [i * 0.03 for i in range(100)], num_batches_per_epoch=1000).split("\r")[:-1]
-    seconds = [float(line.split()[-2]) for line in drawn]
-    # 0.0, then every fourth batch.
-    assert len(drawn) == 25
-    assert seconds == [round(4 * i * 0.03, 1) for i in range(25)]
-
-
-def test_a_shorter_line_wipes_a_longer_one():
-    stream, clock = Terminal(), Clock()
-    progress = Progress(stream, clock=clock)
-    trainer = SimpleNamespace(epoch=0, step=9, leads=True)
-    progress.on_epoch_begin(trainer, 0)
-    metrics = {f"a_long_name_{i}": 0.123456 for i in range(9)}
-    for logs in (metrics, {}, {}):
-        clock.now += 1.0
-        progress.on_call_end(trainer, 9, logs)
-    progress.on_epoch_end(trainer, 0, {})
-    _, long, short, last = stream.getvalue().split("\r")
-    assert len(long) > 200
-    assert len(short) == len(long)
-    assert (short.rstrip(), last) == ("epoch 1  step 9  3.0 s", "epoch 1  step 9  3.0 s\n")
-
-
-def test_progress_goes_to_standard_error_by_default(capsys):
-    progress = Progress(clock=Clock())
-    progress.on_epoch_begin(None, 0)
-    progress.on_epoch_end(SimpleNamespace(step=4, leads=True), 0, {"step": 4, "loss": 1.0})
-    assert capsys.readouterr() == ("", "epoch 1  step 4  loss 1  0.0 s\n")
+@pytest.mark.parametrize("given", [CallbackList(), DuckTyped(), EarlyStopping()])
+def test_what_is_one_callback_stays_itself(given):
+    assert as_callback_list(given) is given

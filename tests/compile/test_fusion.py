@@ -15,7 +15,6 @@ from trainer import ArgumentError, ArgumentTypeError, Callback, Trainer, TrainSt
 from trainer.compile.collection import scheduled_collection
 from trainer.compile.dispatch import Program
 from trainer.compile.fusion import as_function, flops, steps_worth_fusing
-from trainer.metrics.throughput import Meter, Throughput
 
 
 def traced(function, *shapes):
@@ -231,40 +230,6 @@ class TestPrograms:
         assert not program.is_new
         program(jnp.zeros(()), {"x": jnp.ones(2)})
         assert program.compilation() is None
-
-
-class TestMeter:
-    def test_it_adds_up(self):
-        now = [0.0]
-        meter = Meter(1e6, clock=lambda: now[0])
-        for _ in range(4):
-            with meter.preparing():
-                now[0] += 0.5
-            meter.dispatched(jax.block_until_ready(jnp.zeros(())), 10, 8)
-            with meter.pausing():
-                now[0] += 7.0
-            now[0] += 0.5
-        # Of the first batch nobody can say that the device waited for it.
-        assert meter.read(jax.devices()[:1]) == Throughput(10.0, 80.0, 1.5 / 4, 10e6, None)
-
-    def test_utilization_where_the_peak_is_known(self):
-        class Device:
-            device_kind = "NVIDIA H200 NVL"
-
-        now = [0.0]
-        meter = Meter(989e12, clock=lambda: now[0])
-        meter.dispatched(jnp.zeros(()), 1, 8)
-        now[0] = 4.0
-        throughput = meter.read([Device(), Device()])
-        assert throughput.utilization == 1 / 8
-        assert str(throughput) == "0.2 steps/s, 2 examples/s, 12.5% of peak, waiting for data 0%"
-
-    def test_a_trainer_tells_how_fast_it_was(self):
-        trainer = build()
-        assert trainer.throughput is None
-        trainer.train(regression(40), 1, 4)
-        assert trainer.throughput.examples_per_second == pytest.approx(4 * trainer.throughput.steps_per_second)
-        assert trainer.throughput.flops_per_second > 0
 
 
 class TestCollection:

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trainer import ArgumentError, ConsoleLogger, FileLogger, Logger, MetricsLogger, WandbLogger
-from trainer.loggers.base import prefixed
+from trainer import ArgumentError, ConsoleLogger, FileLogger, Logger, MetricsLogger, ObjectiveError, WandbLogger
+from trainer.loggers.base import check_metric_names, prefixed
 
 IMAGE = np.array([[0.0, 1.0], [2.0, 5.0]])
 
@@ -149,6 +149,18 @@ def test_prefix_comes_once():
     assert prefixed("val_", {"val_loss": 1, "loss_val_": 2, "step": 3}) == {"val_loss": 1, "val_loss_val_": 2}
 
 
+@pytest.mark.parametrize("names", [("loss", "val_loss"), ("val_loss", "step", "loss")])
+def test_two_metrics_do_not_become_one(names):
+    with pytest.raises(ObjectiveError, match="metrics `loss` and `val_loss` are both `val_loss`; rename one"):
+        prefixed("val_", dict.fromkeys(names, 1.0))
+
+
+def test_names_of_validation_averages_are_refused():
+    check_metric_names({"loss": 1.0, "interval_loss": 2.0, "val": 3.0, "step": 4})
+    with pytest.raises(ObjectiveError, match=r"`val_loss`, but names .* rename it, for example to `own_val_loss`"):
+        check_metric_names({"loss": 1.0, "val_loss": 2.0})
+
+
 class FakeRun:
     def __init__(self):
         self.calls = []
@@ -205,6 +217,4 @@ def test_missing_wandb_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ArgumentError) as caught:
         WandbLogger("project")
-    assert str(caught.value) == (
-        "`TrainingConfig.use_wandb` is true but wandb is not installed; run `pip install wandb`."
-    )
+    assert str(caught.value) == "WandbLogger needs wandb, which is not installed; run `pip install wandb`."

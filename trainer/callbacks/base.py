@@ -1,28 +1,36 @@
-"""Callbacks: what a caller wants to happen around a run, outside compiled code.
+"""Callbacks: objects with a method for each event of a run that they want to see.
 
-Events come in this order, callbacks in the order of their list and then extensions in theirs, and last
-those that say so (``comes_last``). Where nobody listens to the events of a batch, `train` may run
-several steps in one call::
+`train` and `train_epoch` emit the same events, in this order::
 
     on_train_begin(trainer)
       on_epoch_begin(trainer, epoch)
         on_batch_begin(trainer, step)          step: updates finished before this batch
-          … the step runs; its metrics are logged …
-        on_batch_end(trainer, step, logs)      step: updates finished after it
-        on_call_end(trainer, step, logs)       after each call into compiled code, of one or more steps
+          ... the step runs and is counted; its metrics are logged ...
+        on_batch_end(trainer, step, logs)      step: updates finished, this step included
+        on_call_end(trainer, step, logs)       after each call into compiled code, of one step or of several
         on_validation_begin(trainer)           when a validation is due
         on_validation_end(trainer, logs)
-          … a checkpoint is saved when one is due, so after the validation of the same step …
+          ... a checkpoint is saved if one is due, after the validation of the same step ...
       on_epoch_end(trainer, epoch, logs)
     on_train_end(trainer)                      also when anything above raised
+
+    on_compile_begin(trainer, what)            around the first call of a compiled program, inside
+    on_compile_end(trainer, what, seconds)     the events of the step that makes this call
+
+A step is counted before the events that follow it are emitted: the state, ``trainer.step``, the position in
+the data and the averages agree, so a checkpoint that a callback saves at any event is complete.
+
+Each event goes to the callbacks in list order, then to the extensions in theirs, then to callbacks with
+``runs_last``. If no callback handles ``on_batch_begin`` or ``on_batch_end``, `train` may fuse several steps
+into one call.
 """
 
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TextIO
+from collections.abc import Iterable, Iterator, Mapping
+from operator import is_
+from types import MappingProxyType
+from typing import Any
 
-from trainer.errors import ArgumentTypeError, CheckpointError
+from trainer.errors import ArgumentTypeError
 
 EVENTS = (
     "on_train_begin",
@@ -40,53 +48,68 @@ EVENTS = (
 
 
 class Callback:
-    """Does nothing at every event; override those you need. Any object with such methods works.
+    """A callback that ignores every event: override the methods that you need.
 
-    Set ``should_stop`` to end the run after the current epoch. One that ``comes_last`` hears of every
-    event after all others, extensions included, because it saves what they have made of it.
+    Any object with one of these methods is a callback too; deriving from this class is optional.
+
+    Attributes:
+        should_stop: Set it to end the run after the current epoch.
+        runs_last: Whether this callback gets each event after all other callbacks and all extensions. A callback
+            that saves their states needs that. It is a property of the class: do not change it during a run.
     """
 
     should_stop = False
-    comes_last = False
+    runs_last = False
 
     def on_train_begin(self, trainer: Any) -> None:
-        """A call of ``train`` starts."""
+        """A run starts or resumes."""
 
     def on_train_end(self, trainer: Any) -> None:
-        """A call of ``train`` ends, by itself or by an exception."""
+        """A run ends, at its last step or by an exception."""
 
     def on_epoch_begin(self, trainer: Any, epoch: int) -> None:
-        """A pass over the data starts; epochs count from 0 over the life of the trainer."""
+        """A pass over the data starts. Epochs count from 0 over the life of the trainer."""
 
     def on_epoch_end(self, trainer: Any, epoch: int, logs: dict[str, float]) -> None:
-        """A pass has ended. ``logs``: its averages, and the last validation's as ``val_<name>``."""
+        """A pass over the data ended. ``logs``: its averages, and the last validation's as ``val_<name>``."""
 
     def on_batch_begin(self, trainer: Any, step: int) -> None:
         """A step is about to run. ``step``: the updates finished so far."""
 
     def on_batch_end(self, trainer: Any, step: int, logs: Mapping[str, Any]) -> None:
-        """A step was dispatched. ``logs``: scalars on the device; reading one waits for the step."""
+        """A step was dispatched and counted. ``logs``: scalars on the device; reading one waits for the step."""
 
     def on_call_end(self, trainer: Any, step: int, logs: Mapping[str, Any]) -> None:
-        """One or several steps were dispatched; ``logs`` are those of the last. For whoever shows progress."""
+        """One step or several fused steps were dispatched and counted. ``logs``: the metrics of the last one."""
 
     def on_compile_begin(self, trainer: Any, what: str) -> None:
         """A program is about to be compiled for the first time."""
 
     def on_compile_end(self, trainer: Any, what: str, seconds: float) -> None:
-        """A program was compiled. ``seconds``: that and tracing it, until its first call was dispatched."""
+        """A program was compiled. ``seconds``: the time to trace, compile and first dispatch it."""
 
     def on_validation_begin(self, trainer: Any) -> None:
         """A validation starts."""
 
     def on_validation_end(self, trainer: Any, logs: dict[str, float]) -> None:
-        """A validation has ended. ``logs``: its averages, without prefix."""
+        """A validation ended. ``logs``: its averages, without a prefix."""
 
 
 class CallbackList(Callback):
-    """Several callbacks as one, called in order."""
+    """Several callbacks as one: each event goes to all of them in order, callbacks with ``runs_last`` last.
+
+    A list inside a list counts as its members.
+    """
+
+    # The order and the handlers of each event, valid while this list and the lists inside it hold what they held.
+    # Class attributes, so that a subclass whose __init__ does not call ours works.
+    _held: tuple[Any, ...] | None = None
+    _held_inside: tuple[tuple["CallbackList", tuple[Any, ...]], ...] = ()
+    _ordered: tuple[Any, ...] = ()
+    _handlers: Mapping[str, tuple[Any, ...]] = MappingProxyType({})
 
     def __init__(self, callbacks: Iterable[Any] | None = None) -> None:
+        """Makes a list of its own from ``callbacks``."""
         self.callbacks: list[Any] = list(callbacks or ())
 
     def add(self, callback: Any) -> None:
@@ -105,175 +128,165 @@ class CallbackList(Callback):
 
     @property
     def should_stop(self) -> bool:  # type: ignore[override]
-        """Whether any of them asks to stop."""
-        return any(getattr(callback, "should_stop", False) for callback in self.callbacks)
+        """Whether any callback asks to stop."""
+        return any(asks_to_stop(callback) for callback in self.callbacks)
+
+    def in_order(self) -> tuple[Any, ...]:
+        """Returns the callbacks in the order in which they get an event, nested lists flattened."""
+        if not self._is_unchanged():
+            self._held = tuple(self.callbacks)
+            self._held_inside = tuple((inner, tuple(inner.callbacks)) for inner in _lists_inside(self))
+            self._ordered = tuple(sorted(flatten(self.callbacks), key=runs_last))
+            self._handlers = {}
+        return self._ordered
+
+    def emit(self, event: str, *args: Any) -> None:
+        """Calls the method named ``event`` of every callback that has one.
+
+        An event that no callback handles costs less than a microsecond: the callbacks that handle it are looked up
+        when the list has changed, and again whenever a run or an epoch begins.
+        """
+        if event in ("on_train_begin", "on_epoch_begin"):
+            self._handlers = {}
+        if not self._is_unchanged() or event not in self._handlers:
+            handlers = tuple(callback for callback in self.in_order() if handles(callback, event))
+            self._handlers = {**self._handlers, event: handlers}
+        # A tuple: a callback that adds or removes itself meanwhile makes no other callback miss the event.
+        for callback in self._handlers[event]:
+            emit(callback, event, *args)
+
+    def _is_unchanged(self) -> bool:
+        # Compared by identity: two callbacks that are equal are still two callbacks. A list does not note itself in
+        # `_held_inside`, because that cycle would keep extensions, and their arrays, alive.
+        for inner, held in self._held_inside:  # a generator in all() would take twice as long
+            if not _holds(inner, held):
+                return False
+        return _holds(self, self._held)
+
+    def on_train_begin(self, trainer: Any) -> None:
+        self.emit("on_train_begin", trainer)
+
+    def on_train_end(self, trainer: Any) -> None:
+        self.emit("on_train_end", trainer)
+
+    def on_epoch_begin(self, trainer: Any, epoch: int) -> None:
+        self.emit("on_epoch_begin", trainer, epoch)
+
+    def on_epoch_end(self, trainer: Any, epoch: int, logs: dict[str, float]) -> None:
+        self.emit("on_epoch_end", trainer, epoch, logs)
+
+    def on_batch_begin(self, trainer: Any, step: int) -> None:
+        self.emit("on_batch_begin", trainer, step)
+
+    def on_batch_end(self, trainer: Any, step: int, logs: Mapping[str, Any]) -> None:
+        self.emit("on_batch_end", trainer, step, logs)
+
+    def on_call_end(self, trainer: Any, step: int, logs: Mapping[str, Any]) -> None:
+        self.emit("on_call_end", trainer, step, logs)
+
+    def on_compile_begin(self, trainer: Any, what: str) -> None:
+        self.emit("on_compile_begin", trainer, what)
+
+    def on_compile_end(self, trainer: Any, what: str, seconds: float) -> None:
+        self.emit("on_compile_end", trainer, what, seconds)
+
+    def on_validation_begin(self, trainer: Any) -> None:
+        self.emit("on_validation_begin", trainer)
+
+    def on_validation_end(self, trainer: Any, logs: dict[str, float]) -> None:
+        self.emit("on_validation_end", trainer, logs)
 
 
-def emit(listener: Any, event: str, *args: Any) -> None:
-    """Calls an event on a listener, if it has a method for it."""
-    method = getattr(listener, event, None)
+def emit(callback: Any, event: str, *args: Any) -> None:
+    """Calls the method named ``event``, if the callback has it."""
+    method = getattr(callback, event, None)
     if method is not None:
         method(*args)
 
 
-def listens(listener: Any, event: str) -> bool:
-    """Tells whether a listener does anything at an event."""
-    method = getattr(listener, event, None)
+def handles(callback: Any, event: str) -> bool:
+    """Returns whether a callback does anything at an event."""
+    method = getattr(callback, event, None)
     function = getattr(method, "__func__", method)
     if function is getattr(CallbackList, event):
-        return any(listens(callback, event) for callback in listener.callbacks)
+        return any(handles(member, event) for member in callback.callbacks)
     return function is not None and function is not getattr(Callback, event)
 
 
-def _dispatcher(event: str) -> Callable[..., None]:
-    def dispatch(self: CallbackList, *args: Any) -> None:
-        # A copy: a callback may remove itself, which must not skip the next one.
-        for callback in _in_order(self.callbacks):
-            emit(callback, event, *args)
-
-    dispatch.__name__ = event
-    dispatch.__doc__ = f"Calls ``{event}`` on each, in order."
-    return dispatch
+def runs_last(callback: Any) -> bool:
+    """Returns whether a callback gets events after all others."""
+    return bool(getattr(callback, "runs_last", False))
 
 
-for _event in EVENTS:
-    setattr(CallbackList, _event, _dispatcher(_event))
+def asks_to_stop(callback: Any) -> bool:
+    """Returns whether a callback, or a member of a list of callbacks of any class, has ``should_stop`` set."""
+    if getattr(callback, "should_stop", False):
+        return True
+    # CallbackList asks its members itself. A list of another class may not know of `should_stop`.
+    members = () if isinstance(callback, CallbackList) else getattr(callback, "callbacks", None)
+    if members is None:
+        members = callback
+    is_list = isinstance(members, Iterable) and not isinstance(members, Iterator | Mapping)
+    return is_list and any(asks_to_stop(member) for member in members if is_callback(member))
 
 
-def _in_order(listeners: Iterable[Any]) -> list[Any]:
-    return sorted(listeners, key=lambda listener: bool(getattr(listener, "comes_last", False)))
+def flatten(callbacks: Iterable[Any]) -> Iterator[Any]:
+    """Yields callbacks, and the members of a `CallbackList` in its place."""
+    for callback in callbacks:
+        # A subclass may do something else with an event, so it keeps dispatching itself.
+        if type(callback) is CallbackList:
+            yield from flatten(callback.callbacks)
+        else:
+            yield callback
 
 
-class Listeners:
-    """The callbacks and extensions of a trainer, in the order in which they hear of events."""
-
-    def __init__(self, listeners: Iterable[Any]) -> None:
-        self._listeners = tuple(listeners)
-
-    def emit(self, event: str, *args: Any) -> None:
-        """Calls an event on each."""
-        if self._are_none():
-            return
-        for listener in _in_order(self._each()):
-            emit(listener, event, *args)
-
-    def emit_to_all(self, event: str, *args: Any) -> list[Exception]:
-        """Calls an event on each, whatever the ones before raise; returns what they raised."""
-        failures = []
-        for listener in _in_order(self._each()):
-            try:
-                emit(listener, event, *args)
-            except Exception as failure:
-                failures.append(failure)
-        return failures
-
-    def listen(self, event: str) -> bool:
-        """Tells whether any of them does anything at an event."""
-        return any(listens(listener, event) for listener in self._listeners)
-
-    def _are_none(self) -> bool:
-        first, *others = self._listeners
-        return not others and type(first) is CallbackList and not first.callbacks
-
-    @property
-    def should_stop(self) -> bool:
-        """Whether any of them asks to stop."""
-        return any(getattr(listener, "should_stop", False) for listener in self._listeners)
-
-    def state_dict(self) -> list[Any]:
-        """Returns the states of those that have one, in order."""
-        return [listener.state_dict() for listener in self._stateful()]
-
-    def load_state_dict(self, states: Iterable[Any]) -> None:
-        """Gives each of those that have a state its own back.
-
-        Raises:
-            CheckpointError: One refuses it.
-        """
-        for listener, state in zip(self._stateful(), states, strict=False):
-            try:
-                listener.load_state_dict(state)
-            except Exception as error:
-                raise CheckpointError(
-                    f"{type(listener).__name__}.load_state_dict raised {error!r} at the state in the checkpoint."
-                ) from error
-
-    def _stateful(self) -> list[Any]:
-        return [one for one in self._each() if hasattr(one, "state_dict") and hasattr(one, "load_state_dict")]
-
-    def _each(self) -> Iterator[Any]:
-        for listener in self._listeners:
-            # A list of the caller's own kind may do something else with an event.
-            yield from listener if type(listener) is CallbackList else (listener,)
+def is_callback(value: Any) -> bool:
+    """Returns whether an object has a method for any event, or ``should_stop``. A class is no callback."""
+    return not isinstance(value, type) and any(hasattr(value, name) for name in (*EVENTS, "should_stop"))
 
 
 def as_callback_list(callbacks: Any) -> Any:
-    """Returns callbacks as one listener.
+    """Returns ``callbacks`` as one callback: a `CallbackList`, or an object that dispatches events itself.
 
     Raises:
-        ArgumentTypeError: They are neither a list nor something that listens.
+        ArgumentTypeError: It is neither a callback nor a sequence of callbacks.
     """
     if callbacks is None:
         return CallbackList()
-    # A list of the caller's own kind dispatches by itself.
-    if isinstance(callbacks, CallbackList) or any(hasattr(callbacks, event) for event in EVENTS):
+    if is_callback(callbacks):
+        if isinstance(callbacks, CallbackList):
+            _check_members(callbacks)
         return callbacks
-    if isinstance(callbacks, Iterable):
-        return CallbackList(callbacks)
-    raise ArgumentTypeError(
-        f"`callbacks` is of type {type(callbacks).__name__}; it must be a trainer.CallbackList or a sequence of "
-        f"callbacks."
-    )
+    if not isinstance(callbacks, Iterable) or isinstance(callbacks, str | bytes | type):
+        raise ArgumentTypeError(
+            f"`callbacks` {_what_came(callbacks)}; it must be a trainer.CallbackList or a sequence of callbacks."
+        )
+    made = CallbackList(callbacks)
+    _check_members(made)
+    return made
 
 
-class Progress(Callback):
-    """Shows where a run is: one line an epoch that stays, and on a terminal one that moves.
+def _check_members(callbacks: CallbackList) -> None:
+    for index, callback in enumerate(flatten(callbacks.callbacks)):
+        if not is_callback(callback):
+            raise ArgumentTypeError(
+                f"`callbacks[{index}]` {_what_came(callback)}, which is no callback; a callback is an object with a "
+                f"method for at least one event ({', '.join(EVENTS[:4])}, ...), for example an instance of a subclass "
+                f"of trainer.Callback."
+            )
 
-    The moving line is drawn at most ten times a second, from the metrics of the step before, so it
-    hardly ever waits for the device. Nothing but whole lines goes to a file or a pipe. Of several processes
-    that train together one shows it.
-    """
 
-    def __init__(self, stream: TextIO | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
-        """Makes a display.
+def _what_came(value: Any) -> str:
+    return f"is the class {value.__name__}" if isinstance(value, type) else f"is of type {type(value).__name__}"
 
-        Args:
-            stream: Where to write, standard error if left out.
-            clock: Tells the time in seconds.
-        """
-        self._stream = sys.stderr if stream is None else stream
-        self._clock = clock
-        self._started = self._painted = 0.0
-        self._previous: Mapping[str, Any] = {}
-        self._width = 0
 
-    def on_epoch_begin(self, trainer: Any, epoch: int) -> None:
-        del trainer, epoch
-        self._started = self._clock()
+def _holds(callbacks: CallbackList, held: tuple[Any, ...] | None) -> bool:
+    members = callbacks.callbacks
+    return held is not None and len(members) == len(held) and all(map(is_, members, held))
 
-    def on_compile_begin(self, trainer: Any, what: str) -> None:
-        if trainer.is_primary_process and self._stream.isatty():
-            self._write(f"compiling {what} …", {}, self._clock(), end="\r")
 
-    def on_compile_end(self, trainer: Any, what: str, seconds: float) -> None:
-        if trainer.is_primary_process:
-            self._write(f"compiled {what} in {seconds:.1f} s", {}, self._clock(), end="\n")
-
-    def on_call_end(self, trainer: Any, step: int, logs: Mapping[str, Any]) -> None:
-        now = self._clock()
-        if trainer.is_primary_process and self._stream.isatty() and now - self._painted >= 0.1:
-            self._write(f"epoch {trainer.epoch + 1}  step {step}", self._previous, now, end="\r")
-            self._painted = now
-        self._previous = logs
-
-    def on_epoch_end(self, trainer: Any, epoch: int, logs: dict[str, float]) -> None:
-        if trainer.is_primary_process:
-            self._write(f"epoch {epoch + 1}  step {trainer.step}", logs, self._clock(), end="\n")
-
-    def _write(self, head: str, logs: Mapping[str, Any], now: float, end: str) -> None:
-        shown = [f"{name} {float(value):.4g}" for name, value in logs.items() if name != "step"]
-        line = "  ".join([head, *shown, f"{now - self._started:.1f} s"])
-        # Padding wipes what a longer line left behind.
-        self._stream.write(f"{line:<{self._width}}{end}" if self._stream.isatty() else f"{line}{end}")
-        self._width = len(line) if end == "\r" else 0
-        self._stream.flush()
+def _lists_inside(callbacks: CallbackList) -> Iterator[CallbackList]:
+    for callback in callbacks.callbacks:
+        if type(callback) is CallbackList:
+            yield callback
+            yield from _lists_inside(callback)

@@ -52,7 +52,7 @@ class ModelCheckpoint(Callback):
         other.load_checkpoint(best.best_model_path)
     """
 
-    comes_last = True
+    runs_last = True
 
     def __init__(
         self,

@@ -1,23 +1,35 @@
-"""How fast a run is: steps and examples in a second, and what it waits for."""
+"""Throughput: steps and examples per second, and what the devices wait for."""
 
-import collections
 import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-# Dense bfloat16 peaks of one device in floating-point operations a second, from the vendors' data sheets.
+# Peak bfloat16 rates of one device without sparsity, in floating-point operations per second, from the data sheets
+# of NVIDIA and Google. The keys are complete `jax.Device.device_kind` strings: boards of one name differ by a
+# quarter (H100 SXM, NVL and PCIe), so a prefix would overstate some of them.
 PEAK_FLOPS = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H200": 989e12,
+    "NVIDIA H200 NVL": 835e12,
     "NVIDIA B200": 2250e12,
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
     "TPU v5p": 459e12,
     "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
 }
 
 
@@ -26,12 +38,15 @@ class Throughput:
     """The speed of an epoch.
 
     Attributes:
-        steps_per_second: Updates.
-        examples_per_second: Examples.
-        waiting_for_data: The fraction of the time in which the device had nothing to do because the
-            next batches were still being made.
-        flops_per_second: What the model needs, counted on the traced step; None where that is not known.
-        utilization: The fraction of the peak of the devices; None where the peak is not known.
+        steps_per_second: Updates per second.
+        examples_per_second: Examples per second.
+        waiting_for_data: The fraction of the time in which the devices were idle because the next batch was not
+            ready.
+        flops_per_second: Floating-point operations per second of the step as it was traced, which includes the
+            optimizer and whatever `jax.checkpoint` computes twice. None if they cannot be counted.
+        utilization: ``flops_per_second`` as a fraction of the devices' bfloat16 peak. Because of what is included this
+            is a hardware FLOPs utilization (HFU), not the model FLOPs utilization (MFU) of papers, which is lower.
+            None unless the matrix products are known to be in bfloat16 and the peak of the device is known.
     """
 
     steps_per_second: float
@@ -43,55 +58,71 @@ class Throughput:
     def __str__(self) -> str:
         parts = [f"{self.steps_per_second:,.1f} steps/s", f"{self.examples_per_second:,.0f} examples/s"]
         if self.utilization is not None:
-            parts.append(f"{self.utilization:.1%} of peak")
+            parts.append(f"{self.utilization:.1%} of the bfloat16 peak")
         parts.append(f"waiting for data {self.waiting_for_data:.0%}")
         return ", ".join(parts)
 
 
 class Meter:
-    """Adds up what an epoch does and how long that takes, and lets no more than two calls wait for the device.
+    """Measures the throughput of an epoch. It never waits for a device.
 
     Args:
-        flops: The floating-point operations of a step, None where that is not known.
-        clock: Tells the time in seconds.
+        flops: The floating-point operations of a step over all devices. None if they cannot be counted, as for a step
+            with a ``pallas_call``, or a ``shard_map``, whose body is that of one device.
+        dtype: The dtype of the operands of the step's matrix products. None if it is unknown or they differ.
+        clock: Returns the time in seconds.
     """
 
-    def __init__(self, flops: float | None, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, flops: float | None, dtype: Any = None, clock: Callable[[], float] = time.perf_counter) -> None:
         self._flops, self._clock = flops, clock
+        self._is_bfloat16 = dtype is not None and jnp.dtype(dtype) == jnp.bfloat16
         self._started = clock()
         self._steps = self._examples = 0
         self._waited = self._paused = 0.0
-        self._in_flight: collections.deque[jax.Array] = collections.deque()
+        self._latest: jax.Array | None = None
 
     @contextlib.contextmanager
     def preparing(self) -> Iterator[None]:
-        """Batches are made inside: if the device has finished before they are, it waits for them."""
+        """Times the preparation of the next batches, inside the block.
+
+        The time counts as waiting for data if the last dispatched call has finished by the end of the block. It may
+        have finished at any time inside, so ``waiting_for_data`` is an upper bound.
+        """
         started = self._clock()
         yield
-        if self._in_flight and self._in_flight[-1].is_ready():  # type: ignore[attr-defined]
+        # `is_ready` is a method of the arrays that jax returns, but not part of the documented `jax.Array`. It asks
+        # without waiting; block_until_ready would stall the dispatch of the next call.
+        if self._latest is not None and self._latest.is_ready():  # type: ignore[attr-defined]
             self._waited += self._clock() - started
 
     @contextlib.contextmanager
     def pausing(self) -> Iterator[None]:
-        """Something else is done inside, which is not to be counted."""
+        """Leaves the time inside the block out: a validation, a checkpoint."""
         started = self._clock()
         yield
         self._paused += self._clock() - started
 
     def dispatched(self, result: jax.Array, steps: int, examples: int) -> None:
-        """Counts a call of several steps on so many examples each; waits for the one before the last."""
-        self._in_flight.append(result)
+        """Counts a call.
+
+        Args:
+            result: An array that the call returned and that no later call consumes.
+            steps: How many steps the call runs.
+            examples: The number of examples in the batch of each step.
+        """
+        self._latest = result
         self._steps += steps
         self._examples += steps * examples
-        if len(self._in_flight) > 2:
-            self._in_flight.popleft().block_until_ready()
 
     def read(self, devices: Collection[jax.Device]) -> Throughput:
-        """Returns the speed since the start, on these devices."""
+        """Returns the throughput since the meter was made.
+
+        Args:
+            devices: All devices that the step runs on, of one kind.
+        """
         seconds = max(self._clock() - self._started - self._paused, 1e-9)
         flops = None if self._flops is None else self._steps * self._flops / seconds
-        kind = next(iter(devices)).device_kind
-        peak = next((peak for name, peak in PEAK_FLOPS.items() if kind.startswith(name)), None)
+        peak = PEAK_FLOPS.get(next(iter(devices)).device_kind) if self._is_bfloat16 else None
         return Throughput(
             steps_per_second=self._steps / seconds,
             examples_per_second=self._examples / seconds,

@@ -1,0 +1,133 @@
+"""`MetricFanout`: which destination gets what, when, and who is closed."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from trainer import Logger, MetricsLogger, Throughput
+from trainer.loggers.fanout import MetricFanout
+
+
+class Spy(Logger):
+    def __init__(self):
+        self.rows, self.closed = [], 0
+
+    def log_scalars(self, scalars, step=None):
+        self.rows.append((step, dict(scalars)))
+
+    def log_text(self, name, text, step=None):
+        self.rows.append((step, name, text))
+
+    def log_hyperparams(self, params):
+        self.rows.append(("hyperparameters", dict(params)))
+
+    def close(self):
+        self.closed += 1
+
+
+def metrics(loss, step):
+    return {"loss": jnp.float32(loss), "step": jnp.int32(step)}
+
+
+def test_every_destination_gets_plain_numbers():
+    calls, inside, logger = [], Spy(), Spy()
+    fanout = MetricFanout(lambda step, row, prefix: calls.append((step, row, prefix)), MetricsLogger(inside), [logger])
+    fanout.report("train", 3, metrics(0.5, 3))
+    fanout.report("val", 3, metrics(0.25, 3))
+    assert calls == [(3, {"loss": 0.5, "step": 3}, "train"), (3, {"loss": 0.25, "step": 3}, "val")]
+    assert inside.rows == logger.rows == [(3, {"train/loss": 0.5}), (3, {"val/loss": 0.25})]
+
+
+@pytest.mark.parametrize(
+    "newer",
+    [
+        lambda fanout: fanout.flush(),
+        lambda fanout: fanout.report("val", 2, metrics(2.0, 2)),
+        lambda fanout: fanout.log_text("note", "text", 2),
+        lambda fanout: fanout.log_throughput(2, Throughput(1.0, 2.0, 0.0)),
+        lambda fanout: fanout.log_test_metrics({"loss": 3.0}),
+        lambda fanout: fanout.close(),
+    ],
+)
+def test_what_was_deferred_is_sent_before_anything_newer(newer):
+    spy = Spy()
+    fanout = MetricFanout(None, MetricsLogger(spy), [spy])
+    fanout.defer("train", 1, metrics(0.5, 1))
+    fanout.defer("train", 2, metrics(0.25, 2))
+    assert spy.rows == []
+    newer(fanout)
+    assert spy.rows[:2] == [(1, {"train/loss": 0.5}), (2, {"train/loss": 0.25})]
+    sent = len(spy.rows)
+    fanout.flush()
+    assert len(spy.rows) == sent
+
+
+def test_without_a_destination_nothing_is_read_from_the_device(monkeypatch):
+    monkeypatch.setattr(jax, "device_get", None)
+    fanout = MetricFanout(None, None, ())
+    assert not fanout.has_destination
+    fanout.report("train", 1, metrics(0.5, 1))
+    fanout.defer("train", 2, metrics(0.5, 2))
+    fanout.log_text("note", "text", 2)
+    fanout.log_test_metrics({"loss": 1.0})
+    fanout.close()
+
+
+@pytest.mark.parametrize("given", [(print, None, ()), (None, MetricsLogger(Spy()), ()), (None, None, [Spy()])])
+def test_any_destination_counts(given):
+    assert MetricFanout(*given).has_destination
+    assert MetricFanout(None, None, (), owned=[Spy()]).has_destination
+
+
+def test_hyperparameters_are_logged_once():
+    spy = Spy()
+    fanout = MetricFanout(None, None, [spy])
+    fanout.log_hyperparams({"a": 1})
+    fanout.log_hyperparams({"a": 2})
+    assert spy.rows == [("hyperparameters", {"a": 1})]
+
+
+def test_speeds_that_are_unknown_are_left_out():
+    spy = Spy()
+    MetricFanout(None, None, [spy]).log_throughput(4, Throughput(1.0, 2.0, 0.5))
+    assert spy.rows == [
+        (4, {"speed/steps_per_second": 1.0, "speed/examples_per_second": 2.0, "speed/waiting_for_data": 0.5})
+    ]
+
+
+def test_only_owned_loggers_are_closed():
+    callers, owned = Spy(), Spy()
+    fanout = MetricFanout(None, MetricsLogger(callers), [callers], owned=[owned])
+    fanout.report("train", 1, metrics(0.5, 1))
+    fanout.close()
+    assert (callers.closed, owned.closed, len(owned.rows)) == (0, 1, 1)
+
+
+def test_all_are_closed_where_a_destination_raises():
+    def broken(step, row, prefix):
+        raise ZeroDivisionError
+
+    first, second = Spy(), Spy()
+    second.close = lambda: 1 / 0
+    fanout = MetricFanout(broken, None, (), owned=[first, second])
+    fanout.defer("train", 1, metrics(0.5, 1))
+    with pytest.raises(ZeroDivisionError):
+        fanout.close()
+    assert first.closed == 1
+
+
+def test_a_row_at_which_a_destination_raises_is_not_sent_again():
+    rows = []
+
+    def once_broken(step, row, prefix):
+        rows.append(step)
+        if len(rows) == 1:
+            raise ZeroDivisionError
+
+    fanout = MetricFanout(once_broken, None, ())
+    fanout.defer("train", 1, metrics(0.5, 1))
+    fanout.defer("train", 2, metrics(0.5, 2))
+    with pytest.raises(ZeroDivisionError):
+        fanout.flush()
+    fanout.flush()
+    assert rows == [1, 2]

@@ -1,0 +1,89 @@
+"""`Meter`: what counts as work, as waiting and as neither, and when utilization is known."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tests.problems import Busy, config, regression, squared_error
+from trainer import Throughput, Trainer
+from trainer.metrics.throughput import PEAK_FLOPS, Meter
+
+
+class Result:
+    """Stands for an array on a device, finished or not. To wait for it is an error."""
+
+    def __init__(self, ready):
+        self.ready = ready
+
+    def is_ready(self):
+        return self.ready
+
+
+def measure(kind, dtype, flops=989e12):
+    now = [0.0]
+    meter = Meter(flops, dtype, clock=lambda: now[0])
+    meter.dispatched(Result(ready=False), 1, 8)
+    now[0] = 4.0
+    return meter.read([SimpleNamespace(device_kind=kind)] * 2)
+
+
+def test_it_adds_up():
+    now = [0.0]
+    meter = Meter(1e6, clock=lambda: now[0])
+    for _ in range(4):
+        with meter.preparing():
+            now[0] += 0.5
+        meter.dispatched(jax.block_until_ready(jnp.zeros(())), 10, 8)
+        with meter.pausing():
+            now[0] += 7.0
+        now[0] += 0.5
+    # Before the first call there is nothing that the device could have finished.
+    assert meter.read(jax.devices()[:1]) == Throughput(10.0, 80.0, 1.5 / 4, 10e6, None)
+
+
+def test_a_device_that_is_busy_does_not_wait_for_data():
+    now = [0.0]
+    meter = Meter(None, clock=lambda: now[0])
+    for ready in (False, True, False):
+        meter.dispatched(Result(ready), 1, 8)
+        with meter.preparing():
+            now[0] += 1.0
+    assert meter.read(jax.devices()[:1]) == Throughput(1.0, 8.0, 1 / 3, None, None)
+
+
+def test_utilization_where_everything_is_known():
+    throughput = measure("NVIDIA H200", jnp.bfloat16)
+    assert throughput.utilization == 1 / 8
+    assert str(throughput) == "0.2 steps/s, 2 examples/s, 12.5% of the bfloat16 peak, waiting for data 0%"
+    assert measure("NVIDIA H100 NVL", "bfloat16").utilization == pytest.approx(989 / 835 / 8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "flops"),
+    [
+        ("NVIDIA H200", jnp.float32, 1e12),
+        ("NVIDIA H200", None, 1e12),
+        ("NVIDIA H200", jnp.bfloat16, None),
+        ("NVIDIA H100 of a kind to come", jnp.bfloat16, 1e12),
+        ("cpu", jnp.bfloat16, 1e12),
+    ],
+)
+def test_utilization_is_unknown_where_anything_is(kind, dtype, flops):
+    throughput = measure(kind, dtype, flops)
+    assert throughput.utilization is None
+    assert "peak" not in str(throughput)
+    assert (throughput.flops_per_second is None) == (flops is None)
+
+
+def test_boards_of_one_name_have_peaks_of_their_own():
+    assert PEAK_FLOPS["NVIDIA H100 PCIe"] < PEAK_FLOPS["NVIDIA H100 NVL"] < PEAK_FLOPS["NVIDIA H100 80GB HBM3"]
+
+
+def test_a_trainer_measures_its_epochs():
+    trainer = Trainer(Busy(), config(), loss_fn=squared_error)
+    assert trainer.throughput is None
+    trainer.train(regression(40), 1, 4)
+    assert trainer.throughput.examples_per_second == pytest.approx(4 * trainer.throughput.steps_per_second)
+    assert trainer.throughput.flops_per_second > 0

@@ -360,9 +360,8 @@ class TestData:
             def __array__(self, dtype=None, copy=None):
                 return self.values
 
-        expected, foreign = build(), build(train_data_loader=[])
         batch = {name: Tensor(values) for name, values in regression(8).items()}
-        foreign.train_data_loader = [MappingProxyType(batch)]
+        expected, foreign = build(), build(train_data_loader=[MappingProxyType(batch)])
         foreign.train_epoch()
         expected.train_step(regression(8))
         assert_same_bits(foreign.state, expected.state)
@@ -387,14 +386,16 @@ class TestData:
         )
         averages = trainer.train_epoch()
         assert set(averages) == {"loss", "mean_error", "val_loss", "val_mean_error"}
-        assert recorder.events[-1] == ("on_epoch_end", 0, averages)
+        assert recorder.events[-2] == ("on_epoch_end", 0, averages)
         assert recorder.names == [
+            "on_train_begin",
             "on_epoch_begin",
             "on_batch_begin",
             "on_batch_end",
             "on_validation_begin",
             "on_validation_end",
             "on_epoch_end",
+            "on_train_end",
         ]
 
 
@@ -557,10 +558,10 @@ class TestLogging:
         )
         returned = trainer.train(regression(16), 2, 8, regression(8), val_interval=3)
         validations = [(step, m) for step, m, prefix in calls if prefix == "val"]
-        assert [step for step, _ in validations] == [3, 4]
+        assert [step for step, _ in validations] == [2, 3, 4]
         assert validations[-1][1] == {**returned, "step": 4}
         assert trainer.history[-1]["val_loss"] == returned["loss"]
-        assert trainer.history.series("val_loss")[0] == [3, 4]
+        assert trainer.history.series("val_loss")[0] == [2, 3, 4]
         assert spy.rows[-2:] == [
             (4, {f"val/{name}": value for name, value in returned.items()}),
             (None, {f"test/{name}": value for name, value in returned.items()}),
@@ -569,7 +570,7 @@ class TestLogging:
     def test_a_final_validation_that_is_due_anyway_runs_once(self):
         recorder = Recorder()
         build(callbacks=[recorder]).train(regression(16), 2, 8, regression(8), val_interval=4)
-        assert recorder.names.count("on_validation_end") == 1
+        assert recorder.names.count("on_validation_end") == 2  # one at the end of each epoch
 
     def test_a_logger_gets_scalars_hyperparameters_and_remarks(self, tmp_path):
         spy = Spy()
@@ -614,7 +615,7 @@ class TestLogging:
 
     def test_use_wandb_logs_there_too(self, monkeypatch):
         spy = Spy()
-        monkeypatch.setattr("trainer.api.WandbLogger", lambda project, name: spy if project == "p" else None)
+        monkeypatch.setattr("trainer.setup.WandbLogger", lambda project, name: spy if project == "p" else None)
         build(settings=config(use_wandb=True, wandb_project="p")).train_step(regression())
         assert spy.rows[-1][0] == 1
 
@@ -838,15 +839,15 @@ class TestBadInput:
     def test_a_step_that_fails_and_takes_the_state_with_it_says_so(self):
         trainer = build()
 
-        def out_of_memory(state, batch):
-            for leaf in jax.tree.leaves(state):
+        def out_of_memory(leaves, batch):
+            for leaf in leaves:
                 leaf.delete()
             raise RuntimeError("RESOURCE_EXHAUSTED")
 
         trainer.train_step(regression())
-        trainer._programs.single()._jitted = out_of_memory
+        trainer.setup.step._program(trainer.run)._jitted = out_of_memory
         with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED") as caught:
             trainer.train_step(regression())
         assert caught.value.__notes__ == [
-            "the state was donated to the step that failed and is gone; load a checkpoint to go on"
+            "the state was donated to the step that failed and is gone; load a checkpoint to continue"
         ]

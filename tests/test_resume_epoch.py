@@ -184,9 +184,9 @@ class Saver(Callback):
         setattr(self, event, save)
 
 
-def build(directory, loader, *, kind="", save_frequency=1, callbacks=(), **changes):
+def build(directory, loader, *, kind="", save_frequency=1, callbacks=(), batch_size=BATCH, **changes):
     settings = config(
-        batch_size=BATCH,
+        batch_size=batch_size,
         log_frequency=3,
         save_frequency=save_frequency,
         max_checkpoints=100,
@@ -434,7 +434,7 @@ class TestRefusals:
     def refuse(self, error, message, loader, path, **changes):
         trainer, watching = build(path.parent / "unused", loader, **changes)
         trainer.train_step(batch_of(slice(4)))
-        before, rows, run_before = trainer.state, trainer.history.to_dict(), trainer._run
+        before, rows, run_before = trainer.state, trainer.history.to_dict(), trainer.run
         bits = before.copy()
         with pytest.raises(error, match=message) as caught:
             trainer.train_epoch(resume=path)
@@ -442,7 +442,7 @@ class TestRefusals:
         assert_same_bits(before, bits)
         assert (trainer.epoch, trainer.step, trainer.history.to_dict()) == (0, 1, rows)
         assert (watching.batches, watching.epochs) == (1, [])
-        assert trainer._run is run_before
+        assert trainer.run is run_before
         return caught.value
 
     def test_a_loader_that_refuses_the_position(self, path):
@@ -504,8 +504,7 @@ class TestRefusals:
     def test_a_callable_that_is_told_another_batch_size(self, tmp_path):
         trainer, _ = build(tmp_path, lambda batch_size: Positioned())
         trainer.train_epoch()
-        trainer, _ = build(tmp_path, lambda batch_size: Positioned())
-        trainer.training_config = trainer.training_config.replace(batch_size=5)
+        trainer, _ = build(tmp_path, lambda batch_size: Positioned(), batch_size=5)
         with pytest.raises(ArgumentError, match=r"`resume` cannot .*: `batch_size` \(batch size\) was 4 and is 5"):
             trainer.train_epoch(resume=tmp_path / "checkpoint_2.msgpack")
 

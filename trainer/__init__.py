@@ -37,7 +37,7 @@ from trainer.loggers.console import ConsoleLogger as ConsoleLogger
 from trainer.loggers.jsonl import FileLogger as FileLogger
 from trainer.loggers.wandb import WandbLogger as WandbLogger
 from trainer.metrics.history import History as History
-from trainer.metrics.history import WeightedAverage as WeightedAverage
+from trainer.metrics.average import WeightedAverage as WeightedAverage
 from trainer.metrics.throughput import Throughput as Throughput
 from trainer.sharding.partition import abstract_state as abstract_state
 from trainer.sharding.partition import batch_sharding as batch_sharding

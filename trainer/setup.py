@@ -16,7 +16,8 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from trainer.callbacks.dispatch import CallbackDispatcher, as_callback_list
+from trainer.callbacks.base import as_callback_list
+from trainer.callbacks.dispatch import CallbackDispatcher
 from trainer.checkpoints.checkpointer import Checkpointer
 from trainer.checkpoints.run_record import snapshot_run
 from trainer.checkpoints.state_io import Snapshot
@@ -192,7 +193,7 @@ def assemble(
     train_data_loader: Callable[..., Any] | Iterable[Batch] | None,
     val_data_loader: Callable[..., Any] | Iterable[Batch] | None,
     workdir: str | os.PathLike[str] | None,
-    rng: jax.Array,
+    rng: jax.Array | None,
     loss_fn: LossFn,
     metrics_logger: MetricsLoggerLike | None,
     logger: Logger | None,
@@ -228,6 +229,7 @@ def assemble(
     callbacks = as_callback_list(callbacks)
     events = CallbackDispatcher(callbacks, extensions)
     placement = placement_of(mesh, partition_rules)
+    rng = jax.random.PRNGKey(0) if rng is None else rng
     check_rng(rng)
     run = _initial_run(model, rng, training_config, optimizer, wrt, extensions, placement)
     live = Live(weakref.ref(trainer), validates=val_data_loader is not None)

@@ -23,15 +23,15 @@ def build(directory, callbacks=(), **options):
 @pytest.fixture
 def held(monkeypatch):
     """Holds every write back until `held.set()`."""
-    import trainer.api
+    import trainer.checkpoints.checkpointer
 
-    gate, write = threading.Event(), trainer.api.write_snapshot
+    gate, write = threading.Event(), trainer.checkpoints.checkpointer.write_snapshot
 
     def wait_and_write(*arguments):
         assert gate.wait(timeout=60)
         write(*arguments)
 
-    monkeypatch.setattr("trainer.api.write_snapshot", wait_and_write)
+    monkeypatch.setattr("trainer.checkpoints.checkpointer.write_snapshot", wait_and_write)
     yield gate
     gate.set()
 
@@ -128,7 +128,7 @@ def test_on_train_end_finds_the_last_save_finished(tmp_path):
 
 class TestFailures:
     def test_one_in_the_middle_ends_the_run(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("trainer.api.write_snapshot", failing)
+        monkeypatch.setattr("trainer.checkpoints.checkpointer.write_snapshot", failing)
         recorder = Recorder()
         trainer = build(tmp_path, [recorder], save_interval=1)
         with pytest.raises(CheckpointError, match="the disk is gone"):
@@ -137,7 +137,7 @@ class TestFailures:
         assert trainer.step < 12
 
     def test_one_at_the_end_is_raised_by_train(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("trainer.api.write_snapshot", failing)
+        monkeypatch.setattr("trainer.checkpoints.checkpointer.write_snapshot", failing)
         with pytest.raises(CheckpointError, match="the disk is gone"):
             build(tmp_path, save_interval=6).train(regression(24), 1, 4)
 
@@ -153,7 +153,7 @@ class TestFailures:
                 gate.set()
                 raise ZeroDivisionError
 
-        monkeypatch.setattr("trainer.api.write_snapshot", fail_later)
+        monkeypatch.setattr("trainer.checkpoints.checkpointer.write_snapshot", fail_later)
         with pytest.raises(ZeroDivisionError) as caught:
             build(tmp_path, [Failing()], save_interval=6).train(regression(24), 1, 4)
         assert caught.value.__notes__ == ["and a save in the background raised CheckpointError('the disk is gone')"]
@@ -170,7 +170,7 @@ class TestFailures:
                 gate.set()
                 raise ZeroDivisionError
 
-        monkeypatch.setattr("trainer.api.prune", fail_later)
+        monkeypatch.setattr("trainer.checkpoints.checkpointer.prune", fail_later)
         recorder = Recorder()
         with pytest.raises(ZeroDivisionError) as caught:
             build(tmp_path, [Failing(), recorder], save_interval=6).train(regression(24), 1, 4)
@@ -181,9 +181,9 @@ class TestFailures:
     def test_one_after_a_call_is_raised_by_the_next(self, ask, tmp_path, monkeypatch):
         trainer = build(tmp_path)
         with monkeypatch.context() as patch:
-            patch.setattr("trainer.api.write_snapshot", failing)
+            patch.setattr("trainer.checkpoints.checkpointer.write_snapshot", failing)
             trainer.save_checkpoint(background=True)
-            trainer._saver._pending.exception(timeout=60)
+            trainer.setup.checkpointer._saver._pending.exception(timeout=60)
         with pytest.raises(CheckpointError, match="the disk is gone"):
             getattr(trainer, ask)()
         assert trainer.save_checkpoint().exists()

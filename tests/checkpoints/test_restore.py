@@ -186,7 +186,7 @@ class TestOpeningOnce:
             def verify(self):
                 raise AssertionError("what is loaded is verified by that")
 
-        monkeypatch.setattr(trainer.sources, "Bundle", Counted)
+        monkeypatch.setattr(trainer.checkpoints.open, "Bundle", Counted)
         return names
 
     @pytest.fixture
@@ -208,8 +208,7 @@ class TestOpeningOnce:
         whole = bytearray(newest.read_bytes())
         whole[where] ^= 1
         newest.write_bytes(whole)
-        resumed = build(directory / "unused", callbacks=[])
-        resumed.checkpoint_dir = directory
+        resumed = build(directory / "unused", callbacks=[], checkpoint_dir=directory)
         with pytest.warns(UserWarning, match=r"using `.*checkpoint_6.msgpack`, since newer ones are unusable: .*_8"):
             resumed.train(DATA, 3, 4, resume=True)
         assert opened == ["checkpoint_8.msgpack", "checkpoint_6.msgpack"]

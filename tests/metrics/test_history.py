@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from trainer import History, WeightedAverage
-from trainer.metrics.history import read
+from trainer.metrics.average import read
 
 
 @pytest.fixture

@@ -95,3 +95,10 @@ def _convolution(equation: Any) -> float:
 
 
 _COUNTED = {"dot_general": _product, "conv_general_dilated": _convolution}
+
+
+class FusionPolicy:
+    advise_at = 10
+
+    def fusable_steps(self, jaxpr, size, platform):
+        return steps_worth_fusing(jaxpr, size, platform)

@@ -51,11 +51,11 @@ class InMemoryData:
         """Returns the number of batches in an epoch, a short last one included."""
         return -(-self.num_examples // self.batch_size)
 
-    def in_order(self) -> "EpochOfData":
+    def in_order(self) -> "Epoch":
         """Returns a pass over every example once, in the order in which they were given."""
-        return EpochOfData(self, None, 0)
+        return Epoch(self, None, 0)
 
-    def shuffled(self, seed: tuple[int, ...], epoch: int, skip: int = 0) -> "EpochOfData":
+    def shuffled(self, seed: tuple[int, ...], epoch: int, skip: int = 0) -> "Epoch":
         """Returns a pass over every example once, in an order that is a pure function of seed and epoch.
 
         Args:
@@ -64,7 +64,7 @@ class InMemoryData:
             skip: How many batches to leave out at the start.
         """
         order = np.random.default_rng([*seed, epoch]).permutation(self.num_examples)
-        return EpochOfData(self, order, skip)
+        return Epoch(self, order, skip)
 
     def fingerprint(self) -> str:
         """Describes the data in a line that other data hardly shares: its form, and a hash of rows from all over it."""
@@ -85,7 +85,7 @@ class InMemoryData:
         return [columns[str(i)] for i in range(len(columns))], self._structure
 
 
-class EpochOfData(Iterator[Batch]):
+class Epoch(Iterator[Batch]):
     """One pass over data in memory: an iterator of batches, of which several can be had at once.
 
     Attributes:

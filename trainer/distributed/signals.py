@@ -119,3 +119,24 @@ class Interruption:
             self.received = self._own
         if self.insisted:
             raise self.exception()
+
+
+class Signals(Interruption):
+    def __init__(self, together=False):
+        super().__init__()
+        self._tog = together
+
+    def __enter__(self):
+        self._cm = self.watching(together=self._tog)
+        self._cm.__enter__()
+        return self
+
+    def __exit__(self, *e):
+        return self._cm.__exit__(*e)
+
+    @property
+    def second_signal(self):
+        return self.insisted
+
+    def wait_for_all(self):
+        return self.settle()

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainer.loggers.base import Logger, MetricsLoggerLike, prefixed
-from trainer.metrics.history import read
+from trainer.metrics.average import read
 from trainer.metrics.throughput import Throughput
 from trainer.types import LogCallback
 

@@ -64,11 +64,9 @@ class History(Sequence[Row]):
         latest = self._latest
         if latest is not None and latest["step"] == step:
             self._drop_latest()
-            self._recent = (*self._recent, {**latest, **values})
-            self._unread = max(self._unread, 1)
-        else:
-            self._recent = (*self._recent, {"step": step, **values})
-            self._unread += 1
+            values = {**latest, **values}
+        self._recent = (*self._recent, {"step": step, **values})
+        self._unread += 1
         if len(self) > self._max_rows:
             self._drop_oldest()
         if len(self._recent) > MAX_PENDING:
@@ -183,7 +181,9 @@ class History(Sequence[Row]):
         first = len(self._recent) - self._unread
         last = len(self._recent) if count is None else count
         if first < last:
-            fetched = read([*self._recent[first:last]])
+            # Each row again, since trees sort their keys and rows keep the order in which they were recorded.
+            unread = self._recent[first:last]
+            fetched = [{**row, **values} for row, values in zip(unread, read([*unread]), strict=True)]
             self._recent = (*self._recent[:first], *fetched, *self._recent[last:])
             self._unread = len(self._recent) - last
 

@@ -1,0 +1,1 @@
+from trainer.errors import check_count as check_count, did_you_mean as did_you_mean

@@ -1,0 +1,1 @@
+from trainer.compile.fusion import flops as flops

@@ -99,6 +99,7 @@ class ModelCheckpoint(Callback):
         return self.dirpath / str(max(steps)) if steps else None
 
     def on_train_begin(self, trainer: Any) -> None:
+        self._monitor.check_run(trainer)
         self._judged_step, self._last_is_due = -1, False
         self.wait()
         self._scores = None
@@ -124,7 +125,6 @@ class ModelCheckpoint(Callback):
         if self._monitor.of_validation:
             # The validation at the end of a run is still to come, and would save this state with its score.
             self._last_is_due = self._save_last and self._is_due() and self._judged_step != trainer.step
-            self._refuse_a_run_without_validation(trainer)
         else:
             self._judge(trainer, logs)
 
@@ -157,13 +157,6 @@ class ModelCheckpoint(Callback):
 
     def _is_due(self) -> bool:
         return (self._epoch + 1) % self._every_n_epochs == 0
-
-    def _refuse_a_run_without_validation(self, trainer: Any) -> None:
-        if not trainer.validates:
-            raise ArgumentError(
-                f"`monitor` is {self._monitor.name!r}, but this run validates on nothing; pass `val_data`, or watch "
-                f"an average of training."
-            )
 
     def _save(self, trainer: Any, score: float | None) -> None:
         self.wait()

@@ -11,7 +11,7 @@ import pytest
 from tests.problems import Busy, Counting, Playing, config, regression, squared_error
 from tests.test_api import assert_same_bits
 from tests.test_resume import StoppedError, Watching
-from trainer import ArgumentError, Callback, CheckpointError, EarlyStopping, ModelCheckpoint, Trainer
+from trainer import ArgumentError, Callback, CheckpointError, ModelCheckpoint, Trainer
 from trainer.checkpoints.orbax_directory import OrbaxDirectory
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -92,6 +92,80 @@ def test_nothing_saved_yet(tmp_path):
     callback = ModelCheckpoint(tmp_path / "best")
     assert (callback.best_model_path, callback.best_model_score, callback.last_model_path) == (None, None, None)
     assert not (tmp_path / "best").exists()
+
+
+def contents(directory):
+    return {path.relative_to(directory): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+class TestOthersDirectories:
+    @pytest.mark.parametrize("save_top_k", [0, 1, 3])
+    def test_folders_with_numbers_for_names_stay_and_do_not_count(self, save_top_k, tmp_path):
+        for name in [*map(str, range(10)), "007", "2023", "²"]:
+            (tmp_path / "best" / name).mkdir(parents=True)
+            (tmp_path / "best" / name / "image.png").write_bytes(name.encode())
+        (tmp_path / "best" / "11").mkdir()
+        before = contents(tmp_path / "best")
+        callback = ModelCheckpoint(tmp_path / "best", save_top_k=save_top_k)
+        Scripted(tmp_path).play(callback, [3, 1, 2, 4], first=20)
+        assert before.items() <= contents(tmp_path / "best").items()
+        assert (tmp_path / "best" / "11").is_dir()
+        saved = {0: {23}, 1: {21, 23}, 3: {20, 21, 22, 23}}[save_top_k]
+        assert {int(path.name) for path in (tmp_path / "best").iterdir() if (path / "about").exists()} == saved
+        assert callback.last_model_path.name == "23"
+        assert callback.best_model_score == (1 if save_top_k else 4)
+
+    @pytest.mark.parametrize("fill", [lambda path: None, lambda path: (path / "about").write_text("mine")])
+    def test_a_directory_that_is_in_the_way_is_not_replaced(self, fill, tmp_path):
+        (tmp_path / "best" / "2").mkdir(parents=True)
+        fill(tmp_path / "best" / "2")
+        before = contents(tmp_path / "best")
+        callback = ModelCheckpoint(tmp_path / "best")
+        with pytest.raises(CheckpointError, match=r"best/2` is no checkpoint that a ModelCheckpoint with monitor "):
+            Scripted(tmp_path).play(callback, [3, 1])
+        assert before.items() <= contents(tmp_path / "best").items()
+        assert callback.best_model_path == tmp_path / "best" / "1"
+
+    def test_a_checkpoint_that_was_saved_by_hand_stays(self, tmp_path):
+        build(tmp_path).save_checkpoint(tmp_path / "best" / "1.orbax")
+        (tmp_path / "best" / "1.orbax").rename(tmp_path / "best" / "1")
+        before = contents(tmp_path / "best" / "1")
+        Scripted(tmp_path).play(ModelCheckpoint(tmp_path / "best", save_top_k=1), [3, 1, 2], first=2)
+        assert steps_in(tmp_path / "best") == [1, 3, 4]
+        assert contents(tmp_path / "best" / "1") == before
+
+    def test_the_best_by_another_monitor_stay(self, tmp_path):
+        first = ModelCheckpoint(tmp_path / "best", save_top_k=2)
+        trainer = Scripted(tmp_path)
+        trainer.play(first, [1, 2, 3])
+        assert steps_in(tmp_path / "best") == [1, 2, 3]
+        second = ModelCheckpoint(tmp_path / "best", monitor="val_error", save_top_k=1)
+        assert (second.best_model_path, second.last_model_path) == (None, None)
+        second.on_train_begin(trainer)
+        for step, error in enumerate([5, 4, 3], start=4):
+            trainer.step = step
+            second.on_validation_end(trainer, {"error": error})
+        second.on_train_end(trainer)
+        assert steps_in(tmp_path / "best") == [1, 2, 3, 6]
+        assert first.best_model_path.name == ModelCheckpoint(tmp_path / "best").best_model_path.name == "1"
+        assert second.best_model_path.name == "6"
+
+    def test_a_run_that_could_replace_the_best_by_another_monitor_is_refused_before_it_trains(self, tmp_path):
+        run(build(tmp_path, ModelCheckpoint(tmp_path / "best")))
+        before = contents(tmp_path / "best")
+        trainer = build(tmp_path, ModelCheckpoint(tmp_path / "best", monitor="val_mean_error"))
+        with pytest.raises(ArgumentError, match=r"another metric than 'val_mean_error' up to step 15, .* at step 0"):
+            run(trainer)
+        assert trainer.step == 0
+        assert contents(tmp_path / "best") == before
+
+    def test_two_callbacks_with_one_directory_are_refused(self, tmp_path):
+        both = [ModelCheckpoint(tmp_path / "best"), ModelCheckpoint(tmp_path / "best", monitor="val_mean_error")]
+        trainer = build(tmp_path, *both)
+        with pytest.raises(ArgumentError, match="best` is that of two callbacks; use a directory of its own for each"):
+            run(trainer)
+        assert trainer.step == 0
+        assert not (tmp_path / "best").exists()
 
 
 class TestInARun:
@@ -215,7 +289,7 @@ class TestFailures:
         trainer = build(tmp_path, ModelCheckpoint(tmp_path / "best"))
         with pytest.raises(ArgumentError, match="`monitor` is 'val_loss', but this run validates on nothing; pass"):
             trainer.train(regression(20), 3, 4)
-        assert trainer.step == 5
+        assert trainer.step == 0
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -229,70 +303,3 @@ class TestFailures:
     def test_arguments(self, options, message, tmp_path):
         with pytest.raises(ArgumentError, match=message):
             ModelCheckpoint(tmp_path, **options)
-
-
-class TestEarlyStopping:
-    def play(self, scores, **options):
-        class Told:
-            step = 0
-
-        stopping, trainer = EarlyStopping(**options), Told()
-        stopping.on_train_begin(trainer)
-        for step, score in enumerate(scores, start=1):
-            trainer.step = step
-            stopping.on_validation_end(trainer, {"loss": score})
-        return stopping
-
-    @pytest.mark.parametrize(
-        ("scores", "options", "stopped", "best"),
-        [
-            ([3, 2, 1, 0], {}, None, 0),
-            ([1, 2, 3, 4, 5], {}, 4, 1),
-            ([1, 2, 3, 4, 5], {"mode": "max"}, None, 5),
-            ([1, 2, 0.5, 3, 3, 3], {}, 6, 0.5),
-            ([1, 0.95, 0.9, 0.85], {"min_delta": 0.2, "patience": 2}, 3, 1),
-            ([nan, nan], {"patience": 2}, 2, None),
-            ([nan, 1, nan, nan], {"patience": 2}, 4, 1),
-            ([inf, 5], {"patience": 1}, 1, 5),
-            ([1, 1], {"patience": 1}, 2, 1),
-        ],
-    )
-    def test_when_it_stops(self, scores, options, stopped, best):
-        stopping = self.play(scores, **options)
-        assert stopping.stopped_step == stopped
-        assert stopping.should_stop == (stopped is not None)
-        assert stopping.best_score == best
-
-    def test_it_ends_a_run_after_the_epoch_and_the_next_run_starts_anew(self, tmp_path):
-        stopping = EarlyStopping(patience=1, min_delta=1e9)
-        trainer = build(tmp_path, stopping)
-        run(trainer, epochs=10)
-        assert (trainer.epoch, stopping.stopped_step) == (2, 10)
-        run(trainer, epochs=10)
-        assert (trainer.epoch, stopping.stopped_step) == (4, 20)
-
-    def test_a_metric_of_training(self, tmp_path):
-        stopping = EarlyStopping(monitor="loss", patience=2, min_delta=1e9)
-        trainer = build(tmp_path, stopping)
-        trainer.train(regression(20), 10, 4)
-        assert trainer.epoch == 3
-
-    @pytest.mark.parametrize("step", range(1, 16))
-    def test_a_resumed_run_stops_where_it_would_have(self, step, tmp_path):
-        whole = build(tmp_path, EarlyStopping(patience=2, min_delta=1e9), save_interval=1)
-        run(whole, epochs=10)
-        assert whole.step == 15
-        again = build(tmp_path / "again", stopping := EarlyStopping(patience=2, min_delta=1e9))
-        run(again, epochs=10, resume=tmp_path / "files" / f"checkpoint_{step}.msgpack")
-        assert (again.step, stopping.stopped_step) == (15, 15)
-        assert_same_bits(again.state, whole.state)
-
-    def test_arguments(self):
-        with pytest.raises(ArgumentError, match="`patience` is 0; it must be a positive integer"):
-            EarlyStopping(patience=0)
-        with pytest.raises(ArgumentError, match="`min_delta` is -1; it must be zero or more"):
-            EarlyStopping(min_delta=-1)
-
-    def test_a_missing_monitor(self, tmp_path):
-        with pytest.raises(ArgumentError, match="`monitor` is 'val_los', which nothing measured; did you mean"):
-            run(build(tmp_path, EarlyStopping("val_los")))

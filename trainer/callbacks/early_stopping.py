@@ -1,4 +1,4 @@
-"""Ending a run that has stopped improving."""
+"""`EarlyStopping`: ends a run that no longer improves."""
 
 import math
 from collections.abc import Mapping
@@ -10,24 +10,28 @@ from trainer.errors import ArgumentError, check_count
 
 
 class EarlyStopping(Callback):
-    """Ends the run after the epoch in which a metric has not improved ``patience`` times in a row.
+    """Ends the run when a metric has not improved for ``patience`` checks in a row, or has a value that says enough.
 
-    A metric named ``val_…`` is judged at every validation, any other at the end of every epoch. What
-    it has seen travels with checkpoints, so a resumed run stops where it would have. Another call of
-    ``train`` starts anew.
+    A metric named ``val_<name>`` is checked at every validation, any other metric at the end of every epoch. The run
+    ends after the epoch of the check that decided it. The best score and the count are saved in checkpoints, so a
+    resumed run stops where the interrupted run would have stopped. A new run starts without them.
 
     Args:
         monitor: The metric.
-        mode: "min" or "max", whichever is better.
-        patience: How many judgements in a row without an improvement end the run. NaN is none.
-        min_delta: By how much more than this a value must be better to be an improvement.
+        mode: "min" or "max": whether a smaller or a larger value is better.
+        patience: The number of checks in a row without an improvement that ends the run.
+        min_delta: An improvement is better than the best score by more than this.
+        check_finite: Whether a value that is NaN or infinite ends the run. If not, NaN is no improvement.
+        stopping_threshold: A value at least as good as this ends the run.
+        divergence_threshold: A value worse than this ends the run.
 
     Attributes:
-        best_score: The best value so far, None before the first that is a number.
-        stopped_step: The updates finished when it decided to end the run, None if it did not.
+        best_score: The best value so far; None before the first one that is a number.
+        stopped_step: The updates finished when it decided to end the run; None if it has not.
 
     Raises:
-        ArgumentError: An argument cannot be used; during a run, when nothing measures the metric.
+        ArgumentError: An argument cannot be used; at the start of a run, if the run validates on nothing and the
+            metric is that of a validation; during a run, if the metric does not exist.
     """
 
     best_score: float | None
@@ -37,55 +41,76 @@ class EarlyStopping(Callback):
         self,
         monitor: str = "val_loss",
         mode: Literal["min", "max"] = "min",
-        patience: int = 3,
+        patience: int = 10,
         min_delta: float = 0.0,
+        *,
+        check_finite: bool = True,
+        stopping_threshold: float | None = None,
+        divergence_threshold: float | None = None,
     ) -> None:
         self._monitor = Monitor(monitor, mode)
         self._patience = check_count(patience, "patience")
         if not 0 <= min_delta < math.inf:
             raise ArgumentError(f"`min_delta` is {min_delta!r}; it must be zero or more, and finite.")
         self._min_delta = float(min_delta)
-        self._restored = False
+        self._check_finite = check_finite
+        self._stopping_threshold = _threshold(stopping_threshold, "stopping_threshold")
+        self._divergence_threshold = _threshold(divergence_threshold, "divergence_threshold")
+        self._is_restored = False
         self._start()
 
     def on_train_begin(self, trainer: Any) -> None:
-        del trainer
-        if not self._restored:
+        self._monitor.check_run(trainer)
+        # A run that is resumed continues the count, and so does a new run right after a checkpoint was loaded.
+        if getattr(trainer, "is_new_run", True) and not self._is_restored:
             self._start()
-        self._restored = False
+        self._is_restored = False
 
     def on_validation_end(self, trainer: Any, logs: dict[str, float]) -> None:
         if self._monitor.of_validation:
-            self._judge(trainer, logs)
+            self._check(trainer, logs)
 
     def on_epoch_end(self, trainer: Any, epoch: int, logs: dict[str, float]) -> None:
         del epoch
         if not self._monitor.of_validation:
-            self._judge(trainer, logs)
+            self._check(trainer, logs)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what it has seen, as plain values."""
+        """Returns the best score, the checks since then, and where it stopped, as plain values."""
         return {"best_score": self.best_score, "waited": self._waited, "stopped_step": self.stopped_step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from what another has seen."""
+        """Continues from what `state_dict` returned."""
         self.best_score, self._waited = state["best_score"], state["waited"]
         self.stopped_step = state["stopped_step"]
         self.should_stop = self.stopped_step is not None
-        self._restored = True
+        self._is_restored = True
 
     def _start(self) -> None:
         self.best_score = self.stopped_step = None
         self.should_stop = False
         self._waited = 0
 
-    def _judge(self, trainer: Any, logs: Mapping[str, float]) -> None:
+    def _check(self, trainer: Any, logs: Mapping[str, float]) -> None:
         score = self._monitor.read(logs)
-        rank = self._monitor.rank
-        best = -math.inf if self.best_score is None else rank(self.best_score)
-        if rank(score) > best + (self._min_delta if best > -math.inf else 0.0):
-            self.best_score, self._waited = score, 0
-            return
-        self._waited += 1
-        if self._waited >= self._patience and not self.should_stop:
+        rank = self._monitor.rank(score)
+        best = -math.inf if self.best_score is None else self._monitor.rank(self.best_score)
+        if self._check_finite and not math.isfinite(score):
+            stops = True
+        elif rank > best + (self._min_delta if best > -math.inf else 0.0):
+            self.best_score, self._waited, stops = score, 0, False
+        else:
+            self._waited += 1
+            stops = self._waited >= self._patience
+        if self._stopping_threshold is not None:
+            stops = stops or rank >= self._monitor.rank(self._stopping_threshold)
+        if self._divergence_threshold is not None:
+            stops = stops or rank < self._monitor.rank(self._divergence_threshold)
+        if stops and not self.should_stop:
             self.should_stop, self.stopped_step = True, trainer.step
+
+
+def _threshold(value: float | None, name: str) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise ArgumentError(f"`{name}` is {value!r}; it must be a finite number, or None for no threshold.")
+    return None if value is None else float(value)

@@ -1,4 +1,4 @@
-"""A metric that somebody watches: which one, and which way is better."""
+"""`Monitor`: the metric that a callback watches, and which of two values is better."""
 
 import math
 from collections.abc import Mapping
@@ -9,17 +9,20 @@ from trainer.loggers.base import prefixed
 
 
 class Monitor:
-    """Reads a metric where it is measured, and tells which of two values is better.
+    """Reads a metric from the logs of an event, and ranks its values.
 
-    A name that begins with ``val_`` is that of a validation average and is read when a validation
-    ends, so that it belongs to the state of that moment; any other is an average of an epoch.
+    A name that begins with ``val_`` is the average of a validation. It is read when the validation ends, so that the
+    value belongs to the current state. Any other name is an average of an epoch.
 
     Args:
         name: The metric.
-        mode: "min" or "max", whichever is better.
+        mode: "min" or "max": whether a smaller or a larger value is better.
+
+    Attributes:
+        of_validation: Whether the metric is the average of a validation.
 
     Raises:
-        ArgumentError: ``mode`` is something else.
+        ArgumentError: ``mode`` is neither.
     """
 
     def __init__(self, name: str, mode: Literal["min", "max"]) -> None:
@@ -29,11 +32,23 @@ class Monitor:
         self.mode = mode
         self.of_validation = name.startswith("val_")
 
+    def check_run(self, trainer: Any) -> None:
+        """Checks, before a run trains, that it can measure the metric.
+
+        Raises:
+            ArgumentError: The metric is that of a validation, and the run has no data to validate on.
+        """
+        if self.of_validation and not getattr(trainer, "validates", True):
+            raise ArgumentError(
+                f"`monitor` is {self.name!r}, but this run validates on nothing; pass `val_data`, or watch "
+                f"an average of training."
+            )
+
     def read(self, logs: Mapping[str, Any]) -> float:
         """Returns the value, from the logs of ``on_validation_end`` or ``on_epoch_end``.
 
         Raises:
-            ArgumentError: There is no such metric.
+            ArgumentError: The logs have no such metric.
         """
         known = prefixed("val_", logs) if self.of_validation else logs
         if self.name not in known:
@@ -43,7 +58,7 @@ class Monitor:
         return float(known[self.name])
 
     def rank(self, value: float) -> float:
-        """Returns a number that is larger for a better value. NaN is worst: it is no improvement on anything."""
+        """Returns a number that is larger for a better value, and smallest for NaN."""
         if math.isnan(value):
             return -math.inf
         return -value if self.mode == "min" else value

@@ -37,7 +37,8 @@ from trainer.checkpoints.state_io import (
 from trainer.compile.analysis import Compilation, read_compilation
 from trainer.compile.collection import scheduled_collection
 from trainer.compile.dispatch import Calls, Layout, Program, StepPrograms, leaves_of
-from trainer.config.optimizers import make_optimizer, make_schedule, needs_horizon
+from trainer.config.optimizers import make_optimizer
+from trainer.config.schedules import make_schedule, needs_horizon
 from trainer.config.training import TrainingConfig
 from trainer.data.memory import EpochOfData, InMemoryData, one_pass, seed_from_key, takes_batch_size
 from trainer.data.resumable import LoaderPass, LoaderPosition

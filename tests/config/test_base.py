@@ -7,7 +7,7 @@ from typing import Any, Literal, Optional
 import pytest
 
 from tests.config.examples import ADAM, FULL, MINIMAL, optimizer, scheduler, training
-from trainer import ConfigError, ExtensionConfig, OptimizerConfig, TrainingConfig
+from trainer import ConfigError, ExtensionConfig, OptimizerConfig, SchedulerConfig, TrainingConfig
 from trainer.errors import did_you_mean
 
 
@@ -222,3 +222,48 @@ def test_subclasses_are_checked_under_their_own_name(changes, message):
     with pytest.raises(ConfigError) as caught:
         Rich(**changes)
     assert str(caught.value) == message
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Restarts(SchedulerConfig):
+    restarts: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study(TrainingConfig):
+    scheduler: Restarts | None = None
+    trials: tuple[int, ...] = ()
+
+
+def test_subclasses_of_every_configuration_add_fields(tmp_path):
+    plain = {"scheduler_type": "cosine", "restarts": 2}
+    made = Study.from_dict({"optimizer": {"optimizer_type": "sgd", "learning_rate": 1}, "scheduler": plain})
+    assert made.scheduler == Restarts(scheduler_type="cosine", restarts=2)
+    made.replace(trials=[1, 2]).to_yaml(tmp_path / "study.yaml")
+    assert Study.from_yaml(tmp_path / "study.yaml") == made.replace(trials=(1, 2))
+    with pytest.raises(ConfigError, match=r"`Study\.scheduler\.restart` is no field; did you mean 'restarts'\?"):
+        Study.from_dict({"optimizer": ADAM, "scheduler": {"scheduler_type": "cosine", "restart": 2}})
+
+
+LABELS = {"name": "a", "description": "what it is for", "tags": ["x", "y"], "metadata": {"seed": [1, None]}}
+
+
+@pytest.mark.parametrize("cls", MINIMAL)
+def test_labels_are_read_kept_and_written_back(cls, tmp_path):
+    made = cls.from_dict({**MINIMAL[cls], **LABELS})
+    assert (made.tags, made.metadata) == (("x", "y"), {"seed": [1, None]})
+    assert made.to_dict().items() >= LABELS.items()
+    made.to_yaml(tmp_path / "config.yaml")
+    assert cls.from_yaml(tmp_path / "config.yaml") == made
+
+
+def test_labels_of_nested_configurations_are_kept():
+    nested = {"optimizer": {**PLAIN_ADAM, **LABELS}, "scheduler": {"scheduler_type": "none", **LABELS}, **LABELS}
+    made = TrainingConfig.from_dict(nested)
+    assert made.optimizer.description == made.scheduler.description == "what it is for"
+    assert TrainingConfig.from_dict(made.to_dict()) == made
+
+
+def test_configurations_are_hashable():
+    assert hash(FULL) == hash(TrainingConfig.from_dict(FULL.to_dict()))
+    assert len({ADAM, ADAM.replace(learning_rate=1.0), ADAM.replace(tags=("a",))}) == 3

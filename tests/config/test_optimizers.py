@@ -1,5 +1,7 @@
 """Optimizers: each equals what a reader of the configuration would write with optax."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from trainer import OptimizerConfig, make_optimizer
+from trainer import ConfigError, OptimizerConfig, make_optimizer
 from trainer.config.optimizers import OPTIMIZER_FIELDS
 
 RATE = 0.03
@@ -271,3 +273,61 @@ def test_a_schedule_replaces_the_learning_rate(name):
     chex.assert_trees_all_equal(scheduled[0], jax.tree.map(np.zeros_like, scheduled[0]))
     assert optax.tree.norm(scheduled[1]) > 0
     assert optax.tree.norm(plain[0]) < 10
+
+
+BY_DEFAULT = {
+    "adam": optax.adam(RATE),
+    "adamw": optax.adamw(RATE, weight_decay=0.0),
+    "sgd": optax.sgd(RATE),
+    "rmsprop": optax.rmsprop(RATE),
+    "adagrad": optax.adagrad(RATE),
+    "lamb": optax.lamb(RATE),
+    "radam": optax.radam(RATE),
+    "nadam": optax.nadam(RATE),
+    "lion": optax.lion(RATE, weight_decay=0.0),
+    "adafactor": optax.adafactor(RATE),
+    "muon": optax.contrib.muon(RATE),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZER_FIELDS)
+def test_a_field_that_is_left_out_is_optax_s_default(name):
+    made = make(name)
+    chex.assert_trees_all_equal(run(made), run(BY_DEFAULT[name]))
+    chex.assert_trees_all_equal_structs(made.init(random_tree(0)), BY_DEFAULT[name].init(random_tree(0)))
+
+
+def test_a_momentum_of_zero_is_no_momentum():
+    by_hand = optax.contrib.muon(RATE, beta=0.0)
+    chex.assert_trees_all_equal(run(make("muon", momentum=0.0)), run(by_hand))
+    assert jax.tree.leaves(make("sgd", momentum=0.0).init(random_tree(0))) == []
+
+
+@pytest.mark.parametrize("name", OPTIMIZER_FIELDS)
+def test_the_defaults_that_the_reference_spells_out_are_kept_where_nothing_reads_them(name):
+    spelt_out = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "momentum": 0.0, "initial_accumulator_value": 0.1}
+    config = OptimizerConfig(optimizer_type=name, learning_rate=RATE, **spelt_out)
+    assert config.to_dict().items() >= spelt_out.items()
+    assert OptimizerConfig.from_dict(config.to_dict()) == config
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mine(OptimizerConfig):
+    lookahead: int = 5
+    doubled: int = dataclasses.field(init=False, default=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "doubled", 2 * self.lookahead)
+
+
+def test_a_subclass_adds_fields(tmp_path):
+    config = Mine(optimizer_type="adam", learning_rate=RATE, lookahead=6)
+    config.to_yaml(tmp_path / "mine.yaml")
+    assert Mine.from_yaml(tmp_path / "mine.yaml") == config
+    assert config.replace(lookahead=7).doubled == 14
+    chex.assert_trees_all_equal(run(make_optimizer(config)), run(make("adam")))
+    with pytest.raises(ConfigError, match=r"`Mine\.momentum` is 0\.9, but 'adam' does not read it"):
+        config.replace(momentum=0.9)
+    with pytest.raises(ConfigError, match=r"`Mine\.lookahead` is '6' of type str; it must be int\."):
+        config.replace(lookahead="6")

@@ -123,7 +123,7 @@ class Config:
 
 
 def _arguments(cls: type[Any]) -> list[dataclasses.Field[Any]]:
-    # A subclass may compute a field (`init=False`); then nobody can pass it, nor read it back.
+    # A subclass may compute a field (`init=False`): its constructor does not take that field.
     return [field for field in dataclasses.fields(cls) if field.init]
 
 

@@ -63,9 +63,10 @@ _OPTIMIZERS = {
 OPTIMIZER_FIELDS: dict[str, frozenset[str]] = {
     name: frozenset({*row.arguments, "weight_decay"}) for name, row in _OPTIMIZERS.items()
 }
-"""Each optimizer with the fields that it reads, beside those that all of them read."""
+"""Each optimizer with the fields that it reads, beyond what all of them read (rate, clipping)."""
 
-# The reference's configurations and older files of ours spell these out for every optimizer.
+# Configurations of the reference, and files from before None was a default, hold these values for
+# every optimizer. Where an optimizer does not read the field, the value is kept and not refused.
 _REFERENCE_DEFAULTS = {
     "beta1": 0.9,
     "beta2": 0.999,
@@ -138,9 +139,9 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Returns the optax chain ``clip(value) → clip_by_global_norm → optimizer``.
 
-    The hyperparameters go to the optax function of the same name, which fills in those that are
-    None. Where that function has no decoupled weight decay (adam, sgd, rmsprop, adagrad, radam,
-    nadam), λ = ``weight_decay`` joins the gradient before it: g ← g + λθ.
+    The hyperparameters go to the optax function of the same name, which keeps its default where a value is None.
+    Where that function has no decoupled weight decay (adam, sgd, rmsprop, adagrad, radam, nadam),
+    λ = ``weight_decay`` joins the gradient before it: g ← g + λθ.
 
     Args:
         config: Which optimizer, and its hyperparameters.

@@ -15,6 +15,11 @@ from trainer.errors import ConfigError
 _Steps = Any
 
 
+def _at_least(least: int, steps: _Steps) -> _Steps:
+    # A Python int stays an int: a schedule can be built before JAX starts its devices.
+    return jnp.maximum(steps, least) if isinstance(steps, jax.Array) else max(steps, least)
+
+
 def _stretched(schedule: optax.Schedule, steps: _Steps) -> optax.Schedule:
     """Returns a schedule over [0, 1], stretched to ``steps``.
 
@@ -69,9 +74,9 @@ def _multistep(config: "SchedulerConfig", peak: float, floor: float, steps: _Ste
 
 def _cyclic(config: "SchedulerConfig", peak: float, floor: float, steps: _Steps) -> optax.Schedule:
     length = config.cycle_length or steps
-    half = jnp.maximum(length // 2, 1)
+    half = _at_least(1, length // 2)
     rise = _stretched(optax.linear_schedule(floor, peak, 1), half)
-    fall = _stretched(optax.linear_schedule(peak, floor, 1), jnp.maximum(length - half, 1))
+    fall = _stretched(optax.linear_schedule(peak, floor, 1), _at_least(1, length - half))
     triangle = optax.join_schedules([rise, fall], [half])
     return lambda count: triangle(count % length)
 
@@ -196,14 +201,14 @@ def make_schedule(
     given = config.total_steps or (None if config.scheduler_type == "cyclic" else config.cycle_length)
     last = total_steps if given is None else given
     # At least a step is left after the warm-up: nothing divides by zero, even in a run of no steps.
-    horizon = jnp.maximum(0 if last is None else last, warmup + 1)
+    horizon = _at_least(warmup + 1, 0 if last is None else last)
     if config.scheduler_type == "one_cycle":
         start, rise_steps = floor, warmup or 3 * horizon // 10
     elif warmup:
         start, rise_steps = 0.0, warmup
     else:
         return build(config, peak, floor, horizon)
-    rise = _stretched(optax.linear_schedule(start, peak, 1), jnp.maximum(rise_steps, 1))
+    rise = _stretched(optax.linear_schedule(start, peak, 1), _at_least(1, rise_steps))
     after = build(config, peak, floor, horizon - rise_steps)
     return optax.join_schedules([rise, after], [rise_steps])
 

@@ -12,10 +12,10 @@ from trainer.checkpoints.state_io import save_state as save_state
 from trainer.compile.analysis import Compilation as Compilation
 from trainer.compile.analysis import keep_compilations as keep_compilations
 from trainer.compile.planning import plan as plan
+from trainer.config.optimizers import OptimizerConfig as OptimizerConfig
 from trainer.config.optimizers import make_optimizer as make_optimizer
-from trainer.config.optimizers import make_schedule as make_schedule
-from trainer.config.training import OptimizerConfig as OptimizerConfig
-from trainer.config.training import SchedulerConfig as SchedulerConfig
+from trainer.config.schedules import SchedulerConfig as SchedulerConfig
+from trainer.config.schedules import make_schedule as make_schedule
 from trainer.config.training import TrainingConfig as TrainingConfig
 from trainer.data.memory import InMemoryData as InMemoryData
 from trainer.errors import ArgumentError as ArgumentError

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from trainer.callbacks.base import Callback
-from trainer.config.training import Config
+from trainer.config.base import Config
 from trainer.errors import ArgumentTypeError
 
 

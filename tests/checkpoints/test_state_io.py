@@ -31,7 +31,7 @@ from trainer import (
 )
 from trainer.checkpoints.file_format import Bundle, write_bundle
 from trainer.checkpoints.state_io import describe_leaf, load_with_progress, prune
-from trainer.config.training import OPTIMIZER_FIELDS
+from trainer.config.optimizers import OPTIMIZER_FIELDS
 
 EXTENSIONS = {"size": Counting()}
 

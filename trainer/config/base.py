@@ -1,0 +1,213 @@
+"""The base of every configuration: frozen, checked when made, to and from plain dicts and YAML.
+
+A field that would do nothing is an error: an unknown name, a wrong type, or a value that the chosen
+optimizer or schedule never reads (``momentum`` for ``adam``).
+"""
+
+import dataclasses
+import math
+import os
+import re
+import types
+import typing
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from trainer.errors import ConfigError, did_you_mean
+
+_LABELS = ("description", "tags", "metadata")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """A frozen dataclass whose values are checked against their annotations.
+
+    Subclasses add fields and check them in ``__post_init__``, after ``super().__post_init__()``. The
+    four fields here are labels: they change nothing in a run.
+
+    Attributes:
+        name: A short label.
+        description: A longer text.
+        tags: Words to search for.
+        metadata: Any plain values. It takes no part in the hash of the configuration.
+
+    Raises:
+        ConfigError: A field has the wrong type or an impossible value. The message gives its path.
+    """
+
+    name: str = ""
+    description: str = ""
+    tags: tuple[str, ...] = ()
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = _coerce(getattr(self, field.name), hints[field.name], self._path(field.name))
+            object.__setattr__(self, field.name, value)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Returns the configuration that nested plain mappings describe.
+
+        Raises:
+            ConfigError: A field is unknown, missing, mistyped or impossible. Unknown and missing
+                fields of a mapping are all in the message, with their paths and the nearest names.
+        """
+        config: Self = _from_mapping(cls, data, cls.__name__)
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns nested dicts of plain values, labels last; `from_dict` reads them back, a Path as a string."""
+        names = sorted((field.name for field in _arguments(type(self))), key=_LABELS.__contains__)
+        return {name: _plain(getattr(self, name)) for name in names}
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str]) -> Self:
+        """Returns the configuration in a YAML file; ``1e-3`` there is a number.
+
+        Raises:
+            ConfigError: As in `from_dict`.
+        """
+        import yaml
+
+        data = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_loader())  # noqa: S506 - a SafeLoader
+        return cls.from_dict(data)
+
+    def to_yaml(self, path: str | os.PathLike[str]) -> None:
+        """Writes a YAML file: fields in the order of their declaration, labels last."""
+        import yaml
+
+        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+
+    def replace(self, **changes: Any) -> Self:
+        """Returns a checked copy with some fields replaced."""
+        return dataclasses.replace(self, **changes)
+
+    def _path(self, field: str) -> str:
+        return f"{type(self).__name__}.{field}"
+
+    def _require(self, field: str, wanted: str, holds: bool) -> None:
+        if not holds:
+            raise ConfigError(f"`{self._path(field)}` is {getattr(self, field)!r}; it must be {wanted}.")
+
+    def _positive(self, *fields: str) -> None:
+        for field in fields:
+            value = getattr(self, field)
+            self._require(field, "positive and finite", value is None or 0 < value < math.inf)
+
+    def _within(self, field: str, low: float, high: float) -> None:
+        self._require(field, f"between {low} and {high}", low <= getattr(self, field) <= high)
+
+    def _refuse_unread(
+        self, kind: str, readers: Mapping[str, Collection[str]], harmless: Mapping[str, Any] | None = None
+    ) -> None:
+        """Refuses a field that ``readers`` gives to other choices of ``kind`` than the chosen.
+
+        A field that no choice reads is a label, or a subclass added it: both are kept. So are the
+        default of the field and its value in ``harmless``.
+        """
+        chosen = getattr(self, kind)
+        if chosen not in readers:
+            raise ConfigError(f"`{self._path(kind)}` is {chosen!r}; {did_you_mean(chosen, readers)}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            others = sorted(name for name, fields in readers.items() if field.name in fields)
+            if not others or chosen in others or value in (field.default, (harmless or {}).get(field.name)):
+                continue
+            raise ConfigError(
+                f"`{self._path(field.name)}` is {value!r}, but {chosen!r} does not read it, "
+                f"so it would do nothing; remove it, or choose one that does: {', '.join(others)}."
+            )
+
+
+def _arguments(cls: type[Any]) -> list[dataclasses.Field[Any]]:
+    # A subclass may compute a field (`init=False`): its constructor does not take that field.
+    return [field for field in dataclasses.fields(cls) if field.init]
+
+
+def _from_mapping(cls: type[Any], data: Any, path: str) -> Any:
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"`{path}` is of type {type(data).__name__}; it must be a mapping of fields.")
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in _arguments(cls)}
+    problems = [
+        f"`{path}.{name}` is no field; {did_you_mean(str(name), fields)}" for name in data if name not in fields
+    ]
+    problems += [
+        f"`{path}.{name}` is required."
+        for name, field in fields.items()
+        if name not in data and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    if problems:
+        raise ConfigError(" ".join(problems))
+    values = {}
+    for name, value in data.items():
+        nested = _config_class(hints[name])
+        if nested is not None and isinstance(value, Mapping):
+            value = _from_mapping(nested, value, f"{path}.{name}")
+        values[name] = value
+    return cls(**values)
+
+
+def _config_class(hint: Any) -> type[Config] | None:
+    for option in typing.get_args(hint) or (hint,):
+        if isinstance(option, type) and issubclass(option, Config):
+            return option
+    return None
+
+
+def _coerce(value: Any, hint: Any, path: str) -> Any:
+    """Returns ``value`` as the annotated type; raises where the conversion would lose or invent something."""
+    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    options = typing.get_args(hint) if union else (hint,)
+    for option in options:
+        origin = typing.get_origin(option) or option
+        if option is types.NoneType and value is None:
+            return None
+        if option is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if origin is tuple and isinstance(value, list | tuple):
+            items = typing.get_args(option) or (Any, ...)
+            items = items[:1] * len(value) if items[-1] is ... else items
+            if len(items) != len(value):
+                continue
+            return tuple(_coerce(entry, items[i], f"{path}[{i}]") for i, entry in enumerate(value))
+        if origin is dict and isinstance(value, Mapping):
+            return dict(value)
+        # Any, Literal and the like in a subclass: isinstance cannot check them.
+        if origin is Any or not isinstance(origin, type):
+            return value
+        # In Python a bool is an int; as a number in a configuration it is a mistake.
+        if isinstance(value, origin) and not (isinstance(value, bool) and origin is not bool):
+            return value
+    wanted = " or ".join("None" if option is types.NoneType else _type_name(option) for option in options)
+    raise ConfigError(f"`{path}` is {value!r} of type {type(value).__name__}; it must be {wanted}.")
+
+
+def _type_name(option: Any) -> str:
+    return option.__name__ if isinstance(option, type) and not typing.get_args(option) else str(option)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Config):
+        return value.to_dict()
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _loader() -> type[Any]:
+    """Returns a SafeLoader that reads ``1e-3`` as a number; in YAML 1.1 it is a string."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
+    return Loader

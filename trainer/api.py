@@ -56,7 +56,7 @@ from trainer.loggers.fanout import Reporter
 from trainer.metrics.history import History, WeightedAverage, metrics_at
 from trainer.metrics.throughput import Meter, Throughput
 from trainer.run import Books, RunProgress
-from trainer.sharding.batches import devices_of
+from trainer.sharding.placement import placement_of
 from trainer.state import TrainState, check_model, check_optimizer
 from trainer.steps import check_extensions, check_loss_fn, make_eval_step, make_train_step
 from trainer.types import Batch, ExtensionLike, LogCallback, LossFn, Metrics
@@ -182,8 +182,8 @@ class Trainer:
         self._listeners = Listeners((self.callbacks, *self.extensions.values()))
         self.history = History()
         self.epoch = 0
-        self._devices = devices_of(mesh, partition_rules)
-        self.is_primary_process = self._devices.is_primary_process
+        self._placement = placement_of(mesh, partition_rules)
+        self.is_primary_process = self._placement.is_primary_process
         rng = jax.random.PRNGKey(0) if rng is None else rng
         about = {"mesh": str(mesh and dict(mesh.shape)), "partition_rules": str(partition_rules)}
         self._agree("Trainer", {"training_config": training_config.to_dict(), "save_interval": save_interval, **about})
@@ -192,7 +192,7 @@ class Trainer:
         self._horizon = self._horizon_of_loader()
         self._programs = StepPrograms(self._make_step, self._enabled, steps_per_call)
         optimizer = self._build_optimizer(self._horizon or _SOME_HORIZON)
-        self.state = self._devices.create(model, optimizer, rng, wrt, self.extensions)
+        self.state = self._placement.create(model, optimizer, rng, wrt, self.extensions)
         if not jax.tree.leaves(self.state.params):
             raise ArgumentError(
                 f"`model` has no parameters: `wrt` = {wrt!r} selects none of its variables, so there is nothing "
@@ -216,7 +216,7 @@ class Trainer:
         self._handle_signals = handle_signals
         self.throughput: Throughput | None = None
         self._has_advised = False
-        self._compiled_eval_step = jax.jit(make_eval_step(loss_fn), out_shardings=self._devices.replicated)
+        self._compiled_eval_step = jax.jit(make_eval_step(loss_fn), out_shardings=self._placement.replicated)
 
     @property
     def state(self) -> TrainState:
@@ -229,9 +229,9 @@ class Trainer:
     def state(self, state: TrainState) -> None:
         if not isinstance(state, TrainState):
             raise ArgumentTypeError(f"`state` is of type {type(state).__name__}; it must be a trainer.TrainState.")
-        self._state = state = self._devices.adopt(state)
+        self._state = state = self._placement.adopt(state)
         self._leaves, layout = leaves_of(state)
-        replicated = self._devices.replicated
+        replicated = self._placement.replicated
         self._programs.set_layout(
             layout, None if replicated is None else ([leaf.sharding for leaf in self._leaves], replicated)
         )
@@ -297,7 +297,7 @@ class Trainer:
             ObjectiveError: The objective or an extension breaks its contract.
             StateError: The state was donated to a step outside this trainer.
         """
-        batch, examples = self._devices.own(batch, may_be_short=False, at_once=True)
+        batch, examples = self._placement.place_batch(batch, may_be_short=False, at_once=True)
         return self._train_step(batch, examples)
 
     def compile(self, batch: Batch) -> Compilation:
@@ -315,7 +315,7 @@ class Trainer:
         Raises:
             BatchError, ObjectiveError, StateError: As for `train_step`.
         """
-        batch, _ = self._devices.specification(batch)
+        batch, _ = self._placement.abstract_batch(batch)
         self.state.check_alive()
         start = time.perf_counter()
         program = self._programs.single()
@@ -347,7 +347,7 @@ class Trainer:
         Raises:
             BatchError, ObjectiveError, StateError: As for `train_step`.
         """
-        batch, _ = self._devices.own(batch, at_once=True)
+        batch, _ = self._placement.place_batch(batch, at_once=True)
         metrics = self._eval_step(batch, 0)
         self._log("val", self.step, metrics)
         return metrics
@@ -698,7 +698,7 @@ class Trainer:
                         validate()
                     if self.step % save_every == 0:
                         self._save_if_finite(background=True)
-                if self._devices.processes == 1:  # several wait for it at the same point, before the next save
+                if self._placement.num_processes == 1:  # several wait for it at the same point, before the next save
                     self._saver.check()
                 self._interruption.check()
                 collect()
@@ -723,7 +723,7 @@ class Trainer:
         if not isinstance(batches, EpochOfData) or not batches.full_batches:
             return Calls(), looking
         most = 1 if looking else min(*moments, batches.full_batches_in_epoch)
-        batch = self._devices.specification_in(batches)
+        batch = self._placement.abstract_batch_of(batches)
         calls = self._programs.calls(self._leaves, batch, most, tuple(moments))
         if looking and calls.worth >= _MANY_STEPS and not self._has_advised:
             self._has_advised = True
@@ -743,8 +743,8 @@ class Trainer:
         """
         if calls.program is not None and isinstance(batches, EpochOfData) and batches.full_batches:
             count = min(calls.room, batches.full_batches, *(every - self.step % every for every in calls.moments))
-            return self._devices.draw_several(batches, count, calls.room), batches.batch_size, count
-        taken = self._devices.take(batches, may_be_short=self._run.batch > 0, at_once=looking)
+            return self._placement.next_batches(batches, count, calls.room), batches.batch_size, count
+        taken = self._placement.next_batch_from(batches, may_be_short=self._run.batch > 0, at_once=looking)
         return None if taken is None else (*taken, None)
 
     def _train_step(self, batch: Batch, examples: int, *, postpone: bool = False) -> Metrics:
@@ -763,7 +763,7 @@ class Trainer:
     def _train_steps(self, program: Program, batches: Batch, count: int) -> Metrics:
         """Runs several steps in one call; nobody listens to the events of their batches."""
         first, every = self.step + 1, self.training_config.log_frequency
-        metrics = self._advance(program, count, batches, self._devices.number(count))
+        metrics = self._advance(program, count, batches, self._placement.replicated_int(count))
         self._reporter.catch_up()
         due = set(range(first + -first % every, self.step + 1, every)) | ({1} if first == 1 else set())
         for step in sorted(due):
@@ -777,7 +777,7 @@ class Trainer:
         step, weights = self.step + count, self._known_weights
         if program.is_new:
             self._emit("on_compile_begin", program.name)
-            if self._devices.processes > 1:
+            if self._placement.num_processes > 1:
                 self._agree(program.name, {"program": program.text(self._leaves, *arguments)})
         try:
             self._leaves, metrics = program(self._leaves, *arguments)
@@ -785,7 +785,7 @@ class Trainer:
             self._explain_lost_state(error)
             raise
         self._state, self._known_step, self._known_weights = None, step, weights
-        if self._devices.one_at_a_time:
+        if self._placement.one_call_at_a_time:
             jax.block_until_ready(metrics)
         # Told when the new state is in place: whatever anybody raises at it, nothing is lost.
         if (compilation := program.compilation()) is not None:
@@ -805,11 +805,11 @@ class Trainer:
         Raises:
             DistributedError: In all of them, if one is about to do something else.
         """
-        if self._devices.processes > 1:
+        if self._placement.num_processes > 1:
             check_agreement({what: dict(parts)})
 
     def _agree_on_run(self, what: str, arguments: Mapping[str, Any], **data: InMemoryData | None) -> None:
-        if self._devices.processes > 1:
+        if self._placement.num_processes > 1:
             prints = {name: None if one is None else one.fingerprint() for name, one in data.items()}
             place = {"step": self.step, "epoch": self.epoch, "rng": list(self._seed)}
             self._agree(what, {**arguments, **prints, **place})
@@ -817,7 +817,7 @@ class Trainer:
     def _in_memory(self, data: Mapping[str, Any], batch_size: int, name: str) -> InMemoryData:
         held = InMemoryData(data, batch_size, name)
         if held.num_examples >= batch_size:
-            self._devices.check_batch_size(batch_size)
+            self._placement.check_batch_size(batch_size)
         return held
 
     def _pass_over_loader(self) -> LoaderPass:
@@ -842,7 +842,7 @@ class Trainer:
 
     def _positions(self, loader_pass: LoaderPass, finished: int) -> tuple[LoaderPosition, list[Any] | None]:
         """Returns where the loader is, and those of all processes where there are several."""
-        if self._devices.processes == 1:
+        if self._placement.num_processes == 1:
             return loader_pass.position(finished), None
         position, failure = LoaderPosition(), ""
         try:
@@ -898,10 +898,11 @@ class Trainer:
     def _own_position(self, checkpoint: Loaded, run: RunProgress) -> LoaderPosition | None:
         """Returns where the loader of this process was."""
         loaders = _books_in(checkpoint).loaders or [None]
-        if len(loaders) != self._devices.processes:
+        if len(loaders) != self._placement.num_processes:
             raise CheckpointError(
                 f"`{checkpoint.path}` was saved by {len(loaders)} processes, each with a loader of its own, and there "
-                f"are {self._devices.processes}; start as many, or train(data), whose order does not depend on them."
+                f"are {self._placement.num_processes}; start as many, or train(data), whose order does not depend on "
+                f"them."
             )
         if len(loaders) == 1:
             return run.loader
@@ -952,15 +953,17 @@ class Trainer:
 
     def _evaluate(self, batches: Iterator[Batch]) -> dict[str, float]:
         average = WeightedAverage()
-        for index, (batch, examples) in enumerate(iter(functools.partial(self._devices.take, batches), None)):
+        for index, (batch, examples) in enumerate(
+            iter(functools.partial(self._placement.next_batch_from, batches), None)
+        ):
             average.add(self._eval_step(batch, index), examples)
             self._interruption.check()
         return average.compute()
 
     def _eval_step(self, batch: Batch, index: int) -> Metrics:
         try:
-            metrics: Metrics = self._compiled_eval_step(self.state, batch, self._devices.number(index))
-            return jax.block_until_ready(metrics) if self._devices.one_at_a_time else metrics
+            metrics: Metrics = self._compiled_eval_step(self.state, batch, self._placement.replicated_int(index))
+            return jax.block_until_ready(metrics) if self._placement.one_call_at_a_time else metrics
         except Exception as error:
             self._explain_lost_state(error)
             raise
@@ -1022,7 +1025,7 @@ class Trainer:
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
         """Emits the first and the last event of a run, whatever happens between, and minds signals."""
-        together = self._devices.processes > 1
+        together = self._placement.num_processes > 1
         watching = self._interruption.watching(together=together) if self._handle_signals else contextlib.nullcontext()
         with watching:
             try:

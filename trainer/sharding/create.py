@@ -1,0 +1,132 @@
+"""Training states that are initialized sharded: no device ever holds the whole state."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+from flax.core import spmd
+from jax.sharding import Mesh, PartitionSpec
+
+from trainer.errors import ArgumentTypeError
+from trainer.sharding.mesh import Axes
+from trainer.sharding.partition import MIN_SIZE, partition, shardings_of
+from trainer.state import TrainState, check_model, check_optimizer, check_rng
+from trainer.types import ExtensionLike
+
+
+def abstract_state(
+    model_fn: Callable[[nnx.Rngs], nnx.Module],
+    optimizer: optax.GradientTransformation,
+    *,
+    rng: jax.Array,
+    mesh: Mesh,
+    rules: Mapping[str, PartitionSpec] | None = None,
+    logical_axes: Mapping[str, Axes] | None = None,
+    min_size: int = MIN_SIZE,
+    wrt: nnx.filterlib.Filter = nnx.Param,
+    extensions: Mapping[str, ExtensionLike] | None = None,
+) -> TrainState:
+    """Returns the state that `create_sharded` returns, with a `jax.ShapeDtypeStruct` for each array.
+
+    Nothing is computed. Each leaf has its ``sharding``, so `trainer.planning.plan` and the restoration
+    of a checkpoint can start from the result.
+    """
+    return _abstract_init(
+        model_fn, optimizer, rng, mesh, wrt, extensions, rules=rules, logical_axes=logical_axes, min_size=min_size
+    )[1]
+
+
+def create_sharded(
+    model_fn: Callable[[nnx.Rngs], nnx.Module],
+    optimizer: optax.GradientTransformation,
+    *,
+    rng: jax.Array,
+    mesh: Mesh,
+    rules: Mapping[str, PartitionSpec] | None = None,
+    logical_axes: Mapping[str, Axes] | None = None,
+    min_size: int = MIN_SIZE,
+    wrt: nnx.filterlib.Filter = nnx.Param,
+    extensions: Mapping[str, ExtensionLike] | None = None,
+) -> TrainState:
+    """Creates a state that is initialized sharded.
+
+    No device and no host ever holds the whole state: one compiled program computes each part on the
+    device that keeps it. On any mesh it equals, bit for bit, these lines compiled::
+
+        model_rng, rng = jax.random.split(rng)
+        TrainState.create(model_fn(nnx.Rngs(model_rng)), optimizer, rng=rng, wrt=wrt, extensions=extensions)
+
+    Args:
+        model_fn: Makes the module from random streams, such as ``lambda rngs: Transformer(config, rngs=rngs)``.
+            It is traced, so it must not close over large arrays.
+        optimizer: Any optax transformation.
+        rng: A key, raw or typed, the same in every process. It is an argument of the compiled program:
+            a seed written into ``model_fn`` would be a constant, which the compiler may fold, computing
+            whole parameters at compile time.
+        mesh: See `make_mesh`.
+        rules: See `partition`.
+        logical_axes: See `partition`.
+        min_size: See `partition`.
+        wrt: See `TrainState.create`.
+        extensions: The extensions whose weights and variables the state carries, see `TrainState.create`.
+
+    Raises:
+        ArgumentError: See `TrainState.create` and `partition`.
+    """
+    init, abstract = _abstract_init(
+        model_fn, optimizer, rng, mesh, wrt, extensions, rules=rules, logical_axes=logical_axes, min_size=min_size
+    )
+    with _logical_axis_rules(mesh, logical_axes):
+        state: TrainState = jax.jit(init, out_shardings=shardings_of(abstract))(rng)
+    return state
+
+
+def _abstract_init(
+    model_fn: Callable[[nnx.Rngs], nnx.Module],
+    optimizer: optax.GradientTransformation,
+    rng: jax.Array,
+    mesh: Mesh,
+    wrt: nnx.filterlib.Filter,
+    extensions: Mapping[str, ExtensionLike] | None,
+    **how: Any,
+) -> tuple[Callable[[jax.Array], TrainState], TrainState]:
+    """Returns the function from a key to the state, and the shapes and shardings of its result."""
+    check_optimizer(optimizer)
+    check_rng(rng)
+    if not callable(model_fn) or isinstance(model_fn, nnx.Module):
+        raise ArgumentTypeError(
+            f"`model_fn` is of type {type(model_fn).__name__}; it must be a callable that makes the module from random "
+            f"streams, such as `lambda rngs: Model(rngs=rngs)`. A module that exists has been whole already."
+        )
+
+    def init(rng: jax.Array) -> TrainState:
+        model_rng, rng = jax.random.split(rng)
+        model = model_fn(nnx.Rngs(model_rng))
+        check_model(model)
+        return TrainState.create(model, optimizer, rng=rng, wrt=wrt, extensions=extensions)
+
+    try:
+        with _logical_axis_rules(mesh, how["logical_axes"]):
+            shapes = jax.eval_shape(init, rng)
+    except ValueError:
+        # If a dimension's name is no axis of the mesh, JAX's error does not say which variable has it. Trace
+        # without Flax's placement, so that `partition` can raise an error that does. The lambda is a new
+        # function, whose trace is not cached.
+        with nnx.use_eager_sharding(False):  # type: ignore[no-untyped-call]
+            partition(jax.eval_shape(lambda rng: init(rng), rng), mesh, **how)
+        raise
+    shardings = partition(shapes, mesh, **how)
+    return init, jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+    )
+
+
+@contextmanager
+def _logical_axis_rules(mesh: Mesh, logical_axes: Mapping[str, Axes] | None) -> Iterator[None]:
+    """Sets the mesh and the axis rules for Flax, which places a variable with named dimensions when it is made."""
+    rules = {**dict(spmd.get_logical_axis_rules()), **(logical_axes or {})}
+    with jax.set_mesh(mesh), spmd.logical_axis_rules(tuple(rules.items())):
+        yield

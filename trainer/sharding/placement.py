@@ -1,0 +1,427 @@
+"""Placing a trainer's state and batches: on JAX's default device, or over a mesh.
+
+A batch reaches the devices in one of two ways. A batch that a caller or a loader hands over is this process's own
+part of the global batch (all of it in a single process). A batch drawn from data in memory is known to every process
+by its indices, and each process gathers only the rows that its devices hold.
+"""
+
+import functools
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol, final
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from trainer.batches import checked_batch, describe
+from trainer.data.memory import EpochOfData, rows_of
+from trainer.errors import ArgumentError, ArgumentTypeError, BatchError
+from trainer.sharding.arrays import to_global
+from trainer.sharding.partition import BATCH_AXES, batch_sharding, create_sharded, multiples_near, partition
+from trainer.state import TrainState
+from trainer.types import Batch, ExtensionLike
+
+_CACHED_INTS = 256
+
+
+class Placement(Protocol):
+    """Where a trainer computes: puts the state and the batches on devices. `placement_of` makes one.
+
+    Attributes:
+        num_processes: How many processes train together.
+        one_call_at_a_time: Whether a compiled call must finish before the next one is dispatched.
+        is_primary_process: Whether this process writes the logs.
+        replicated: The sharding of an array that every device holds; None on a single device.
+    """
+
+    @property
+    def num_processes(self) -> int: ...
+    @property
+    def one_call_at_a_time(self) -> bool: ...
+    @property
+    def is_primary_process(self) -> bool: ...
+    @property
+    def replicated(self) -> NamedSharding | None: ...
+
+    def create(
+        self,
+        model: Any,
+        optimizer: optax.GradientTransformation,
+        rng: jax.Array,
+        wrt: nnx.filterlib.Filter,
+        extensions: Mapping[str, ExtensionLike],
+    ) -> TrainState:
+        """Creates the state on its devices; arguments as for `TrainState.create`.
+
+        Over a mesh ``model`` may also be a callable from ``nnx.Rngs`` to the model: the state is then initialized
+        sharded, see `create_sharded`.
+        """
+
+    def adopt(self, state: TrainState) -> TrainState:
+        """Returns the state with every leaf placed here; a leaf that already is stays as it is."""
+
+    def check_batch_size(self, batch_size: int) -> None:
+        """Checks that the devices can share full batches of this size.
+
+        Raises:
+            ArgumentError: They cannot.
+        """
+
+    def place_batch(self, batch: Any, *, may_be_short: bool = True, at_once: bool = False) -> tuple[Batch, int]:
+        """Checks this process's part of a batch and starts its transfer to the devices.
+
+        Args:
+            batch: The part, or a global batch that is placed already.
+            may_be_short: Whether it may be a short last batch, which the devices may be unable to share evenly.
+            at_once: Whether a compiled step takes the batch right away. On a single device the step then transfers
+                it, which is faster than a ``jax.device_put`` before it.
+
+        Returns:
+            The global batch, and the number of examples in it.
+
+        Raises:
+            BatchError: It is not a batch, or the devices cannot share it.
+        """
+
+    def abstract_batch(self, batch: Any) -> tuple[Any, int]:
+        """Returns the shapes and dtypes (over a mesh also shardings) of what `place_batch` returns, and its examples.
+
+        Args:
+            batch: As for `place_batch`, of arrays or `jax.ShapeDtypeStruct`; the values are not read.
+
+        Raises:
+            BatchError: As for `place_batch` with ``may_be_short=False``.
+        """
+
+    def next_batch(self, epoch: EpochOfData, *, at_once: bool = False) -> tuple[Batch, int] | None:
+        """Returns the next batch of data in memory, placed, and its examples; None at the end of the epoch.
+
+        Args:
+            epoch: The data. Every process draws the same batches from it.
+            at_once: As for `place_batch`.
+        """
+
+    def next_batches(self, epoch: EpochOfData, count: int, capacity: int) -> Batch:
+        """Returns the next ``count`` full batches, placed, in arrays of shape ``(capacity, batch_size, ...)``.
+
+        Rows from ``count`` on are padding with unspecified values.
+        """
+
+    def abstract_batch_of(self, epoch: EpochOfData) -> Any:
+        """Returns the shapes and dtypes (over a mesh also shardings) of a full batch from `next_batch`."""
+
+    def replicated_int(self, value: int) -> jax.Array:
+        """Returns an int32 scalar that every device holds."""
+
+    def next_batch_from(
+        self, batches: Iterator[Batch], *, may_be_short: bool = True, at_once: bool = False
+    ) -> tuple[Batch, int] | None:
+        """Returns the next batch of data in memory or of a loader, placed, and its examples; None at the end.
+
+        Args:
+            batches: An `EpochOfData`, or an iterator over this process's parts of the batches.
+            may_be_short: As for `place_batch`.
+            at_once: As for `place_batch`.
+        """
+
+
+@final
+class SingleDevice:
+    """JAX's default device.
+
+    Batches stay uncommitted, so a compiled step takes them to wherever its state is.
+    """
+
+    num_processes = 1
+    one_call_at_a_time = False
+    is_primary_process = True
+    replicated: NamedSharding | None = None
+
+    def __init__(self) -> None:
+        self._ints = _cached_ints(None)
+
+    def create(
+        self,
+        model: Any,
+        optimizer: optax.GradientTransformation,
+        rng: jax.Array,
+        wrt: nnx.filterlib.Filter,
+        extensions: Mapping[str, ExtensionLike],
+    ) -> TrainState:
+        return TrainState.create(model, optimizer, rng=rng, wrt=wrt, extensions=extensions)
+
+    def adopt(self, state: TrainState) -> TrainState:
+        return state
+
+    def check_batch_size(self, batch_size: int) -> None:
+        del batch_size
+
+    def place_batch(self, batch: Any, *, may_be_short: bool = True, at_once: bool = False) -> tuple[Batch, int]:
+        del may_be_short
+        batch, examples = checked_batch(batch)
+        return batch if at_once else jax.device_put(batch), examples
+
+    def abstract_batch(self, batch: Any) -> tuple[Any, int]:
+        return checked_batch(batch)
+
+    def next_batch(self, epoch: EpochOfData, *, at_once: bool = False) -> tuple[Batch, int] | None:
+        batch = next(epoch, None)
+        return None if batch is None else (batch if at_once else jax.device_put(batch), epoch.drawn)
+
+    def next_batches(self, epoch: EpochOfData, count: int, capacity: int) -> Batch:
+        batches: Batch = jax.device_put(epoch.stacked(count, capacity))
+        return batches
+
+    def abstract_batch_of(self, epoch: EpochOfData) -> Any:
+        return epoch.specification()
+
+    def replicated_int(self, value: int) -> jax.Array:
+        return self._ints(value)
+
+    def next_batch_from(
+        self, batches: Iterator[Batch], *, may_be_short: bool = True, at_once: bool = False
+    ) -> tuple[Batch, int] | None:
+        return _next_batch_from(self, batches, may_be_short=may_be_short, at_once=at_once)
+
+
+@final
+class OverMesh:
+    """The devices of a mesh, see `trainer.sharding`.
+
+    The mesh axes ``data`` and ``fsdp`` split the first dimension of a batch. A short batch that they do not divide
+    is split over the axes that do divide it, or replicated; the computed result is the same.
+
+    A mesh of one device needs no sharded batches. There `SingleDevice` places them, which costs no more per batch
+    than training without a mesh.
+
+    Args:
+        mesh: The mesh.
+        rules: How the state is split, as for `trainer.partition`.
+
+    Raises:
+        ArgumentTypeError, ArgumentError: No trainer can use the mesh.
+    """
+
+    def __init__(self, mesh: Mesh, rules: Mapping[str, PartitionSpec] | None) -> None:
+        _check_mesh(mesh)
+        self.mesh, self._rules = mesh, rules
+        self._single = SingleDevice() if mesh.size == 1 else None
+        self._axes = tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
+        self._shards = _parts(mesh, self._axes)
+        self.num_processes = jax.process_count()
+        self.is_primary_process = jax.process_index() == 0
+        self.replicated = NamedSharding(mesh, PartitionSpec())
+        self._ints = _cached_ints(self.replicated)
+        local = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+        # On the CPU, one process's devices share a thread pool. Two calls in flight, each with collectives, can
+        # occupy all threads while each waits for the other: a deadlock.
+        self.one_call_at_a_time = local[0].platform == "cpu" and len(local) > 1
+        shards = self._batch_sharding(self._shards).addressable_devices_indices_map((self._shards,))
+        self._own_shards = len({index[0].start for index in shards.values() if index is not None})
+
+    def create(
+        self,
+        model: Any,
+        optimizer: optax.GradientTransformation,
+        rng: jax.Array,
+        wrt: nnx.filterlib.Filter,
+        extensions: Mapping[str, ExtensionLike],
+    ) -> TrainState:
+        if callable(model) and not isinstance(model, nnx.Module):
+            return create_sharded(
+                model, optimizer, rng=rng, mesh=self.mesh, rules=self._rules, wrt=wrt, extensions=extensions
+            )
+        return self.adopt(TrainState.create(model, optimizer, rng=rng, wrt=wrt, extensions=extensions))
+
+    def adopt(self, state: TrainState) -> TrainState:
+        if all(map(self._is_placed, jax.tree.leaves(state))):
+            return state
+        state.check_alive()
+
+        def place(leaf: Any, sharding: NamedSharding) -> Any:
+            return leaf if self._is_placed(leaf) else to_global(leaf, sharding)
+
+        adopted: TrainState = jax.tree.map(place, state, partition(state, self.mesh, self._rules))
+        return adopted
+
+    def check_batch_size(self, batch_size: int) -> None:
+        if batch_size % self._shards:
+            nearest = " or ".join(map(str, multiples_near(batch_size, self._shards)))
+            raise ArgumentError(
+                f"`batch_size` is {batch_size}, which cannot be shared by the {self._shards} devices of "
+                f"{self._named_axes()}; the nearest that can is {nearest}."
+            )
+
+    def place_batch(self, batch: Any, *, may_be_short: bool = True, at_once: bool = False) -> tuple[Batch, int]:
+        if self._single is not None:
+            return self._single.place_batch(batch, may_be_short=may_be_short, at_once=at_once)
+        batch, own = checked_batch(batch)
+        if all(map(self._is_placed, jax.tree.leaves(batch))):
+            return batch, own
+        examples = self._global_examples(batch, own, may_be_short)
+        sharding = self._batch_sharding(examples)
+        if sharding.is_fully_addressable:
+            placed: Batch = jax.device_put(batch, sharding)
+            return placed, examples
+        return jax.tree.map(
+            lambda leaf: jax.make_array_from_process_local_data(
+                sharding, np.asarray(leaf), (examples, *leaf.shape[1:])
+            ),
+            batch,
+        ), examples
+
+    def abstract_batch(self, batch: Any) -> tuple[Any, int]:
+        if self._single is not None:
+            return self._single.abstract_batch(batch)
+        batch, own = checked_batch(batch)
+        examples = self._global_examples(batch, own, may_be_short=False)
+        return self._abstract(batch, examples), examples
+
+    def next_batch(self, epoch: EpochOfData, *, at_once: bool = False) -> tuple[Batch, int] | None:
+        if self._single is not None:
+            return self._single.next_batch(epoch, at_once=at_once)
+        index = epoch.next_examples()
+        if index is None:
+            return None
+        return epoch.gathered(functools.partial(_gather, index, self._batch_sharding(len(index)))), len(index)
+
+    def next_batches(self, epoch: EpochOfData, count: int, capacity: int) -> Batch:
+        if self._single is not None:
+            return self._single.next_batches(epoch, count, capacity)
+        index = epoch.next_several(count, capacity)
+        sharding = NamedSharding(self.mesh, PartitionSpec(None, *self._batch_sharding(epoch.batch_size).spec))
+        return epoch.gathered(functools.partial(_gather, index, sharding))
+
+    def abstract_batch_of(self, epoch: EpochOfData) -> Any:
+        if self._single is not None:
+            return self._single.abstract_batch_of(epoch)
+        return self._abstract(epoch.specification(), epoch.batch_size)
+
+    def replicated_int(self, value: int) -> jax.Array:
+        return self._ints(value)
+
+    def next_batch_from(
+        self, batches: Iterator[Batch], *, may_be_short: bool = True, at_once: bool = False
+    ) -> tuple[Batch, int] | None:
+        return _next_batch_from(self, batches, may_be_short=may_be_short, at_once=at_once)
+
+    def _is_placed(self, leaf: Any) -> bool:
+        sharding = getattr(leaf, "sharding", None)
+        return isinstance(sharding, NamedSharding) and sharding.mesh == self.mesh
+
+    def _global_examples(self, batch: Any, own: int, may_be_short: bool) -> int:
+        """Returns the number of examples in the global batch, given the number in this process's part."""
+        alone = self._own_shards == self._shards
+        if own % self._own_shards and not (may_be_short and alone):
+            parts = f"the {self._own_shards} devices of {self._named_axes()}" + " in this process" * (not alone)
+            raise BatchError(
+                f"`batch` has {own} examples ({describe(batch)}), which cannot be shared by {parts}; make it a "
+                f"multiple of {self._own_shards}"
+                + (", or use data in memory, where a short last batch is allowed." if not alone else ".")
+            )
+        return own if alone else own // self._own_shards * self._shards
+
+    def _batch_sharding(self, examples: int) -> NamedSharding:
+        """Splits over each batch axis that, together with the axes before it, divides the examples."""
+        axes: tuple[str, ...] = ()
+        for axis in self._axes:
+            if examples % _parts(self.mesh, (*axes, axis)) == 0:
+                axes = (*axes, axis)
+        return batch_sharding(self.mesh, axes)
+
+    def _abstract(self, batch: Any, examples: int) -> Any:
+        sharding = self._batch_sharding(examples)
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(
+                (examples, *leaf.shape[1:]), jax.dtypes.canonicalize_dtype(leaf.dtype), sharding=sharding
+            ),
+            batch,
+        )
+
+    def _named_axes(self) -> str:
+        return " and ".join(f"`{axis}`" for axis in self._axes) or "the mesh"
+
+
+def placement_of(mesh: Mesh | None, rules: Mapping[str, PartitionSpec] | None) -> Placement:
+    """Returns the placement over a mesh, or on JAX's default device if there is no mesh.
+
+    Raises:
+        ArgumentTypeError, ArgumentError: The arguments cannot be used.
+    """
+    if mesh is not None:
+        return OverMesh(mesh, rules)
+    if rules is not None:
+        raise ArgumentError("`partition_rules` were given without a `mesh`; pass one, see trainer.make_mesh.")
+    if jax.process_count() > 1:
+        warnings.warn(
+            f"there are {jax.process_count()} processes and no `mesh`: each trains a model of its own, and they may "
+            f"write to the same files. trainer.make_mesh makes a mesh over all devices.",
+            stacklevel=3,
+        )
+    return SingleDevice()
+
+
+def _next_batch_from(
+    placement: Placement, batches: Iterator[Batch], *, may_be_short: bool, at_once: bool
+) -> tuple[Batch, int] | None:
+    if isinstance(batches, EpochOfData):
+        return placement.next_batch(batches, at_once=at_once)
+    batch = next(batches, None)
+    return None if batch is None else placement.place_batch(batch, may_be_short=may_be_short, at_once=at_once)
+
+
+def _cached_ints(sharding: NamedSharding | None) -> Callable[[int], jax.Array]:
+    """Returns a function from an int to an int32 array on every device, with a bounded cache.
+
+    The values are the number of steps in a call, which repeats, and the index of an evaluation batch, which has no
+    bound.
+    """
+
+    @functools.lru_cache(maxsize=_CACHED_INTS)
+    def replicated_int(value: int) -> jax.Array:
+        array = jax.device_put(np.int32(value))
+        return array if sharding is None else to_global(array, sharding)
+
+    return replicated_int
+
+
+def _gather(index: np.ndarray[Any, Any], sharding: NamedSharding, column: Any) -> jax.Array:
+    """Returns ``column[index]`` with a sharding; this process reads only the rows that its devices hold."""
+
+    # Devices along an axis that does not split the batch hold the same rows; they are read once.
+    @functools.cache
+    def rows(*bounds: tuple[int | None, int | None]) -> Any:
+        part = index[tuple(slice(*bound) for bound in bounds[: index.ndim])]
+        return rows_of(column, part.ravel()).reshape(*part.shape, *column.shape[1:])
+
+    shape = (*index.shape, *column.shape[1:])
+    return jax.make_array_from_callback(
+        shape, sharding, lambda slices: rows(*((part.start, part.stop) for part in slices or ()))
+    )
+
+
+def _check_mesh(mesh: Any) -> None:
+    if not isinstance(mesh, Mesh):
+        raise ArgumentTypeError(
+            f"`mesh` is of type {type(mesh).__name__}; it must be a jax.sharding.Mesh, such as "
+            f"trainer.make_mesh({{'data': -1}})."
+        )
+    if any(kind != AxisType.Auto for kind in mesh.axis_types):
+        raise ArgumentError(
+            f"`mesh` has the axis types {mesh.axis_types}; the compiler partitions over axes of type Auto only, such "
+            f"as those of trainer.make_mesh."
+        )
+    absent = set(range(jax.process_count())) - {device.process_index for device in mesh.devices.flat}
+    if absent:
+        raise ArgumentError(
+            f"`mesh` has no device of the processes {', '.join(map(str, sorted(absent)))}; every process needs one to "
+            f"take part."
+        )
+
+
+def _parts(mesh: Mesh, axes: tuple[str, ...]) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)

@@ -1,0 +1,77 @@
+"""Compiling a train step for a sharded state."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from trainer.sharding.mesh import batch_sharding, check_batch_fits
+from trainer.sharding.partition import shardings_of
+
+
+def jit_step(step: Callable[..., Any], state: Any, batch: Any = None) -> Any:
+    """Compiles a train step that donates its state and returns a state with the same shardings.
+
+    Without given output shardings the compiler may return a leaf with another sharding than it came
+    with. That compiles the next step again and changes what each device holds. The call is the same as::
+
+        shardings = shardings_of(state)
+        jax.jit(
+            step,
+            in_shardings=(shardings, batch_sharding(mesh)),
+            out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
+            donate_argnums=0,
+        )
+
+    Args:
+        step: ``(state, batch) -> (state, metrics)``, see `trainer.make_train_step` without ``axis_name``.
+        state: The sharded state, or its shapes with shardings. It is read, never changed.
+        batch: The sharding of the batch, or a tree of shardings; by default `batch_sharding`. NumPy arrays
+            are placed accordingly. With several processes, make global arrays of them first
+            (``jax.make_array_from_process_local_data``).
+
+    Returns:
+        The compiled ``(state, batch) -> (state, metrics)``, with ``lower`` and ``trace`` as ``jax.jit`` has
+        them. For a batch that cannot be split evenly it raises the `BatchError` of `check_batch_fits` in
+        place of JAX's error, and the state is not donated.
+
+    Raises:
+        ArgumentTypeError: A leaf of ``state`` is on no mesh.
+    """
+    shardings = shardings_of(state)
+    mesh = jax.tree.leaves(shardings)[0].mesh
+    split = batch_sharding(mesh) if batch is None else batch
+    compiled = jax.jit(
+        step,
+        in_shardings=(shardings, split),
+        out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
+        donate_argnums=0,
+    )
+    return _ShardedStep(compiled, split)
+
+
+class _ShardedStep:
+    """A compiled step that explains why JAX refuses a batch. It checks after the failure, so a good batch is free."""
+
+    def __init__(self, compiled: Any, batch_sharding: Any) -> None:
+        self._compiled = compiled
+        self._batch_sharding = batch_sharding
+        functools.update_wrapper(self, compiled)
+
+    def __call__(self, state: Any, batch: Any) -> Any:
+        return self._explaining(self._compiled, state, batch)
+
+    def lower(self, state: Any, batch: Any) -> Any:
+        return self._explaining(self._compiled.lower, state, batch)
+
+    def trace(self, state: Any, batch: Any) -> Any:
+        return self._explaining(self._compiled.trace, state, batch)
+
+    def _explaining(self, function: Callable[..., Any], state: Any, batch: Any) -> Any:
+        try:
+            return function(state, batch)
+        except (TypeError, ValueError):
+            check_batch_fits(batch, self._batch_sharding)
+            raise

@@ -186,7 +186,7 @@ class TestOpeningOnce:
             def verify(self):
                 raise AssertionError("what is loaded is verified by that")
 
-        monkeypatch.setattr(trainer.sources, "Bundle", Counted)
+        monkeypatch.setattr(trainer.checkpoints.open, "Bundle", Counted)
         return names
 
     @pytest.fixture

@@ -18,7 +18,6 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from trainer.checkpoints.atomic import remove_directory, replacing
-from trainer.checkpoints.containers import containers
 from trainer.checkpoints.file_format import DTYPES, Bundle, Leaf, write_bundle
 from trainer.checkpoints.open import PROGRESS, Source, describe, open_source, read_progress
 from trainer.checkpoints.orbax_directory import OrbaxDirectory, begin_directory
@@ -99,7 +98,6 @@ def take_snapshot(
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {name: _version(name) for name in ("nnx-trainer", "jax", "flax", "optax")},
         **(info or {}),
-        "containers": containers(state.opt_state, ("opt_state",)),
     }
     if progress is not None:
         packed = np.frombuffer(_packed(progress), np.uint8)

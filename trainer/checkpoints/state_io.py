@@ -17,7 +17,7 @@ import msgpack
 import numpy as np
 from jax.sharding import NamedSharding
 
-from trainer.checkpoints.atomic import remove_directory, replacing
+from trainer.checkpoints.atomic import remove_directory, replacing, restore
 from trainer.checkpoints.file_format import DTYPES, Bundle, Leaf, write_bundle
 from trainer.checkpoints.open import PROGRESS, Source, describe, open_source, read_progress
 from trainer.checkpoints.orbax_directory import OrbaxDirectory, begin_directory
@@ -299,7 +299,10 @@ def describe_leaf(leaf: Leaf) -> str:
 
 def _own_names(directory: Path) -> list[str]:
     """Returns the checkpoints that have default names, in the order of their steps."""
-    names = os.listdir(directory) if directory.is_dir() else []
+    if not directory.is_dir():
+        return []
+    restore(directory)  # a save that was killed while it replaced the latest must not hide it
+    names = os.listdir(directory)
     matches = filter(None, map(_OWN_NAME.fullmatch, names))
     return [match[0] for match in sorted(matches, key=lambda match: (int(match[1]), match[2]))]
 

@@ -5,8 +5,8 @@ machine knows a closed list of operations, looks no name up, and makes plain con
 file, and stand-ins for everything else.
 
 ``pickle.Unpickler`` with a ``find_class`` that returns stand-ins is no substitute. It hashes any value as a dict key,
-in C and recursively, so that a deep tuple of less than a megabyte crashes the interpreter. It copies every array, and it
-cannot refuse a text before the text takes four times the memory of its bytes.
+in C and recursively, so that a deep tuple of less than a megabyte crashes the interpreter. It copies every array, and
+it cannot refuse a text before the text takes four times the memory of its bytes.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""The command ``trainer``: looks at checkpoints without a model, and converts them."""
+"""The command ``trainer``: inspects and converts checkpoints without a model."""
 
 import argparse
 import json
@@ -14,22 +14,21 @@ from trainer.errors import ArgumentError, CheckpointError
 
 
 def main(arguments: Sequence[str] | None = None, out: TextIO | None = None) -> int:
-    """Runs the command and returns its exit status: 0, or 1 where something cannot be used."""
-    parser = argparse.ArgumentParser(prog="trainer", description="Looks at checkpoints and converts them.")
+    """Runs the command and returns its exit status: 0, or 1 after an error that it prints to stderr."""
+    parser = argparse.ArgumentParser(prog="trainer", description="Inspects and converts checkpoints.")
     commands = parser.add_subparsers(dest="command", required=True)
     inspecting = commands.add_parser("inspect", help="print what a checkpoint holds, without loading its arrays")
     inspecting.add_argument("checkpoint")
     inspecting.add_argument("--verify", action="store_true", help="read everything and compare all checksums")
-    converting = commands.add_parser("convert", help="write what a checkpoint holds in another format")
-    converting.add_argument("source", help="of any kind")
+    converting = commands.add_parser("convert", help="write the contents of a checkpoint in another format")
+    converting.add_argument("source", help="a .msgpack file, an Orbax directory or a .safetensors file")
     converting.add_argument(
-        "target", help="a name that ends in .msgpack, .pkl, .safetensors (parameters only), or .orbax, a directory"
+        "target", help="a name that ends in .msgpack, .safetensors (parameters only), or .orbax, a directory"
     )
-    converting.add_argument("--like", help="a checkpoint of the same model and optimizer, where the source is a pickle")
     options = parser.parse_args(arguments)
     try:
         if options.command == "convert":
-            convert(options.source, options.target, like=options.like)
+            convert(options.source, options.target)
         else:
             inspect(options.checkpoint, verify=options.verify, out=out or sys.stdout)
     except (ArgumentError, CheckpointError) as error:
@@ -39,7 +38,7 @@ def main(arguments: Sequence[str] | None = None, out: TextIO | None = None) -> i
 
 
 def inspect(path: str | os.PathLike[str], *, verify: bool = False, out: TextIO) -> None:
-    """Prints the information, the tree of arrays with shapes, dtypes and sizes, and their sum.
+    """Prints the information of a checkpoint, its tree of arrays with shapes, dtypes and sizes, and the total size.
 
     Args:
         path: The checkpoint.
@@ -47,11 +46,11 @@ def inspect(path: str | os.PathLike[str], *, verify: bool = False, out: TextIO) 
         out: Where to print.
 
     Raises:
-        CheckpointError: The file cannot be used; with ``verify`` also if an array is damaged.
+        CheckpointError: The checkpoint cannot be used; with ``verify`` also if an array is damaged.
     """
     with open_source(path) as source:
         for name, value in source.info.items():
-            if name != "containers":  # for whoever converts, not for people
+            if name != "containers":  # the first files have a long entry of this name that nothing reads any more
                 print(f"{name:<10}{value if isinstance(value, str | int | float) else json.dumps(value)}", file=out)
         print(file=out)
         shown: tuple[str | int, ...] = ()

@@ -11,7 +11,7 @@ import warnings
 import pytest
 
 from trainer.checkpoints import atomic
-from trainer.checkpoints.atomic import replacing, sweep
+from trainer.checkpoints.atomic import NewDirectory, replacing, sweep
 
 CALLS = ("open", "posix_fallocate", "write", "fsync", "replace", "close")
 
@@ -19,6 +19,12 @@ CALLS = ("open", "posix_fallocate", "write", "fsync", "replace", "close")
 def write(path, data=b"new", size=None):
     with replacing(path, len(data) if size is None else size) as file:
         file.write(data)
+
+
+def write_directory(path, data=b"new"):
+    new = NewDirectory(path)
+    (new.temporary / "file").write_bytes(data)
+    new.commit()
 
 
 def contents(directory):
@@ -145,6 +151,17 @@ def test_others_may_read_it_as_far_as_the_umask_allows(tmp_path):
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
 
 
+def test_what_is_replaced_passes_its_permissions_on(tmp_path):
+    write(tmp_path / "a", b"old")
+    for mode in (0o600, 0o664, 0o444):
+        (tmp_path / "a").chmod(mode)
+        with replacing(tmp_path / "a", 3) as file:
+            file.write(b"new")
+            (temporary,) = tmp_path.glob(".a.*.tmp")
+            assert temporary.stat().st_mode & 0o077 == 0
+        assert (tmp_path / "a").stat().st_mode & 0o777 == mode
+
+
 def test_a_system_without_directory_handles(tmp_path, monkeypatch):
     monkeypatch.delattr(os, "O_DIRECTORY")
     write(tmp_path / "a")
@@ -152,7 +169,7 @@ def test_a_system_without_directory_handles(tmp_path, monkeypatch):
 
 
 class TestDebris:
-    name = ".a.0123456789abcdef.tmp"
+    name = ".a.0123456789abcdef.nnx-trainer.tmp"
 
     def test_what_a_killed_writer_left_is_removed_by_the_next(self, tmp_path):
         code = f"""
@@ -176,11 +193,12 @@ class TestDebris:
         assert contents(tmp_path) == {"a": b"new", "b": b"new"}
 
     def test_nothing_else_is_touched(self, tmp_path):
-        for name in (".a.tmp", "a.0123456789abcdef.tmp", ".a.0123456789abcdeX.tmp", "b"):
+        others = (".a.tmp", ".a.0123456789abcdef.tmp", self.name[1:], self.name.replace("f", "X"), "b")
+        for name in others:
             (tmp_path / name).write_text("mine")
         (tmp_path / self.name).write_text("")
         sweep(tmp_path)
-        assert len(contents(tmp_path)) == 4
+        assert set(contents(tmp_path)) == set(others)
 
     def test_a_file_that_was_swept_before_it_was_locked_is_made_again(self, tmp_path, monkeypatch):
         original, swept = atomic.fcntl.flock, []
@@ -194,6 +212,93 @@ class TestDebris:
         monkeypatch.setattr(atomic.fcntl, "flock", late)
         write(tmp_path / "a")
         assert contents(tmp_path) == {"a": b"new"}
+
+    @pytest.mark.parametrize("make", [write, write_directory])
+    def test_a_temporary_that_a_sweep_has_locked_is_made_again(self, make, tmp_path, monkeypatch):
+        original, refused = atomic.fcntl.flock, []
+
+        def late(descriptor, operation):
+            if not refused:
+                refused.append(descriptor)
+                raise BlockingIOError(errno.EWOULDBLOCK, "locked")
+            return original(descriptor, operation)
+
+        monkeypatch.setattr(atomic.fcntl, "flock", late)
+        before = os.listdir("/dev/fd")
+        make(tmp_path / "a")
+        assert os.listdir(tmp_path) == ["a"]
+        assert len(os.listdir("/dev/fd")) == len(before)
+
+    def test_a_directory_whose_removal_was_cut_short_is_removed(self, tmp_path):
+        (tmp_path / self.name / "state").mkdir(parents=True)
+        (tmp_path / self.name / "state" / "d").write_text("")
+        sweep(tmp_path)
+        assert os.listdir(tmp_path) == []
+
+    def test_what_was_about_to_be_replaced_gets_its_name_back_unless_that_is_taken(self, tmp_path):
+        for name in ("a", "b"):
+            write_directory(tmp_path / name, b"old")
+            os.rename(tmp_path / name, tmp_path / f".{name}.0123456789abcdef.nnx-trainer.old")
+        write_directory(tmp_path / "b", b"new")
+        assert {name: (tmp_path / name / "file").read_bytes() for name in os.listdir(tmp_path)} == {
+            "a": b"old",
+            "b": b"new",
+        }
+
+
+class TestWithoutLocks:
+    """Some network file systems have none: NFS without its lock daemon, Lustre, Cray DVS."""
+
+    @pytest.fixture(autouse=True, params=[errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, 524])
+    def no_locks(self, request, monkeypatch):
+        def refuse(descriptor, operation):
+            raise OSError(request.param, "no locks")
+
+        monkeypatch.setattr(atomic.fcntl, "flock", refuse)
+
+    @pytest.mark.parametrize("make", [write, write_directory])
+    def test_writing_takes_one_temporary_and_leaves_nothing(self, make, tmp_path):
+        before = len(os.listdir("/dev/fd"))
+        for _ in range(3):
+            make(tmp_path / "a")
+            assert os.listdir(tmp_path) == ["a"]
+        assert len(os.listdir("/dev/fd")) == before
+
+    def test_nothing_is_swept(self, tmp_path):
+        (tmp_path / TestDebris.name).write_text("perhaps of a living process")
+        write(tmp_path / "a")
+        assert len(contents(tmp_path)) == 2
+
+
+class TestDirectories:
+    def test_one_that_cannot_be_made_leaves_nothing(self, tmp_path, monkeypatch):
+        original = os.open
+
+        def full(path, *arguments, **options):
+            if str(path).endswith(".lock"):
+                raise OSError(errno.ENOSPC, "no space")
+            return original(path, *arguments, **options)
+
+        monkeypatch.setattr(os, "open", full)
+        with pytest.raises(OSError, match="no space"):
+            NewDirectory(tmp_path / "a")
+        assert os.listdir(tmp_path) == []
+
+    def test_an_old_one_stays_if_the_new_one_cannot_have_its_name(self, tmp_path, monkeypatch):
+        write_directory(tmp_path / "a", b"old")
+        new, original = NewDirectory(tmp_path / "a"), os.rename
+
+        def fail(source, target):
+            if source == new.temporary:
+                raise OSError(errno.EIO, "broken")
+            original(source, target)
+
+        monkeypatch.setattr(os, "rename", fail)
+        with pytest.raises(OSError, match="broken"):
+            new.commit()
+        new.discard()
+        assert os.listdir(tmp_path) == ["a"]
+        assert (tmp_path / "a" / "file").read_bytes() == b"old"
 
 
 def test_writers_at_the_same_time_never_mix(tmp_path):

@@ -25,8 +25,7 @@ from flax import nnx
 from tests.problems import Busy, Counting, Linear
 from tests.test_state import Containers, Odd, Tied
 from trainer import CheckpointError, TrainState
-from trainer.checkpoints import reference_pickle as pickles
-from trainer.checkpoints.reference_pickle import read_pickle, write_pickle
+from trainer.checkpoints.reference_pickle import layout, machine, read_pickle, write_pickle
 from trainer.errors import leaf_path
 
 EXTENSIONS = {"size": Counting(), "plain": Linear(2)}
@@ -435,6 +434,7 @@ ATTACKS = {
     "a list in itself": {**BUNDLE, "opt_state": cycle()},
     "deep tuples": program(b")" + b"\x85" * 50_000),
     "deep tuples as a key": program(b"})" + b"\x85" * 50_000 + b"Ns"),
+    "deeper tuples as a key than C recurses": program(b"})" + b"\x85" * 300_000 + b"Ns"),
     "deep lists": program(b"]" * 20_000 + b"a" * 19_999),
     "deep instances": program(named("a", "b") + b"\x94" + b"h\0" * 20_000 + b")" + b"\x81\x85" * 20_000 + b"\x86"),
     "more data than the file": program(
@@ -540,7 +540,7 @@ class TestAttacks:
             read(program(b"}(" + getattr(pickle, name) + b"\0" * 20), like)
 
     def test_more_operations_than_a_checkpoint_has(self, like, read, monkeypatch):
-        monkeypatch.setattr(pickles, "MAX_OPERATIONS", 1000)
+        monkeypatch.setattr(machine, "MAX_OPERATIONS", 1000)
         with pytest.raises(CheckpointError, match="it has more than 1,000 operations"):
             read(program(b"N" * 1001), like)
 
@@ -552,7 +552,7 @@ class TestAttacks:
                 read_pickle(tmp_path / name, like)
 
     def test_a_key_that_could_not_be_read_back_is_not_written(self, monkeypatch):
-        monkeypatch.delitem(pickles._KEY_WIDTHS, "rbg")
+        monkeypatch.delitem(layout.KEY_WIDTHS, "rbg")
         with pytest.raises(CheckpointError, match="a key is of the implementation 'rbg'; known: threefry2x32, unsafe_"):
             own(create(Linear(), rng=KEYS["rbg"]))
 

@@ -1,6 +1,9 @@
 """Checkpoints of states on a mesh: from any number of devices and processes to any other, or not at all."""
 
 import json
+import subprocess
+import sys
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -143,10 +146,7 @@ class TestWholeOrNotAtAll:
         save_state(tmp_path / "checkpoint_0.msgpack", snapshot.state)
         assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_0.msgpack"]
 
-    @pytest.mark.parametrize("exchanges", [True, False])
-    def test_an_earlier_one_is_there_until_the_new_one_is(self, exchanges, tmp_path, monkeypatch):
-        if not exchanges:
-            monkeypatch.setattr("trainer.checkpoints.atomic._exchange_names", lambda *_: False)
+    def test_an_earlier_one_is_there_until_the_new_one_is(self, tmp_path):
         one, other = sharded(mesh_of(2)), sharded(mesh_of(4), seed=1)
         path = save_state(tmp_path / "s.orbax", one)
         snapshot = take_snapshot(other)
@@ -155,6 +155,27 @@ class TestWholeOrNotAtAll:
         finish()
         assert_same_bits(load_state(path, like=one), other)
         assert list(tmp_path.iterdir()) == [path]
+
+    def test_a_process_that_is_killed_while_it_replaces_one_loses_none(self, tmp_path):
+        one = sharded(mesh_of(2))
+        save_state(tmp_path / "checkpoint_3.orbax", one.replace(step=one.step + 3))
+        code = f"""
+            import os, pathlib, signal
+            from trainer.checkpoints.atomic import NewDirectory
+            new = NewDirectory(pathlib.Path({str(tmp_path / "checkpoint_3.orbax")!r}))
+            rename = os.rename
+            def renamed_once(*arguments):
+                rename(*arguments)
+                os.kill(os.getpid(), signal.SIGKILL)
+            os.rename = renamed_once
+            new.commit()
+        """
+        done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False)
+        assert done.returncode == -9
+        assert sorted(path.suffix for path in tmp_path.iterdir()) == [".old", ".tmp"]
+        assert load_latest(tmp_path, one).state.step == 3
+        save_state(tmp_path / "checkpoint_4.orbax", one)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_3.orbax", "checkpoint_4.orbax"]
 
     @pytest.mark.parametrize("step", ["prepare", "begin", "wait", "commit"])
     def test_a_save_that_fails_leaves_what_was_there(self, step, tmp_path, monkeypatch):
@@ -359,7 +380,7 @@ class TestTwoProcesses:
         broken(OrbaxDirectory, "_read_about", 0, damaged, lambda: load_state(path, other))
         said["same"] = words(load_state(path, other)) == words(state)
         barrier("done")
-        said["left"] = sorted(path.name for path in directory.iterdir() if not path.name.endswith(".gone"))
+        said["left"] = sorted(path.name for path in directory.iterdir() if not path.name.endswith(".tmp"))
         """
         one, other = together("from trainer.errors import UnreadableError\n" + body_of(body), tmp_path)
         failing = [0, 1, 1, 0, 1, 1, 0]

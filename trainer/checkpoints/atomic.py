@@ -1,68 +1,75 @@
-"""Files and directories that are there as a whole or not at all, also after a power failure.
+"""Atomic writes: a file or directory has its name only when it is complete, also after a power failure.
 
-The bytes go to a temporary file in the same directory, whose space is reserved first; they are
-flushed to the disk, the file takes the name, and the directory is flushed. At every instant the
-name refers to the old contents or to the new ones. A directory is made beside its name likewise.
+A file is written under a temporary name in the same directory, flushed to the disk, and renamed; then the directory
+is flushed. A directory is written and renamed in the same way. The writer holds a lock (``flock``) on the temporary, so
+that the next writer in that directory can tell what a killed process left behind, and removes it.
 """
 
 import contextlib
-import ctypes
 import errno
 import os
 import re
 import secrets
 import shutil
+import stat
 import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Windows has no advisory locks, so debris stays there until somebody removes it.
+# Windows has no `flock`, so what killed writers leave stays there.
 if sys.platform != "win32":
     import fcntl
 
-_DEBRIS = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{16}\.nnx-trainer\.(tmp|old)")
+"""Names that only this module makes: ``.tmp`` is unfinished or to be removed, ``.old`` is about to be replaced."""
+
 _LOCK = ".lock"
-_ASIDE, _GOING = ".old", ".gone"
-_SLICE = 16 * 2**20  # Linux writes at most 2 GiB in a call, and a signal is noticed between two
+"""The file in a directory whose lock stands for that of the directory. It is the first file there, and stays."""
+
+_SLICE = 16 * 2**20  # Linux writes at most 2 GiB in one call, and signals are handled between two calls
 
 
 @contextlib.contextmanager
 def replacing(path: Path, size: int) -> Iterator["Writer"]:
-    """Opens a file that takes the name ``path`` when the block ends, and vanishes if it raises.
+    """Opens a temporary file that is renamed to ``path`` when the block ends, and removed if the block raises.
 
-    A symbolic link stays and what it refers to is replaced. What earlier writers of this directory
-    left behind when they were killed is removed.
+    If ``path`` is a symbolic link, the file that it points to is replaced. A file that is replaced passes its
+    permissions on. Temporaries of killed writers in the same directory are removed.
 
     Args:
         path: The name.
-        size: How many bytes will be written. They are reserved now, so that a full disk is found out
+        size: The number of bytes that will be written. The space is reserved first, so that a full disk raises
             before a byte is written.
 
     Raises:
-        OSError: Something failed; the name still refers to what it did before.
+        OSError: A system call failed; ``path`` is what it was before.
     """
     path = Path(os.path.realpath(path))
     sweep(path.parent)
-    descriptor, temporary = _create(path)
+    mode = _mode_of(path)
+    # What replaces a private file must not be readable by others while it is written either.
+    descriptor, temporary = _create_file(path, 0o666 if mode is None else 0o600)
     try:
         _reserve(descriptor, size)
         yield Writer(descriptor)
         os.fsync(descriptor)
+        if mode is not None:
+            os.chmod(temporary, mode)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     finally:
-        # Open until now, for its lock; and after the flush there is nothing that closing could lose.
+        # The descriptor holds the lock, so it stays open until here. After fsync, errors on close lose nothing.
         with contextlib.suppress(OSError):
             os.close(descriptor)
-    _flush_directory(path.parent)
+    _flush_parent(path.parent)
 
 
 class Writer:
-    """Writes bytes to a descriptor until all are written."""
+    """Writes all bytes of a buffer to a file descriptor, in as many calls as it takes."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -75,18 +82,18 @@ class Writer:
 
 
 class NewDirectory:
-    """A directory in the making, which takes the name ``path`` when all that is in it is written.
+    """A temporary directory that `commit` renames to ``path``.
 
-    What earlier makers left behind in the directory above when they were killed is removed.
+    Temporaries of killed writers in the same parent directory are removed.
 
     Args:
-        path: The name. What it refers to stays until `commit`.
+        path: The name. A directory of this name stays until `commit`.
 
     Attributes:
-        temporary: Where to write.
+        temporary: The directory to write into.
 
     Raises:
-        OSError: It cannot be made.
+        OSError: The directory cannot be made.
     """
 
     def __init__(self, path: Path) -> None:
@@ -96,129 +103,170 @@ class NewDirectory:
         self._lock, self.temporary = _create_directory(self._path)
 
     def commit(self) -> None:
-        """Flushes everything to the disk and gives it the name; what had the name before is removed.
+        """Flushes all files to the disk and renames the directory; a directory that had the name is removed.
 
         Raises:
-            OSError: Something failed; the name still refers to what it did before.
+            OSError: A system call failed; ``path`` is what it was before.
         """
         for directory, _, names in os.walk(self.temporary):
             for name in names:
                 _flush(Path(directory) / name)
             _flush(Path(directory))
-        replaced = _give_name(self.temporary, self._path)
+        if self._path.exists():
+            self._replace()
+        else:
+            os.rename(self.temporary, self._path)
         self._unlock()
-        _flush_directory(self._path.parent)
-        if replaced is not None:
-            # An error would say that the new one is not there; the next sweep tries again.
-            with contextlib.suppress(OSError):
-                remove_directory(replaced)
+        _flush_parent(self._path.parent)
 
     def discard(self) -> None:
-        """Removes what was written, if it has not got its name."""
+        """Removes the temporary directory if it was not committed."""
         self._unlock()
-        with contextlib.suppress(OSError):
-            remove_directory(self.temporary)
+        _remove(self.temporary)
+
+    def _replace(self) -> None:
+        # No portable call replaces a directory that is not empty, so the old one is renamed first. Killed between
+        # the two renames, a process leaves both complete, and the next sweep gives the old one its name back. Until
+        # then the name is free. The lock keeps a sweep from that while this process is alive.
+        aside = _temporary_name(self._path, "old")
+        with _held(self._path / _LOCK):
+            os.rename(self._path, aside)
+            try:
+                os.rename(self.temporary, self._path)
+            except OSError:
+                os.rename(aside, self._path)
+                raise
+            # The new one is in place, so a failure to remove the old one is none of the save. The next sweep retries.
+            _remove(aside)
 
     def _unlock(self) -> None:
-        # The file stays in the directory, so that a sweep knows it again when it is replaced some day.
+        # The lock file stays: when this directory is replaced, its lock is needed again.
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
 
 def remove_directory(path: Path) -> None:
-    """Removes a directory, which is there as a whole or not at all under its name; it may be gone already."""
-    going = Path(f"{_temporary(path)}{_GOING}")
+    """Removes a directory atomically: under its name it is complete or absent. It may be absent already."""
+    removed = _temporary_name(path)
     with contextlib.suppress(FileNotFoundError):
-        os.rename(path, going)
-        _remove(going)
+        os.rename(path, removed)
+        _remove(removed)
 
 
 def sweep(directory: Path) -> None:
-    """Removes temporary files and directories that no living process is writing."""
-    if sys.platform == "win32":
-        return
-    for name in os.listdir(directory):
-        # Where names cannot be exchanged, a process was killed between taking the old one away and giving it anew.
-        if name.endswith(_ASIDE) and _DEBRIS.fullmatch(name.removesuffix(_ASIDE)):
-            original = directory / name[1:].removesuffix(_ASIDE).rsplit(".", 2)[0]
+    """Removes what killed writers left in a directory, and gives what they were about to replace its name back.
+
+    Where the file system has no locks, nothing is removed, since a living writer cannot be told from a killed one.
+    """
+    _reclaim_all(directory, ("tmp", "old"))
+
+
+def restore(directory: Path) -> None:
+    """Gives directories that killed writers were about to replace their names back, and removes nothing."""
+    _reclaim_all(directory, ("old",))
+
+
+def _reclaim_all(directory: Path, kinds: tuple[str, ...]) -> None:
+    for name in os.listdir(directory) if sys.platform != "win32" else ():
+        match = _TEMPORARY.fullmatch(name)
+        if match and match[2] in kinds:
+            # Another process may sweep at the same time, or finish its write; then nothing is left to do.
             with contextlib.suppress(OSError):
-                os.rename(directory / name, original) if not original.exists() else _remove(directory / name)
-        elif name.endswith(_GOING) and _DEBRIS.fullmatch(name.removesuffix(_GOING)):
-            _remove(directory / name)
-        if not _DEBRIS.fullmatch(name):
-            continue
-        # Somebody else may sweep as well, or finish; then there is nothing left to do.
-        with contextlib.suppress(OSError):
-            whole = directory / name
-            if whole.is_dir() and not (whole / _LOCK).exists():
-                os.rmdir(whole)  # nothing is in it, or it is in use by now
-                continue
-            descriptor = os.open(whole / _LOCK if whole.is_dir() else whole, os.O_WRONLY)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _remove(whole)
-            finally:
-                os.close(descriptor)
+                _reclaim(directory / name, directory / match[1] if match[2] == "old" else None)
 
 
-def _create(path: Path) -> tuple[int, Path]:
-    """Makes a temporary file and holds its lock for as long as it is open."""
-    while True:
-        temporary = _temporary(path)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
-        if sys.platform == "win32":
-            return descriptor, temporary
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # A sweep may have come between the two calls and taken the file for debris.
-            if os.fstat(descriptor).st_nlink:
-                return descriptor, temporary
+def _reclaim(temporary: Path, original: Path | None) -> None:
+    """Removes a temporary that no living process has locked, or gives it its original name if that is free.
+
+    Raises:
+        OSError: A living process has locked it, or it cannot be locked or removed.
+    """
+    lock = temporary / _LOCK if temporary.is_dir() else temporary
+    if temporary.is_dir() and not lock.exists():
+        try:
+            os.rmdir(temporary)
+        except OSError:
+            # A writer makes the lock first. So a directory with files and without a lock is the rest of a removal.
+            if not lock.exists():
+                _remove(temporary)
+        return
+    descriptor = os.open(lock, os.O_WRONLY)  # for writing, without which NFS grants no exclusive lock
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if original is not None and not original.exists():
+            os.rename(temporary, original)
+        else:
+            _remove(temporary)
+    finally:
         os.close(descriptor)
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+def _create_file(path: Path, mode: int) -> tuple[int, Path]:
+    """Makes a temporary file and locks it until its descriptor is closed."""
+    while True:
+        temporary = _temporary_name(path)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        if _lock_new(descriptor):
+            return descriptor, temporary
+        os.close(descriptor)
+        temporary.unlink(missing_ok=True)
 
 
 def _create_directory(path: Path) -> tuple[int, Path]:
-    """Makes a temporary directory and holds the lock of a file in it until it has its name."""
+    """Makes a temporary directory and locks it until the descriptor of its lock file is closed."""
     while True:
-        temporary = _temporary(path)
+        temporary = _temporary_name(path)
         temporary.mkdir()
-        # A sweep may have come between the calls and taken the directory for debris.
-        with contextlib.suppress(OSError):
-            descriptor = os.open(temporary / _LOCK, os.O_WRONLY | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
-            if sys.platform == "win32":
-                return descriptor, temporary
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(descriptor).st_nlink:
-                return descriptor, temporary
+        try:
+            descriptor = os.open(temporary / _LOCK, os.O_WRONLY | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # a sweep removed the empty directory
+            continue
+        except OSError:
+            _remove(temporary)
+            raise
+        if _lock_new(descriptor):
+            return descriptor, temporary
+        os.close(descriptor)
+        _remove(temporary)
+
+
+def _lock_new(descriptor: int) -> bool:
+    """Locks a file that was just made; returns False if a sweep took it for the rest of a killed writer meanwhile."""
+    if sys.platform == "win32":
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:  # a sweep holds the lock, and removes the file next
+        return False
+    except OSError:  # no locks on this file system (ENOSYS, ENOLCK, EOPNOTSUPP, 524 on Cray DVS): no sweep there either
+        return True
+    return os.fstat(descriptor).st_nlink > 0
+
+
+@contextlib.contextmanager
+def _held(lock: Path) -> Iterator[None]:
+    """Holds a lock during the block, where there is such a file and the file system has locks."""
+    descriptor = None
+    with contextlib.suppress(OSError):
+        descriptor = os.open(lock, os.O_WRONLY)
+        _lock_new(descriptor)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
             os.close(descriptor)
 
 
-def _give_name(temporary: Path, path: Path) -> Path | None:
-    """Renames, and returns where that is now which had the name before, if anything had."""
-    if not path.exists():
-        os.rename(temporary, path)
-        return None
-    if _exchange_names(temporary, path):
-        return temporary
-    aside = Path(f"{_temporary(path)}{_ASIDE}")
-    os.rename(path, aside)
+def _temporary_name(path: Path, kind: str = "tmp") -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.nnx-trainer.{kind}")
+
+
+def _mode_of(path: Path) -> int | None:
     try:
-        os.rename(temporary, path)
+        return stat.S_IMODE(os.stat(path).st_mode)
     except OSError:
-        os.rename(aside, path)
-        raise
-    return aside
-
-
-def _exchange_names(one: Path, other: Path) -> bool:
-    """Exchanges two names in one instant, where the system and the file system can."""
-    exchange, here = 2, -100  # RENAME_EXCHANGE, AT_FDCWD
-    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
-    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+        return None
 
 
 def _remove(path: Path) -> None:
@@ -229,7 +277,7 @@ def _remove(path: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    if path.is_dir() and not hasattr(os, "O_DIRECTORY"):  # Windows cannot open one
+    if path.is_dir() and not hasattr(os, "O_DIRECTORY"):  # Windows cannot open a directory
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -238,30 +286,24 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _reserve(descriptor: int, size: int) -> None:
-    if hasattr(os, "posix_fallocate") and size:
-        try:
-            os.posix_fallocate(descriptor, 0, size)
-        except OSError as error:
-            # Some file systems cannot reserve; then a full disk is found out while writing.
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                raise
-
-
-def _flush_directory(directory: Path) -> None:
-    if not hasattr(os, "O_DIRECTORY"):  # Windows cannot open one
-        return
+def _flush_parent(directory: Path) -> None:
     try:
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _flush(directory)
     except OSError as error:
-        # The new file is in place; an error would say that it is not.
+        # The new file is in place, so an error would be wrong.
         warnings.warn(
             f"`{directory}` could not be flushed to the disk ({error}); the file in it is written, but "
             f"may be lost in a power failure.",
             RuntimeWarning,
             stacklevel=4,
         )
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    if hasattr(os, "posix_fallocate") and size:
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+        except OSError as error:
+            # Some file systems cannot reserve space. There, a full disk raises during the write.
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise

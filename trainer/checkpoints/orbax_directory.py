@@ -42,7 +42,7 @@ from trainer.tree_paths import LeafPath
 FORMAT = "nnx-trainer orbax 1"
 
 # A save that takes longer than this has failed.
-_PATIENCE_SECONDS = 3600.0
+_SAVE_TIMEOUT_SECONDS = 3600.0
 
 _PLAIN = {"bool", "int8", "uint8", "int16", "uint16", "float16", "bfloat16", "int32", "uint32", "float32"}
 _PLAIN |= {"int64", "uint64", "float64", "complex64", "complex128"}
@@ -65,24 +65,25 @@ def begin_directory(path: Path, info: Mapping[str, Any], leaves: Sequence[tuple[
         CheckpointError: Something failed, in this or in another process. The function that is returned
             raises it as well; what was there before is untouched then.
     """
-    votes, last_votes = AllOrNone("save"), AllOrNone("commit", timeout_seconds=_PATIENCE_SECONDS)
-    writing = _Writing(path.absolute())
-    # Digests first: they are computed by the devices of all processes together.
-    digests = digests_as_text([array for _, array in leaves])
-    tree = _tree_of(leaves)
+    # Both are made before anything can fail, since all processes have to make as many.
+    begun, done = AllOrNone("save"), AllOrNone("commit", timeout_seconds=_SAVE_TIMEOUT_SECONDS)
+    writing = _Writing(path.absolute(), info, leaves)
     try:
-        temporary = votes.sync(*_attempted(writing.prepare, path))
-        votes.sync(*_attempted(functools.partial(writing.begin, Path(temporary), tree), path))
+        temporary = begun.sync(*_attempted(writing.prepare, path))
+        # The devices of all processes compute the checksums together, in collectives that never time out. So what can
+        # fail in one process alone comes before, and no process enters them unless all do.
+        failure, _ = _attempted(writing.compute_checksums, path)
+        if failure is None:
+            failure, _ = _attempted(functools.partial(writing.begin, Path(temporary)), path)
+        begun.sync(failure)
     except BaseException:
         writing.discard()
         raise
-    records = [{**leaf_to_record(leaf), "digest": found} for (leaf, _), found in zip(leaves, digests, strict=True)]
-    about = json.dumps({"info": info, "leaves": records}, default=str)
 
     def finish() -> None:
         try:
-            last_votes.sync(*_attempted(writing.wait, path))
-            last_votes.sync(*_attempted(functools.partial(writing.commit, about), path))
+            done.sync(*_attempted(writing.wait, path))
+            done.sync(*_attempted(writing.commit, path))
         except BaseException:
             writing.discard()
             raise
@@ -98,19 +99,24 @@ def write_directory(path: Path, info: Mapping[str, Any], leaves: Sequence[tuple[
 class _Writing:
     """What one process does to write a checkpoint."""
 
-    def __init__(self, path: Path) -> None:
-        import orbax.checkpoint as ocp
-
+    def __init__(self, path: Path, info: Mapping[str, Any], leaves: Sequence[tuple[Leaf, Any]]) -> None:
         self._path = path
-        self._handler = ocp.PyTreeCheckpointHandler()
-        self._is_first = jax.process_index() == 0
+        self._info = info
+        self._leaves = leaves
+        self._tree: dict[str, Any] = {}
+        self._checksums: list[str] = []
+        self._handler: Any = None
         self._new: NewDirectory | None = None
         self._temporary = path
         self._futures: Sequence[Any] = ()
 
     def prepare(self) -> str | None:
-        """Makes a directory beside the path, in one process for all."""
-        if not self._is_first:
+        """Converts the arrays to what Orbax can store, and makes the temporary directory, in process 0 for all."""
+        import orbax.checkpoint as ocp
+
+        self._handler = ocp.PyTreeCheckpointHandler()
+        self._tree = _tree_of(self._leaves)
+        if jax.process_index() != 0:
             return None
         if self._path.is_dir() and any(self._path.iterdir()) and not (self._path / "about" / "metadata").exists():
             raise FileExistsError("it is a directory of something else, which is not replaced")
@@ -119,17 +125,23 @@ class _Writing:
         (self._new.temporary / "state").mkdir()
         return str(self._new.temporary)
 
-    def begin(self, temporary: Path, tree: Any) -> None:
-        """Copies the arrays, and lets Orbax write them beside what comes next."""
+    def compute_checksums(self) -> None:
+        self._checksums = digests_as_text([array for _, array in self._leaves])
+
+    def begin(self, temporary: Path) -> None:
+        """Copies the arrays to the host; Orbax writes them in the background."""
         import orbax.checkpoint as ocp
 
         self._temporary = temporary
-        saving = self._handler.async_save(_state_in(temporary), args=ocp.args.PyTreeSave(tree))
+        saving = self._handler.async_save(_state_in(temporary), args=ocp.args.PyTreeSave(self._tree))
         self._futures = _run(saving) or ()
+        self._tree = {}
+        # The caller may donate the arrays now, so only their descriptions are kept.
+        self._leaves = [(leaf, None) for leaf, _ in self._leaves]
 
     def wait(self) -> None:
         """Waits until nothing is being written any more, and raises what went wrong first."""
-        deadline = time.monotonic() + _PATIENCE_SECONDS
+        deadline = time.monotonic() + _SAVE_TIMEOUT_SECONDS
         futures, self._futures = self._futures, ()
         failures = []
         for future in futures:
@@ -140,9 +152,15 @@ class _Writing:
         if failures:
             raise failures[0]
 
-    def commit(self, about: str) -> None:
+    def commit(self) -> None:
+        """Writes the description and gives the directory its name, in process 0 for all."""
         if self._new is None:
             return
+        records = [
+            {**leaf_to_record(leaf), "digest": checksum}
+            for (leaf, _), checksum in zip(self._leaves, self._checksums, strict=True)
+        ]
+        about = json.dumps({"info": self._info, "leaves": records}, default=str)
         self._handler.finalize(_state_in(self._temporary))
         envelope = {"format": FORMAT, "about": about, "checksum": xxhash.xxh3_64_hexdigest(about.encode())}
         (self._temporary / "about").mkdir()

@@ -17,8 +17,7 @@ import msgpack
 import numpy as np
 from jax.sharding import NamedSharding
 
-from trainer.checkpoints.atomic import remove_directory, replacing
-from trainer.checkpoints.containers import containers
+from trainer.checkpoints.atomic import remove_directory, replacing, restore
 from trainer.checkpoints.file_format import DTYPES, Bundle, Leaf, write_bundle
 from trainer.checkpoints.open import PROGRESS, Source, describe, open_source, read_progress
 from trainer.checkpoints.orbax_directory import OrbaxDirectory, begin_directory
@@ -73,9 +72,7 @@ class Snapshot:
             _check_within_process(leaf, array)
             if isinstance(array, jax.Array):
                 array.copy_to_host_async()
-        # On the CPU what NumPy is shown is the buffer itself.
-        copies = [(leaf, np.array(_to_host(array), copy=True)) for leaf, array in self.leaves]
-        return dataclasses.replace(self, leaves=copies)
+        return dataclasses.replace(self, leaves=[(leaf, _copied_to_host(array)) for leaf, array in self.leaves])
 
 
 def take_snapshot(
@@ -87,6 +84,20 @@ def take_snapshot(
         CheckpointError: An array is of a dtype, or ``progress`` has a value, that no file can hold.
         StateError: The state was donated to a step.
     """
+    if not _is_multiprocess(state):
+        return _snapshot(state, info, progress)
+    # Made before anything can fail: a process that made fewer of these than the others would wait for them in vain at
+    # every later save.
+    described, snapshot, failure = AllOrNone("snapshot"), None, None
+    try:
+        snapshot = _snapshot(state, info, progress)
+    except Exception as error:  # the others would wait for this process, whatever the error is
+        failure = error
+    described.sync(failure)
+    return cast(Snapshot, snapshot)
+
+
+def _snapshot(state: TrainState, info: Mapping[str, Any] | None, progress: Mapping[str, Any] | None) -> Snapshot:
     state.check_alive()
     leaves: list[tuple[Leaf, Any]] = []
     for keys, leaf in jax.tree.leaves_with_path(state):
@@ -99,7 +110,6 @@ def take_snapshot(
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {name: _version(name) for name in ("nnx-trainer", "jax", "flax", "optax")},
         **(info or {}),
-        "containers": containers(state.opt_state, ("opt_state",)),
     }
     if progress is not None:
         packed = np.frombuffer(_packed(progress), np.uint8)
@@ -301,7 +311,10 @@ def describe_leaf(leaf: Leaf) -> str:
 
 def _own_names(directory: Path) -> list[str]:
     """Returns the checkpoints that have default names, in the order of their steps."""
-    names = os.listdir(directory) if directory.is_dir() else []
+    if not directory.is_dir():
+        return []
+    restore(directory)  # a save that was killed while it replaced the latest must not hide it
+    names = os.listdir(directory)
     matches = filter(None, map(_OWN_NAME.fullmatch, names))
     return [match[0] for match in sorted(matches, key=lambda match: (int(match[1]), match[2]))]
 
@@ -370,6 +383,19 @@ def _to_host(array: Any) -> np.ndarray[Any, Any]:
         # An array keeps the copy that it makes for the host; that of its only shard goes with the shard.
         return np.asarray(array.addressable_data(0))
     return np.asarray(array)
+
+
+def _copied_to_host(array: Any) -> np.ndarray[Any, Any]:
+    """Returns a copy that survives the donation of the array."""
+    host = _to_host(array)
+    # NumPy sees the buffer itself where a device uses memory of the host: on the CPU, and where a state is offloaded.
+    # From any other memory `host` is a copy already.
+    return host.copy() if isinstance(array, jax.Array) and _is_in_host_memory(array) else host
+
+
+def _is_in_host_memory(array: jax.Array) -> bool:
+    platforms = {device.platform for device in array.sharding.device_set}
+    return "cpu" in platforms or "host" in (array.sharding.memory_kind or "")
 
 
 def _fields_to_load(only: Iterable[str] | None) -> set[str]:

@@ -1,0 +1,5 @@
+"""The pickle layout of the reference trainer: written for NumPy alone, read without executing anything."""
+
+from trainer.checkpoints.reference_pickle.layout import KEYS as KEYS
+from trainer.checkpoints.reference_pickle.reader import read_pickle as read_pickle
+from trainer.checkpoints.reference_pickle.writer import write_pickle as write_pickle

@@ -38,7 +38,7 @@ from trainer import (
     plan,
 )
 from trainer.distributed.start import check_agreement, initialize
-from trainer.sharding.partition import BATCH_AXES, check_batch_fits, describe
+from trainer.sharding import BATCH_AXES, check_batch_fits, describe
 
 VOCABULARY, LENGTH, FEATURES, HEADS, LAYERS = 16, 8, 64, 4, 2
 SEPARATOR = VOCABULARY - 1

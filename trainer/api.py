@@ -16,12 +16,11 @@ from trainer.checkpoints.state_io import Snapshot
 from trainer.checks import check_count
 from trainer.compile.analysis import Compilation
 from trainer.config import TrainingConfig
-from trainer.errors import ArgumentError, ArgumentTypeError
+from trainer.errors import ArgumentTypeError
+from trainer.fit_plan import plan_epoch, plan_run
 from trainer.loggers.base import Logger, MetricsLoggerLike, prefixed
 from trainer.loop import evaluate, evaluate_batch
-from trainer.metrics.history import History
 from trainer.metrics.throughput import Throughput
-from trainer.fit_plan import plan_epoch, plan_run
 from trainer.run import Run
 from trainer.state import TrainState
 from trainer.types import Batch, ExtensionLike, LogCallback, LossFn, Metrics

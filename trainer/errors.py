@@ -17,12 +17,7 @@ Every message names the argument in backticks, what came, what was wanted and wh
 """
 
 import signal
-from collections.abc import Iterable
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
-
-import jax
 
 
 class TrainerError(Exception):
@@ -79,29 +74,3 @@ class TrainingInterrupted(SystemExit):
 
     def __str__(self) -> str:
         return self.message
-
-
-def leaf_path(path: Iterable[Any]) -> str:
-    """Formats a JAX key path as ``params/layers/0/kernel``."""
-    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Returns the end of a message that refuses ``name``: the nearest name, or all of them."""
-    known = sorted(known)
-    near = get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}."
-
-
-def check_count(value: Any, name: str) -> int:
-    """Returns ``value`` as an int, if it is a positive one.
-
-    Raises:
-        ArgumentTypeError: It is no integer.
-        ArgumentError: It is not positive.
-    """
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise ArgumentTypeError(f"`{name}` is {value!r} of type {type(value).__name__}; it must be a positive integer.")
-    if int(value) <= 0:
-        raise ArgumentError(f"`{name}` is {value!r}; it must be a positive integer.")
-    return int(value)

@@ -9,11 +9,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import functools
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,15 +20,14 @@ import jax
 
 from trainer.checkpoints.run_record import Restored
 from trainer.compile.analysis import Compilation, read_compilation
-from trainer.data.memory import InMemoryData, one_pass, takes_batch_size
 from trainer.data.resumable import LoaderPass, LoaderPosition
 from trainer.distributed.signals import Signals
-from trainer.errors import ArgumentError, ArgumentTypeError, CheckpointError, TrainingInterrupted
+from trainer.errors import ArgumentTypeError, CheckpointError, TrainingInterrupted
+from trainer.fit_plan import FitPlan
 from trainer.loggers.base import prefixed
 from trainer.loop import evaluate, plan_dispatch, rare_collections, run_epoch
 from trainer.metrics.average import metrics_at
 from trainer.metrics.throughput import Meter
-from trainer.fit_plan import FitPlan
 from trainer.run import FromLoader, InMemory, Position, Run
 from trainer.setup import Setup
 from trainer.types import Batch, Metrics
@@ -101,12 +99,9 @@ def _run_epochs(
             if trainer.run.batch == 0 and epoch > first and setup.events.should_stop:
                 break
             with rare_collections():
-                _run_epoch(trainer, plan, signals, opening)
+                _run_epoch(trainer, plan, signals, opening, is_last=epoch + 1 == first + plan.num_epochs)
             opening = contextlib.nullcontext()
-        run = trainer.run
-        if run.logged_step != run.step:
-            trainer.hold(run.recorded(run.metrics))
-            setup.fanout.report("train", run.step, run.metrics)
+        _log_last_step(trainer)
         if plan.held_out is not None and _not_validated(trainer.run):
             validate(trainer, plan.held_out, signals.check)
         if plan.caller == "train" and trainer.run.validation is not None and plan.held_out is not None:
@@ -115,7 +110,12 @@ def _run_epochs(
 
 
 def _run_epoch(
-    trainer: Trainer, plan: FitPlan, signals: Signals, opening: contextlib.AbstractContextManager[None]
+    trainer: Trainer,
+    plan: FitPlan,
+    signals: Signals,
+    opening: contextlib.AbstractContextManager[None],
+    *,
+    is_last: bool,
 ) -> None:
     setup, epoch = trainer.setup, trainer.run.epoch
     batches = _open_epoch(trainer, plan, opening)
@@ -167,19 +167,19 @@ def _run_epoch(
         tick.run = setup.with_weights(trainer.run)
     setup.fanout.flush()
     setup.live.throughput = meter.read(trainer.run.leaves[0].sharding.device_set)
+    setup.fanout.log_throughput(trainer.run.step, setup.live.throughput)
+    if is_last:
+        _log_last_step(trainer)
     if plan.held_out is not None and _not_validated(trainer.run):
         validate(trainer, plan.held_out, signals.check)
     validation = prefixed("val_", trainer.run.validation_of_epoch)
     trainer.hold(trainer.run.end_epoch())
-    setup.fanout.log_throughput(trainer.run.step, setup.live.throughput)
     # The average waits for the device, so it is computed only for those who handle the event.
     if setup.events.handles("on_epoch_end"):
         setup.events.emit("on_epoch_end", trainer, epoch, {**trainer.run.average.compute(), **validation})
 
 
-def _open_epoch(
-    trainer: Trainer, plan: FitPlan, opening: contextlib.AbstractContextManager[None]
-) -> Iterator[Batch]:
+def _open_epoch(trainer: Trainer, plan: FitPlan, opening: contextlib.AbstractContextManager[None]) -> Iterator[Batch]:
     """Begins an epoch, or the rest of the epoch that is resumed, and returns its batches."""
     setup, run = trainer.setup, trainer.run.begin_epoch()
     if plan.data is not None:
@@ -234,6 +234,14 @@ def _after_call(trainer: Trainer, metrics: Metrics, count: int | None, *, defer:
         trainer.hold(trainer.run.recorded(row, step=number))
         setup.fanout.defer("train", number, row)
     setup.events.emit("on_call_end", trainer, step, metrics_at(metrics, count - 1))
+
+
+def _log_last_step(trainer: Trainer) -> None:
+    """Logs the training metrics of the latest step, if its turn has not come by the cadence."""
+    run = trainer.run
+    if run.logged_step != run.step:
+        trainer.hold(run.recorded(run.metrics))
+        trainer.setup.fanout.report("train", run.step, run.metrics)
 
 
 def compile_step(trainer: Trainer, batch: Batch) -> Compilation:

@@ -64,7 +64,7 @@ def plan_run(
 ) -> FitPlan:
     """Returns the plan of a call of ``train``, on which all processes agree."""
     held_out, val_in_memory = _held_out(setup, val_data, batch_size)
-    common = {
+    common: dict[str, Any] = {
         "caller": "train",
         "num_epochs": num_epochs,
         "batch_size": batch_size,
@@ -149,7 +149,7 @@ def _over_loader(
 
 
 def _is_loader(data: Any) -> bool:
-    """Tells a loader from data in memory: something to call or to iterate over, but neither a mapping, a tuple of columns nor an array."""
+    """Tells a loader, which is called or iterated over, from data in memory: a mapping, a tuple, an array."""
     if isinstance(data, Mapping | tuple | str | bytes) or hasattr(data, "__array__"):
         return False
     return callable(data) or isinstance(data, Iterable)

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from trainer.errors import ArgumentError, ObjectiveError, leaf_path
+from trainer.errors import ArgumentError, ObjectiveError
+from trainer.tree_paths import join_path, leaf_path
 
 if TYPE_CHECKING:  # a few types, which are not worth a tenth of the time of the import
     import chex
@@ -186,11 +187,6 @@ def lookup(*trees: Any, paths: Iterable[Path], missing: Any = None) -> Flat:
         return missing
 
     return {path: look_up(path) for path in paths}
-
-
-def join_path(where: str, path: Path) -> str:
-    """Formats the path of a variable as ``model_state/layers/0/mean``."""
-    return "/".join([where, *map(str, path)])
 
 
 def _kinds(graphdef: nnx.GraphDef[Any]) -> list[type]:

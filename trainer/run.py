@@ -18,7 +18,7 @@ from trainer.errors import ArgumentError, StateError
 from trainer.metrics.average import WeightedAverage, metrics_at
 from trainer.metrics.history import History
 from trainer.state import TrainState
-from trainer.errors import leaf_path
+from trainer.tree_paths import leaf_path
 from trainer.types import Metrics
 
 
@@ -250,7 +250,8 @@ class Run:
             )
         if self._given is None or not _is_changed(self._given):
             return self
-        state = _as_arrays(*self._given, self._layout)
+        given, leaves_before = self._given
+        state = _as_arrays(given, leaves_before, self._layout)
         leaves, _ = flatten_state(state)
         return self.replace(_leaves=leaves, _given=[state, jax.tree.leaves(state)], _cached=[])
 

@@ -164,7 +164,7 @@ class Setup:
         """Describes what a checkpoint of the run holds. Copies no array."""
         info = {"name": self.config.name, "metadata": self.config.to_dict()["metadata"]}
         run, loaders = self._with_positions(run)
-        return snapshot_run(run, info, listeners=self.events.state_dict(), loaders=loaders)
+        return snapshot_run(run, info, listeners=self.events.state_dict, loaders=loaders)
 
     def _with_positions(self, run: Run) -> tuple[Run, list[Any] | None]:
         """Returns the run, and the positions of the loaders of all processes where there are several."""
@@ -319,15 +319,19 @@ def _compiled_step(
 ) -> CompiledStep:
     make = functools.partial(make_train_step, loss_fn, wrt=wrt, extensions=extensions)
     scheduler = config.scheduler
-    arguments = None
+    step: Any
+    arguments: Callable[[Run], tuple[Any, ...]] | None = None
     if optimizer is None and scheduler is not None and needs_horizon(scheduler):
 
-        def step(state: Any, batch: Any, horizon: Any) -> Any:
+        def step_until(state: Any, batch: Any, horizon: Any) -> Any:
             return make(build_optimizer(config, None, horizon))(state, batch)
 
-        def arguments(run: Run) -> tuple[Any, ...]:
-            check_horizon(scheduler, run.horizon)
-            return (placement.replicated_int(run.horizon),)
+        def horizon_of(run: Run) -> tuple[Any, ...]:
+            if run.horizon is None:
+                check_horizon(scheduler, None)  # raises
+            return (placement.replicated_int(run.horizon or 0),)
+
+        step, arguments = step_until, horizon_of
 
     else:
         step = make(build_optimizer(config, optimizer, None))

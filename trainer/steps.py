@@ -4,6 +4,7 @@ A step is not compiled here: ``jax.jit``, ``scan``, ``vmap``, ``pmap`` and ``sha
 caller's to choose, and the same function works under each.
 """
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 from zlib import crc32
@@ -13,19 +14,25 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from trainer.batches import batch_length, describe
-from trainer.errors import ArgumentError, ArgumentTypeError, BatchError, ObjectiveError, check_count
-from trainer.nnx_bridge import Flat, lookup, merge_updated, split_variables, variables_of, with_variables
+from trainer.batches import batch_length
+from trainer.checks import check_count
+from trainer.errors import ArgumentError, ArgumentTypeError, BatchError
+from trainer.mapped_axes import AxisName, average_if_changed, average_over_axis, fold_in_device, per_device
+from trainer.nnx_bridge import Flat, lookup, merge_updated, split_variables
+from trainer.objective import (
+    NOT_REPORTED,
+    call_objective,
+    check_extensions,
+    check_loss_fn,
+    extension_losses,
+    forward,
+    in_training_mode,
+    refuse_shadowing,
+)
 from trainer.state import TrainState, check_optimizer
+from trainer.types import BATCH_WEIGHT as BATCH_WEIGHT
+from trainer.types import MODEL_OUTPUTS as MODEL_OUTPUTS
 from trainer.types import Batch, ExtensionLike, LossFn, Metrics
-
-AxisName = str | tuple[str, ...]
-
-# Names under which an objective may report something that is more than a metric.
-BATCH_WEIGHT = "batch_weight"
-MODEL_OUTPUTS = "model_outputs"
-
-_NOT_REPORTED = object()
 
 _EVALUATION = crc32(b"evaluation")
 
@@ -88,31 +95,31 @@ def make_train_step(
     check_loss_fn(loss_fn)
     check_optimizer(optimizer)
     extensions = check_extensions(extensions)
-    reduce = _average_if_changed(axis_name)
+    reduce = average_if_changed(axis_name)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         _check_call(state, batch)
         _check_wrt(state, wrt)
         # Not split: a key that nobody draws from costs nothing then, and it is a third of a tiny step.
         step_rng = jax.random.fold_in(state.rng, state.step)
-        step_rng = _fold_in_device(step_rng, axis_name)
+        step_rng = fold_in_device(step_rng, axis_name)
 
         def objective(params: Any) -> tuple[jax.Array, tuple[Metrics, Flat, dict[str, Flat]]]:
             before = state.replace(params=params)
-            model = _training(before.model())
+            model = in_training_mode(before.model())
             loss, metrics, outputs = call_objective(loss_fn, model, batch, step_rng, state.step)
             enabled = {name: e for name, e in extensions.items() if e.is_enabled()}
-            if enabled and outputs is _NOT_REPORTED:
-                outputs = _forward(before, batch)
+            if enabled and outputs is NOT_REPORTED:
+                outputs = forward(before, batch)
             context = {"model": model, "rng": step_rng, "step": state.step}
-            losses, extension_variables = _extension_losses(enabled, state, batch, outputs, context)
-            _refuse_shadowing(metrics, losses)
+            losses, extension_variables = extension_losses(enabled, state, batch, outputs, context)
+            refuse_shadowing(metrics, losses)
             _, variables = split_variables(model, wrt)
             return sum(losses.values(), start=loss), ({**metrics, **losses}, variables, extension_variables)
 
         evaluate = jax.value_and_grad(objective, has_aux=True)
-        (loss, (metrics, variables, extension_variables)), grads = evaluate(_per_device(state.params, axis_name))
-        grads, metrics = _average(grads, {**metrics, "loss": loss}, axis_name)
+        (loss, (metrics, variables, extension_variables)), grads = evaluate(per_device(state.params, axis_name))
+        grads, metrics = average_over_axis(grads, {**metrics, "loss": loss}, axis_name)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         next_state = state.replace(
@@ -173,6 +180,11 @@ def fuse_steps(
                 f"be of shape ({n}, batch_size, ...)."
             )
 
+        concrete: Any = None if isinstance(count, jax.core.Tracer) else count
+        if concrete is not None and not 0 <= operator.index(concrete) <= n:
+            # Indexing clamps, so the last batch would be trained on again.
+            raise ArgumentError(f"`count` is {concrete}, but `n` is {n}; it must be from 0 to {n}.")
+
         def batch_at(index: jax.typing.ArrayLike) -> Batch:
             batch: Batch = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), batches)
             return batch
@@ -212,108 +224,14 @@ def make_eval_step(loss_fn: LossFn, *, axis_name: AxisName | None = None) -> Cal
     def eval_step(state: TrainState, batch: Batch, index: jax.typing.ArrayLike = 0) -> Metrics:
         _check_call(state, batch)
         rng = jax.random.fold_in(jax.random.fold_in(state.rng, _EVALUATION), index)
-        rng = _fold_in_device(rng, axis_name)
+        rng = fold_in_device(rng, axis_name)
         model = state.model()
         model.eval()
         loss, metrics, _ = call_objective(loss_fn, model, batch, rng, state.step)
-        _, metrics = _average((), {**metrics, "loss": loss}, axis_name)
+        _, metrics = average_over_axis((), {**metrics, "loss": loss}, axis_name)
         return {**metrics, "step": state.step}
 
     return eval_step
-
-
-def call_objective(
-    loss_fn: LossFn, model: Any, batch: Batch, rng: jax.Array, step: jax.Array
-) -> tuple[jax.Array, Metrics, Any]:
-    """Calls the objective and checks what it returns.
-
-    Returns:
-        The loss, the metrics as scalars, and what was reported as ``model_outputs``, if anything.
-
-    Raises:
-        ObjectiveError: The objective breaks the contract of `trainer.LossFn`.
-    """
-    try:
-        result = loss_fn(model, batch, rng, step)
-    except Exception as error:
-        error.add_note(f"raised in `loss_fn` on a batch of {describe(batch)}")
-        raise
-    if not isinstance(result, tuple) or len(result) != 2:
-        raise ObjectiveError(
-            f"`loss_fn` returned {_describe_result(result)}; it must return a pair (loss, metrics), "
-            f"with an empty mapping where there are no metrics."
-        )
-    loss, metrics = result
-    loss = check_loss(loss, "`loss_fn` returned a loss that")
-    if not isinstance(metrics, Mapping):
-        raise ObjectiveError(
-            f"`loss_fn` returned metrics of type {type(metrics).__name__}; they must be a mapping of names to scalars."
-        )
-    if "step" in metrics:
-        raise ObjectiveError(
-            "`loss_fn` returned a metric `step`, which is the name of the number of updates finished; use another name."
-        )
-    outputs = metrics.get(MODEL_OUTPUTS, _NOT_REPORTED)
-    named = {name: value for name, value in metrics.items() if name not in (MODEL_OUTPUTS, "loss")}
-    return loss, {name: _metric(name, value) for name, value in named.items()}, outputs
-
-
-def check_loss(loss: Any, subject: str) -> jax.Array:
-    """Returns ``loss`` as an array, if it is a floating scalar."""
-    try:
-        array = jnp.asarray(loss)
-    except (TypeError, ValueError) as error:
-        raise ObjectiveError(f"{subject} is of type {type(loss).__name__}; it must be a scalar.") from error
-    if array.shape != ():
-        raise ObjectiveError(
-            f"{subject} has shape {array.shape}; it must be a scalar. Average or sum over the examples."
-        )
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise ObjectiveError(f"{subject} has dtype {array.dtype}; it must be floating to be differentiated.")
-    return array
-
-
-def check_loss_fn(loss_fn: Any) -> None:
-    """Refuses what cannot be called."""
-    if not callable(loss_fn):
-        raise ArgumentTypeError(
-            f"`loss_fn` is of type {type(loss_fn).__name__}; it must be a callable "
-            f"loss_fn(model, batch, rng, step) -> (loss, metrics)."
-        )
-
-
-def check_extensions(extensions: Mapping[str, ExtensionLike] | None) -> dict[str, ExtensionLike]:
-    """Returns the extensions as a dict, if each has what a step needs and a name of its own."""
-    if extensions is None:
-        return {}
-    if not isinstance(extensions, Mapping):
-        raise ArgumentTypeError(
-            f"`extensions` is of type {type(extensions).__name__}; it must be a mapping of names to extensions."
-        )
-    names: dict[str, str] = {}
-    for key, extension in extensions.items():
-        lacks = [
-            what
-            for what, present in (
-                ("is_enabled()", callable(getattr(extension, "is_enabled", None))),
-                ("weight", hasattr(extension, "weight")),
-                ("loss_fn(batch, model_outputs, **kwargs)", callable(getattr(extension, "loss_fn", None))),
-            )
-            if not present
-        ]
-        if lacks:
-            raise ArgumentTypeError(
-                f"`extensions[{key!r}]` is of type {type(extension).__name__} and has no "
-                f"{', no '.join(lacks)}; derive it from trainer.Extension or add what is missing."
-            )
-        name = getattr(getattr(extension, "config", None), "name", None) or key
-        if name in names:
-            raise ArgumentError(
-                f"`extensions[{names[name]!r}]` and `extensions[{key!r}]` are both named {name!r}; "
-                f"give each a name of its own."
-            )
-        names[name] = key
-    return dict(extensions)
 
 
 def _check_call(state: Any, batch: Any) -> None:
@@ -337,146 +255,3 @@ def _check_wrt(state: TrainState, wrt: nnx.filterlib.Filter) -> None:
             f"`wrt` = {wrt!r} selects other variables than the filter that the state was created with; "
             f"pass the same one to TrainState.create and make_train_step."
         )
-
-
-def _training(model: Any) -> Any:
-    model.train()
-    return model
-
-
-def _forward(state: TrainState, batch: Batch) -> Any:
-    """Returns ``model(batch["input"])`` where that can be called, else None.
-
-    It runs on a model of its own that starts from the same variables, random counts included. So
-    an extension that looks on changes no batch statistics. It costs, though: where the objective made
-    the very same call XLA shares most of the forward pass, but the backward pass is computed again
-    (44 % more operations for a perceptron 64-512-1). Reporting ``model_outputs`` spares that.
-    """
-    model = _training(state.model())
-    if "input" not in batch or not callable(model):
-        return None
-    try:
-        return model(batch["input"])
-    except Exception as error:
-        error.add_note(
-            'raised in `model(batch["input"])`, called because an extension is enabled and `loss_fn` '
-            f"returned no `{MODEL_OUTPUTS}` in its metrics; return them (they may be None) to avoid this call"
-        )
-        raise
-
-
-def _extension_losses(
-    enabled: dict[str, ExtensionLike],
-    state: TrainState,
-    batch: Batch,
-    outputs: Any,
-    context: dict[str, Any],
-) -> tuple[Metrics, dict[str, Flat]]:
-    """Returns the weighted losses, and the variables of each extension after its evaluation."""
-    losses: Metrics = {}
-    variables: dict[str, Flat] = {}
-    for name, extension in enabled.items():
-        if name not in state.extensions:
-            raise ArgumentError(
-                f"`extensions[{name!r}]` is not in the state, which was created with "
-                f"{sorted(state.extensions) or 'none'}; pass the same extensions to TrainState.create."
-            )
-        held = state.extensions[name]
-        # The variables come from the state; Python attributes are those of the caller's object.
-        traced = with_variables(extension, held["variables"])
-        rng = jax.random.fold_in(context["rng"], crc32(name.encode()))
-        loss = traced.loss_fn(batch, outputs, **{**context, "rng": rng})
-        loss = check_loss(loss, f"`extensions[{name!r}].loss_fn` returned a loss that")
-        losses[f"{name}_loss"] = held["weight"].astype(loss.dtype) * loss
-        variables[name] = variables_of(traced)
-    return losses, variables
-
-
-def _refuse_shadowing(metrics: Metrics, losses: Metrics) -> None:
-    for name in losses:
-        if name in metrics:
-            raise ObjectiveError(
-                f"`loss_fn` returned a metric `{name}`, which is also the loss of the extension "
-                f"{name.removesuffix('_loss')!r}; rename one of the two."
-            )
-
-
-def _metric(name: Any, value: Any) -> jax.Array:
-    if not isinstance(name, str):
-        raise ObjectiveError(f"`loss_fn` returned a metric named {name!r}; names must be strings.")
-    try:
-        array = jnp.asarray(value)
-    except (TypeError, ValueError) as error:
-        raise ObjectiveError(
-            f"`loss_fn` returned a metric `{name}` of type {type(value).__name__}; it must be a scalar."
-        ) from error
-    if array.shape != ():
-        raise ObjectiveError(
-            f"`loss_fn` returned a metric `{name}` of shape {array.shape}; metrics are scalars. Average it, "
-            f"or report it as `{MODEL_OUTPUTS}`."
-        )
-    return array
-
-
-def _describe_result(result: Any) -> str:
-    if isinstance(result, tuple):
-        return f"a tuple of {len(result)}"
-    return "a bare loss" if getattr(result, "shape", None) == () else type(result).__name__
-
-
-def _fold_in_device(rng: jax.Array, axis_name: AxisName | None) -> jax.Array:
-    return rng if axis_name is None else jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
-
-
-def _per_device(params: Any, axis_name: AxisName | None) -> Any:
-    """Marks replicated params as differing by device, so that each device gets its own gradient.
-
-    Under ``shard_map`` JAX sums the gradient of a replicated value over the devices by itself,
-    without weights; under ``pmap`` and ``vmap`` it does not. After this it never does.
-    """
-    if axis_name is None:
-        return params
-    axes = (axis_name,) if isinstance(axis_name, str) else axis_name
-    mapped_by_shard_map = jax.sharding.get_abstract_mesh().manual_axes
-
-    def mark(leaf: jax.Array) -> jax.Array:
-        varying = jax.typeof(leaf).manual_axis_type.varying
-        missing = tuple(axis for axis in axes if axis in mapped_by_shard_map and axis not in varying)
-        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
-
-    return jax.tree.map(mark, params)
-
-
-def _average(grads: Any, metrics: Metrics, axis_name: AxisName | None) -> tuple[Any, Metrics]:
-    """Averages over the mapped axis, by ``batch_weight`` where there is one; that itself is summed."""
-    if axis_name is None:
-        return grads, metrics
-    weight = metrics.get(BATCH_WEIGHT)
-    metrics = jax.tree.map(_floating, metrics)
-    if weight is None:
-        averaged: tuple[Any, Metrics] = jax.lax.pmean((grads, metrics), axis_name)
-        return averaged
-    total = jax.lax.psum(weight, axis_name)
-    share = weight / total
-    grads, metrics = jax.lax.psum(
-        jax.tree.map(lambda leaf: leaf * share.astype(leaf.dtype), (grads, metrics)),
-        axis_name,
-    )
-    return grads, {**metrics, BATCH_WEIGHT: total}
-
-
-def _average_if_changed(axis_name: AxisName | None) -> Callable[[Any, Any], Any]:
-    """Returns how variables are carried on: averaged over the mapped axis if the forward pass assigned them.
-
-    The others are equal on all devices already, and an average of equal numbers may round.
-    """
-
-    def reduce(old: Any, new: Any) -> Any:
-        changed = axis_name is not None and new is not old and jnp.issubdtype(new.dtype, jnp.floating)
-        return jax.lax.pmean(new, axis_name) if changed else new
-
-    return reduce
-
-
-def _floating(metric: jax.Array) -> jax.Array:
-    return metric if jnp.issubdtype(metric.dtype, jnp.inexact) else metric.astype(jnp.float32)

@@ -12,9 +12,10 @@ from flax import nnx
 from tests.problems import Busy, Counting, config, regression, squared_error
 from tests.test_api import Spy, assert_same_bits
 from trainer import ArgumentError, ArgumentTypeError, Callback, Trainer, TrainState, make_train_step
-from trainer.compile.collection import scheduled_collection
 from trainer.compile.dispatch import Program
-from trainer.compile.fusion import as_function, flops, steps_worth_fusing
+from trainer.compile.flops import flops
+from trainer.compile.fusion import FusionPolicy, as_function
+from trainer.loop import rare_collections
 
 
 def traced(function, *shapes):
@@ -62,20 +63,20 @@ class TestFlops:
 class TestHowMany:
     def test_less_work_means_more_steps(self):
         small, large = (traced(lambda a: a @ a, (size, size)) for size in (16, 2048))
-        assert steps_worth_fusing(small, 100, "cpu") == 128
-        assert steps_worth_fusing(large, 100, "cpu") == 1
-        assert steps_worth_fusing(large, 100, "gpu") == 58
+        assert FusionPolicy().fusable_steps(small, 100, "cpu") == 128
+        assert FusionPolicy().fusable_steps(large, 100, "cpu") == 1
+        assert FusionPolicy().fusable_steps(large, 100, "gpu") == 58
 
     def test_batches_of_one_call_fit_into_memory(self):
         small = traced(lambda a: a @ a, (16, 16))
-        assert steps_worth_fusing(small, 2**20, "cpu") == 8
-        assert steps_worth_fusing(small, 2**30, "cpu") == 1
+        assert FusionPolicy().fusable_steps(small, 2**20, "cpu") == 8
+        assert FusionPolicy().fusable_steps(small, 2**30, "cpu") == 1
 
     def test_convolutions_are_slow_in_loops_on_the_cpu_only(self):
         inner = jax.jit(lambda x: jax.lax.conv_general_dilated(x, x, (1,), "SAME"))
         convolution = traced(lambda x: inner(x), (1, 1, 8))
-        assert steps_worth_fusing(convolution, 100, "cpu") == 1
-        assert steps_worth_fusing(convolution, 100, "gpu") == 128
+        assert FusionPolicy().fusable_steps(convolution, 100, "cpu") == 1
+        assert FusionPolicy().fusable_steps(convolution, 100, "gpu") == 128
 
     def test_a_traced_function_is_a_function_again(self):
         function = jax.jit(lambda tree, key: {"sum": tree["a"] + tree["b"][0], "key": jax.random.split(key)[1]})
@@ -224,37 +225,51 @@ class TestPrograms:
         program = Program(lambda state, batch: (state + batch["x"].sum(), {}), "sum")
         assert program.is_new
         program(jnp.zeros(()), {"x": jnp.ones(2)})
-        seconds, warning = program.compilation()
-        assert seconds > 0
-        assert warning is None
+        report = program.report()
+        assert report.seconds > 0
+        assert report.warning is None
         assert not program.is_new
         program(jnp.zeros(()), {"x": jnp.ones(2)})
-        assert program.compilation() is None
+        assert program.report() is None
 
 
-class TestCollection:
-    def test_it_waits_until_it_is_asked_and_everything_is_as_before_afterwards(self):
-        with scheduled_collection() as collect:
-            assert not gc.isenabled()
-            cycles = [[] for _ in range(30_000)]
-            for cycle in cycles:
-                cycle.append(cycle)
-            del cycles, cycle
-            assert gc.get_count()[0] > 20_000
-            collect()
-            assert gc.get_count()[0] < 20_000
+class TestCollections:
+    def test_inside_they_are_rare_and_cheap_and_afterwards_as_before(self):
+        before = gc.get_threshold()
+        with rare_collections():
+            assert gc.get_freeze_count() > 1000
+            assert gc.get_threshold()[0] > before[0]
+            cycle = []
+            cycle.append(cycle)
         assert gc.isenabled()
+        assert (gc.get_threshold(), gc.get_freeze_count()) == (before, 0)
+
+    def test_garbage_of_a_long_epoch_is_collected_within_it(self):
+        class Cycle:
+            alive = 0
+
+            def __init__(self):
+                self.me, Cycle.alive = self, Cycle.alive + 1
+
+            def __del__(self):
+                Cycle.alive -= 1
+
+        with rare_collections():
+            for _ in range(200_000):
+                Cycle()
+            assert Cycle.alive < 100_000
 
     def test_a_collector_that_is_off_stays_off(self):
         gc.disable()
         try:
-            with scheduled_collection() as collect:
-                collect()
+            with rare_collections():
+                assert gc.get_freeze_count() == 0
             assert not gc.isenabled()
         finally:
             gc.enable()
 
     def test_an_exception_restores_it(self):
-        with pytest.raises(ZeroDivisionError), scheduled_collection():
+        before = gc.get_threshold()
+        with pytest.raises(ZeroDivisionError), rare_collections():
             raise ZeroDivisionError
-        assert gc.isenabled()
+        assert (gc.get_threshold(), gc.get_freeze_count()) == (before, 0)

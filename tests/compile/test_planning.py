@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from trainer import BatchError, make_train_step
 from trainer.compile.planning import Traffic, collectives, plan
-from trainer.sharding.partition import abstract_state, create_sharded, jit_step, make_mesh, shardings_of
+from trainer.sharding import abstract_state, create_sharded, jit_step, make_mesh, shardings_of
 
 ROOT = Path(__file__).parents[2]
 ADAM = optax.adam(1e-3)
@@ -156,7 +156,7 @@ class TestPlan:
             from tests.compile.test_planning import ADAM, Perceptron, TENSOR, batch_of, squared_error
             from trainer import make_train_step
             from trainer.compile.planning import plan
-            from trainer.sharding.partition import abstract_state, make_mesh
+            from trainer.sharding import abstract_state, make_mesh
 
             mesh = make_mesh({{"data": {data}, "fsdp": {fsdp}, "tensor": {tensor}}})
             state = abstract_state(Perceptron, ADAM, rng=jax.random.key(0), mesh=mesh, rules=TENSOR)

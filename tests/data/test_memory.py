@@ -12,8 +12,8 @@ import pytest
 
 from trainer import ArgumentError, ArgumentTypeError, BatchError, InMemoryData
 from trainer.batches import batch_length, describe
+from trainer.checks import check_count
 from trainer.data.memory import one_pass, open_loader, seed_from_key
-from trainer.errors import check_count
 
 
 def numbered(num_examples):

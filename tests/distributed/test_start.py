@@ -24,7 +24,7 @@ from trainer import (
     make_mesh,
     make_train_step,
 )
-from trainer.distributed.start import barrier, check_agreement, initialize
+from trainer.distributed import barrier, check_agreement, initialize
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,7 +32,7 @@ PREAMBLE = """
 import json, os, signal, sys, time
 import jax
 import numpy as np
-from trainer.distributed.start import barrier, check_agreement, initialize
+from trainer.distributed import barrier, check_agreement, initialize
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", int(os.environ["DEVICES"]))

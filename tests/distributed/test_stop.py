@@ -8,12 +8,12 @@ import threading
 import pytest
 
 from tests.distributed.test_start import JOIN, TURN, finish, run, start
-from trainer.distributed.signals import Interruption
+from trainer.distributed.signals import Signals
 
 LOOP = """
 import threading
 from trainer import TrainingInterrupted
-from trainer.distributed.signals import Interruption
+from trainer.distributed.signals import Signals
 
 STEPS, VALIDATE_EVERY = 8, 4
 
@@ -23,7 +23,7 @@ def send(number):
 def train(name, planned, turn=turn, steps=STEPS):
     '''Tells where this process stopped, and by what; signals come at the moments that are planned for it.'''
     signals = {moment: number for who, moment, number in planned if who == process}
-    interruption, stopped = Interruption(), None
+    interruption, stopped = Signals(together=True), None
 
     def comes(moment):
         if moment in signals:
@@ -40,7 +40,7 @@ def train(name, planned, turn=turn, steps=STEPS):
             barrier(name)  # until the signal has come to the one that waits in this step
         turn()
 
-    with interruption.watching(together=True):
+    with interruption:
         try:
             comes("begin")
             for number in range(1, steps + 1):
@@ -55,7 +55,7 @@ def train(name, planned, turn=turn, steps=STEPS):
                     interruption.check()
             stopped = "end"
             comes("end")
-            if interruption.settle():
+            if interruption.wait_for_all():
                 raise interruption.exception()
             comes("too late")
             return stopped, None
@@ -154,8 +154,8 @@ def test_one_that_comes_when_all_have_agreed_is_handled_after_the_run():
 @pytest.mark.parametrize("insisting", [0, 1])
 def test_a_second_signal_does_not_wait_and_ends_the_others(insisting):
     body = f"""
-        interruption = Interruption()
-        with interruption.watching(together=True):
+        interruption = Signals(together=True)
+        with interruption:
             for number in range(1, 100000):
                 turn()
                 if process == {insisting} and number == 3:
@@ -222,5 +222,5 @@ class TestErrors:
 
 def test_one_process_watches_without_a_thread():
     before = threading.active_count()
-    with Interruption().watching():
+    with Signals():
         assert threading.active_count() == before

@@ -34,11 +34,11 @@ print(json.dumps({"course": found, "told": len(told), "leads": trainer.is_primar
 
 def trainer_on(mesh, directory, rules=None, **options):
     settings = config(log_frequency=1, gradient_clip_norm=1.0)
-    fixed = {"rng": jax.random.key(3), "save_interval": 10**9, "workdir": directory}
-    return Trainer(Perceptron, settings, loss_fn=objective, mesh=mesh, partition_rules=rules, **fixed, **options)
+    fixed = {"rng": jax.random.key(3), "save_interval": 10**9, "workdir": directory, "loss_fn": objective}
+    return Trainer(Perceptron, settings, mesh=mesh, partition_rules=rules, **{**fixed, **options})
 
 
-def course(trainer):
+def course(trainer, parts):
     """Trains and evaluates in every way, with short last batches, and returns what was measured."""
     result = trainer.train(data(), 2, 16, data(13, seed=1), val_interval=7)
     evaluated = trainer.evaluate(data(83), 40)
@@ -47,7 +47,7 @@ def course(trainer):
     own = sorted({row for (where,) in places for row in range(16)[where]})
     part = {name: column[own] for name, column in data().items()}
     loss = float(trainer.train_step(part)["loss"])
-    trainer.train_data_loader = trainer.val_data_loader = [part, part]
+    parts.extend([part, part])
     return {
         "history": trainer.history.to_dict(),
         "result": result,
@@ -101,8 +101,7 @@ found = {"config": told(lambda: Trainer(Perceptron, rates, loss_fn=objective, me
 trainer = trainer_on(mesh, directory)
 found["data"] = told(lambda: trainer.train(own, 1, 16))
 found["epochs"] = told(lambda: trainer.train(data(), 1 + process, 16))
-trainer = trainer_on(mesh, directory)
-trainer.loss_fn = lambda *args: (objective(*args)[0] * (1.0 + process), {})
+trainer = trainer_on(mesh, directory, loss_fn=lambda *args: (objective(*args)[0] * (1.0 + process), {}))
 found["code"] = told(lambda: trainer.train(data(), 1, 16))
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from trainer import ArgumentError, ArgumentTypeError, BatchError, Extension, TrainState, make_eval_step, make_train_step
-from trainer.sharding.partition import (
+from trainer.sharding import (
     abstract_state,
     batch_sharding,
     bytes_per_device,

@@ -26,7 +26,7 @@ from trainer import (
     latest_checkpoint,
     make_mesh,
 )
-from trainer.sharding.partition import bytes_per_device
+from trainer.sharding import bytes_per_device
 
 EXAMPLES, BATCH = 90, 16  # five full batches, and one of ten examples, which eight devices cannot share
 
@@ -95,7 +95,7 @@ def build(directory, layout=None, model=None, **options):
         mesh=mesh,
         partition_rules=rules,
         extensions=extensions,
-        save_interval=10**9,
+        save_interval=options.pop("save_interval", 10**9),
         **options,
     )
 
@@ -319,8 +319,7 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_bits(layout, tmp_path):
     never = build(tmp_path / "never", layout)
     never.train(data(), 3, BATCH, data(13, seed=1), val_interval=7)
 
-    broken = build(tmp_path / "broken", layout, callbacks=[Stopping(11)])
-    broken.save_interval = 3
+    broken = build(tmp_path / "broken", layout, callbacks=[Stopping(11)], save_interval=3)
     with pytest.raises(InterruptedError):
         broken.train(data(), 3, BATCH, data(13, seed=1), val_interval=7)
     broken.close()

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from trainer import abstract_state, create_sharded, jit_step, make_mesh, make_train_step, plan
 from trainer.compile.planning import collectives
-from trainer.sharding.partition import shardings_of
+from trainer.sharding import shardings_of
 
 ROOT = Path(__file__).parents[2]
 

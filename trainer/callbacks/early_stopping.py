@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from trainer.callbacks.base import Callback
 from trainer.callbacks.monitor import Monitor
-from trainer.errors import ArgumentError, check_count
+from trainer.checks import check_count
+from trainer.errors import ArgumentError
 
 
 class EarlyStopping(Callback):

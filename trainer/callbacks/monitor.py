@@ -4,7 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from trainer.errors import ArgumentError, did_you_mean
+from trainer.checks import did_you_mean
+from trainer.errors import ArgumentError
 from trainer.loggers.base import prefixed
 
 

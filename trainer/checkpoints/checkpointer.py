@@ -29,9 +29,7 @@ class Checkpointer:
         self._max_checkpoints = max_checkpoints
         self._saver = BackgroundSaver()
 
-    def save(
-        self, snapshot: Snapshot, path: str | os.PathLike[str] | None = None, *, background: bool = False
-    ) -> Path:
+    def save(self, snapshot: Snapshot, path: str | os.PathLike[str] | None = None, *, background: bool = False) -> Path:
         """Writes a snapshot, and returns its path.
 
         Args:

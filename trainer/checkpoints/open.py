@@ -20,7 +20,7 @@ import numpy as np
 from trainer.checkpoints.file_format import Bundle, Leaf
 from trainer.checkpoints.orbax_directory import OrbaxDirectory
 from trainer.checkpoints.reference_pickle import read_pickle
-from trainer.distributed.start import AllOrNone
+from trainer.distributed.agreement import AllOrNone
 from trainer.errors import CheckpointError
 from trainer.sharding.arrays import place_like
 from trainer.state import TrainState

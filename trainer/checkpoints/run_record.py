@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ def snapshot_run(
     run: Run,
     info: Mapping[str, Any] | None = None,
     *,
-    listeners: Sequence[Any] = (),
+    listeners: Callable[[], Sequence[Any]] = list,
     loaders: Sequence[Any] | None = None,
 ) -> Snapshot:
     """Describes a run for `write_snapshot`. Copies no array: write it, or copy it, before the next step.
@@ -82,7 +82,7 @@ def snapshot_run(
     Args:
         run: The run.
         info: Plain values for people.
-        listeners: The states of callbacks and extensions.
+        listeners: Returns the states of callbacks and extensions.
         loaders: The positions of the loaders of all processes, where there are several.
 
     Raises:
@@ -90,7 +90,7 @@ def snapshot_run(
     """
     run = run.with_edits()
     about = {"epoch": run.epoch, "metrics": run.history[-1] if run.history else {}, **(info or {})}
-    return take_snapshot(run.peek(), about, progress=_packed(run, list(listeners), loaders))
+    return take_snapshot(run.peek(), about, progress=lambda: _packed(run, listeners, loaders))
 
 
 def load_run(path: str | os.PathLike[str], like: Run) -> Run:
@@ -152,9 +152,9 @@ def restore(loaded: Loaded, current: Run) -> Restored:
     return Restored(path, run, listeners, loaders)
 
 
-def _packed(run: Run, listeners: list[Any], loaders: Sequence[Any] | None) -> bytes:
+def _packed(run: Run, listeners: Callable[[], Sequence[Any]], loaders: Sequence[Any] | None) -> bytes:
     count, rows = run.history.packed()
-    fields = {"epoch": run.epoch, "run": _record(run), "loaders": loaders, "listeners": listeners}
+    fields = {"epoch": run.epoch, "run": _record(run), "loaders": loaders, "listeners": list(listeners())}
     fields["horizon"] = run.horizon
     packer = msgpack.Packer(default=_plain, autoreset=False)
     try:

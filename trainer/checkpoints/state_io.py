@@ -22,13 +22,17 @@ from trainer.checkpoints.file_format import DTYPES, Bundle, Leaf, write_bundle
 from trainer.checkpoints.open import PROGRESS, Source, describe, open_source, read_progress
 from trainer.checkpoints.orbax_directory import OrbaxDirectory, begin_directory
 from trainer.checkpoints.reference_pickle import write_pickle
-from trainer.distributed.start import AllOrNone
-from trainer.errors import ArgumentError, CheckpointError, UnreadableError, did_you_mean
+from trainer.checks import did_you_mean
+from trainer.distributed.agreement import AllOrNone
+from trainer.errors import ArgumentError, CheckpointError, UnreadableError
 from trainer.sharding.arrays import is_multiprocess
 from trainer.state import TrainState
 from trainer.tree_paths import LeafPath, parts_of
 
 _OWN_NAME = re.compile(r"checkpoint_(0|[1-9]\d*)\.(msgpack|orbax)")
+
+Progress = Mapping[str, Any] | Callable[[], bytes] | None
+"""Plain values, or a function that packs them: where several processes save, what it raises is raised in all."""
 
 _T = TypeVar("_T")
 
@@ -75,9 +79,7 @@ class Snapshot:
         return dataclasses.replace(self, leaves=[(leaf, _copied_to_host(array)) for leaf, array in self.leaves])
 
 
-def take_snapshot(
-    state: TrainState, info: Mapping[str, Any] | None = None, *, progress: Mapping[str, Any] | None = None
-) -> Snapshot:
+def take_snapshot(state: TrainState, info: Mapping[str, Any] | None = None, *, progress: Progress = None) -> Snapshot:
     """Describes a state for `write_snapshot`; arguments as for `save_state`. Copies nothing yet.
 
     Raises:
@@ -97,7 +99,7 @@ def take_snapshot(
     return cast(Snapshot, snapshot)
 
 
-def _snapshot(state: TrainState, info: Mapping[str, Any] | None, progress: Mapping[str, Any] | None) -> Snapshot:
+def _snapshot(state: TrainState, info: Mapping[str, Any] | None, progress: Progress) -> Snapshot:
     state.check_alive()
     leaves: list[tuple[Leaf, Any]] = []
     for keys, leaf in jax.tree.leaves_with_path(state):
@@ -112,7 +114,8 @@ def _snapshot(state: TrainState, info: Mapping[str, Any] | None, progress: Mappi
         **(info or {}),
     }
     if progress is not None:
-        packed = np.frombuffer(_packed(progress), np.uint8)
+        data = progress() if callable(progress) else _packed(progress)
+        packed = np.frombuffer(data, np.uint8)
         leaves.append((Leaf(PROGRESS, "uint8", packed.shape), packed))
     return Snapshot(state, about, leaves)
 
@@ -394,7 +397,8 @@ def _copied_to_host(array: Any) -> np.ndarray[Any, Any]:
 
 
 def _is_in_host_memory(array: jax.Array) -> bool:
-    platforms = {device.platform for device in array.sharding.device_set}
+    devices: Any = array.sharding.device_set
+    platforms = {device.platform for device in devices}
     return "cpu" in platforms or "host" in (array.sharding.memory_kind or "")
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from trainer.sharding.partition import bytes_per_device, jit_step, shardings_of
+from trainer.sharding import bytes_per_device, jit_step, shardings_of
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 

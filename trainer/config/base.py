@@ -14,7 +14,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from trainer.errors import ConfigError, did_you_mean
+from trainer.checks import did_you_mean
+from trainer.errors import ConfigError
 
 _LABELS = ("description", "tags", "metadata")
 

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from trainer.batches import checked_batch, describe
-from trainer.errors import ArgumentError, ArgumentTypeError, check_count
+from trainer.checks import check_count
+from trainer.errors import ArgumentError, ArgumentTypeError
 from trainer.types import Batch
 
 _ROWS_OF_FINGERPRINT = 64

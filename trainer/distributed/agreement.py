@@ -1,1 +1,178 @@
-from trainer.distributed.start import check_agreement as check_agreement, gathered as gathered, AllOrNone as AllOrNone
+"""Agreement of many processes: what all are about to do, whether one has failed, and what each holds.
+
+`check_agreement` and `gathered` do what `multihost_utils.assert_equal` and `process_allgather` of JAX do, but on the
+host alone: those run a collective on the devices, which waits for ever if one process does not come.
+"""
+
+import hashlib
+import itertools
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from typing import Any
+
+import jax
+
+from trainer.distributed.coordination import exchange, name_processes
+from trainer.errors import ArgumentTypeError, CheckpointError, DistributedError, UnreadableError
+
+_LONGEST_SHOWN = 80
+
+_KINDS = {kind.__name__: kind for kind in (CheckpointError, UnreadableError)}
+
+_rounds = itertools.count()
+_works = itertools.count()
+
+
+def check_agreement(parts: Mapping[str, Any], *, timeout_seconds: float = 300.0) -> None:
+    """Compares what this process is about to do with what the others are about to do.
+
+    Call it once before the first step, at the same point of every process. A difference that would
+    show as a hang, or worse, as a training that is wrong, becomes an error in all processes::
+
+        lowered = step.lower(state, batch)
+        check_agreement({"config": config.to_dict(), "step": lowered.as_text()})
+
+    The text of a lowered step holds the shapes, shardings, objective and optimizer, whatever source
+    they come from. The versions of Python, JAX, Flax and optax are always compared. Only hashes and short
+    values travel between the processes.
+
+    Args:
+        parts: By name, text, bytes, or what JSON can express. Mappings are compared entry by entry.
+        timeout_seconds: How long to wait for the others.
+
+    Raises:
+        ArgumentTypeError: A part cannot be compared.
+        DistributedError: In every process, naming each entry that differs and who holds what; or not
+            all processes called this in time.
+    """
+    parts = {**parts, "versions": _versions()}
+    entries = dict(entry for name, value in parts.items() for entry in _entries(name, value))
+    if jax.process_count() == 1:
+        return
+    held = exchange(f"agreement/{next(_rounds)}", entries, timeout_seconds)
+    differences = [
+        f"`{name}` is {found}"
+        for name in sorted(set().union(*held.values()))
+        if (found := _who_holds_what({process: entries.get(name) for process, entries in held.items()}))
+    ]
+    if differences:
+        raise DistributedError(
+            f"The processes disagree: {'; '.join(differences)}. Start all of them with the same code and configuration."
+        )
+
+
+class AllOrNone:
+    """Points of a piece of work that all processes share, at which they learn whether one has failed.
+
+    What one process alone raises leaves the others waiting for it. So each catches what its part of the
+    work raises, and brings it to the next point::
+
+        votes, failure = AllOrNone("save"), None
+        try:
+            write_mine()
+        except OSError as error:
+            failure = error
+        votes.sync(failure)  # raises in all processes, or in none
+
+    It takes no device, so a thread may do it while the devices compute. Make one at the same place of
+    every process, in the same order. In a single process a failure is raised, and that is all.
+
+    Args:
+        name: What the work is, for messages.
+        timeout_seconds: How long to wait for the others at a point.
+    """
+
+    def __init__(self, name: str, *, timeout_seconds: float = 600.0) -> None:
+        self._room = f"{name}/{next(_works)}"
+        self._timeout_seconds = timeout_seconds
+        self._points = itertools.count()
+
+    def sync(self, error: Exception | None, broadcast: Any = None) -> Any:
+        """Waits for all processes, and raises if one has failed.
+
+        Args:
+            error: What went wrong in this process. It is raised here if something did; unless it is
+                from an earlier point, which all have heard of, when nobody is waited for.
+            broadcast: A value of process 0 for all others; MessagePack must be able to express it.
+
+        Returns:
+            The value that process 0 broadcast.
+
+        Raises:
+            CheckpointError: Another process raised one; an `UnreadableError` if it raised such.
+            DistributedError: Another process raised something else, or not all came in time.
+        """
+        if error is not None and getattr(error, "is_synced", False):
+            raise error
+        if jax.process_count() == 1:
+            if error is not None:
+                raise error
+            return broadcast
+        vote = {"broadcast": broadcast, "kind": error and type(error).__name__, "text": str(error)[:2000]}
+        held = exchange(f"{self._room}/{next(self._points)}", vote, self._timeout_seconds)
+        failed = [process for process in sorted(held) if held[process]["kind"] is not None]
+        if failed and error is None:
+            first = held[failed[0]]
+            error = _KINDS.get(first["kind"], DistributedError)(f"process {failed[0]} failed: {first['text']}")
+        if error is not None:
+            error.is_synced = True  # type: ignore[attr-defined]
+            raise error
+        return held[0]["broadcast"]
+
+
+def gathered(value: Any, *, timeout_seconds: float = 300.0) -> list[Any]:
+    """Returns what each process holds, in their order. All call it, at the same point.
+
+    Args:
+        value: What MessagePack can express, and little of it.
+        timeout_seconds: How long to wait for the others.
+
+    Raises:
+        DistributedError: Not all came in time.
+    """
+    if jax.process_count() == 1:
+        return [value]
+    held = exchange(f"gathered/{next(_works)}", value, timeout_seconds)
+    return [held[process] for process in sorted(held)]
+
+
+def _entries(name: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Yields the path and the text, or the hash of a long one, of everything in a value."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _entries(f"{name}/{key}", item)
+        return
+    if isinstance(value, bytes):
+        text = hashlib.sha256(value).hexdigest()[:16]
+    elif isinstance(value, str):
+        text = value
+    else:
+        try:
+            text = json.dumps(value, sort_keys=True)
+        except TypeError as error:
+            raise ArgumentTypeError(
+                f"`parts` has the entry `{name}` of type {type(value).__name__}; it must be text, bytes, or what "
+                f"JSON can express ({error})."
+            ) from error
+    if len(text) > _LONGEST_SHOWN:
+        text = f"a text of {len(text):,} characters with hash {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    yield name, text
+
+
+def _who_holds_what(values: Mapping[int, str | None]) -> str:
+    """Returns ``0.1 in processes 0, 2 and 0.2 in process 1``, or nothing where all hold the same."""
+    holders: dict[str | None, list[int]] = {}
+    for process, value in sorted(values.items()):
+        holders.setdefault(value, []).append(process)
+    if len(holders) == 1:
+        return ""
+    return " and ".join(
+        f"{'absent' if value is None else value} in {name_processes(processes)}" for value, processes in holders.items()
+    )
+
+
+def _versions() -> dict[str, str]:
+    python = ".".join(map(str, sys.version_info[:3]))
+    return {"python": python, **{name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}}

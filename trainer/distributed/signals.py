@@ -1,82 +1,67 @@
-"""Signals that ask a run to end: noticed at once, obeyed when the state is whole."""
+"""Signals that end a run: noticed at once, obeyed when the state is whole."""
 
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 from trainer.distributed.start import end_others
 from trainer.distributed.stop import CommonStop
 from trainer.errors import TrainingInterrupted
 
 
-class Interruption:
-    """Remembers that SIGTERM or SIGINT (Ctrl-C) came, until a run asks.
+class Signals:
+    """Handles SIGTERM and SIGINT (Ctrl-C) while a run is in progress::
 
-    A signal may come at any instruction, also between the call of a step that consumes the old
-    state and the assignment of the new one; so the handler only takes a note. A second signal is
-    somebody who will not wait: it raises where it comes.
+        with Signals() as signals:
+            for tick in run_epoch(step, run, batches):
+                run = tick.run
+                signals.check()  # raises after a signal, when `run` is whole
 
-    Where several processes train together, a signal to any of them is obeyed by all, at the same
-    `check`: all come to the same ones, and may wait for each other anywhere between. A second signal
-    ends the others too, unsaved.
+    A signal may come at any instruction, also between the call of a step that consumes the old state and the
+    assignment of the new one. So the handler only notes it, and `check` raises. A second signal does not wait: it
+    raises where it comes, and may cost the state.
+
+    The earlier handlers come back at the end. Outside the main thread Python handles no signals, and neither does
+    this; without ``with`` it never raises.
+
+    Args:
+        together: Whether all processes train together. Then a signal to any process stops all of them at the same
+            `check`, so that none waits in a collective for one that has stopped. A second signal ends the other
+            processes too, unsaved.
 
     Attributes:
-        received: The signal to obey, which came last, None if there is none. Of several processes, one
-            that all have agreed on.
-        insisted: Whether one came to this process that was not the first, and was raised where it came.
+        received: The signal to obey, None if there is none. Of several processes, the one that all have agreed on.
+        second_signal: Whether a second signal came to this process, and was raised where it came.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, together: bool = False) -> None:
         self.received: signal.Signals | None = None
-        self.insisted = False
+        self.second_signal = False
         self._own: signal.Signals | None = None
-        self._together = False
+        self._together = together
         self._stop: CommonStop | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+        self._exits = contextlib.ExitStack()
 
-    @contextlib.contextmanager
-    def watching(self, *, together: bool = False) -> Iterator[None]:
-        """Handles the signals inside the block, and restores the handlers that were there.
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as exits:
+            exits.callback(self._restore_handlers)
+            if threading.current_thread() is threading.main_thread():
+                for number in (signal.SIGTERM, signal.SIGINT):
+                    self._previous[number] = signal.signal(number, self._receive)
+            if self._together:
+                self._stop = exits.enter_context(CommonStop(lambda: self._own))
+                exits.callback(self._end_others)
+            self._exits = exits.pop_all()
+        return self
 
-        In a thread other than the main one, where Python handles no signals, it handles none.
-
-        Args:
-            together: Whether all processes train together, so that they must stop together.
-        """
-        self.received, self._own, self.insisted, self._together = None, None, False, together
-        with self._handling():
-            if not together:
-                yield
-                return
-            try:
-                with CommonStop(lambda: self._own) as self._stop:
-                    yield
-            finally:
-                self._stop = None
-                if self.insisted:
-                    end_others("was told a second time to end, and did not wait for the others")
-        self._pass_on()
-
-    def _pass_on(self) -> None:
-        """Hands one that came after all had agreed that none did to whoever handles signals after the run."""
-        if self._own is not None and self.received is None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        self._exits.__exit__(kind, error, trace)
+        if error is None and self._own is not None and self.received is None:
+            # It came after all processes had agreed that there was none: it is for the handler that was there before.
             signal.raise_signal(self._own)
-
-    @contextlib.contextmanager
-    def _handling(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        previous: dict[signal.Signals, Any] = {}
-        try:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                previous[number] = signal.signal(number, self._receive)
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     def check(self) -> None:
         """Does nothing, unless a signal came.
@@ -91,52 +76,40 @@ class Interruption:
         if self.received is not None:
             raise self.exception()
 
-    def settle(self) -> bool:
-        """Tells whether a signal came after the last `check`. Of several processes, waits until all have come here.
+    def wait_for_all(self) -> bool:
+        """Returns whether a signal came after the last `check`. Of several processes, waits until all call this.
 
         Raises:
-            DistributedError: Another process did not come here.
+            DistributedError: Another process did not call it.
         """
         if self._stop is not None:
             self._obey(self._stop.settles())
         return self.received is not None
 
+    def exception(self) -> BaseException:
+        """Returns the exception that stands for the signal."""
+        if (self._own if self.second_signal else self.received) == signal.SIGINT:
+            return KeyboardInterrupt("training was interrupted")
+        return TrainingInterrupted("training was terminated")
+
     def _obey(self, number: int | None) -> None:
         if number is not None:
             self.received = signal.Signals(number)
 
-    def exception(self) -> BaseException:
-        """Returns what stands for the signal that came last."""
-        if (self._own if self.insisted else self.received) == signal.SIGINT:
-            return KeyboardInterrupt("training was interrupted")
-        return TrainingInterrupted("training was terminated")
-
     def _receive(self, number: int, frame: FrameType | None) -> None:
         del frame
-        self.insisted = self._own is not None
+        self.second_signal = self._own is not None
         self._own = signal.Signals(number)
         if not self._together:
             self.received = self._own
-        if self.insisted:
+        if self.second_signal:
             raise self.exception()
 
+    def _end_others(self) -> None:
+        self._stop = None
+        if self.second_signal:
+            end_others("was told a second time to end, and did not wait for the others")
 
-class Signals(Interruption):
-    def __init__(self, together=False):
-        super().__init__()
-        self._tog = together
-
-    def __enter__(self):
-        self._cm = self.watching(together=self._tog)
-        self._cm.__enter__()
-        return self
-
-    def __exit__(self, *e):
-        return self._cm.__exit__(*e)
-
-    @property
-    def second_signal(self):
-        return self.insisted
-
-    def wait_for_all(self):
-        return self.settle()
+    def _restore_handlers(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

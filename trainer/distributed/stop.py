@@ -9,7 +9,7 @@ from typing import Self
 
 import jax
 
-from trainer.distributed.start import POLL_SECONDS, coordination_service, name_processes
+from trainer.distributed.coordination import POLL_SECONDS, coordination_service, name_processes, read_now, read_within
 from trainer.errors import DistributedError
 
 _stops = itertools.count()
@@ -133,7 +133,7 @@ class CommonStop:
                 self._changed.wait_for(lambda: self._is_agreeing or self._has_left, POLL_SECONDS)
                 if self._is_agreeing or self._has_left:
                     return not self._has_left
-            if self._asked() is not None or _is_set(f"{self._room}/notice"):
+            if self._asked() is not None or read_now(f"{self._room}/notice") is not None:
                 with self._changed:
                     self._is_agreeing = True
 
@@ -158,12 +158,8 @@ class CommonStop:
             seconds = min(POLL_SECONDS, deadline - time.monotonic())
             if seconds <= 0:
                 break
-            try:
-                text: str = coordination_service().blocking_key_value_get(key, int(seconds * 1000) + 1)
-            except jax.errors.JaxRuntimeError as error:
-                if "DEADLINE_EXCEEDED" not in str(error):
-                    raise
-            else:
+            text = read_within(key, seconds)
+            if text is not None:
                 return text
         answers = coordination_service().key_value_dir_get(f"{self._room}/answers/")
         answered = {int(key.rsplit("/", 1)[1]) for key, _ in answers}
@@ -173,13 +169,3 @@ class CommonStop:
             f"to stop. {'It' if len(missing) == 1 else 'They'} may have taken another way through the program, or be "
             f"busy with something else."
         )
-
-
-def _is_set(key: str) -> bool:
-    try:
-        coordination_service().key_value_try_get(key)
-    except jax.errors.JaxRuntimeError as error:
-        if "NOT_FOUND" in str(error):
-            return False
-        raise
-    return True

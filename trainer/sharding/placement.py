@@ -18,10 +18,12 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from trainer.batches import checked_batch, describe
-from trainer.data.memory import EpochOfData, rows_of
+from trainer.data.memory import Epoch, rows_of
 from trainer.errors import ArgumentError, ArgumentTypeError, BatchError
 from trainer.sharding.arrays import to_global
-from trainer.sharding.partition import BATCH_AXES, batch_sharding, create_sharded, multiples_near, partition
+from trainer.sharding.create import create_sharded
+from trainer.sharding.mesh import BATCH_AXES, batch_sharding, multiples_near
+from trainer.sharding.partition import partition
 from trainer.state import TrainState
 from trainer.types import Batch, ExtensionLike
 
@@ -97,7 +99,7 @@ class Placement(Protocol):
             BatchError: As for `place_batch` with ``may_be_short=False``.
         """
 
-    def next_batch(self, epoch: EpochOfData, *, at_once: bool = False) -> tuple[Batch, int] | None:
+    def next_batch(self, epoch: Epoch, *, at_once: bool = False) -> tuple[Batch, int] | None:
         """Returns the next batch of data in memory, placed, and its examples; None at the end of the epoch.
 
         Args:
@@ -105,13 +107,13 @@ class Placement(Protocol):
             at_once: As for `place_batch`.
         """
 
-    def next_batches(self, epoch: EpochOfData, count: int, capacity: int) -> Batch:
+    def next_batches(self, epoch: Epoch, count: int, capacity: int) -> Batch:
         """Returns the next ``count`` full batches, placed, in arrays of shape ``(capacity, batch_size, ...)``.
 
         Rows from ``count`` on are padding with unspecified values.
         """
 
-    def abstract_batch_of(self, epoch: EpochOfData) -> Any:
+    def abstract_batch_of(self, epoch: Epoch) -> Any:
         """Returns the shapes and dtypes (over a mesh also shardings) of a full batch from `next_batch`."""
 
     def replicated_int(self, value: int) -> jax.Array:
@@ -123,7 +125,7 @@ class Placement(Protocol):
         """Returns the next batch of data in memory or of a loader, placed, and its examples; None at the end.
 
         Args:
-            batches: An `EpochOfData`, or an iterator over this process's parts of the batches.
+            batches: An `Epoch`, or an iterator over this process's parts of the batches.
             may_be_short: As for `place_batch`.
             at_once: As for `place_batch`.
         """
@@ -168,15 +170,15 @@ class SingleDevice:
     def abstract_batch(self, batch: Any) -> tuple[Any, int]:
         return checked_batch(batch)
 
-    def next_batch(self, epoch: EpochOfData, *, at_once: bool = False) -> tuple[Batch, int] | None:
+    def next_batch(self, epoch: Epoch, *, at_once: bool = False) -> tuple[Batch, int] | None:
         batch = next(epoch, None)
         return None if batch is None else (batch if at_once else jax.device_put(batch), epoch.drawn)
 
-    def next_batches(self, epoch: EpochOfData, count: int, capacity: int) -> Batch:
+    def next_batches(self, epoch: Epoch, count: int, capacity: int) -> Batch:
         batches: Batch = jax.device_put(epoch.stacked(count, capacity))
         return batches
 
-    def abstract_batch_of(self, epoch: EpochOfData) -> Any:
+    def abstract_batch_of(self, epoch: Epoch) -> Any:
         return epoch.specification()
 
     def replicated_int(self, value: int) -> jax.Array:
@@ -281,7 +283,7 @@ class OverMesh:
         examples = self._global_examples(batch, own, may_be_short=False)
         return self._abstract(batch, examples), examples
 
-    def next_batch(self, epoch: EpochOfData, *, at_once: bool = False) -> tuple[Batch, int] | None:
+    def next_batch(self, epoch: Epoch, *, at_once: bool = False) -> tuple[Batch, int] | None:
         if self._single is not None:
             return self._single.next_batch(epoch, at_once=at_once)
         index = epoch.next_examples()
@@ -289,14 +291,14 @@ class OverMesh:
             return None
         return epoch.gathered(functools.partial(_gather, index, self._batch_sharding(len(index)))), len(index)
 
-    def next_batches(self, epoch: EpochOfData, count: int, capacity: int) -> Batch:
+    def next_batches(self, epoch: Epoch, count: int, capacity: int) -> Batch:
         if self._single is not None:
             return self._single.next_batches(epoch, count, capacity)
         index = epoch.next_several(count, capacity)
         sharding = NamedSharding(self.mesh, PartitionSpec(None, *self._batch_sharding(epoch.batch_size).spec))
         return epoch.gathered(functools.partial(_gather, index, sharding))
 
-    def abstract_batch_of(self, epoch: EpochOfData) -> Any:
+    def abstract_batch_of(self, epoch: Epoch) -> Any:
         if self._single is not None:
             return self._single.abstract_batch_of(epoch)
         return self._abstract(epoch.specification(), epoch.batch_size)
@@ -368,7 +370,7 @@ def placement_of(mesh: Mesh | None, rules: Mapping[str, PartitionSpec] | None) -
 def _next_batch_from(
     placement: Placement, batches: Iterator[Batch], *, may_be_short: bool, at_once: bool
 ) -> tuple[Batch, int] | None:
-    if isinstance(batches, EpochOfData):
+    if isinstance(batches, Epoch):
         return placement.next_batch(batches, at_once=at_once)
     batch = next(batches, None)
     return None if batch is None else placement.place_batch(batch, may_be_short=may_be_short, at_once=at_once)

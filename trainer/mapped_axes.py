@@ -1,0 +1,74 @@
+"""Averages over the mapped axis of `pmap`, `vmap` and `shard_map`.
+
+`typeof(...).manual_axis_type`, `pcast` and `manual_axes` are young names of JAX, seen in 0.10 and 0.11.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from trainer.types import BATCH_WEIGHT, Metrics
+
+AxisName = str | tuple[str, ...]
+"""One mapped axis, or several."""
+
+
+def fold_in_device(rng: jax.Array, axis_name: AxisName | None) -> jax.Array:
+    """Returns a key for each device of the mapped axis."""
+    return rng if axis_name is None else jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
+
+
+def per_device(params: Any, axis_name: AxisName | None) -> Any:
+    """Marks replicated params as differing by device, so that each device gets its own gradient.
+
+    Under ``shard_map`` JAX sums the gradient of a replicated value over the devices by itself,
+    without weights; under ``pmap`` and ``vmap`` it does not. After this it never does.
+    """
+    if axis_name is None:
+        return params
+    axes = (axis_name,) if isinstance(axis_name, str) else axis_name
+    mapped_by_shard_map = jax.sharding.get_abstract_mesh().manual_axes
+
+    def mark(leaf: jax.Array) -> jax.Array:
+        varying = jax.typeof(leaf).manual_axis_type.varying
+        missing = tuple(axis for axis in axes if axis in mapped_by_shard_map and axis not in varying)
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(mark, params)
+
+
+def average_over_axis(grads: Any, metrics: Metrics, axis_name: AxisName | None) -> tuple[Any, Metrics]:
+    """Averages over the mapped axis, by ``batch_weight`` where there is one; that itself is summed."""
+    if axis_name is None:
+        return grads, metrics
+    weight = metrics.get(BATCH_WEIGHT)
+    metrics = jax.tree.map(_floating, metrics)
+    if weight is None:
+        averaged: tuple[Any, Metrics] = jax.lax.pmean((grads, metrics), axis_name)
+        return averaged
+    total = jax.lax.psum(weight, axis_name)
+    share = weight / total
+    grads, metrics = jax.lax.psum(
+        jax.tree.map(lambda leaf: leaf * share.astype(leaf.dtype), (grads, metrics)),
+        axis_name,
+    )
+    return grads, {**metrics, BATCH_WEIGHT: total}
+
+
+def average_if_changed(axis_name: AxisName | None) -> Callable[[Any, Any], Any]:
+    """Returns how variables are carried on: averaged over the mapped axis if the forward pass assigned them.
+
+    The others are equal on all devices already, and an average of equal numbers may round.
+    """
+
+    def reduce(old: Any, new: Any) -> Any:
+        changed = axis_name is not None and new is not old and jnp.issubdtype(new.dtype, jnp.floating)
+        return jax.lax.pmean(new, axis_name) if changed else new
+
+    return reduce
+
+
+def _floating(metric: jax.Array) -> jax.Array:
+    return metric if jnp.issubdtype(metric.dtype, jnp.inexact) else metric.astype(jnp.float32)

@@ -12,7 +12,7 @@ import jax
 from digits import ConvNet, cross_entropy, digits
 
 from trainer import OptimizerConfig, Progress, Trainer, TrainingConfig, make_mesh
-from trainer.distributed.start import initialize
+from trainer.distributed import initialize
 
 
 def axes(text):

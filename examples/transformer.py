@@ -37,7 +37,7 @@ from trainer import (
     make_train_step,
     plan,
 )
-from trainer.distributed.start import check_agreement, initialize
+from trainer.distributed import check_agreement, initialize
 from trainer.sharding import BATCH_AXES, check_batch_fits, describe
 
 VOCABULARY, LENGTH, FEATURES, HEADS, LAYERS = 16, 8, 64, 4, 2

@@ -615,7 +615,7 @@ class TestLogging:
 
     def test_use_wandb_logs_there_too(self, monkeypatch):
         spy = Spy()
-        monkeypatch.setattr("trainer.setup.WandbLogger", lambda project, name: spy if project == "p" else None)
+        monkeypatch.setattr("trainer.fit.setup.WandbLogger", lambda project, name: spy if project == "p" else None)
         build(settings=config(use_wandb=True, wandb_project="p")).train_step(regression())
         assert spy.rows[-1][0] == 1
 

@@ -124,7 +124,7 @@ def test_a_graphdef_equals_its_plain_twin_and_survives_pickle_and_copy():
 
 
 def test_graphdefs_nobody_uses_are_forgotten():
-    from trainer.nnx_bridge import _interned
+    from trainer.core.nnx_bridge import _interned
 
     class Unique(nnx.Module):
         def __init__(self):

@@ -10,17 +10,17 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from trainer import fit, setup
 from trainer.callbacks.base import CallbackList
 from trainer.checkpoints.state_io import Snapshot
-from trainer.checks import check_count
 from trainer.compile.analysis import Compilation
 from trainer.config import TrainingConfig
+from trainer.core.checks import check_count
 from trainer.errors import ArgumentTypeError
-from trainer.fit_plan import plan_epoch, plan_run
+from trainer.fit import epochs, setup
+from trainer.fit import resume as resuming
+from trainer.fit.plan import plan_epoch, plan_run
 from trainer.loggers.base import Logger, MetricsLoggerLike, prefixed
 from trainer.loop import evaluate, evaluate_batch
-from trainer.metrics.throughput import Throughput
 from trainer.run import Run
 from trainer.state import TrainState
 from trainer.types import Batch, ExtensionLike, LogCallback, LossFn, Metrics
@@ -118,7 +118,7 @@ class Trainer:
             StateError: The state was donated to a step outside this trainer, or edited after that.
         """
         batch, _ = self.setup.placement.place_batch(batch, may_be_short=False, at_once=True)
-        return fit.train_step(self, batch)
+        return epochs.train_step(self, batch)
 
     def validate_step(self, batch: Batch) -> Metrics:
         """Evaluates the objective on one batch, in evaluation mode, and logs it as validation.
@@ -127,14 +127,7 @@ class Trainer:
 
             metrics = jax.jit(make_eval_step(loss_fn))(trainer.state, batch)
 
-        Args:
-            batch: As for `train_step`.
-
-        Returns:
-            Scalars on the device: ``loss``, ``step``, and what the objective reports.
-
-        Raises:
-            BatchError, ObjectiveError, StateError: As for `train_step`.
+        Arguments, results and errors are those of `train_step`.
         """
         batch, _ = self.setup.placement.place_batch(batch, at_once=True)
         state = self.run.with_edits().peek()
@@ -171,7 +164,7 @@ class Trainer:
             CheckpointError: The checkpoint cannot be used, or the loader refuses its position; nothing has changed.
         """
         plan = plan_epoch(self.setup, self.run, resume)
-        run = fit.fit(self, plan, resume)
+        run = epochs.fit(self, plan, resume)
         return {**run.average.compute(), **prefixed("val_", {} if run.validation is None else run.validation.averages)}
 
     def train(
@@ -228,7 +221,7 @@ class Trainer:
         counts = {"num_epochs": num_epochs, "batch_size": batch_size, "val_interval": val_interval}
         counts = {name: check_count(value, name) for name, value in counts.items()}
         plan = plan_run(self.setup, self.run, train_data, val_data, resume, **counts)
-        run = fit.fit(self, plan, resume)
+        run = epochs.fit(self, plan, resume)
         return dict(run.validation.averages) if plan.held_out and run.validation else run.average.compute()
 
     def evaluate(self, data: Mapping[str, Any], batch_size: int) -> dict[str, float]:
@@ -262,11 +255,8 @@ class Trainer:
 
         Returns:
             Operations, bytes and memory by XLA's own analysis. A warning says if the device has less memory.
-
-        Raises:
-            BatchError, ObjectiveError, StateError: As for `train_step`.
         """
-        return fit.compile_step(self, batch)
+        return epochs.compile_step(self, batch)
 
     def save_checkpoint(self, path: str | os.PathLike[str] | None = None, *, background: bool = False) -> Path:
         """Writes the run under a name; it is atomic.
@@ -309,7 +299,7 @@ class Trainer:
         Raises:
             CheckpointError: The file is damaged or does not fit; the trainer is as it was.
         """
-        fit.load(self, path)
+        resuming.load(self, path)
 
     def close(self) -> None:
         """Waits for the save in flight, and closes the loggers that this trainer made.
@@ -350,7 +340,6 @@ class Trainer:
         state = self.run.with_edits().peek()
         return state.replace(opt_state=(), extensions={}).copy().model()
 
-    # What the run holds.
     step = property(lambda self: self.run.step, doc="The number of updates finished.")
     epoch = property(lambda self: self.run.epoch, doc="The number of epochs finished.")
     history = property(lambda self: self.run.history, doc="What was logged so far, see `trainer.History`.")
@@ -374,12 +363,8 @@ class Trainer:
 
     # What is known of the call in progress, or of the latest.
     should_stop = property(lambda self: self.setup.events.should_stop, doc="Whether a callback wants the run to end.")
+    throughput = property(lambda self: self.setup.live.throughput, doc="`trainer.Throughput` of the latest epoch.")
     validates = property(lambda self: self.setup.live.validates, doc="Whether the run validates on anything.")
-
-    @property
-    def throughput(self) -> Throughput | None:
-        """The speed of the latest epoch; None before the first."""
-        return self.setup.live.throughput
 
     @property
     def optimizer(self) -> optax.GradientTransformation:

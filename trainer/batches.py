@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from trainer.core.tree_paths import leaf_path
 from trainer.errors import BatchError
-from trainer.tree_paths import leaf_path
 
 
 def batch_length(batch: Any, name: str = "batch") -> int:

@@ -13,12 +13,12 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
+from trainer.core.tree_paths import leaf_path
 from trainer.data.resumable import LoaderPass, LoaderPosition
 from trainer.errors import ArgumentError, StateError
 from trainer.metrics.average import WeightedAverage, metrics_at
 from trainer.metrics.history import History
 from trainer.state import TrainState
-from trainer.tree_paths import leaf_path
 from trainer.types import Metrics
 
 

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from trainer.core.nnx_bridge import Flat, GraphDef, Path, graphdef_of, lookup, nest, split_variables, variables_of
+from trainer.core.tree_paths import join_path, leaf_path
 from trainer.errors import ArgumentError, ArgumentTypeError, StateError
-from trainer.nnx_bridge import Flat, GraphDef, Path, graphdef_of, lookup, nest, split_variables, variables_of
-from trainer.tree_paths import join_path, leaf_path
 from trainer.types import ExtensionLike
 
 if TYPE_CHECKING:  # a few types, which are not worth a tenth of the time of the import

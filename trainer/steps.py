@@ -15,11 +15,10 @@ import optax
 from flax import nnx
 
 from trainer.batches import batch_length
-from trainer.checks import check_count
-from trainer.errors import ArgumentError, ArgumentTypeError, BatchError
-from trainer.mapped_axes import AxisName, average_if_changed, average_over_axis, fold_in_device, per_device
-from trainer.nnx_bridge import Flat, lookup, merge_updated, split_variables
-from trainer.objective import (
+from trainer.core.checks import check_count
+from trainer.core.mapped_axes import AxisName, average_if_changed, average_over_axis, fold_in_device, per_device
+from trainer.core.nnx_bridge import Flat, lookup, merge_updated, split_variables
+from trainer.core.objective import (
     NOT_REPORTED,
     call_objective,
     check_extensions,
@@ -29,6 +28,7 @@ from trainer.objective import (
     in_training_mode,
     refuse_shadowing,
 )
+from trainer.errors import ArgumentError, ArgumentTypeError, BatchError
 from trainer.state import TrainState, check_optimizer
 from trainer.types import BATCH_WEIGHT as BATCH_WEIGHT
 from trainer.types import MODEL_OUTPUTS as MODEL_OUTPUTS

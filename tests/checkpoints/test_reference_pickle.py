@@ -26,7 +26,7 @@ from tests.problems import Busy, Counting, Linear
 from tests.test_state import Containers, Odd, Tied
 from trainer import CheckpointError, TrainState
 from trainer.checkpoints.reference_pickle import layout, machine, read_pickle, write_pickle
-from trainer.tree_paths import leaf_path
+from trainer.core.tree_paths import leaf_path
 
 EXTENSIONS = {"size": Counting(), "plain": Linear(2)}
 EXTENSIONS["plain"].weight = 0.5

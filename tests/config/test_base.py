@@ -8,7 +8,7 @@ import pytest
 
 from tests.config.examples import ADAM, FULL, MINIMAL, optimizer, scheduler, training
 from trainer import ConfigError, ExtensionConfig, OptimizerConfig, SchedulerConfig, TrainingConfig
-from trainer.checks import did_you_mean
+from trainer.core.checks import did_you_mean
 
 
 @pytest.mark.parametrize("cls", MINIMAL)

@@ -12,7 +12,7 @@ import pytest
 
 from trainer import ArgumentError, ArgumentTypeError, BatchError, InMemoryData
 from trainer.batches import batch_length, describe
-from trainer.checks import check_count
+from trainer.core.checks import check_count
 from trainer.data.memory import one_pass, open_loader, seed_from_key
 
 

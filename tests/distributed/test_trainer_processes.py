@@ -16,16 +16,16 @@ from trainer import Callback, CheckpointError, Trainer, batch_sharding, latest_c
 COURSE = """
 import tempfile
 from tests.sharding.test_trainer_mesh import RULES
-from tests.distributed.test_trainer_processes import course, trainer_on
+from tests.distributed.test_trainer_processes import course, loaders, trainer_on
 from trainer import make_mesh
 
 axes = json.loads(os.environ["FLAGS"])
 told = []
 trainer = trainer_on(
     make_mesh(axes), tempfile.mkdtemp(), RULES if "tensor" in axes else None,
-    log_callback=lambda step, metrics, prefix: told.append(step),
+    log_callback=lambda step, metrics, prefix: told.append(step), **loaders(parts := []),
 )
-found = course(trainer)
+found = course(trainer, parts)
 kernel = trainer.state.params["outer"]["kernel"]
 held = sum(shard.data.nbytes for shard in kernel.addressable_shards) / kernel.nbytes
 print(json.dumps({"course": found, "told": len(told), "leads": trainer.is_primary_process, "held": held}))
@@ -36,6 +36,10 @@ def trainer_on(mesh, directory, rules=None, **options):
     settings = config(log_frequency=1, gradient_clip_norm=1.0)
     fixed = {"rng": jax.random.key(3), "save_interval": 10**9, "workdir": directory, "loss_fn": objective}
     return Trainer(Perceptron, settings, mesh=mesh, partition_rules=rules, **{**fixed, **options})
+
+
+def loaders(batches):
+    return {"train_data_loader": batches, "val_data_loader": batches}
 
 
 def course(trainer, parts):
@@ -75,7 +79,8 @@ def test_processes_train_as_one_does(processes, devices, axes, share, tmp_path):
     assert [one["held"] for one in found] == [share] * processes
     assert all(one["course"] == found[0]["course"] for one in found)
 
-    alone = course(trainer_on(make_mesh({"data": 1}, jax.devices()[:1]), tmp_path))
+    parts = []
+    alone = course(trainer_on(make_mesh({"data": 1}, jax.devices()[:1]), tmp_path, **loaders(parts)), parts)
     # Processes add in another order than one device does, in float32.
     assert flat(found[0]["course"]) == pytest.approx(flat(alone), rel=2e-5, abs=2e-6)
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from trainer.callbacks.base import Callback
 from trainer.callbacks.monitor import Monitor
-from trainer.checks import check_count
+from trainer.core.checks import check_count
 from trainer.errors import ArgumentError
 
 

@@ -20,7 +20,7 @@ from trainer.callbacks.monitor import Monitor
 from trainer.checkpoints.atomic import remove_directory
 from trainer.checkpoints.background import BackgroundSaver
 from trainer.checkpoints.orbax_directory import OrbaxDirectory, begin_directory
-from trainer.checks import check_count
+from trainer.core.checks import check_count
 from trainer.distributed.agreement import AllOrNone
 from trainer.errors import ArgumentError, CheckpointError
 

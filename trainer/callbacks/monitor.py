@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from trainer.checks import did_you_mean
+from trainer.core.checks import did_you_mean
 from trainer.errors import ArgumentError
 from trainer.loggers.base import prefixed
 

@@ -18,8 +18,8 @@ from trainer.checkpoints.atomic import replacing
 from trainer.checkpoints.file_format import DTYPES, Leaf, leaf_from_record, leaf_to_record, write_bundle
 from trainer.checkpoints.open import Source, is_pickle, open_source
 from trainer.checkpoints.orbax_directory import write_directory
+from trainer.core.tree_paths import LeafPath
 from trainer.errors import ArgumentError, CheckpointError
-from trainer.tree_paths import LeafPath
 
 _LEAF_RECORDS = "nnx-trainer"
 """The key under which the metadata of a ``.safetensors`` file holds our descriptions of its arrays."""

@@ -33,8 +33,8 @@ import numpy as np
 import xxhash
 
 from trainer.checkpoints.atomic import replacing
+from trainer.core.tree_paths import LeafPath
 from trainer.errors import UnreadableError
-from trainer.tree_paths import LeafPath
 
 MAGIC = b"\x89NNT\r\n\x1a\n"
 END = b"NNT.END\n"

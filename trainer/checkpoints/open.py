@@ -20,11 +20,11 @@ import numpy as np
 from trainer.checkpoints.file_format import Bundle, Leaf
 from trainer.checkpoints.orbax_directory import OrbaxDirectory
 from trainer.checkpoints.reference_pickle import read_pickle
+from trainer.core.tree_paths import LeafPath, parts_of
 from trainer.distributed.agreement import AllOrNone
 from trainer.errors import CheckpointError
 from trainer.sharding.arrays import place_like
 from trainer.state import TrainState
-from trainer.tree_paths import LeafPath, parts_of
 
 PROGRESS: LeafPath = ("progress",)
 """Beside the fields of the state: where the run was, packed."""

@@ -34,10 +34,10 @@ import xxhash
 from trainer.checkpoints.atomic import NewDirectory
 from trainer.checkpoints.device_checksums import bits, digests_as_text, from_bits
 from trainer.checkpoints.file_format import DTYPES, Leaf, leaf_from_record, leaf_to_record
+from trainer.core.tree_paths import LeafPath
 from trainer.distributed.agreement import AllOrNone
 from trainer.errors import CheckpointError, UnreadableError
 from trainer.sharding.arrays import as_key, is_multiprocess, place_like, sharding_of
-from trainer.tree_paths import LeafPath
 
 FORMAT = "nnx-trainer orbax 1"
 

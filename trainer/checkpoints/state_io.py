@@ -22,12 +22,12 @@ from trainer.checkpoints.file_format import DTYPES, Bundle, Leaf, write_bundle
 from trainer.checkpoints.open import PROGRESS, Source, describe, open_source, read_progress
 from trainer.checkpoints.orbax_directory import OrbaxDirectory, begin_directory
 from trainer.checkpoints.reference_pickle import write_pickle
-from trainer.checks import did_you_mean
+from trainer.core.checks import did_you_mean
+from trainer.core.tree_paths import LeafPath, parts_of
 from trainer.distributed.agreement import AllOrNone
 from trainer.errors import ArgumentError, CheckpointError, UnreadableError
 from trainer.sharding.arrays import is_multiprocess
 from trainer.state import TrainState
-from trainer.tree_paths import LeafPath, parts_of
 
 _OWN_NAME = re.compile(r"checkpoint_(0|[1-9]\d*)\.(msgpack|orbax)")
 

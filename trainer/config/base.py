@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from trainer.checks import did_you_mean
+from trainer.core.checks import did_you_mean
 from trainer.errors import ConfigError
 
 _LABELS = ("description", "tags", "metadata")

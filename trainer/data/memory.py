@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from trainer.batches import checked_batch, describe
-from trainer.checks import check_count
+from trainer.core.checks import check_count
 from trainer.errors import ArgumentError, ArgumentTypeError
 from trainer.types import Batch
 

@@ -8,8 +8,8 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from trainer.batches import batch_length
+from trainer.core.tree_paths import leaf_path
 from trainer.errors import ArgumentError, ArgumentTypeError, BatchError
-from trainer.tree_paths import leaf_path
 from trainer.types import Batch
 
 BATCH_AXES = ("data", "fsdp")

@@ -19,11 +19,11 @@ from flax import nnx
 from flax.core import spmd
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from trainer.checks import did_you_mean
+from trainer.core.checks import did_you_mean
+from trainer.core.tree_paths import leaf_path
 from trainer.errors import ArgumentError, ArgumentTypeError
 from trainer.sharding.mesh import Axes, as_tuple
 from trainer.state import TrainState
-from trainer.tree_paths import leaf_path
 
 FSDP_AXIS = "fsdp"
 """The mesh axis that splits a leaf if no name, rule or param decides its sharding."""

@@ -15,7 +15,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from trainer.tree_paths import leaf_path
+from trainer.core.tree_paths import leaf_path
 
 KEYS = ("step", "opt_state", "model_state", "rng", "extensions_state")
 """The keys of the dict, in the order in which they are written."""

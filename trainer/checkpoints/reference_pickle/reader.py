@@ -18,9 +18,9 @@ from trainer.checkpoints.reference_pickle.layout import (
     merged,
 )
 from trainer.checkpoints.reference_pickle.machine import ArrayNode, Global, Instance, Machine, Refused, describe_value
+from trainer.core.tree_paths import leaf_path
 from trainer.errors import CheckpointError
 from trainer.state import TrainState
-from trainer.tree_paths import leaf_path
 
 ArrayOrKey = tuple[npt.NDArray[Any], str | None]
 """An array, and the key implementation if the array is the data of typed keys."""

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from trainer.core.tree_paths import join_path, leaf_path
 from trainer.errors import ArgumentError, ObjectiveError
-from trainer.tree_paths import join_path, leaf_path
 
 if TYPE_CHECKING:  # a few types, which are not worth a tenth of the time of the import
     import chex

@@ -21,10 +21,11 @@ from trainer.callbacks.dispatch import CallbackDispatcher
 from trainer.checkpoints.checkpointer import Checkpointer
 from trainer.checkpoints.run_record import snapshot_run
 from trainer.checkpoints.state_io import Snapshot
-from trainer.checks import check_count
 from trainer.compile.dispatch import CompiledStep
 from trainer.config import TrainingConfig, make_optimizer, make_schedule
 from trainer.config.schedules import check_horizon, needs_horizon
+from trainer.core.checks import check_count
+from trainer.core.objective import check_extensions, check_loss_fn
 from trainer.data.memory import InMemoryData, seed_from_key
 from trainer.data.resumable import LoaderPass, LoaderPosition
 from trainer.distributed.agreement import check_agreement, gathered
@@ -33,7 +34,6 @@ from trainer.loggers.base import Logger, MetricsLoggerLike
 from trainer.loggers.fanout import MetricFanout
 from trainer.loggers.wandb import WandbLogger
 from trainer.metrics.throughput import Throughput
-from trainer.objective import check_extensions, check_loss_fn
 from trainer.run import FromLoader, Run
 from trainer.sharding.placement import Placement, placement_of
 from trainer.state import check_model, check_optimizer, check_rng

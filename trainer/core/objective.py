@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from trainer.batches import describe
+from trainer.core.nnx_bridge import Flat, variables_of, with_variables
 from trainer.errors import ArgumentError, ArgumentTypeError, ObjectiveError
-from trainer.nnx_bridge import Flat, variables_of, with_variables
 from trainer.state import TrainState
 from trainer.types import MODEL_OUTPUTS, Batch, ExtensionLike, LossFn, Metrics
 

@@ -14,22 +14,21 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import jax
+from typing import TYPE_CHECKING
 
 from trainer.checkpoints.run_record import Restored
 from trainer.compile.analysis import Compilation, read_compilation
 from trainer.data.resumable import LoaderPass, LoaderPosition
 from trainer.distributed.signals import Signals
-from trainer.errors import ArgumentTypeError, CheckpointError, TrainingInterrupted
-from trainer.fit_plan import FitPlan
+from trainer.errors import TrainingInterrupted
+from trainer.fit.plan import FitPlan
+from trainer.fit.resume import checked, find, planned_end, put_back
+from trainer.fit.setup import Setup
 from trainer.loggers.base import prefixed
 from trainer.loop import evaluate, plan_dispatch, rare_collections, run_epoch
 from trainer.metrics.average import metrics_at
 from trainer.metrics.throughput import Meter
-from trainer.run import FromLoader, InMemory, Position, Run
-from trainer.setup import Setup
+from trainer.run import FromLoader, Position, Run
 from trainer.types import Batch, Metrics
 
 if TYPE_CHECKING:
@@ -40,23 +39,23 @@ def fit(trainer: Trainer, plan: FitPlan, resume: bool | str | os.PathLike[str]) 
     """Carries out a plan, from its start or from a checkpoint, and returns the run at its end."""
     setup, before = trainer.setup, trainer.run
     setup.live.validates = plan.held_out is not None
-    restored = _find(setup, before, plan, resume)
+    restored = find(setup, before, plan, resume)
     if restored is None:
         run = before.replace(position=plan.position)
         if plan.data is not None or plan.caller == "train":
-            run = setup.with_horizon(run, _end(run.step, plan))
+            run = setup.with_horizon(run, planned_end(run.step, plan))
         trainer.hold(run)
     else:
-        run = _checked(setup, plan, restored)
+        run = checked(setup, plan, restored)
         listeners = copy.deepcopy(setup.events.state_dict())
-        with _put_back(trainer, before, listeners):
+        with put_back(trainer, before, listeners):
             setup.events.load_state_dict(restored.listeners)
         trainer.hold(run)
         if _is_finished(plan, run):
             if plan.caller == "train_epoch":
                 return trainer.run
         elif plan.loader is not None:
-            return _run_epochs(trainer, plan, restored, _put_back(trainer, before, listeners))
+            return _run_epochs(trainer, plan, restored, put_back(trainer, before, listeners))
     return _run_epochs(trainer, plan, restored, contextlib.nullcontext())
 
 
@@ -346,91 +345,6 @@ def _finish_saves(trainer: Trainer, signals: Signals, error: BaseException) -> N
         error.path = path
 
 
-@contextlib.contextmanager
-def _put_back(trainer: Trainer, run: Run, listeners: list[Any]) -> Iterator[None]:
-    """Gives the trainer its run, and the callbacks their states, back if the block raises."""
-    try:
-        yield
-    except BaseException:
-        trainer.hold(run)
-        with contextlib.suppress(CheckpointError):  # from a callback that refuses its own state
-            trainer.setup.events.load_state_dict(listeners)
-        raise
-
-
-def load(trainer: Trainer, path: str | os.PathLike[str]) -> None:
-    """Restores a checkpoint; see `Trainer.load_checkpoint`."""
-    setup = trainer.setup
-    restored = setup.checkpointer.load(path, trainer.run)
-    with _put_back(trainer, trainer.run, copy.deepcopy(setup.events.state_dict())):
-        setup.events.load_state_dict(restored.listeners)
-    run = restored.run.replace(position=None, validation=None, logged_step=0, average=trainer.run.average)
-    if setup.live.is_running:
-        # A callback rolls the state back: the run goes through its data as before.
-        run = run.replace(position=trainer.run.position, epoch=trainer.run.epoch)
-    trainer.hold(run)
-    setup.fanout.log_text("checkpoint", f"loaded {path}", trainer.run.step)
-
-
-def _find(setup: Setup, run: Run, plan: FitPlan, resume: Any) -> Restored | None:
-    """Returns the checkpoint to resume from, None to start the plan from here."""
-    if not isinstance(resume, bool) and not (isinstance(resume, str | os.PathLike) and os.fspath(resume)):
-        raise ArgumentTypeError(
-            f"`resume` is {resume!r} of type {type(resume).__name__}; it must be a bool, 'latest', or the path of a "
-            f"checkpoint."
-        )
-    if resume is False:
-        return None
-    if resume is not True and resume != "latest":
-        return setup.checkpointer.load(resume, run)
-    here = run.position
-    if plan.caller == "train_epoch" and isinstance(here, FromLoader) and _is_over(here):
-        # This trainer has just finished an epoch: `while trainer.epoch < n` must come to an end.
-        return None
-    return setup.checkpointer.load_latest(run)
-
-
-def _is_over(position: FromLoader) -> bool:
-    return position.batch == 0 and isinstance(position.loader, LoaderPass | LoaderPosition) and position.loader.over
-
-
-def _checked(setup: Setup, plan: FitPlan, restored: Restored) -> Run:
-    """Returns the run in a checkpoint, if it is the one that is asked for."""
-    run = restored.run
-    if not isinstance(run.position, InMemory if plan.data is not None else FromLoader):
-        what = "epoch" if plan.caller == "train_epoch" else "run"
-        raise CheckpointError(
-            f"`{restored.path}` was not saved during {plan.caller}(), so there is no {what} to resume; "
-            f"load_checkpoint() and train on."
-        )
-    run.check_same_run(plan.position)
-    position = run.position
-    if isinstance(position, FromLoader):
-        position = dataclasses.replace(position, loader=_own_position(setup, restored, position))
-        run = run.replace(position=position)
-    return setup.with_horizon(run, _end(position.first_step, plan))
-
-
-def _own_position(setup: Setup, restored: Restored, position: FromLoader) -> Any:
-    """Returns the position of the loader of this process."""
-    loaders = restored.loaders or [None]
-    if len(loaders) != setup.placement.num_processes:
-        raise CheckpointError(
-            f"`{restored.path}` was saved by {len(loaders)} processes, each with a loader of its own, and there are "
-            f"{setup.placement.num_processes}; start as many, or train(data), whose order does not depend on them."
-        )
-    if len(loaders) == 1:
-        return position.loader
-    try:
-        return LoaderPosition.from_dict(loaders[jax.process_index()])
-    except ValueError as error:
-        raise CheckpointError(f"`{restored.path}` holds a position that cannot be understood: {error}.") from error
-
-
-def _end(first_step: int, plan: FitPlan) -> int | None:
-    return None if plan.horizon is None else first_step + plan.horizon
-
-
 def _is_finished(plan: FitPlan, run: Run) -> bool:
     return run.epoch >= _position(run).first_epoch + plan.num_epochs
 
@@ -449,9 +363,7 @@ def _not_validated(run: Run) -> bool:
 
 
 def _overrides_train_step(trainer: Trainer) -> bool:
-    from trainer.api import Trainer as Base
-
-    return type(trainer).train_step is not Base.train_step
+    return type(trainer).train_step.__module__ != "trainer.api"
 
 
 def _advise(setup: Setup, fusable_steps: int, step: int) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 from trainer.data.memory import InMemoryData, one_pass, takes_batch_size
 from trainer.errors import ArgumentError
+from trainer.fit.setup import Setup
 from trainer.run import FromLoader, InMemory, Position, Run
-from trainer.setup import Setup
 from trainer.types import Batch
 
 

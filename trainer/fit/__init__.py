@@ -1,0 +1,1 @@
+"""What a `Trainer` adds to the loop: its parts (`setup`), its plans (`plan`), epochs with events, and resuming."""

@@ -1,0 +1,108 @@
+"""Resuming a run from a checkpoint, and loading one: all of it, or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from trainer.checkpoints.run_record import Restored
+from trainer.data.resumable import LoaderPass, LoaderPosition
+from trainer.errors import ArgumentTypeError, CheckpointError
+from trainer.fit.plan import FitPlan
+from trainer.fit.setup import Setup
+from trainer.run import FromLoader, InMemory, Run
+
+if TYPE_CHECKING:
+    from trainer.api import Trainer
+
+
+def load(trainer: Trainer, path: str | os.PathLike[str]) -> None:
+    """Restores a checkpoint; see `Trainer.load_checkpoint`."""
+    setup = trainer.setup
+    restored = setup.checkpointer.load(path, trainer.run)
+    with put_back(trainer, trainer.run, copy.deepcopy(setup.events.state_dict())):
+        setup.events.load_state_dict(restored.listeners)
+    run = restored.run.replace(position=None, validation=None, logged_step=0, average=trainer.run.average)
+    if setup.live.is_running:
+        # A callback rolls the state back: the run goes through its data as before.
+        run = run.replace(position=trainer.run.position, epoch=trainer.run.epoch)
+    trainer.hold(run)
+    setup.fanout.log_text("checkpoint", f"loaded {path}", trainer.run.step)
+
+
+def find(setup: Setup, run: Run, plan: FitPlan, resume: Any) -> Restored | None:
+    """Returns the checkpoint to resume from, None to start the plan from here."""
+    if not isinstance(resume, bool) and not (isinstance(resume, str | os.PathLike) and os.fspath(resume)):
+        raise ArgumentTypeError(
+            f"`resume` is {resume!r} of type {type(resume).__name__}; it must be a bool, 'latest', or the path of a "
+            f"checkpoint."
+        )
+    if resume is False:
+        return None
+    if resume is not True and resume != "latest":
+        return setup.checkpointer.load(resume, run)
+    here = run.position
+    if plan.caller == "train_epoch" and isinstance(here, FromLoader) and _is_over(here):
+        # This trainer has just finished an epoch: `while trainer.epoch < n` must come to an end.
+        return None
+    return setup.checkpointer.load_latest(run)
+
+
+def checked(setup: Setup, plan: FitPlan, restored: Restored) -> Run:
+    """Returns the run in a checkpoint, if it is the one that is asked for."""
+    run = restored.run
+    if not isinstance(run.position, InMemory if plan.data is not None else FromLoader):
+        what = "epoch" if plan.caller == "train_epoch" else "run"
+        raise CheckpointError(
+            f"`{restored.path}` was not saved during {plan.caller}(), so there is no {what} to resume; "
+            f"load_checkpoint() and train on."
+        )
+    run.check_same_run(plan.position)
+    position = run.position
+    if isinstance(position, FromLoader):
+        position = dataclasses.replace(position, loader=_own_position(setup, restored, position))
+        run = run.replace(position=position)
+    return setup.with_horizon(run, planned_end(position.first_step, plan))
+
+
+def planned_end(first_step: int, plan: FitPlan) -> int | None:
+    """Returns the step at which a run ends that began at ``first_step``; None if its length is not known."""
+    return None if plan.horizon is None else first_step + plan.horizon
+
+
+@contextlib.contextmanager
+def put_back(trainer: Trainer, run: Run, listeners: list[Any]) -> Iterator[None]:
+    """Gives the trainer its run, and the callbacks their states, back if the block raises."""
+    try:
+        yield
+    except BaseException:
+        trainer.hold(run)
+        with contextlib.suppress(CheckpointError):  # from a callback that refuses its own state
+            trainer.setup.events.load_state_dict(listeners)
+        raise
+
+
+def _own_position(setup: Setup, restored: Restored, position: FromLoader) -> Any:
+    """Returns the position of the loader of this process."""
+    loaders = restored.loaders or [None]
+    if len(loaders) != setup.placement.num_processes:
+        raise CheckpointError(
+            f"`{restored.path}` was saved by {len(loaders)} processes, each with a loader of its own, and there are "
+            f"{setup.placement.num_processes}; start as many, or train(data), whose order does not depend on them."
+        )
+    if len(loaders) == 1:
+        return position.loader
+    try:
+        return LoaderPosition.from_dict(loaders[jax.process_index()])
+    except ValueError as error:
+        raise CheckpointError(f"`{restored.path}` holds a position that cannot be understood: {error}.") from error
+
+
+def _is_over(position: FromLoader) -> bool:
+    return position.batch == 0 and isinstance(position.loader, LoaderPass | LoaderPosition) and position.loader.over

@@ -17,9 +17,10 @@ import jax
 
 from trainer.compile.dispatch import CompiledStep, DispatchPlan, explain_lost_state
 from trainer.data.memory import Epoch
+from trainer.data.resumable import LoaderPass, LoaderPosition
 from trainer.metrics.average import WeightedAverage
 from trainer.metrics.throughput import Meter
-from trainer.run import Run
+from trainer.run import FromLoader, Run
 from trainer.sharding.placement import Placement, SingleDevice
 from trainer.state import TrainState
 from trainer.types import Batch, Metrics
@@ -126,6 +127,38 @@ def run_epoch(
             plan = plan_dispatch(
                 step, run, batches, sync_every=sync_every, placement=placement, fuse=plan.program is not None
             )
+
+
+def open_pass(
+    run: Run, loader: Any, *, batch_size: int = 0, name: str = "loader", limit: int | None = None
+) -> tuple[Run, LoaderPass]:
+    """Opens a loader at the position of a run: at its start, or at the next batch of an epoch that is resumed.
+
+    Args:
+        run: The run, outside an epoch or restored from a checkpoint.
+        loader: An iterable of batches, or a callable that returns one and may take the batch size.
+        batch_size: What to call it with.
+        name: What to call it in an error.
+        limit: The most batches of a pass; None for no limit.
+
+    Returns:
+        The run, which holds the open pass so that a checkpoint can ask for its position; and the pass, an iterator.
+
+    Raises:
+        CheckpointError: The loader refuses the position, or has too few batches.
+        ArgumentError: It is an iterator that cannot be set to a position.
+    """
+    position = run.position if isinstance(run.position, FromLoader) else FromLoader(first_step=run.step)
+    before, where = position.loader, None
+    if isinstance(before, LoaderPosition):
+        # The end of a pass: the next pass starts from there.
+        where = dataclasses.replace(before, drawn=0) if before.over and not position.batch else before
+    elif position.batch:
+        where = LoaderPosition()
+    previous = before if isinstance(before, LoaderPass) else None
+    loader_pass = LoaderPass(loader, batch_size, name, limit, previous)
+    loader_pass.open(where, position.batch)
+    return run.replace(position=dataclasses.replace(position, loader=loader_pass)), loader_pass
 
 
 def plan_dispatch(

@@ -2,9 +2,10 @@
 
 import os
 from pathlib import Path
+from typing import Self
 
 from trainer.checkpoints.background import BackgroundSaver
-from trainer.checkpoints.run_record import Restored, restore
+from trainer.checkpoints.run_record import Restored, restore, snapshot_run
 from trainer.checkpoints.state_io import (
     Snapshot,
     default_name,
@@ -17,29 +18,37 @@ from trainer.run import Run
 
 
 class Checkpointer:
-    """Writes snapshots into a directory, one at a time, and reads runs from it.
+    """Writes runs into a directory, one at a time, and reads them from it::
+
+        with Checkpointer("runs/mine") as checkpoints:
+            run = checkpoints.resume(Run.start(state))
+            ...
+            checkpoints.save(run, background=True)
 
     Args:
         directory: Where checkpoints without a path go. It is made at the first save.
         max_checkpoints: How many checkpoints with default names are kept.
     """
 
-    def __init__(self, directory: Path, max_checkpoints: int) -> None:
-        self.directory = directory
+    def __init__(self, directory: str | os.PathLike[str], max_checkpoints: int = 5) -> None:
+        self.directory = Path(directory)
         self._max_checkpoints = max_checkpoints
         self._saver = BackgroundSaver()
 
-    def save(self, snapshot: Snapshot, path: str | os.PathLike[str] | None = None, *, background: bool = False) -> Path:
-        """Writes a snapshot, and returns its path.
+    def save(
+        self, run: Run | Snapshot, path: str | os.PathLike[str] | None = None, *, background: bool = False
+    ) -> Path:
+        """Writes a run, and returns the path.
 
         Args:
-            snapshot: What to write.
+            run: The run; or what `snapshot_run` returned of it, with more beside it.
             path: The name. Without one it carries the step, and only the latest of these are kept.
             background: Return when the arrays are copied to the host. A pickle is always written at once.
 
         Raises:
             CheckpointError: It could not be written, or the save before failed in the background.
         """
+        snapshot = snapshot_run(run) if isinstance(run, Run) else run
         step = int(snapshot.info["step"])
         target = self.directory / default_name(step, snapshot.state) if path is None else Path(path)
         directory, keep = target.parent, self._max_checkpoints if path is None else None
@@ -69,6 +78,21 @@ class Checkpointer:
         self._saver.wait()
         loaded = load_latest(self.directory, current.peek())
         return None if loaded is None else restore(loaded, current)
+
+    def resume(self, run: Run) -> Run:
+        """Returns the newest undamaged run of the directory, or ``run`` if there is none.
+
+        Raises:
+            CheckpointError: There are checkpoints, and none can be used.
+        """
+        restored = self.load_latest(run)
+        return run if restored is None else restored.run
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.wait()
 
     def check(self) -> None:
         """Raises what a finished save in the background raised, once. Does not wait."""

@@ -16,7 +16,6 @@ import numpy as np
 from trainer.checkpoints.state_io import (
     Loaded,
     Snapshot,
-    load_latest,
     load_with_progress,
     take_snapshot,
     write_snapshot,
@@ -104,16 +103,6 @@ def load_run(path: str | os.PathLike[str], like: Run) -> Run:
         CheckpointError: The checkpoint cannot be used.
     """
     return restore(load_with_progress(path, like.peek()), like).run
-
-
-def load_latest_run(directory: str | os.PathLike[str], like: Run) -> Run:
-    """Reads the newest undamaged checkpoint of a directory, or returns ``like`` if there is none.
-
-    Raises:
-        CheckpointError: There are checkpoints, and none can be used.
-    """
-    loaded = load_latest(directory, like.peek())
-    return like if loaded is None else restore(loaded, like).run
 
 
 def restore(loaded: Loaded, current: Run) -> Restored:

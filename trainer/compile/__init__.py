@@ -1,5 +1,7 @@
 """Compiled steps: dispatch, fusion of many steps into one call, and what a program needs."""
 
+from trainer.compile.dispatch import CompiledStep as CompiledStep
+from trainer.compile.fusion import FusionPolicy as FusionPolicy
 from trainer.compile.analysis import Compilation as Compilation
 from trainer.compile.analysis import keep_compilations as keep_compilations
 from trainer.compile.planning import plan as plan

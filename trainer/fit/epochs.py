@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import os
 import time
 import warnings
@@ -18,17 +17,16 @@ from typing import TYPE_CHECKING
 
 from trainer.checkpoints.run_record import Restored
 from trainer.compile.analysis import Compilation, read_compilation
-from trainer.data.resumable import LoaderPass, LoaderPosition
 from trainer.distributed.signals import Signals
 from trainer.errors import TrainingInterrupted
 from trainer.fit.plan import FitPlan
 from trainer.fit.resume import checked, find, planned_end, put_back
 from trainer.fit.setup import Setup
 from trainer.loggers.base import prefixed
-from trainer.loop import evaluate, plan_dispatch, rare_collections, run_epoch
+from trainer.loop import evaluate, open_pass, plan_dispatch, rare_collections, run_epoch
 from trainer.metrics.average import metrics_at
 from trainer.metrics.throughput import Meter
-from trainer.run import FromLoader, Position, Run
+from trainer.run import Position, Run
 from trainer.types import Batch, Metrics
 
 if TYPE_CHECKING:
@@ -180,35 +178,18 @@ def _run_epoch(
 
 def _open_epoch(trainer: Trainer, plan: FitPlan, opening: contextlib.AbstractContextManager[None]) -> Iterator[Batch]:
     """Begins an epoch, or the rest of the epoch that is resumed, and returns its batches."""
-    setup, run = trainer.setup, trainer.run.begin_epoch()
+    setup = trainer.setup
+    trainer.hold(trainer.run.begin_epoch())
+    setup.events.emit("on_epoch_begin", trainer, trainer.run.epoch)
     if plan.data is not None:
-        trainer.hold(run)
-        setup.events.emit("on_epoch_begin", trainer, run.epoch)
-        return plan.data.shuffled(setup.seed, run.epoch, skip=trainer.run.batch)
-    position = _position(run)
-    assert isinstance(position, FromLoader)
-    before = position.loader
-    loader_pass = LoaderPass(
-        plan.loader,
-        plan.batch_size,
-        plan.name,
-        setup.config.steps_per_epoch,
-        before if isinstance(before, LoaderPass) else None,
-    )
-    where: LoaderPosition | None = None
-    if isinstance(before, LoaderPosition):
-        # A pass that was over: the next one starts from its end.
-        where = dataclasses.replace(before, drawn=0) if before.over and not position.batch else before
-    else:
-        position = dataclasses.replace(position, loader=loader_pass)
-    trainer.hold(run.replace(position=position))
-    setup.events.emit("on_epoch_begin", trainer, run.epoch)
+        return plan.data.shuffled(setup.seed, trainer.run.epoch, skip=trainer.run.batch)
+    # After the event: a callback may tell the loader which epoch begins.
     with opening:
-        if where is None and position.batch:
-            where = LoaderPosition()
-        loader_pass.open(where, position.batch)
-    trainer.hold(trainer.run.replace(position=dataclasses.replace(position, loader=loader_pass)))
-    return loader_pass
+        run, batches = open_pass(
+            trainer.run, plan.loader, batch_size=plan.batch_size, name=plan.name, limit=setup.config.steps_per_epoch
+        )
+    trainer.hold(run)
+    return batches
 
 
 def _after_call(trainer: Trainer, metrics: Metrics, count: int | None, *, defer: bool) -> None:

@@ -60,7 +60,7 @@ class DispatchPlan:
 
     def steps_before_sync(self, step: int) -> int:
         """Returns how many steps a call may take after ``step``."""
-        return min(self.capacity, *(every - step % every for every in self.sync_every))
+        return min([self.capacity, *(every - step % every for every in self.sync_every)])
 
 
 class Program:

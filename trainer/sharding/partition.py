@@ -78,6 +78,7 @@ def partition(
             The message names all of them.
 
     Example:
+        >>> from trainer.sharding import make_mesh
         >>> mesh = make_mesh({"fsdp": 1, "tensor": 1}, jax.devices()[:1])
         >>> shapes = {"dense": {"kernel": jax.ShapeDtypeStruct((512, 256), jnp.float32)}}
         >>> partition(shapes, mesh)["dense"]["kernel"].spec
@@ -160,6 +161,7 @@ def describe(tree: Any) -> str:
         ArgumentTypeError: A leaf is on no mesh.
 
     Example:
+        >>> from trainer.sharding import make_mesh
         >>> mesh = make_mesh({"fsdp": 1}, jax.devices()[:1])
         >>> print(describe(jax.device_put({"bias": jnp.zeros(8)}, NamedSharding(mesh, PartitionSpec()))))
         path   array       spec  bytes per device

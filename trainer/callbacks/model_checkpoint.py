@@ -3,7 +3,8 @@
 It does not use `orbax.checkpoint.CheckpointManager` with ``BestN`` and ``LatestN``, which (0.12.8) takes every
 directory with a number for its own and then skips saves at earlier steps without an error, deletes the best
 checkpoint once a score is NaN, fails if the monitor changes, and cannot replace the checkpoint of a step that a
-resumed run reaches again. It would also not save time: a save of 1,000 floats blocks for 10 ms there, for 7 ms here.
+resumed run reaches again. (A save of 1,000 floats blocks for 10 ms there and for 7 ms here; a whole save takes 40 ms
+there and 108 ms here, where it is flushed to the disk.)
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Work beside the training: at most one save at a time, and no failure that nobody hears of."""
+"""Saves beside the training: one at a time, and every failure is raised."""
 
 import concurrent.futures.thread  # noqa: F401 - it has to be registered before what is below
 import threading
@@ -28,7 +28,7 @@ class BackgroundSaver:
         def run() -> None:
             try:
                 pending.set_result(save())
-            except BaseException as error:  # for whoever waits
+            except BaseException as error:  # raised in the thread that waits
                 pending.set_exception(error)
 
         # A thread of its own, which is gone afterwards; the interpreter waits for it before it exits.
@@ -37,15 +37,15 @@ class BackgroundSaver:
         threading.Thread(target=run, name="checkpoint").start()
 
     def check(self) -> None:
-        """Raises what a finished save raised, once; does not wait for one that is under way."""
+        """Raises what a finished save raised, once; does not wait for a save in flight."""
         if self._pending is not None and self._pending.done():
             self.wait()
 
     def wait(self) -> None:
-        """Waits for the save that is under way, and raises what it raised, once."""
+        """Waits for the save in flight, and raises what it raised, once."""
         pending = self._pending
         if pending is not None:
-            # A signal may end the waiting; then it is still under way, and its failure yet to be heard of.
+            # A signal may end the waiting; then the save is still in flight, and its failure is not raised yet.
             wait([pending])
             self._pending = None
             pending.result()

@@ -29,7 +29,7 @@ def digest(array: jax.Array) -> jax.Array:
 def digests_as_text(arrays: Sequence[jax.Array | np.ndarray[Any, Any]]) -> list[str]:
     """Returns the digest of each array as text, computed where it lies, and waits for them.
 
-    Those of arrays which lie on devices of several processes are the same in all; all of them must ask.
+    Digests of arrays on devices of several processes are the same in all; every process must call this.
     """
     found: list[Any] = []
     for array in arrays:

@@ -308,7 +308,7 @@ class Bundle:
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
-    # Opening a named pipe would otherwise wait for somebody to write to it.
+    # Opening a named pipe would otherwise wait for a writer.
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
@@ -327,7 +327,7 @@ def leaf_to_record(leaf: Leaf) -> dict[str, Any]:
 
 
 def leaf_from_record(record: Any) -> Leaf:
-    """Makes a description again from what `leaf_to_record` returned, or somebody else wrote.
+    """Makes a description again from what `leaf_to_record` returned.
 
     Raises:
         ValueError: It is no such description.

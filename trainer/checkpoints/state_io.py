@@ -262,7 +262,7 @@ def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
 
     Only default names (``checkpoint_<step>.msgpack`` and ``.orbax``) are looked at. A damaged one is passed over
     with a warning that says why. Whether a checkpoint fits the model is not asked here: loading one
-    that does not is a mistake to hear of, not a reason to go back to an older one.
+    that does not is an error, and no reason to use an older one.
 
     Returns:
         The path, or None where there is no checkpoint at all.
@@ -297,7 +297,7 @@ def prune(directory: Path, keep: int) -> None:
 def default_name(step: int, state: TrainState | None = None) -> str:
     """Returns the name of the checkpoint of a step where the caller gives none.
 
-    It ends in ``.orbax`` for a state of which something lies on a mesh of several devices, whether they
+    It ends in ``.orbax`` for a state with arrays on a mesh of several devices, whether they
     are of one process or of many, and in ``.msgpack`` for any other.
     """
     is_on_mesh = any(
@@ -342,7 +342,7 @@ def _newest(directory: str | os.PathLike[str], names: Sequence[str], use: Callab
 
 
 def _together(load: Callable[[AllOrNone | None], _T], like: TrainState) -> _T:
-    """Loads in all processes or in none, where the state lies on devices of several."""
+    """Loads in all processes or in none, where the state is on devices of several."""
     if not _is_multiprocess(like):
         return load(None)
     votes, loaded, failure = AllOrNone("load"), None, None

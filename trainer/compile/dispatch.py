@@ -241,7 +241,7 @@ class CompiledStep:
         return self._plans[key]
 
     def trace(self, run: Run, batch: Any) -> tuple[Program, Any]:
-        """Returns the program of one step, and its trace for a batch of which only shapes and dtypes matter."""
+        """Returns the program of one step, and its trace; only shapes and dtypes of the batch matter."""
         key = self._key(run, batch)
         program = self._program(run)
         if key not in self._traced:

@@ -104,12 +104,12 @@ class LoaderPass:
         self._is_factory = callable(loader) and not isinstance(loader, Iterable)
         self._iterator: Iterator[Batch] = iter(())
         self._teller: tuple[Any, _Protocol] | None = None
-        # An error is raised where somebody wants to save, which is perhaps never.
+        # An error is raised when a checkpoint is taken, which is perhaps never.
         self._known: LoaderPosition | CheckpointError = LoaderPosition()
         self.drawn = 0
         self.over: bool = False
         self._exhausted = False
-        # An end of a pass that a checkpoint told of, and that the loader has not been set to yet.
+        # The end of a pass, from a checkpoint, that the loader has not been set to yet.
         self._awaited: LoaderPosition | None = None if previous is None else previous._awaited
         if self._awaited is not None:
             self._known = dataclasses.replace(self._awaited, drawn=0)
@@ -172,7 +172,7 @@ class LoaderPass:
         """Says where the loader is, for `open` in another process.
 
         The latest batch drawn may be unfinished: then it is a position of before, and the batches
-        between are drawn again. Whoever draws ahead has to ask before each draw that matters.
+        between are drawn again. If you prefetch, call this before prefetching.
 
         Args:
             finished: How many batches of this pass are finished.

@@ -1,4 +1,4 @@
-"""Many processes, one program: start together, agree before the first step, and end together.
+"""Many processes, one program: they start together and end together.
 
 JAX brings the processes together and runs their collectives. A collective waits for all of them, so
 what goes wrong in one process is a silence in the others. The functions here turn silence into a

@@ -53,7 +53,7 @@ class CommonStop:
         number = next(_stops)
         self._room = f"trainer/stop/{number}"
         if jax.process_index() == 0:
-            # Whoever was in the run before this one has left the one before that.
+            # A process that was in the run before this one has left the run before that.
             coordination_service().key_value_delete(f"trainer/stop/{number - 2}")
         self._watcher.start()
         return self
@@ -121,13 +121,13 @@ class CommonStop:
             with self._changed:
                 self._agreed = agreed
                 self._changed.notify_all()
-        except Exception as failure:  # for whoever waits
+        except Exception as failure:  # raised in the thread that waits
             with self._changed:
                 self._failure = failure
                 self._changed.notify_all()
 
     def _notices(self) -> bool:
-        """Waits until somebody is asked to stop or this process ends its run; False if it has left instead."""
+        """Waits until a process is asked to stop or this process ends its run; False if it has left instead."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._is_agreeing or self._has_left, POLL_SECONDS)
@@ -153,7 +153,7 @@ class CommonStop:
         return stop, reason
 
     def _read(self, key: str, deadline: float) -> str:
-        """Waits for a key in short turns, so that whoever leaves the run needs not wait for it."""
+        """Waits for a key in short turns, so that a process that leaves the run need not wait for it."""
         while not self._has_left:
             seconds = min(POLL_SECONDS, deadline - time.monotonic())
             if seconds <= 0:

@@ -132,7 +132,7 @@ def _over_loader(
         batch_size=batch_size if takes_batch_size(loader) else 0,
         first_epoch=run.epoch,
         first_step=first_step,
-        # An iterator goes on from where the pass before has left it.
+        # An iterator continues from where the pass before has left it.
         loader=run.position.loader if isinstance(run.position, FromLoader) else None,
     )
     about = f"{num_epochs} epoch{'s' * (num_epochs > 1)} over `{name}`"

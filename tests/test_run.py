@@ -109,6 +109,41 @@ class TestEdits:
         trainer.train_step(DATA)
         assert (kernel(trainer) != before).any()
 
+    def test_also_where_an_earlier_edit_of_the_same_container_took_effect(self):
+        trainer = injected()
+        hyperparams = trainer.opt_state.hyperparams
+        before = kernel(trainer)
+        hyperparams["learning_rate"] = 0.0
+        trainer.evaluate(DATA, 8)
+        trainer.train_step(DATA)
+        np.testing.assert_array_equal(kernel(trainer), before)
+        hyperparams["learning_rate"] = 0.5
+        with pytest.raises(StateError, match="was changed after a step had consumed it"):
+            trainer.train_step(DATA)
+
+    def test_two_edits_before_a_step_count_both(self):
+        trainer, expected = injected(), injected()
+        trainer.opt_state.hyperparams["learning_rate"] = 7.0
+        trainer.evaluate(DATA, 8)
+        trainer.opt_state.hyperparams["learning_rate"] = 0.25
+        expected.opt_state.hyperparams["learning_rate"] = 0.25
+        trainer.train_step(DATA)
+        expected.train_step(DATA)
+        assert_same_bits(trainer.state, expected.state)
+
+    @pytest.mark.parametrize("value", [0.5, jnp.float32(0.5)])
+    @pytest.mark.parametrize("by", ["load", "assignment"])
+    def test_one_that_is_replaced_with_its_state_is_no_error(self, by, value, tmp_path):
+        trainer = injected()
+        path, state = trainer.save_checkpoint(tmp_path / "s.msgpack"), trainer.state.copy()
+        trainer.opt_state.hyperparams["learning_rate"] = value
+        if by == "load":
+            trainer.load_checkpoint(path)
+        else:
+            trainer.state = state
+        trainer.train_step(DATA)
+        assert trainer.opt_state.hyperparams["learning_rate"] == jnp.float32(0.1)
+
     def test_a_wrong_shape_is_refused_by_name(self):
         trainer = build()
         trainer.state.params["inner"]["bias"] = jnp.zeros(3)

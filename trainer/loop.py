@@ -124,9 +124,7 @@ def run_epoch(
         yield tick
         run = tick.run
         if not step.is_current(plan):  # an extension was switched on or off
-            plan = plan_dispatch(
-                step, run, batches, sync_every=sync_every, placement=placement, fuse=plan.program is not None
-            )
+            plan = plan_dispatch(step, run, batches, sync_every=sync_every, placement=placement)
 
 
 def open_pass(

@@ -165,7 +165,8 @@ class Run:
         """The training state. Assignments to the containers in it take effect in the next step.
 
         Raises:
-            StateError: From the next step, where the assignment comes after a step has consumed the state.
+            StateError: From the next step, where the assignment comes after a step has consumed the state. Only the
+                latest consumed state is watched, so do not keep older ones.
         """
         if self._given is None:
             object.__setattr__(self, "_given", list(self._layout.unflatten(self._leaves)))
@@ -201,10 +202,7 @@ class Run:
         return self._layout
 
     def peek(self) -> TrainState:
-        """Returns the state for reading only. What is assigned to its containers may be lost."""
-        if self._given is not None:
-            state: TrainState = self._given[0]
-            return state
+        """Returns the state for reading only, without edits that `with_edits` has not taken over yet."""
         if not self._cached:
             self._cached.append(self._layout.unflatten(self._leaves)[0])
         return self._cached[0]
@@ -229,8 +227,9 @@ class Run:
             step = int(state.step)
         position = self.position if keeps_position or step == self.step else None
         changes = {"_leaves": leaves, "_layout": layout, "step": step, "position": position, "weights": None}
-        given = [state, jax.tree.leaves(state)]
-        return self.replace(**changes, _given=given, _consumed=self._given or self._consumed, _cached=[])
+        # The state before is replaced together with the edits to it; only later ones would be lost without a word.
+        replaced = self._consumed if self._given is None else [self._given[0], jax.tree.leaves(self._given[0])]
+        return self.replace(**changes, _given=[state, jax.tree.leaves(state)], _consumed=replaced, _cached=[])
 
     def with_edits(self) -> Self:
         """Returns the run with what was assigned to the containers of a state that it handed out.
@@ -250,10 +249,11 @@ class Run:
             )
         if self._given is None or not _is_changed(self._given):
             return self
-        given, leaves_before = self._given
-        state = _as_arrays(given, leaves_before, self._layout)
-        leaves, _ = flatten_state(state)
-        return self.replace(_leaves=leaves, _given=[state, jax.tree.leaves(state)], _cached=[])
+        given, recorded = self._given
+        _, held = self._layout.unflatten(self._leaves)
+        leaves, _ = flatten_state(_as_arrays(given, recorded, held, self._layout))
+        # The caller holds containers of the same state: that one is watched, not the converted copy.
+        return self.replace(_leaves=leaves, _given=[given, jax.tree.leaves(given)], _cached=[])
 
     def drawing(self, examples: int) -> Self:
         """Returns the run with a batch that was drawn; the step that follows counts it."""
@@ -285,10 +285,13 @@ class Run:
             step: The step of it; the current one by default.
             prefix: ``"val_"`` for validation averages; training metrics have none.
         """
-        step = self.step if step is None else step
+        return self.recorded_rows([(self.step if step is None else step, metrics)], prefix=prefix)
+
+    def recorded_rows(self, rows: Sequence[tuple[int, Mapping[str, Any]]], *, prefix: str = "") -> Self:
+        """Returns the run with several rows in its history: the steps and their metrics, in ascending order."""
         history = self.history.copy()
-        history.record(step, metrics, prefix)
-        return self.replace(history=history, logged_step=self.logged_step if prefix else step)
+        history.extend(rows, prefix)
+        return self.replace(history=history, logged_step=self.logged_step if prefix or not rows else rows[-1][0])
 
     def validated(self, averages: Mapping[str, float]) -> Self:
         """Returns the run with the averages of a validation of its state, recorded in the history."""
@@ -367,17 +370,24 @@ def _is_changed(given: list[Any]) -> bool:
     return len(now) != len(leaves) or any(one is not other for one, other in zip(now, leaves, strict=True))
 
 
-def _as_arrays(state: TrainState, leaves: list[Any], layout: Layout) -> TrainState:
-    """Returns an edited state with arrays of the types that the step was compiled for."""
+def _as_arrays(state: TrainState, recorded: list[Any], held: list[Any], layout: Layout) -> TrainState:
+    """Returns an edited state with arrays of the types that the step was compiled for.
+
+    Args:
+        state: The edited state.
+        recorded: Its leaves when they were last looked at.
+        held: The arrays that stand for those.
+        layout: The structure that it must have.
+    """
     if jax.tree.structure(state) != layout.treedef:
         raise StateError(
             "the state was changed to another structure than it had, which the next step cannot take; assign "
             "`trainer.state` of a new trainer, or change values only."
         )
     arrays = []
-    for (path, new), old in zip(jax.tree.leaves_with_path(state), leaves, strict=True):
-        if new is old:
-            arrays.append(new)
+    for (path, new), before, old in zip(jax.tree.leaves_with_path(state), recorded, held, strict=True):
+        if new is before:
+            arrays.append(old)
             continue
         shape = jnp.shape(new)
         if shape != old.shape:

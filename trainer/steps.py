@@ -30,8 +30,6 @@ from trainer.core.objective import (
 )
 from trainer.errors import ArgumentError, ArgumentTypeError, BatchError
 from trainer.state import TrainState, check_optimizer
-from trainer.types import BATCH_WEIGHT as BATCH_WEIGHT
-from trainer.types import MODEL_OUTPUTS as MODEL_OUTPUTS
 from trainer.types import Batch, ExtensionLike, LossFn, Metrics
 
 _EVALUATION = crc32(b"evaluation")

@@ -245,3 +245,17 @@ def test_rewinding_forgets_later_steps_and_reads_nothing(read_first, reads):
     assert history.series("loss") == ([1, 2, 3], [1.0, 2.0, 9.0])
     history.rewind(0)
     assert len(history) == 0
+
+
+@pytest.mark.parametrize("max_rows", [3, 700, 100_000])
+def test_rows_recorded_together_are_those_recorded_alone(max_rows):
+    rows = [(step // 2 if step < 40 else step, {"loss": jnp.float32(step)}) for step in range(1500)]
+    one, other = History(max_rows), History(max_rows)
+    for step, metrics in rows:
+        one.record(step, metrics)
+    for start in range(0, 1500, 128):
+        other.extend(rows[start : start + 128])
+        assert len(other) == len(list(other))
+    assert list(one) == list(other)
+    assert one.packed()[0] == other.packed()[0] == len(one)
+    assert b"".join(one.packed()[1]) == b"".join(other.packed()[1])

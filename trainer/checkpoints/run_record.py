@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import msgpack
-import numpy as np
 
 from trainer.checkpoints.state_io import (
     Loaded,
     Snapshot,
     load_with_progress,
+    plain_value,
     take_snapshot,
     write_snapshot,
 )
@@ -145,7 +144,7 @@ def _packed(run: Run, listeners: Callable[[], Sequence[Any]], loaders: Sequence[
     count, rows = run.history.packed()
     fields = {"epoch": run.epoch, "run": _record(run), "loaders": loaders, "listeners": list(listeners())}
     fields["horizon"] = run.horizon
-    packer = msgpack.Packer(default=_plain, autoreset=False)
+    packer = msgpack.Packer(default=plain_value, autoreset=False)
     try:
         packer.pack_map_header(len(fields) + 1)
         for name, value in fields.items():
@@ -157,15 +156,6 @@ def _packed(run: Run, listeners: Callable[[], Sequence[Any]], loaders: Sequence[
         raise CheckpointError(f"the progress of the run has {error}.") from error
     # The rows come last, since most of them are packed already: a long history costs a copy and no packing.
     return b"".join([packer.bytes(), *rows])
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.generic | np.ndarray | jax.Array):
-        return np.asarray(value).tolist()
-    raise TypeError(
-        f"an object of type {type(value).__qualname__}, which no checkpoint holds; what callbacks return from "
-        f"state_dict() consists of numbers, strings, lists and mappings"
-    )
 
 
 def _record(run: Run) -> dict[str, Any] | None:

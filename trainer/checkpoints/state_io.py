@@ -358,17 +358,19 @@ def _is_multiprocess(state: TrainState) -> bool:
     return any(map(is_multiprocess, jax.tree.leaves(state)))
 
 
-def _packed(progress: Mapping[str, Any]) -> bytes:
-    def plain(value: Any) -> Any:
-        if isinstance(value, np.generic | np.ndarray | jax.Array):
-            return np.asarray(value).tolist()
-        raise TypeError(
-            f"an object of type {type(value).__qualname__}, which no checkpoint holds; what callbacks return from "
-            f"state_dict() consists of numbers, strings, lists and mappings"
-        )
+def plain_value(value: Any) -> Any:
+    """Returns an array as numbers, for MessagePack; raises TypeError for any other object."""
+    if isinstance(value, np.generic | np.ndarray | jax.Array):
+        return np.asarray(value).tolist()
+    raise TypeError(
+        f"an object of type {type(value).__qualname__}, which no checkpoint holds; what callbacks return from "
+        f"state_dict() consists of numbers, strings, lists and mappings"
+    )
 
+
+def _packed(progress: Mapping[str, Any]) -> bytes:
     try:
-        return bytes(msgpack.packb(progress, default=plain))
+        return bytes(msgpack.packb(progress, default=plain_value))
     except (TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"the progress of the run has {error}.") from error
 

@@ -87,7 +87,7 @@ def plan(step: Callable[..., Any], state: Any, batch: Any, batch_sharding: Any =
         batch_sharding: See `trainer.sharding.jit_step`, which compiles the step.
 
     Raises:
-        ArgumentTypeError: A leaf of ``state`` lies on no mesh.
+        ArgumentTypeError: A leaf of ``state`` is on no mesh.
         BatchError: The batch cannot be split evenly, see `trainer.sharding.check_batch_fits`.
     """
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), batch)

@@ -38,23 +38,23 @@ def fit(trainer: Trainer, plan: FitPlan, resume: bool | str | os.PathLike[str]) 
     setup, before = trainer.setup, trainer.run
     setup.live.validates = plan.held_out is not None
     restored = find(setup, before, plan, resume)
+    opening: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if restored is None:
         run = before.replace(position=plan.position)
-        if plan.data is not None or plan.caller == "train":
-            run = setup.with_horizon(run, planned_end(run.step, plan))
-        trainer.hold(run)
+        trainer.hold(setup.with_horizon(run, planned_end(run.step, plan)))
     else:
         run = checked(setup, plan, restored)
         listeners = copy.deepcopy(setup.events.state_dict())
         with put_back(trainer, before, listeners):
             setup.events.load_state_dict(restored.listeners)
         trainer.hold(run)
-        if _is_finished(plan, run):
-            if plan.caller == "train_epoch":
-                return trainer.run
-        elif plan.loader is not None:
-            return _run_epochs(trainer, plan, restored, put_back(trainer, before, listeners))
-    return _run_epochs(trainer, plan, restored, contextlib.nullcontext())
+        finished = _is_finished(plan, run)
+        if finished and plan.caller == "train_epoch":
+            return trainer.run
+        if not finished and plan.loader is not None:
+            # The loader may refuse its position when it is opened.
+            opening = put_back(trainer, before, listeners)
+    return _run_epochs(trainer, plan, restored, opening)
 
 
 def train_step(trainer: Trainer, batch: Batch) -> Metrics:
@@ -210,9 +210,9 @@ def _after_call(trainer: Trainer, metrics: Metrics, count: int | None, *, defer:
         return
     first = step - count + 1
     due = set(range(first + -first % every, step + 1, every)) | ({1} if first == 1 else set())
-    for number in sorted(due):
-        row = metrics_at(metrics, number - first)
-        trainer.hold(trainer.run.recorded(row, step=number))
+    rows = [(number, metrics_at(metrics, number - first)) for number in sorted(due)]
+    trainer.hold(trainer.run.recorded_rows(rows))
+    for number, row in rows:
         setup.fanout.defer("train", number, row)
     setup.events.emit("on_call_end", trainer, step, metrics_at(metrics, count - 1))
 

@@ -89,10 +89,6 @@ class Setup:
     eval_step: Callable[..., Metrics]
     live: Live
 
-    def emit(self, event: str, *args: Any) -> None:
-        """Emits an event of the trainer to its callbacks and extensions."""
-        self.events.emit(event, self.live.trainer(), *args)
-
     def agree(self, what: str, parts: Mapping[str, Any], **data: InMemoryData | None) -> None:
         """Compares with the other processes what all are about to do.
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import msgpack
@@ -44,38 +44,47 @@ class History(Sequence[Row]):
         ([2], [0.3])
     """
 
-    __slots__ = ("_chunks", "_dropped", "_max_rows", "_recent", "_unread")
+    __slots__ = ("_chunks", "_dropped", "_frozen", "_max_rows", "_recent", "_unread")
 
     def __init__(self, max_rows: int = 100_000) -> None:
         """Makes an empty history that drops its oldest row for every row above ``max_rows``."""
         self._max_rows = max_rows
         self._chunks: tuple[_Chunk, ...] = ()
         self._dropped = 0  # rows at the start of the first chunk that are too old
+        self._frozen = 0  # rows in the chunks, without those
         self._recent: tuple[Row, ...] = ()
         self._unread = 0  # the last of the recent rows, whose values may be on the device
 
     def record(self, step: int, metrics: Mapping[str, Any], prefix: str = "") -> None:
         """Adds metrics of a step, to the row of that step if it is the latest."""
-        values = {
-            name if name.startswith(prefix) else prefix + name: value
-            for name, value in metrics.items()
-            if name != "step"
-        }
-        latest = self._latest
-        if latest is not None and latest["step"] == step:
-            self._drop_latest()
-            values = {**latest, **values}
-        self._recent = (*self._recent, {"step": step, **values})
-        self._unread += 1
-        if len(self) > self._max_rows:
+        self.extend([(step, metrics)], prefix)
+
+    def extend(self, rows: Iterable[tuple[int, Mapping[str, Any]]], prefix: str = "") -> None:
+        """Adds the metrics of several steps, each to the row of its step if it is the latest."""
+        added: list[Row] = []
+        for step, metrics in rows:
+            values = {
+                name if name.startswith(prefix) else prefix + name: value
+                for name, value in metrics.items()
+                if name != "step"
+            }
+            latest = added[-1] if added else self._latest
+            if latest is not None and latest["step"] == step:
+                values = {**latest, **values}
+                added.pop() if added else self._drop_latest()
+            added.append({"step": step, **values})
+        # Once for all rows: a tuple is copied as a whole.
+        self._recent = (*self._recent, *added)
+        self._unread += len(added)
+        while len(self) > self._max_rows:
             self._drop_oldest()
-        if len(self._recent) > MAX_PENDING:
+        while len(self._recent) > MAX_PENDING:
             self._freeze(_CHUNK)
 
     def copy(self) -> Self:
         """Returns an equal history that is recorded to independently."""
         copied = type(self)(self._max_rows)
-        copied._chunks, copied._dropped = self._chunks, self._dropped
+        copied._chunks, copied._dropped, copied._frozen = self._chunks, self._dropped, self._frozen
         copied._recent, copied._unread = self._recent, self._unread
         return copied
 
@@ -86,7 +95,7 @@ class History(Sequence[Row]):
         kept = tuple(dict(row) for row in rows[-history._max_rows :])
         whole = len(kept) // _CHUNK * _CHUNK
         history._chunks = tuple(_Chunk(kept[start : start + _CHUNK]) for start in range(0, whole, _CHUNK))
-        history._recent = kept[whole:]
+        history._recent, history._frozen = kept[whole:], whole
         return history
 
     def rewind(self, step: int) -> None:
@@ -94,6 +103,7 @@ class History(Sequence[Row]):
         first_unread = len(self._recent) - self._unread
         chunks = (_Chunk(tuple(row for row in chunk.rows if row["step"] <= step)) for chunk in self._whole_chunks())
         self._chunks, self._dropped = tuple(chunk for chunk in chunks if chunk.rows), 0
+        self._frozen = sum(len(chunk.rows) for chunk in self._chunks)
         kept = [(index, row) for index, row in enumerate(self._recent) if row["step"] <= step]
         self._recent = tuple(row for _, row in kept)
         self._unread = sum(index >= first_unread for index, _ in kept)
@@ -124,8 +134,7 @@ class History(Sequence[Row]):
         return len(self), [*pieces, b"".join(map(_pack, self._recent))]
 
     def __len__(self) -> int:
-        # Full chunks have one size; only a rewind makes shorter ones.
-        return sum(len(chunk.rows) for chunk in self._chunks) - self._dropped + len(self._recent)
+        return self._frozen + len(self._recent)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, int) and -len(self._recent) <= index < 0:  # the latest rows, without a list of all
@@ -153,12 +162,15 @@ class History(Sequence[Row]):
         # The latest row was frozen already: it is thawed with the rest of its chunk.
         *kept, last = self._whole_chunks()
         self._chunks, self._dropped, self._recent = tuple(kept), 0, last.rows[:-1]
+        self._frozen -= len(last.rows)
 
     def _drop_oldest(self) -> None:
         if not self._chunks:
             self._recent = self._recent[1:]
             self._unread = min(self._unread, len(self._recent))
-        elif self._dropped + 1 == len(self._chunks[0].rows):
+            return
+        self._frozen -= 1
+        if self._dropped + 1 == len(self._chunks[0].rows):
             self._chunks, self._dropped = self._chunks[1:], 0
         else:
             self._dropped += 1
@@ -174,6 +186,7 @@ class History(Sequence[Row]):
         """Reads the ``count`` oldest of the recent rows and moves them to a chunk."""
         self._read(count)
         self._chunks = (*self._chunks, _Chunk(self._recent[:count]))
+        self._frozen += count
         self._recent = self._recent[count:]
 
     def _read(self, count: int | None = None) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from trainer.checkpoints.device_checksums import as_text, bits, digest, digest_on_host, from_bits
+from trainer.checkpoints.device_checksums import as_text, bits, digest, digest_on_host, digests_as_text, from_bits
 from trainer.checkpoints.file_format import DTYPES
 
 WIDE = {"int64", "uint64", "float64", "complex128"}
@@ -47,7 +47,7 @@ def test_every_bit_of_every_dtype_counts(name):
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [*((name, (3, 5)) for name in sorted(DTYPES)), *(("float32", one) for one in ((), (0,), (2**20 + 3,)))],
+    [*((name, (3, 5)) for name in sorted(DTYPES)), *(("float32", one) for one in ((), (0,), (2**16,), (2**20 + 3,)))],
 )
 def test_the_host_computes_the_same(name, shape):
     high = {"bool": 2, "int2": 2, "uint2": 4, "int4": 8, "uint4": 16, "float4_e2m1fn": 16}.get(name, 256)
@@ -61,6 +61,27 @@ def test_the_host_computes_the_same(name, shape):
 def test_the_host_wraps_small_negative_numbers_as_the_device_does():
     array = np.array([-1, -2], DTYPES["int2"])
     assert as_text(digest_on_host(array)) == as_text(digest(jnp.asarray(array)))
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "int4", "complex64"])
+@pytest.mark.parametrize("spec", [None, (), ("a",), (None, "b"), ("b", "a")])
+@pytest.mark.parametrize("rows", [8, 2**17])  # hashed on the host, and above 1 MiB on the devices
+def test_where_it_is_computed_changes_nothing(name, spec, rows):
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    array = jnp.asarray(np.random.default_rng(0).integers(0, 8, (rows, 12)).astype(DTYPES[name]))
+    place = jax.devices()[3] if spec is None else NamedSharding(mesh, PartitionSpec(*spec))
+    assert digests_as_text([jax.device_put(array, place)]) == [as_text(digest(array))]
+
+
+def test_whole_and_small_arrays_compile_nothing(compilations):
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
+    on_cpu = [np.ones((size, 3), np.float32) for size in range(1, 300)] + [np.ones(2**19 + 1, np.float32)]
+    arrays = [jax.device_put(array) for array in on_cpu]
+    arrays += [jax.device_put(array, NamedSharding(mesh, PartitionSpec())) for array in on_cpu[-20:]]
+    arrays += [jax.device_put(array, NamedSharding(mesh, PartitionSpec("a"))) for array in on_cpu[7:80:8]]
+    compilations.clear()
+    digests_as_text(arrays)
+    assert compilations == {}
 
 
 def test_entries_that_change_places_count():

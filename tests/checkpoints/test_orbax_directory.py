@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tests.problems import Busy, Counting, regression, squared_error
 from tests.test_api import assert_same_bits
 from trainer import CheckpointError, TrainState, load_state, make_train_step
+from trainer.checkpoints import device_checksums
 from trainer.checkpoints.file_format import DTYPES
 from trainer.checkpoints.orbax_directory import OrbaxDirectory, write_directory
 from trainer.checkpoints.state_io import load_with_progress, take_snapshot
@@ -65,6 +66,15 @@ def test_what_is_loaded_compiles_nothing_again(saved, compilations):
     found, _ = step(load_state(path, like=busy_state()), regression(16))
     assert compilations["jit(train_step)"] == 1
     assert_same_bits(found, expected)
+
+
+def test_a_save_of_many_shapes_compiles_no_checksums(tmp_path, compilations):
+    state = busy_state()
+    many = {str(size): jax.device_put(np.ones((size, 2), np.float32)) for size in range(1, 301)}
+    compilations.clear()
+    path = save(tmp_path / "0", state.replace(model_state=many))
+    assert_same_bits(load_state(path, like=state.replace(model_state=many)).model_state, many)
+    assert sum(compilations.values()) < 10, compilations
 
 
 def test_parts_of_it(saved):
@@ -144,11 +154,15 @@ class TestSharded:
             assert shardings == jax.tree.map(lambda leaf: leaf.sharding, like)
 
     def test_nothing_is_gathered(self, saved, tmp_path, monkeypatch):
-        """No whole copy of a sharded array is made on the host, neither to save nor to load."""
-        state = self.spread(saved[1], "data")
+        """No whole copy of a sharded array above 1 MiB is made on the host, neither to save nor to load."""
+        large = jax.device_put(jnp.ones((4, 2**17)), NamedSharding(MESH, PartitionSpec("data")))
+        state = self.spread(saved[1], "data").replace(model_state={**saved[1].model_state, "large": large})
         monkeypatch.setattr(type(state.step), "__array__", _refuse_to_gather(type(state.step).__array__))
+        hashed = []
+        monkeypatch.setattr(device_checksums, "digest_on_host", _recording(device_checksums.digest_on_host, hashed))
         path = save(tmp_path / "3", state)
-        load_state(path, like=self.spread(busy_state(), "data"))
+        load_state(path, like=self.spread(busy_state(), "data").replace(model_state=state.model_state))
+        assert max(hashed) <= 2**20
 
 
 def _refuse_to_gather(original):
@@ -157,6 +171,14 @@ def _refuse_to_gather(original):
         return original(array, *args, **kwargs)
 
     return to_numpy
+
+
+def _recording(original, sizes):
+    def digest_on_host(array):
+        sizes.append(array.nbytes)
+        return original(array)
+
+    return digest_on_host
 
 
 # Where a restore fails, Orbax leaves coroutines behind that complain when they are collected.

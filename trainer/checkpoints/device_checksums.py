@@ -1,9 +1,13 @@
-"""Checksums of arrays where they lie: on their devices, however they are spread over them.
+"""Checksums of arrays, computed where the arrays are, and independent of their sharding.
 
-A digest is a sum over the entries, modulo 2³², of a hash of the entry's bits and its place. So each
-device adds up what it holds, a few bytes travel, and the result does not depend on the sharding: what
-was saved from eight devices is verified on two. Hashing one entry is a bijection, hence damage to a
-single one always changes the sum; that of many goes unnoticed once in 2⁶⁴, two sums being taken.
+A digest is two sums, modulo 2³². Each adds, over the words of an array, a hash of the word's bits and its position. A
+word is an entry of up to four bytes; a wider entry is two words, or four for complex128. So each device adds up what it
+holds, a few bytes travel, and the result does not depend on the sharding: what was saved from eight devices is verified
+on two. The hash of one word is a bijection, hence damage within one word always changes both sums. Damage to several
+words, of one wide entry or of many, goes unnoticed about once in 2⁶⁴.
+
+A program on a device is compiled for every shape. So NumPy hashes, in the same time or less, whole arrays in the memory
+of the CPU, and arrays of up to 1 MiB unless they are split over processes.
 """
 
 import functools
@@ -17,7 +21,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 _SEEDS = (0x9E3779B9, 0x7F4A7C15)
-_SLICE = 2**20
+_SLICE = 2**16  # words at a time, so that the intermediate results stay in the cache
+_LARGEST_ON_HOST = 2**20  # bytes; a larger array is not copied from its device
 
 
 def digest(array: jax.Array) -> jax.Array:
@@ -27,7 +32,7 @@ def digest(array: jax.Array) -> jax.Array:
 
 
 def digests_as_text(arrays: Sequence[jax.Array | np.ndarray[Any, Any]]) -> list[str]:
-    """Returns the digest of each array as text, computed where it lies, and waits for them.
+    """Returns the digest of each array as text, and waits for all of them.
 
     Digests of arrays on devices of several processes are the same in all; every process must call this.
     """
@@ -35,32 +40,35 @@ def digests_as_text(arrays: Sequence[jax.Array | np.ndarray[Any, Any]]) -> list[
     for array in arrays:
         if not isinstance(array, jax.Array):
             found.append(digest_on_host(array))
+        elif _is_for_host(array):
+            found.append(digest_on_host(_assembled(array)))
         elif len(array.sharding.device_set) == 1:
             found.append(digest(array))
         else:
             mesh = array.sharding.mesh if isinstance(array.sharding, NamedSharding) else None
             found.append(_digest_over(mesh)(array))
-            # Devices of a CPU share threads: of many programs that communicate they may take up different ones first,
+            # CPU devices share threads. Of many programs that communicate, two devices may start different ones first,
             # and then wait for each other.
-            device: Any = next(iter(array.sharding.device_set))
-            if device.platform == "cpu":
+            if _is_on_cpu(array):
                 jax.block_until_ready(found[-1])
     return [as_text(one) for one in found]
 
 
 def digest_on_host(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Returns the same digest of an array in NumPy, without compiling anything, a few MiB at a time."""
+    """Returns the same digest as `digest`, computed by NumPy: uint32 of shape ``(2,)``. Compiles nothing."""
     size = min(array.dtype.itemsize, 4)
     words = np.ascontiguousarray(array).reshape(-1).view(f"u{size}")
-    mask = (
-        np.uint32(2 ** _bit_width(array.dtype) - 1) if size == 1 and array.dtype != np.bool_ else np.uint32(2**32 - 1)
-    )
+    if size == 1 and array.dtype != np.bool_ and _bit_width(array.dtype) < 8:
+        words = words & np.uint8(2 ** _bit_width(array.dtype) - 1)
+    places = np.arange(1, 1 + min(_SLICE, len(words)), dtype=np.uint32)
     sums = np.zeros(2, np.uint32)
     for start in range(0, len(words), _SLICE):
-        word = words[start : start + _SLICE].astype(np.uint32) & mask
-        place = np.arange(start + 1, start + 1 + len(word), dtype=np.uint64).astype(np.uint32)
+        piece = words[start : start + _SLICE]
         for lane, seed in enumerate(_SEEDS):
-            sums[lane : lane + 1] += np.sum(_mixed(word + place * np.uint32(seed)), dtype=np.uint32)
+            word = places[: len(piece)] * np.uint32(seed)
+            word += np.uint32(start * seed % 2**32)
+            word += piece
+            sums[lane : lane + 1] += np.sum(_mix_in_place(word), dtype=np.uint32)
     return sums
 
 
@@ -95,6 +103,28 @@ def from_bits(words: jax.Array, dtype: Any) -> jax.Array:
     return array
 
 
+def _is_for_host(array: jax.Array) -> bool:
+    """Tells, in all processes alike, whether NumPy hashes an array."""
+    if array.nbytes <= _LARGEST_ON_HOST:
+        return array.is_fully_replicated or array.is_fully_addressable
+    return array.is_fully_replicated and _is_on_cpu(array)
+
+
+def _is_on_cpu(array: jax.Array) -> bool:
+    device: Any = next(iter(array.sharding.device_set))
+    return bool(device.platform == "cpu")
+
+
+def _assembled(array: jax.Array) -> np.ndarray[Any, Any]:
+    """Returns the whole array, which keeps no copy on the host, as it would if NumPy were given the array itself."""
+    if array.is_fully_replicated:
+        return np.asarray(array.addressable_data(0))
+    whole = np.empty(array.shape, array.dtype)
+    for shard in array.addressable_shards:
+        whole[shard.index] = np.asarray(shard.data)
+    return whole
+
+
 def _bit_width(dtype: Any) -> int:
     limits: Any = jnp.iinfo if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo
     return int(limits(dtype).bits)
@@ -123,3 +153,14 @@ def _mixed(word: Any) -> Any:
     word = (word ^ (word >> 16)) * np.uint32(0x85EBCA6B)
     word = (word ^ (word >> 13)) * np.uint32(0xC2B2AE35)
     return word ^ (word >> 16)
+
+
+def _mix_in_place(word: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Does the same as `_mixed` in the memory of ``word``, which is several times as fast."""
+    shifted = np.empty_like(word)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        np.right_shift(word, np.uint32(shift), out=shifted)
+        word ^= shifted
+        if factor != 1:
+            word *= np.uint32(factor)
+    return word

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from trainer.callbacks.base import CallbackList
-from trainer.checkpoints.state_io import Snapshot
+from trainer.checkpoints.snapshot import Snapshot
 from trainer.compile.analysis import Compilation
 from trainer.config import TrainingConfig
 from trainer.core.checks import check_count

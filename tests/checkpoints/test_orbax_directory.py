@@ -16,7 +16,8 @@ from trainer import CheckpointError, TrainState, load_state, make_train_step
 from trainer.checkpoints import device_checksums
 from trainer.checkpoints.file_format import DTYPES
 from trainer.checkpoints.orbax_directory import OrbaxDirectory, write_directory
-from trainer.checkpoints.state_io import load_with_progress, take_snapshot
+from trainer.checkpoints.snapshot import take_snapshot
+from trainer.checkpoints.state_io import load_with_progress
 
 MESH = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 

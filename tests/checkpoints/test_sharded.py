@@ -27,7 +27,8 @@ from trainer import (
 )
 from trainer.checkpoints.file_format import DTYPES
 from trainer.checkpoints.orbax_directory import _Writing, begin_directory
-from trainer.checkpoints.state_io import default_name, load_latest, load_with_progress, prune, take_snapshot
+from trainer.checkpoints.snapshot import take_snapshot
+from trainer.checkpoints.state_io import default_name, load_latest, load_with_progress, prune
 
 ADAM = optax.adam(1e-2)
 NARROW = sorted(DTYPES.keys() - {"int64", "uint64", "float64", "complex128"})
@@ -394,6 +395,58 @@ class TestTwoProcesses:
                 assert ("the disk is full", "(ValueError: OUT_OF_RANGE: ", "here only")[
                     (number > 3) + (number > 4)
                 ] in text
+
+    def test_what_one_process_cannot_prepare_or_pack_fails_in_both_and_leaves_nothing(self, tmp_path):
+        body = """
+        from trainer.checkpoints import orbax_directory
+        from trainer.checkpoints.run_record import save_run, snapshot_run
+        from trainer.checkpoints.snapshot import write_snapshot
+        from trainer.run import Run
+
+        state = sharded(mesh)
+        run, path = Run.start(state), directory / "s.orbax"
+        said["refused"], said["left"] = [], []
+
+        def attempt(call):
+            said["refused"].append(refused(call))
+            barrier("attempted")
+            said["left"].append(sorted(path.name for path in directory.iterdir()))
+            barrier("listed")
+
+        def broken(failing, owner, name):
+            def fail(*_, **options):
+                raise OSError("the disk is full")
+            whole = getattr(owner, name)
+            if process == failing:
+                setattr(owner, name, fail)
+            attempt(lambda: save_state(path, state))
+            setattr(owner, name, whole)
+
+        for failing in (0, 1):
+            broken(failing, _Writing, "prepare")
+            broken(failing, orbax_directory, "_tree_of")
+        broken(0, pathlib.Path, "mkdir")
+        for failing in (0, 1):
+            states = [object() if process == failing else {"best": 1.0}]
+            attempt(lambda: write_snapshot(path, snapshot_run(run, listeners=lambda: states)))
+            def broken_callback():
+                if process == failing:
+                    raise CheckpointError("the callback has no state")
+                return []
+            attempt(lambda: write_snapshot(path, snapshot_run(run, listeners=broken_callback)))
+        # They still agree on which save is which.
+        save_run(path, run)
+        said["same"] = words(load_state(path, sharded(mesh, seed=1))) == words(state)
+        """
+        one, other = together(body_of(body), tmp_path)
+        failing = [0, 0, 1, 1, 0, 0, 0, 1, 1]
+        texts = ["the disk is full"] * 5 + ["an object of type object", "the callback has no state"] * 2
+        for process, said in enumerate((one, other)):
+            assert said["same"]
+            assert said["left"] == [[]] * len(failing)
+            for failed, wanted, text in zip(failing, texts, said["refused"], strict=True):
+                assert wanted in text
+                assert (f"process {failed} failed: " in text) == (process != failed)
 
     def test_they_keep_the_same_best_and_newest(self, tmp_path):
         body = """

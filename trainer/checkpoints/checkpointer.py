@@ -6,14 +6,8 @@ from typing import Self
 
 from trainer.checkpoints.background import BackgroundSaver
 from trainer.checkpoints.run_record import Restored, restore, snapshot_run
-from trainer.checkpoints.state_io import (
-    Snapshot,
-    default_name,
-    load_latest,
-    load_with_progress,
-    prune,
-    write_snapshot,
-)
+from trainer.checkpoints.snapshot import Snapshot, write_snapshot
+from trainer.checkpoints.state_io import default_name, load_latest, load_with_progress, prune
 from trainer.run import Run
 
 

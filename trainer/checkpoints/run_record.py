@@ -11,14 +11,8 @@ from typing import Any
 
 import msgpack
 
-from trainer.checkpoints.state_io import (
-    Loaded,
-    Snapshot,
-    load_with_progress,
-    plain_value,
-    take_snapshot,
-    write_snapshot,
-)
+from trainer.checkpoints.snapshot import Snapshot, plain_value, take_snapshot, write_snapshot
+from trainer.checkpoints.state_io import Loaded, load_with_progress
 from trainer.data.resumable import LoaderPass, LoaderPosition
 from trainer.errors import CheckpointError
 from trainer.metrics.average import WeightedAverage, read

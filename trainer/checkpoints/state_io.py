@@ -1,38 +1,28 @@
 """Checkpoints: a state in a file, whole or not at all, checked before anything is touched."""
 
-import dataclasses
-import datetime
-import functools
-import importlib.metadata
 import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
-import msgpack
-import numpy as np
 from jax.sharding import NamedSharding
 
-from trainer.checkpoints.atomic import remove_directory, replacing, restore
-from trainer.checkpoints.file_format import DTYPES, Bundle, Leaf, write_bundle
-from trainer.checkpoints.open import PROGRESS, Source, describe, open_source, read_progress
-from trainer.checkpoints.orbax_directory import OrbaxDirectory, begin_directory
-from trainer.checkpoints.reference_pickle import write_pickle
+from trainer.checkpoints.atomic import remove_directory, restore
+from trainer.checkpoints.file_format import DTYPES, Bundle, Leaf
+from trainer.checkpoints.open import Source, describe, open_source, read_progress
+from trainer.checkpoints.orbax_directory import OrbaxDirectory
+from trainer.checkpoints.snapshot import is_multiprocess_state, take_snapshot, write_snapshot
 from trainer.core.checks import did_you_mean
 from trainer.core.tree_paths import LeafPath, parts_of
 from trainer.distributed.agreement import AllOrNone
 from trainer.errors import ArgumentError, CheckpointError, UnreadableError
-from trainer.sharding.arrays import is_multiprocess
 from trainer.state import TrainState
 
 _OWN_NAME = re.compile(r"checkpoint_(0|[1-9]\d*)\.(msgpack|orbax)")
-
-Progress = Mapping[str, Any] | Callable[[], bytes] | None
-"""Plain values, or a function that packs them: where several processes save, what it raises is raised in all."""
 
 _T = TypeVar("_T")
 
@@ -43,106 +33,6 @@ class Loaded(NamedTuple):
     path: Path
     state: TrainState
     progress: dict[str, Any] | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Snapshot:
-    """What will be written: descriptions and arrays.
-
-    Attributes:
-        state: The state it was taken of.
-        info: Plain values about it, for people.
-        leaves: The arrays with their descriptions, keys as their words.
-        finish: What finishes the directory that is being written, where Orbax has the copies.
-    """
-
-    state: TrainState
-    info: dict[str, Any]
-    leaves: Sequence[tuple[Leaf, Any]]
-    finish: Callable[[], None] | None = None
-
-    def on_host(self, path: Path) -> "Snapshot":
-        """Copies all arrays now, so that the state may be donated before `write_snapshot` writes them to ``path``.
-
-        Of a state that is spread over processes each copies its part, for a directory of Orbax.
-
-        Raises:
-            CheckpointError: One is spread over processes and ``path`` is a file, or a directory of Orbax
-                cannot be written.
-        """
-        if path.suffix == ".orbax":
-            return dataclasses.replace(self, finish=begin_directory(path, self.info, self.leaves))
-        for leaf, array in self.leaves:
-            _check_within_process(leaf, array)
-            if isinstance(array, jax.Array):
-                array.copy_to_host_async()
-        return dataclasses.replace(self, leaves=[(leaf, _copied_to_host(array)) for leaf, array in self.leaves])
-
-
-def take_snapshot(state: TrainState, info: Mapping[str, Any] | None = None, *, progress: Progress = None) -> Snapshot:
-    """Describes a state for `write_snapshot`; arguments as for `save_state`. Copies nothing yet.
-
-    Raises:
-        CheckpointError: An array is of a dtype, or ``progress`` has a value, that no file can hold.
-        StateError: The state was donated to a step.
-    """
-    if not _is_multiprocess(state):
-        return _snapshot(state, info, progress)
-    # Made before anything can fail: a process that made fewer of these than the others would wait for them in vain at
-    # every later save.
-    described, snapshot, failure = AllOrNone("snapshot"), None, None
-    try:
-        snapshot = _snapshot(state, info, progress)
-    except Exception as error:  # the others would wait for this process, whatever the error is
-        failure = error
-    described.sync(failure)
-    return cast(Snapshot, snapshot)
-
-
-def _snapshot(state: TrainState, info: Mapping[str, Any] | None, progress: Progress) -> Snapshot:
-    state.check_alive()
-    leaves: list[tuple[Leaf, Any]] = []
-    for keys, leaf in jax.tree.leaves_with_path(state):
-        described = describe(parts_of(keys), leaf)
-        if described.dtype not in DTYPES:
-            raise CheckpointError(f"`{described.name}` has dtype {described.dtype}, which checkpoints do not know.")
-        leaves.append((described, jax.random.key_data(leaf) if described.key is not None else leaf))
-    about = {
-        "step": int(state.step),
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {name: _version(name) for name in ("nnx-trainer", "jax", "flax", "optax")},
-        **(info or {}),
-    }
-    if progress is not None:
-        data = progress() if callable(progress) else _packed(progress)
-        packed = np.frombuffer(data, np.uint8)
-        leaves.append((Leaf(PROGRESS, "uint8", packed.shape), packed))
-    return Snapshot(state, about, leaves)
-
-
-def write_snapshot(path: Path, snapshot: Snapshot) -> None:
-    """Writes a snapshot in the format that the name asks for, see `save_state`.
-
-    Raises:
-        CheckpointError: It could not be written; what was there before is untouched. Or an array is
-            spread over processes, which only a name that ends in ``.orbax`` can hold.
-    """
-    if path.suffix == ".orbax":
-        finish = snapshot.finish or begin_directory(path, snapshot.info, snapshot.leaves)
-        finish()
-        return
-    for leaf, array in snapshot.leaves:
-        _check_within_process(leaf, array)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".pkl":
-            with replacing(path, 0) as file:
-                write_pickle(cast(BinaryIO, file), snapshot.state)
-        else:
-            leaves = [(leaf, functools.partial(_to_host, array)) for leaf, array in snapshot.leaves]
-            write_bundle(path, snapshot.info, leaves)
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"`{path}` could not be written: {error}") from error
 
 
 def save_state(
@@ -252,7 +142,7 @@ def load_latest(directory: str | os.PathLike[str], like: TrainState) -> Loaded |
     """
     # Process 0 says which there are: another may see one later, or one that is gone.
     names = _own_names(Path(directory))
-    if _is_multiprocess(like):
+    if is_multiprocess_state(like):
         names = AllOrNone("list").sync(None, names)
     return _newest(directory, names, lambda path: load_with_progress(path, like))
 
@@ -343,7 +233,7 @@ def _newest(directory: str | os.PathLike[str], names: Sequence[str], use: Callab
 
 def _together(load: Callable[[AllOrNone | None], _T], like: TrainState) -> _T:
     """Loads in all processes or in none, where the state is on devices of several."""
-    if not _is_multiprocess(like):
+    if not is_multiprocess_state(like):
         return load(None)
     votes, loaded, failure = AllOrNone("load"), None, None
     try:
@@ -352,56 +242,6 @@ def _together(load: Callable[[AllOrNone | None], _T], like: TrainState) -> _T:
         failure = error
     votes.sync(failure)
     return cast(_T, loaded)
-
-
-def _is_multiprocess(state: TrainState) -> bool:
-    return any(map(is_multiprocess, jax.tree.leaves(state)))
-
-
-def plain_value(value: Any) -> Any:
-    """Returns an array as numbers, for MessagePack; raises TypeError for any other object."""
-    if isinstance(value, np.generic | np.ndarray | jax.Array):
-        return np.asarray(value).tolist()
-    raise TypeError(
-        f"an object of type {type(value).__qualname__}, which no checkpoint holds; what callbacks return from "
-        f"state_dict() consists of numbers, strings, lists and mappings"
-    )
-
-
-def _packed(progress: Mapping[str, Any]) -> bytes:
-    try:
-        return bytes(msgpack.packb(progress, default=plain_value))
-    except (TypeError, ValueError, OverflowError) as error:
-        raise CheckpointError(f"the progress of the run has {error}.") from error
-
-
-def _check_within_process(leaf: Leaf, array: Any) -> None:
-    if is_multiprocess(array):
-        raise CheckpointError(
-            f"`{leaf.name}` lies on devices of several processes, which one file cannot hold; save under a name that "
-            f"ends in .orbax, in every process."
-        )
-
-
-def _to_host(array: Any) -> np.ndarray[Any, Any]:
-    if isinstance(array, jax.Array) and array.is_fully_replicated:
-        # An array keeps the copy that it makes for the host; that of its only shard goes with the shard.
-        return np.asarray(array.addressable_data(0))
-    return np.asarray(array)
-
-
-def _copied_to_host(array: Any) -> np.ndarray[Any, Any]:
-    """Returns a copy that survives the donation of the array."""
-    host = _to_host(array)
-    # NumPy sees the buffer itself where a device uses memory of the host: on the CPU, and where a state is offloaded.
-    # From any other memory `host` is a copy already.
-    return host.copy() if isinstance(array, jax.Array) and _is_in_host_memory(array) else host
-
-
-def _is_in_host_memory(array: jax.Array) -> bool:
-    devices: Any = array.sharding.device_set
-    platforms = {device.platform for device in devices}
-    return "cpu" in platforms or "host" in (array.sharding.memory_kind or "")
 
 
 def _fields_to_load(only: Iterable[str] | None) -> set[str]:
@@ -440,11 +280,3 @@ def _mismatches(wanted: Mapping[LeafPath, jax.Array], found: Mapping[LeafPath, L
             yield path, f"{here.name}: {describe_leaf(there)} in the file{hint}, {describe_leaf(here)} here"
     for path in found.keys() - wanted.keys():
         yield path, f"{found[path].name}: {describe_leaf(found[path])} in the file, nothing here"
-
-
-@functools.cache  # it parses a file each time
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
-        return "unknown"

@@ -20,7 +20,7 @@ from trainer.callbacks.base import as_callback_list
 from trainer.callbacks.dispatch import CallbackDispatcher
 from trainer.checkpoints.checkpointer import Checkpointer
 from trainer.checkpoints.run_record import snapshot_run
-from trainer.checkpoints.state_io import Snapshot
+from trainer.checkpoints.snapshot import Snapshot
 from trainer.compile.dispatch import CompiledStep
 from trainer.config import TrainingConfig, make_optimizer, make_schedule
 from trainer.config.schedules import check_horizon, needs_horizon

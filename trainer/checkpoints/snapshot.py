@@ -1,0 +1,187 @@
+"""Snapshots: what a checkpoint will hold, described and copied before it is written."""
+
+import dataclasses
+import datetime
+import functools
+import importlib.metadata
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import jax
+import msgpack
+import numpy as np
+
+from trainer.checkpoints.atomic import replacing
+from trainer.checkpoints.file_format import DTYPES, Leaf, write_bundle
+from trainer.checkpoints.open import PROGRESS, describe
+from trainer.checkpoints.orbax_directory import begin_directory
+from trainer.checkpoints.reference_pickle import write_pickle
+from trainer.core.tree_paths import parts_of
+from trainer.distributed.agreement import AllOrNone
+from trainer.errors import CheckpointError
+from trainer.sharding.arrays import is_multiprocess
+from trainer.state import TrainState
+
+Progress = Mapping[str, Any] | Callable[[], bytes] | None
+"""Plain values, or a function that packs them: where several processes save, what it raises is raised in all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """What will be written: descriptions and arrays.
+
+    Attributes:
+        state: The state it was taken of.
+        info: Plain values about it, for people.
+        leaves: The arrays with their descriptions, keys as their words.
+        finish: What finishes the directory that is being written, where Orbax has the copies.
+    """
+
+    state: TrainState
+    info: dict[str, Any]
+    leaves: Sequence[tuple[Leaf, Any]]
+    finish: Callable[[], None] | None = None
+
+    def on_host(self, path: Path) -> "Snapshot":
+        """Copies all arrays now, so that the state may be donated before `write_snapshot` writes them to ``path``.
+
+        Of a state that is spread over processes each copies its part, for a directory of Orbax.
+
+        Raises:
+            CheckpointError: One is spread over processes and ``path`` is a file, or a directory of Orbax
+                cannot be written.
+        """
+        if path.suffix == ".orbax":
+            return dataclasses.replace(self, finish=begin_directory(path, self.info, self.leaves))
+        for leaf, array in self.leaves:
+            _check_within_process(leaf, array)
+            if isinstance(array, jax.Array):
+                array.copy_to_host_async()
+        return dataclasses.replace(self, leaves=[(leaf, _copied_to_host(array)) for leaf, array in self.leaves])
+
+
+def take_snapshot(state: TrainState, info: Mapping[str, Any] | None = None, *, progress: Progress = None) -> Snapshot:
+    """Describes a state for `write_snapshot`; arguments as for `save_state`. Copies nothing yet.
+
+    Raises:
+        CheckpointError: An array is of a dtype, or ``progress`` has a value, that no file can hold.
+        StateError: The state was donated to a step.
+    """
+    if not is_multiprocess_state(state):
+        return _snapshot(state, info, progress)
+    # Made before anything can fail: a process that made fewer of these than the others would wait for them in vain at
+    # every later save.
+    described, snapshot, failure = AllOrNone("snapshot"), None, None
+    try:
+        snapshot = _snapshot(state, info, progress)
+    except Exception as error:  # the others would wait for this process, whatever the error is
+        failure = error
+    described.sync(failure)
+    return cast(Snapshot, snapshot)
+
+
+def _snapshot(state: TrainState, info: Mapping[str, Any] | None, progress: Progress) -> Snapshot:
+    state.check_alive()
+    leaves: list[tuple[Leaf, Any]] = []
+    for keys, leaf in jax.tree.leaves_with_path(state):
+        described = describe(parts_of(keys), leaf)
+        if described.dtype not in DTYPES:
+            raise CheckpointError(f"`{described.name}` has dtype {described.dtype}, which checkpoints do not know.")
+        leaves.append((described, jax.random.key_data(leaf) if described.key is not None else leaf))
+    about = {
+        "step": int(state.step),
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {name: _version(name) for name in ("nnx-trainer", "jax", "flax", "optax")},
+        **(info or {}),
+    }
+    if progress is not None:
+        data = progress() if callable(progress) else _packed(progress)
+        packed = np.frombuffer(data, np.uint8)
+        leaves.append((Leaf(PROGRESS, "uint8", packed.shape), packed))
+    return Snapshot(state, about, leaves)
+
+
+def write_snapshot(path: Path, snapshot: Snapshot) -> None:
+    """Writes a snapshot in the format that the name asks for, see `save_state`.
+
+    Raises:
+        CheckpointError: It could not be written; what was there before is untouched. Or an array is
+            spread over processes, which only a name that ends in ``.orbax`` can hold.
+    """
+    if path.suffix == ".orbax":
+        finish = snapshot.finish or begin_directory(path, snapshot.info, snapshot.leaves)
+        finish()
+        return
+    for leaf, array in snapshot.leaves:
+        _check_within_process(leaf, array)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".pkl":
+            with replacing(path, 0) as file:
+                write_pickle(cast(BinaryIO, file), snapshot.state)
+        else:
+            leaves = [(leaf, functools.partial(_to_host, array)) for leaf, array in snapshot.leaves]
+            write_bundle(path, snapshot.info, leaves)
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"`{path}` could not be written: {error}") from error
+
+
+def is_multiprocess_state(state: TrainState) -> bool:
+    """Tells whether a state has arrays on devices of several processes."""
+    return any(map(is_multiprocess, jax.tree.leaves(state)))
+
+
+def plain_value(value: Any) -> Any:
+    """Returns an array as numbers, for MessagePack; raises TypeError for any other object."""
+    if isinstance(value, np.generic | np.ndarray | jax.Array):
+        return np.asarray(value).tolist()
+    raise TypeError(
+        f"an object of type {type(value).__qualname__}, which no checkpoint holds; what callbacks return from "
+        f"state_dict() consists of numbers, strings, lists and mappings"
+    )
+
+
+def _packed(progress: Mapping[str, Any]) -> bytes:
+    try:
+        return bytes(msgpack.packb(progress, default=plain_value))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"the progress of the run has {error}.") from error
+
+
+def _check_within_process(leaf: Leaf, array: Any) -> None:
+    if is_multiprocess(array):
+        raise CheckpointError(
+            f"`{leaf.name}` lies on devices of several processes, which one file cannot hold; save under a name that "
+            f"ends in .orbax, in every process."
+        )
+
+
+def _to_host(array: Any) -> np.ndarray[Any, Any]:
+    if isinstance(array, jax.Array) and array.is_fully_replicated:
+        # An array keeps the copy that it makes for the host; that of its only shard goes with the shard.
+        return np.asarray(array.addressable_data(0))
+    return np.asarray(array)
+
+
+def _copied_to_host(array: Any) -> np.ndarray[Any, Any]:
+    """Returns a copy that survives the donation of the array."""
+    host = _to_host(array)
+    # NumPy sees the buffer itself of a whole array that a device keeps in the memory of the host: on the CPU, and where
+    # a state is offloaded. In any other case `host` is a copy already, assembled or transferred.
+    is_view = isinstance(array, jax.Array) and array.is_fully_replicated and _is_in_host_memory(array)
+    return host.copy() if is_view else host
+
+
+def _is_in_host_memory(array: jax.Array) -> bool:
+    devices: Any = array.sharding.device_set
+    platforms = {device.platform for device in devices}
+    return "cpu" in platforms or "host" in (array.sharding.memory_kind or "")
+
+
+@functools.cache  # it parses a file each time
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return "unknown"

@@ -6,7 +6,8 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from trainer.data.memory import InMemoryData, one_pass, takes_batch_size
+from trainer.data.loaders import one_pass, takes_batch_size
+from trainer.data.memory import InMemoryData
 from trainer.errors import ArgumentError
 from trainer.fit.setup import Setup
 from trainer.run import FromLoader, InMemory, Position, Run

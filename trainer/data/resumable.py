@@ -11,10 +11,13 @@ from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from typing import Any, NamedTuple, Self
 
-from trainer.data.loaders import no_batch, open_loader
+from trainer.data.loaders import check_drawn, no_batch, open_loader, warn_of_unseen
 from trainer.data.position_codec import decode, encode
 from trainer.errors import ArgumentError, CheckpointError
 from trainer.types import Batch
+
+BOUND = "TrainingConfig.steps_per_epoch"
+"""The setting that bounds a pass, for messages. A loop of your own has ``limit`` of `trainer.open_pass` for it."""
 
 
 class _Protocol(NamedTuple):
@@ -97,6 +100,7 @@ class LoaderPass:
         self._exhausted = False
         # The end of a pass, from a checkpoint, that the loader has not been set to yet.
         self._awaited: LoaderPosition | None = None if previous is None else previous._awaited
+        self._is_first = previous is None
         if self._awaited is not None:
             self._known = dataclasses.replace(self._awaited, drawn=0)
         elif previous is not None and previous.over:
@@ -121,6 +125,7 @@ class LoaderPass:
                 raise no_batch(self._name) from None
             self.over = self._exhausted = True
             raise
+        check_drawn(batch, self.drawn, self._loader, self._name, self._limit, BOUND)
         self.drawn += 1
         return batch
 
@@ -194,6 +199,9 @@ class LoaderPass:
 
     def _iterate(self, position: LoaderPosition) -> Iterator[Batch]:
         loader = open_loader(self._loader, self._batch_size, self._name)
+        if self._is_first:  # said once, and not in every epoch
+            self._is_first = False
+            warn_of_unseen(self._loader, loader, self._name, self._limit)
         # Iterating is an event for a loader of torchdata, which draws seeds then: only once, and set before.
         iterator = None if _speaks(loader, _STATE_DICT) else iter(loader)
         tellers = ((loader, _STATE_DICT), (iterator, _STATE), (loader, _STATE), (iterator, _STATE_DICT))

@@ -39,7 +39,7 @@ class Trainer:
         training_config: How to train.
         optimizer: Any optax transformation; if left out, it is built from ``training_config``.
         train_data_loader: What `train_epoch` trains on: an iterable of batches, or a callable that returns one and
-            may take the batch size.
+            may take ``batch_size``. ``training_config`` bounds the passes over endless loaders.
         val_data_loader: What `train_epoch` validates on, in the same forms.
         workdir: A directory for output; checkpoints go there unless ``checkpoint_dir`` is given.
         rng: The initial key, raw or typed; ``jax.random.PRNGKey(0)`` by default. It also seeds the order of data.

@@ -14,7 +14,7 @@ from tests.test_resume import StoppedError, Watching
 from trainer import ArgumentError, Callback, CheckpointError, Trainer, TrainState, UnreadableError, save_state
 from trainer.checkpoints.file_format import Bundle
 from trainer.checkpoints.state_io import load_with_progress
-from trainer.data.resumable import encode
+from trainer.data.position_codec import encode
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 

@@ -15,6 +15,7 @@ FULL = TrainingConfig(
     scheduler=SchedulerConfig(scheduler_type="multistep", milestones=(10, 20), gamma=0.5, warmup_steps=3),
     gradient_clip_norm=1.0,
     steps_per_epoch=7,
+    validation_steps=2,
     use_wandb=True,
     wandb_project="project",
     metadata={"seed": 3, "tags": ["a", "b"], "nested": {"rate": 1e-3, "none": None}},

@@ -46,6 +46,7 @@ DEFAULTS = {
         "max_checkpoints": 5,
         "log_frequency": 100,
         "steps_per_epoch": None,
+        "validation_steps": None,
         "use_wandb": False,
         "wandb_project": None,
     },
@@ -133,6 +134,7 @@ POSITIVE = "it must be positive and finite."
         (training, "max_checkpoints", [0, -1], POSITIVE),
         (training, "log_frequency", [0, -1], POSITIVE),
         (training, "steps_per_epoch", [0, -1], POSITIVE),
+        (training, "validation_steps", [0, -1], POSITIVE),
     ],
 )
 def test_values_out_of_range_are_refused(make, field, bad, wanted):

@@ -20,7 +20,8 @@ class TrainingConfig(Config):
         metadata: Any plain values; logged and written into checkpoints.
         optimizer: Which optimizer to build, where the Trainer gets none.
         scheduler: Its learning-rate schedule; None keeps the rate constant.
-        batch_size: Passed to ``train_data_loader`` and ``val_data_loader``.
+        batch_size: Passed by name to ``train_data_loader`` and ``val_data_loader``, where they are callables that
+            take it.
         num_epochs: Epochs of a run by ``train_epoch``; gives the horizon of a schedule there.
         gradient_clip_norm: Gradients of a larger global norm are scaled down to this norm, also with
             an optimizer that the caller passes.
@@ -28,7 +29,8 @@ class TrainingConfig(Config):
         save_frequency: ``train_epoch`` saves every ``save_frequency`` steps.
         max_checkpoints: How many checkpoints with default names are kept.
         log_frequency: Training metrics are logged at the first step and every ``log_frequency`` steps.
-        steps_per_epoch: Batches of a loader in an epoch of ``train_epoch``; None is all of them.
+        steps_per_epoch: The most batches of a training loader in an epoch, None for all. An endless one needs it.
+        validation_steps: The most batches of a validation loader in a validation, None for all; likewise.
         use_wandb: Whether to log to Weights & Biases too (the extra ``wandb``).
         wandb_project: The project to log to.
     """
@@ -43,6 +45,7 @@ class TrainingConfig(Config):
     max_checkpoints: int = 5
     log_frequency: int = 100
     steps_per_epoch: int | None = None
+    validation_steps: int | None = None
     use_wandb: bool = False
     wandb_project: str | None = None
 
@@ -56,6 +59,7 @@ class TrainingConfig(Config):
             "max_checkpoints",
             "log_frequency",
             "steps_per_epoch",
+            "validation_steps",
         )
         if self.gradient_clip_norm is not None and self.optimizer.gradient_clip_norm is not None:
             raise ConfigError(

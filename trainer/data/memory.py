@@ -1,10 +1,8 @@
-"""Where batches come from: arrays in memory through datarax, or a loader of the caller's."""
+"""Batches of arrays in memory, held by datarax, in an order that a seed and an epoch determine."""
 
 import hashlib
-import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import islice
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import jax
@@ -13,7 +11,6 @@ import numpy as np
 
 from trainer.batches import checked_batch, describe
 from trainer.core.checks import check_count
-from trainer.errors import ArgumentError, ArgumentTypeError
 from trainer.types import Batch
 
 _ROWS_OF_FINGERPRINT = 64
@@ -113,16 +110,16 @@ class Epoch(Iterator[Batch]):
             return self._batch([column[index] for column in self._columns])
         return self.gathered(lambda column: rows_of(column, index))
 
-    def next_examples(self) -> np.ndarray[Any, Any] | None:
-        """Draws the next batch, and returns the numbers of its examples; None at the end."""
+    def next_indices(self) -> np.ndarray[Any, Any] | None:
+        """Draws the next batch, and returns the indices of its examples; None at the end."""
         index = self._next()
         return np.arange(index.start, index.stop) if isinstance(index, slice) else index
 
-    def next_several(self, count: int, room: int) -> np.ndarray[Any, Any]:
-        """Draws ``count`` full batches, and returns their examples' numbers as ``(room, batch_size)``, zeros beyond."""
-        numbers = np.zeros((room, self.batch_size), np.intp)
-        numbers[:count] = self._several(count).reshape(count, self.batch_size)
-        return numbers
+    def next_several(self, count: int, capacity: int) -> np.ndarray[Any, Any]:
+        """Draws ``count`` full batches, and returns their indices, ``(capacity, batch_size)``, padded with zeros."""
+        indices = np.zeros((capacity, self.batch_size), np.intp)
+        indices[:count] = self._several(count).reshape(count, self.batch_size)
+        return indices
 
     def gathered(self, gather: Callable[[Any], Any]) -> Batch:
         """Returns the batch of what ``gather`` makes of every column."""
@@ -142,15 +139,15 @@ class Epoch(Iterator[Batch]):
             ]
         )
 
-    def stacked(self, count: int, room: int) -> Batch:
-        """Returns the next ``count`` full batches, in arrays of shape ``(room, batch_size, ...)``.
+    def stacked(self, count: int, capacity: int) -> Batch:
+        """Returns the next ``count`` full batches, in arrays of shape ``(capacity, batch_size, ...)``.
 
-        What is beyond them in the arrays is anything.
+        Rows from ``count`` on are padding with unspecified values.
         """
         order = self._several(count)
-        size = room * self.batch_size
+        size, shape = capacity * self.batch_size, (capacity, self.batch_size)
         return self._batch(
-            [rows_of(column, order, size).reshape(room, self.batch_size, *column.shape[1:]) for column in self._columns]
+            [rows_of(column, order, size).reshape(*shape, *column.shape[1:]) for column in self._columns]
         )
 
     def _next(self) -> slice | np.ndarray[Any, Any] | None:
@@ -193,70 +190,6 @@ def seed_from_key(rng: jax.Array) -> tuple[int, ...]:
     """Returns the words of a key, for orders that are drawn on the host. Waits for the key."""
     words = jax.random.key_data(rng) if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) else rng
     return tuple(int(word) for word in np.asarray(words).ravel())
-
-
-def open_loader(loader: Any, batch_size: int, name: str) -> Iterable[Batch]:
-    """Returns one pass over a loader.
-
-    Args:
-        loader: Something to iterate over, taken as it is; or a callable that returns such a thing,
-            called with ``batch_size`` if it takes an argument and with nothing if it takes none.
-        batch_size: What to call it with.
-        name: What to call the loader in an error.
-
-    Raises:
-        ArgumentTypeError: It is neither, or what it returned cannot be iterated over.
-    """
-    batches = loader
-    if not isinstance(loader, Iterable) and callable(loader):
-        batches = loader(batch_size) if takes_batch_size(loader) else loader()
-    if not isinstance(batches, Iterable):
-        where = f"`{name}`" if batches is loader else f"`{name}` returned an object that"
-        raise ArgumentTypeError(
-            f"{where} is of type {type(batches).__name__}; it must be an iterable of batches, or a callable "
-            f"that returns one."
-        )
-    return batches
-
-
-def one_pass(loader: Any, batch_size: int, name: str, limit: int | None) -> Iterator[Batch]:
-    """Yields the batches of one pass, at most ``limit``.
-
-    Raises:
-        ArgumentError: There was none.
-    """
-    empty = True
-    for batch in islice(open_loader(loader, batch_size, name), limit):
-        empty = False
-        yield batch
-    if empty:
-        raise no_batch(name)
-
-
-def no_batch(name: str) -> ArgumentError:
-    """Returns the error of a pass that yielded nothing."""
-    return ArgumentError(
-        f"`{name}` yielded no batch. If it is an iterator it was used up by an earlier pass; pass a callable "
-        f"that makes a new one, or something that can be iterated over again."
-    )
-
-
-def takes_batch_size(loader: Any) -> bool:
-    """Tells whether a loader is a callable that is told the size of a batch."""
-    return callable(loader) and not isinstance(loader, Iterable) and _takes_argument(loader)
-
-
-def _takes_argument(function: Callable[..., Any]) -> bool:
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # some builtins have no signature to look at
-        return True
-    kinds = (
-        inspect.Parameter.POSITIONAL_ONLY,
-        inspect.Parameter.POSITIONAL_OR_KEYWORD,
-        inspect.Parameter.VAR_POSITIONAL,
-    )
-    return any(parameter.kind in kinds for parameter in parameters)
 
 
 def _on_host(leaf: Any) -> Any:

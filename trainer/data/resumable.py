@@ -6,29 +6,18 @@ as that of torchdata. The batches of any other are drawn again and dropped.
 """
 
 import dataclasses
-import re
-import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from typing import Any, NamedTuple, Self
 
-import jax
-import msgpack
-import numpy as np
-
-from trainer.data.memory import no_batch, open_loader
+from trainer.data.loaders import check_drawn, no_batch, open_loader, warn_of_unseen
+from trainer.data.position_codec import decode, encode
 from trainer.errors import ArgumentError, CheckpointError
 from trainer.types import Batch
 
-# Types of MessagePack extensions: what it has no type of its own for, or would give back as another.
-_TUPLE, _INTEGER, _SCALAR, _ARRAY, _TENSOR = range(5)
-
-# Each unpacker within another takes a good deal of the C stack, which a file must not exhaust.
-_MAX_DEPTH = 32
-
-_DTYPE = re.compile(r"[<>|][biufcmMSU]\d+(\[\w+\])?")
+BOUND = "TrainingConfig.steps_per_epoch"
+"""The setting that bounds a pass, for messages. A loop of your own has ``limit`` of `trainer.open_pass` for it."""
 
 
 class _Protocol(NamedTuple):
@@ -111,6 +100,7 @@ class LoaderPass:
         self._exhausted = False
         # The end of a pass, from a checkpoint, that the loader has not been set to yet.
         self._awaited: LoaderPosition | None = None if previous is None else previous._awaited
+        self._is_first = previous is None
         if self._awaited is not None:
             self._known = dataclasses.replace(self._awaited, drawn=0)
         elif previous is not None and previous.over:
@@ -135,6 +125,7 @@ class LoaderPass:
                 raise no_batch(self._name) from None
             self.over = self._exhausted = True
             raise
+        check_drawn(batch, self.drawn, self._loader, self._name, self._limit, BOUND)
         self.drawn += 1
         return batch
 
@@ -208,6 +199,9 @@ class LoaderPass:
 
     def _iterate(self, position: LoaderPosition) -> Iterator[Batch]:
         loader = open_loader(self._loader, self._batch_size, self._name)
+        if self._is_first:  # said once, and not in every epoch
+            self._is_first = False
+            warn_of_unseen(self._loader, loader, self._name, self._limit)
         # Iterating is an event for a loader of torchdata, which draws seeds then: only once, and set before.
         iterator = None if _speaks(loader, _STATE_DICT) else iter(loader)
         tellers = ((loader, _STATE_DICT), (iterator, _STATE), (loader, _STATE), (iterator, _STATE_DICT))
@@ -279,76 +273,6 @@ class LoaderPass:
                 f"the position of `{self._name}` cannot be saved: {name}.{protocol.get} returned {error}, which no "
                 f"checkpoint holds; a position consists of numbers, strings, bytes, arrays, lists, tuples and mappings."
             ) from error
-
-
-def encode(position: Any) -> bytes:
-    """Returns the bytes of a tree of plain values, arrays and torch tensors, which `decode` reads.
-
-    JAX arrays come back as NumPy arrays, and mappings as dicts.
-
-    Raises:
-        TypeError: There is something else in it.
-        ValueError: Tuples are in tuples are in tuples, more than 32 times.
-    """
-    return _encode(position, 0)
-
-
-def decode(data: bytes) -> Any:
-    """Returns what was given to `encode`.
-
-    Raises:
-        ValueError: These are no such bytes.
-    """
-    try:
-        return _decode(data, 0)
-    except (ValueError, TypeError, RecursionError, msgpack.exceptions.UnpackException) as error:
-        raise ValueError(f"the position of the loader cannot be understood: {error}") from error
-
-
-def _encode(value: Any, depth: int) -> bytes:
-    if depth > _MAX_DEPTH:
-        raise ValueError("tuples nested too deeply")
-    return bytes(msgpack.packb(value, default=partial(_to_plain, depth + 1), strict_types=True))
-
-
-def _decode(data: bytes, depth: int) -> Any:
-    if depth > _MAX_DEPTH:
-        raise ValueError("it is nested too deeply")
-    return msgpack.unpackb(data, ext_hook=partial(_from_plain, depth + 1), strict_map_key=False)
-
-
-def _to_plain(depth: int, value: Any) -> Any:
-    if type(value) is tuple:
-        return msgpack.ExtType(_TUPLE, _encode(list(value), depth))
-    if type(value) is int:  # of more than 64 bits, as generators of random numbers have
-        return msgpack.ExtType(_INTEGER, value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True))
-    if isinstance(value, Mapping):
-        return dict(value)
-    code = _SCALAR if isinstance(value, np.generic) else _ARRAY
-    if "torch" in sys.modules and isinstance(value, sys.modules["torch"].Tensor):
-        code, value = _TENSOR, value.numpy(force=True)
-    if not isinstance(value, np.generic | np.ndarray | jax.Array):
-        raise TypeError(f"an object of type {type(value).__qualname__}")
-    array = np.asarray(value)
-    if not _DTYPE.fullmatch(array.dtype.str):
-        raise TypeError(f"an array of dtype {array.dtype}")
-    return msgpack.ExtType(code, msgpack.packb([array.dtype.str, list(array.shape), array.tobytes()]))
-
-
-def _from_plain(depth: int, code: int, data: bytes) -> Any:
-    if code == _TUPLE:
-        return tuple(_decode(data, depth))
-    if code == _INTEGER:
-        return int.from_bytes(data, "little", signed=True)
-    dtype, shape, raw = msgpack.unpackb(data)
-    if code not in (_SCALAR, _ARRAY, _TENSOR) or not _DTYPE.fullmatch(dtype):
-        raise ValueError(f"an extension of type {code} and dtype {dtype!r}")
-    array = np.frombuffer(bytearray(raw), dtype).reshape(shape)
-    if code == _TENSOR:
-        if "torch" not in sys.modules:
-            raise ValueError("it holds torch tensors, and torch is not imported")
-        return sys.modules["torch"].from_numpy(array)
-    return array[()] if code == _SCALAR else array
 
 
 def _speaks(teller: Any, protocol: _Protocol) -> bool:

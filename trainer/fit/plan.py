@@ -6,7 +6,8 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from trainer.data.memory import InMemoryData, one_pass, takes_batch_size
+from trainer.data.loaders import check_loader, one_pass, takes_batch_size
+from trainer.data.memory import InMemoryData
 from trainer.errors import ArgumentError
 from trainer.fit.setup import Setup
 from trainer.run import FromLoader, InMemory, Position, Run
@@ -106,7 +107,7 @@ def plan_epoch(setup: Setup, run: Run, resume: Any) -> FitPlan:
     setup.agree_on_run("train_epoch", run, {"resume": str(resume)})
     size, loader, held_out = setup.config.batch_size, setup.val_data_loader, None
     if loader is not None:
-        held_out = functools.partial(one_pass, loader, size, "val_data_loader", None)
+        held_out = _passes_over(setup, loader, size, "val_data_loader")
     # Consecutive calls are one run, so that early stopping counts over all of them.
     before = run.position
     continues = isinstance(before, FromLoader) and before.batch == 0
@@ -129,7 +130,7 @@ def _over_loader(
     run: Run, loader: Any, name: str, *, batch_size: int, num_epochs: int, first_step: int, **more: Any
 ) -> FitPlan:
     position = FromLoader(
-        batch_size=batch_size if takes_batch_size(loader) else 0,
+        batch_size=batch_size if takes_batch_size(loader, name) else 0,
         first_epoch=run.epoch,
         first_step=first_step,
         # An iterator continues from where the pass before has left it.
@@ -155,6 +156,13 @@ def _is_loader(data: Any) -> bool:
     return callable(data) or isinstance(data, Iterable)
 
 
+def _passes_over(setup: Setup, loader: Any, batch_size: int, name: str) -> Callable[[], Iterator[Batch]]:
+    """Returns a function that opens a pass over a validation loader, of ``validation_steps`` batches at most."""
+    check_loader(loader, name)
+    limit = setup.config.validation_steps
+    return functools.partial(one_pass, loader, batch_size, name, limit, bound="TrainingConfig.validation_steps")
+
+
 def _held_out(
     setup: Setup, val_data: Any, batch_size: int
 ) -> tuple[Callable[[], Iterator[Batch]] | None, InMemoryData | None]:
@@ -162,6 +170,6 @@ def _held_out(
     if val_data is None:
         return None, None
     if _is_loader(val_data):
-        return functools.partial(one_pass, val_data, batch_size, "val_data", None), None
+        return _passes_over(setup, val_data, batch_size, "val_data"), None
     held_out = setup.in_memory(val_data, batch_size, "val_data")
     return held_out.in_order, held_out

@@ -26,6 +26,7 @@ from trainer.config import TrainingConfig, make_optimizer, make_schedule
 from trainer.config.schedules import check_horizon, needs_horizon
 from trainer.core.checks import check_count
 from trainer.core.objective import check_extensions, check_loss_fn
+from trainer.data.loaders import check_loader
 from trainer.data.memory import InMemoryData, seed_from_key
 from trainer.data.resumable import LoaderPass, LoaderPosition
 from trainer.distributed.agreement import check_agreement, gathered
@@ -215,8 +216,9 @@ def assemble(
     if optimizer is not None:
         check_optimizer(optimizer)
         _warn_of_unused_schedule(training_config)
-    _check_loader(train_data_loader, "train_data_loader")
-    _check_loader(val_data_loader, "val_data_loader")
+    for name, loader in {"train_data_loader": train_data_loader, "val_data_loader": val_data_loader}.items():
+        if loader is not None:
+            check_loader(loader, name)
     check_loss_fn(loss_fn)
     if log_callback is not None and not callable(log_callback):
         raise ArgumentTypeError(f"`log_callback` is of type {type(log_callback).__name__}; it must be callable.")
@@ -371,14 +373,6 @@ def _check_config(config: Any) -> None:
         hint = " TrainingConfig.from_dict makes one." if isinstance(config, Mapping) else ""
         raise ArgumentTypeError(
             f"`training_config` is of type {type(config).__name__}; it must be a trainer.TrainingConfig.{hint}"
-        )
-
-
-def _check_loader(loader: Any, name: str) -> None:
-    if loader is not None and not callable(loader) and not isinstance(loader, Iterable):
-        raise ArgumentTypeError(
-            f"`{name}` is of type {type(loader).__name__}; it must be an iterable of batches, or a callable that "
-            f"returns one."
         )
 
 

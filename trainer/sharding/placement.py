@@ -286,7 +286,7 @@ class OverMesh:
     def next_batch(self, epoch: Epoch, *, at_once: bool = False) -> tuple[Batch, int] | None:
         if self._single is not None:
             return self._single.next_batch(epoch, at_once=at_once)
-        index = epoch.next_examples()
+        index = epoch.next_indices()
         if index is None:
             return None
         return epoch.gathered(functools.partial(_gather, index, self._batch_sharding(len(index)))), len(index)

@@ -1,0 +1,280 @@
+"""Loaders as people write them: how they are opened, and one pass over them."""
+
+import functools
+import itertools
+import re
+
+import numpy as np
+import pytest
+
+from tests.problems import Linear, config, regression, squared_error
+from trainer import ArgumentError, ArgumentTypeError, BatchError, Trainer
+from trainer.data import loaders
+from trainer.data.loaders import check_loader, one_pass, open_loader, takes_batch_size
+from trainer.data.resumable import LoaderPass
+
+BATCHES = [{"x": np.full(2, i)} for i in range(3)]
+
+
+class Loader:
+    """Can be iterated over again and again, and would also be callable."""
+
+    def __iter__(self):
+        return iter(BATCHES)
+
+    def __call__(self):
+        raise AssertionError("an iterable is taken as it is")
+
+
+class Factory:
+    """A call with the batch size makes it a loader."""
+
+    def __call__(self, batch_size):
+        return BATCHES[:batch_size]
+
+
+class Options:
+    """Its class is the loader, and its options have defaults."""
+
+    def __init__(self, limit=1, *, batch_size):
+        self.batches = BATCHES[: limit * batch_size]
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+def passed(loader, limit=None, name="loader"):
+    """Returns the batches of one pass."""
+    return list(one_pass(loader, 2, name, limit, bound="TrainingConfig.validation_steps"))
+
+
+@pytest.mark.parametrize(
+    ("loader", "expected"),
+    [
+        (BATCHES, 3),
+        (Loader(), 3),
+        (lambda: BATCHES, 3),
+        (lambda: iter(BATCHES), 3),
+        (lambda batch_size: BATCHES[:batch_size], 2),
+        (lambda batch_size=1: BATCHES[:batch_size], 2),
+        (lambda *, batch_size: BATCHES[:batch_size], 2),
+        (lambda seed=1, batch_size=1: BATCHES[: seed * batch_size], 2),
+        (lambda n: BATCHES[:n], 2),
+        (lambda n, seed=1: BATCHES[: n * seed], 2),
+        (lambda size=1: BATCHES[:size], 1),
+        (lambda batches=BATCHES: iter(batches), 3),
+        (lambda *sizes: BATCHES[: len(sizes) or 1], 1),
+        (lambda batch_size, /: BATCHES[:batch_size], 2),
+        (lambda n, /, seed=1: BATCHES[: n * seed], 2),
+        (lambda *, batch_size, **options: BATCHES[: len(options) or batch_size], 2),
+        (Options, 2),
+        (lambda *, limit=1: BATCHES[:limit], 1),
+        (lambda **options: BATCHES[: len(options) or 1], 1),
+        (Factory(), 2),
+        (functools.partial(lambda n, batch_size: BATCHES[: n * batch_size], 1), 2),
+        (functools.partial(lambda batch_size: BATCHES[:batch_size], batch_size=1), 1),
+        (functools.partial(lambda batch_size, n: BATCHES[: n * batch_size], n=1), 2),
+        (BATCHES.__iter__, 3),
+        (Loader, 3),
+    ],
+)
+def test_loaders_of_many_kinds(loader, expected):
+    assert list(open_loader(loader, 2, "loader")) == BATCHES[:expected]
+    assert passed(loader) == BATCHES[:expected]
+
+
+def test_a_callable_without_signature_is_called_with_nothing():
+    assert list(open_loader(range(2).__iter__, 3, "loader")) == [0, 1]
+    assert not list(open_loader(set, 3, "loader"))
+
+
+@pytest.mark.parametrize(
+    ("loader", "named"),
+    [
+        (lambda path, batch_size: path, "`path`"),
+        (lambda path, shards: path, "`path`, `shards`"),
+        (lambda *, shards: shards, "`shards`"),
+        (lambda path, /, batch_size: path, "`path`"),
+        (lambda path="", batch_size=1, /: path, "`path`"),
+        (lambda size, *, seed: size, "`size`, `seed`"),
+        (Options.__init__, "`self`"),
+    ],
+)
+def test_a_callable_that_requires_more_is_refused_by_the_names(loader, named):
+    with pytest.raises(ArgumentError) as caught:
+        check_loader(loader, "loader")
+    assert str(caught.value) == (
+        f"`loader` is a callable that requires {named}, and nothing but `batch_size` is passed to it. Bind the others: "
+        "lambda batch_size: loader(..., batch_size=batch_size)."
+    )
+    with pytest.raises(ArgumentError, match="requires"):
+        takes_batch_size(loader, "loader")
+
+
+def test_a_trainer_refuses_such_a_loader_when_it_is_made():
+    for argument in ("train_data_loader", "val_data_loader"):
+        with pytest.raises(ArgumentError, match=f"^`{argument}` is a callable that requires `path`"):
+            Trainer(Linear(), config(), loss_fn=squared_error, **{argument: lambda path, batch_size: path})
+        with pytest.raises(ArgumentTypeError, match=f"^`{argument}` is a dict: a loop over it gives its keys"):
+            Trainer(Linear(), config(), loss_fn=squared_error, **{argument: regression(8, 3)})
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        (3, "`loader` is of type int; it must be an iterable of batches, or a callable that returns one."),
+        (None, "`loader` is of type NoneType; it must be an iterable of batches, or a callable that returns one."),
+        (
+            lambda: 3,
+            "`loader` returned an object that is of type int; it must be an iterable of batches, or a callable that "
+            "returns one.",
+        ),
+        (
+            BATCHES[0],
+            "`loader` is a dict: a loop over it gives its keys, not batches. Pass [batch] if it is one batch; for "
+            "arrays of a whole data set call train(data, num_epochs, batch_size).",
+        ),
+        (
+            lambda: BATCHES[0],
+            "`loader` returned an object that is a dict: a loop over it gives its keys, not batches. Pass [batch] if "
+            "it is one batch; for arrays of a whole data set call train(data, num_epochs, batch_size).",
+        ),
+        (
+            np.zeros((3, 2)),
+            "`loader` is an array of type ndarray: a loop over it gives its rows, not batches. Pass [batch] if it is "
+            "one batch; for a whole data set call train(data, num_epochs, batch_size).",
+        ),
+    ],
+)
+def test_what_is_no_loader_is_refused(loader, message):
+    with pytest.raises(ArgumentTypeError) as caught:
+        open_loader(loader, 2, "loader")
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(None, 3), (2, 2), (3, 3), (9, 3)])
+def test_a_pass_takes_at_most_the_limit(limit, expected):
+    assert passed(BATCHES, limit) == BATCHES[:expected]
+
+
+def test_a_limited_pass_over_an_endless_loader_leaves_the_rest_to_the_next():
+    endless = itertools.count()
+    assert passed(endless, 3) == [0, 1, 2]
+    assert passed(endless, 2) == [3, 4]
+
+
+def test_a_loader_can_be_passed_over_again():
+    for loader in (Loader(), lambda: iter(BATCHES)):
+        assert passed(loader) == passed(loader) == BATCHES
+
+
+@pytest.mark.parametrize("loader", [[], iter([]), lambda: iter([])])
+def test_a_pass_without_batches_is_refused(loader):
+    with pytest.raises(ArgumentError) as caught:
+        passed(loader, name="train_data_loader")
+    assert str(caught.value) == (
+        "`train_data_loader` yielded no batch. If it is an iterator it was used up by an earlier pass; pass a "
+        "callable that makes a new one, or something that can be iterated over again."
+    )
+
+
+def test_an_iterator_can_be_used_once_only():
+    loader = iter(BATCHES)
+    assert passed(loader) == BATCHES
+    with pytest.raises(ArgumentError, match="yielded no batch"):
+        passed(loader)
+
+
+def opened(loader, limit=None, previous=None):
+    """Returns an open pass, as `Trainer.train_epoch` makes it."""
+    made = LoaderPass(loader, 2, "train_data_loader", limit, previous)
+    made.open()
+    return made
+
+
+@pytest.mark.parametrize("how", [passed, lambda loader: list(opened(loader))])
+def test_none_is_neither_a_batch_nor_the_end(how):
+    seen = []
+
+    def failing():
+        for batch in (BATCHES[0], BATCHES[1], None, BATCHES[2]):
+            seen.append(batch)
+            yield batch
+
+    with pytest.raises(BatchError, match=r"yielded None in place of batch 2 of its pass \(the first is batch 0\)"):
+        how(failing)
+    assert len(seen) == 3
+
+
+def endless():
+    while True:
+        yield BATCHES[0]
+
+
+class Sized:
+    """Has a length, which it does not keep."""
+
+    def __len__(self):
+        return 3
+
+    def __iter__(self):
+        return endless()
+
+
+@pytest.mark.parametrize(
+    ("make", "setting"),
+    [
+        (lambda loader, limit: one_pass(loader, 2, "val_data", limit, bound="VALIDATION"), "VALIDATION"),
+        (opened, "TrainingConfig.steps_per_epoch"),
+    ],
+)
+def test_a_pass_that_does_not_end_is_said_once(monkeypatch, make, setting):
+    monkeypatch.setattr(loaders, "WARN_AFTER", 5)
+    batches = make(endless, None)
+    for _ in range(5):
+        next(batches)
+    said = f"has yielded 5 batches .* If the loader is endless, set `{setting}`"
+    with pytest.warns(UserWarning, match=said) as caught:
+        list(itertools.islice(batches, 20))
+    assert len(caught) == 1
+    for loader, limit in ((endless, 7), (Sized(), None)):  # warnings are errors
+        for _ in itertools.islice(make(loader, limit), 10):
+            pass
+
+
+def test_what_is_never_seen_is_said_once():
+    message = (
+        "`train_data_loader` has 3 batches and starts over in every epoch, and `TrainingConfig.steps_per_epoch` ends "
+        "the epoch after 2: unless it shuffles, the rest (1 of 3) is never seen."
+    )
+    with pytest.warns(UserWarning, match=re.escape(message)):
+        first = opened(BATCHES, 2)
+    assert list(first) == BATCHES[:2]
+    assert list(opened(BATCHES, 2, first)) == BATCHES[:2]  # warnings are errors
+    with pytest.warns(UserWarning, match="has 3 batches and is called again in every epoch"):
+        opened(lambda: BATCHES, 2)
+    for loader, limit in ((BATCHES, 3), (BATCHES, None), (iter(BATCHES), 2), (lambda: iter(BATCHES), 2)):
+        opened(loader, limit)  # warnings are errors
+
+
+def test_endless_loaders_are_bounded_in_training_and_validation():
+    def batches():
+        while True:
+            yield regression(8, 3)
+
+    for train in (
+        lambda trainer: trainer.train_epoch(),
+        lambda trainer: trainer.train(batches, 1, 8, batches(), val_interval=2),
+    ):
+        trainer = Trainer(
+            Linear(),
+            config(steps_per_epoch=3, validation_steps=2),
+            loss_fn=squared_error,
+            train_data_loader=batches,
+            val_data_loader=batches,
+        )
+        train(trainer)
+        assert trainer.step == 3
+        assert trainer.run.validation.step == 3
+        whole = trainer.evaluate(regression(8, 3), 8)
+        assert trainer.run.validation.averages["loss"] == whole["loss"]

@@ -1,0 +1,191 @@
+"""Loaders of the caller's: how one is opened, and one pass over it.
+
+A loader is an iterable of batches, or a callable that returns one. An iterable is used as it is; a callable is
+called for every pass. The batch size is passed by name, so that no other option of the callable receives it.
+"""
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from typing import Any
+
+from trainer.errors import ArgumentError, ArgumentTypeError, BatchError
+from trainer.types import Batch
+
+WARN_AFTER = 10_000
+"""After this many batches, a pass without a bound over a loader without a length is reported as possibly endless."""
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def open_loader(loader: Any, batch_size: int, name: str) -> Iterable[Batch]:
+    """Returns the batches of one pass over a loader.
+
+    Args:
+        loader: An iterable of batches; or a callable that returns one. A callable receives ``batch_size`` in its
+            parameter of that name, or in its only required positional parameter; every other option keeps its default.
+        batch_size: The number of examples in a batch, for a callable that takes it.
+        name: What to call the loader in an error.
+
+    Raises:
+        ArgumentTypeError: It is neither, its result cannot be iterated over, or iterating over it gives keys or rows.
+        ArgumentError: The callable has further required parameters.
+    """
+    check_loader(loader, name)
+    if isinstance(loader, Iterable):
+        return loader
+    parameter = _size_parameter(loader, name)
+    if parameter is None:
+        batches = loader()
+    elif parameter.kind is inspect.Parameter.POSITIONAL_ONLY or parameter.name != "batch_size":
+        batches = loader(batch_size)
+    else:
+        batches = loader(batch_size=batch_size)
+    _check_iterable(batches, f"`{name}` returned an object that")
+    return batches  # type: ignore[no-any-return]
+
+
+def check_loader(loader: Any, name: str) -> None:
+    """Checks that a loader can be opened, without opening it.
+
+    Raises:
+        ArgumentTypeError, ArgumentError: As for `open_loader`.
+    """
+    if callable(loader) and not isinstance(loader, Iterable):
+        _size_parameter(loader, name)
+    else:
+        _check_iterable(loader, f"`{name}`")
+
+
+def takes_batch_size(loader: Any, name: str) -> bool:
+    """Tells whether a loader is a callable that receives the batch size; errors as for `open_loader`."""
+    return callable(loader) and not isinstance(loader, Iterable) and _size_parameter(loader, name) is not None
+
+
+def one_pass(loader: Any, batch_size: int, name: str, limit: int | None, *, bound: str) -> Iterator[Batch]:
+    """Yields the batches of one pass, at most ``limit``.
+
+    Args:
+        loader: As for `open_loader`.
+        batch_size: As for `open_loader`.
+        name: As for `open_loader`.
+        limit: The most batches; None for all.
+        bound: The name of the setting that holds the limit, for the warning about an endless loader.
+
+    Raises:
+        ArgumentError: There was no batch.
+        BatchError: The loader yielded None.
+    """
+    iterator = iter(open_loader(loader, batch_size, name))
+    drawn = 0
+    while limit is None or drawn < limit:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            if not drawn:
+                raise no_batch(name) from None
+            return
+        check_drawn(batch, drawn, loader, name, limit, bound)
+        drawn += 1
+        yield batch
+
+
+def check_drawn(batch: Any, drawn: int, loader: Any, name: str, limit: int | None, bound: str) -> None:
+    """Checks a batch as it comes from a loader; ``drawn`` is the number of batches before it in the pass.
+
+    Warns once in a pass that has no bound and does not end.
+
+    Raises:
+        BatchError: It is None.
+    """
+    if batch is None:
+        raise BatchError(
+            f"`{name}` yielded None in place of batch {drawn} of its pass (the first is batch 0). None is neither a "
+            f"batch nor the end of a pass; skip the record in the loader, or end the pass by returning."
+        )
+    if drawn == WARN_AFTER and limit is None and not isinstance(loader, Sized):
+        warnings.warn(
+            f"`{name}` has yielded {drawn:,} batches in this pass and has no length, so the pass may never end. If the "
+            f"loader is endless, set `{bound}`; if it is only long, there is nothing to do.",
+            stacklevel=2,
+        )
+
+
+def no_batch(name: str) -> ArgumentError:
+    """Returns the error about a pass that yielded nothing."""
+    return ArgumentError(
+        f"`{name}` yielded no batch. If it is an iterator it was used up by an earlier pass; pass a callable "
+        f"that makes a new one, or something that can be iterated over again."
+    )
+
+
+def warn_of_unseen(loader: Any, batches: Iterable[Batch], name: str, limit: int | None) -> None:
+    """Warns if every pass starts over and ends before the loader does.
+
+    Args:
+        loader: The loader.
+        batches: What `open_loader` returned for it.
+        name: What to call it.
+        limit: The most batches of a pass.
+    """
+    if limit is None or isinstance(batches, Iterator) or not isinstance(batches, Sized):
+        return
+    try:
+        length = len(batches)
+    except TypeError:  # an iterable-style torch loader has the method and no length
+        return
+    if length > limit:
+        calls = "is called again" if batches is not loader else "starts over"
+        warnings.warn(
+            f"`{name}` has {length} batches and {calls} in every epoch, and `TrainingConfig.steps_per_epoch` ends the "
+            f"epoch after {limit}: unless it shuffles, the rest ({length - limit} of {length}) is never seen. Pass an "
+            f"iterator, which continues where the epoch before ended, or leave `steps_per_epoch` out.",
+            stacklevel=2,
+        )
+
+
+def _check_iterable(batches: Any, subject: str) -> None:
+    if isinstance(batches, Mapping):
+        raise ArgumentTypeError(
+            f"{subject} is a {type(batches).__name__}: a loop over it gives its keys, not batches. Pass [batch] if it "
+            f"is one batch; for arrays of a whole data set call train(data, num_epochs, batch_size)."
+        )
+    if hasattr(batches, "__array__") and hasattr(batches, "shape"):
+        raise ArgumentTypeError(
+            f"{subject} is an array of type {type(batches).__name__}: a loop over it gives its rows, not batches. Pass "
+            f"[batch] if it is one batch; for a whole data set call train(data, num_epochs, batch_size)."
+        )
+    if not isinstance(batches, Iterable):
+        raise ArgumentTypeError(
+            f"{subject} is of type {type(batches).__name__}; it must be an iterable of batches, or a callable "
+            f"that returns one."
+        )
+
+
+def _size_parameter(function: Callable[..., Any], name: str) -> inspect.Parameter | None:
+    """Returns the parameter that receives the batch size; None if there is none.
+
+    Raises:
+        ArgumentError: The function has further required parameters.
+    """
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # some builtins have no signature, and nothing can be matched by name
+        return None
+    bound = function.keywords if isinstance(function, functools.partial) else {}  # it stays as the caller bound it
+    parameters = [one for one in parameters if one.kind not in _VARIADIC and one.name not in bound]
+    named = [one for one in parameters if one.name == "batch_size"]
+    required = [one for one in parameters if one.default is inspect.Parameter.empty]
+    if not named and len(required) == 1 and required[0].kind in _POSITIONAL:
+        named = required
+    others = [one.name for one in required if one not in named]
+    if named and named[0].kind is inspect.Parameter.POSITIONAL_ONLY and named[0] is not parameters[0]:
+        others = [one.name for one in parameters[: parameters.index(named[0])]]
+    if others:
+        raise ArgumentError(
+            f"`{name}` is a callable that requires {', '.join(f'`{other}`' for other in others)}, and nothing but "
+            f"`batch_size` is passed to it. Bind the others: lambda batch_size: loader(..., batch_size=batch_size)."
+        )
+    return named[0] if named else None

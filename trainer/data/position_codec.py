@@ -1,0 +1,89 @@
+"""Positions of loaders as bytes, for checkpoints: plain values, arrays and torch tensors. Decoding runs no code."""
+
+import re
+import sys
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import msgpack
+import numpy as np
+
+# Codes of MessagePack extension types, for values that MessagePack has no type for or would return as another type.
+_TUPLE, _INTEGER, _SCALAR, _ARRAY, _TENSOR = range(5)
+
+# Each nested unpacker takes much of the C stack, which a hostile file must not exhaust.
+_MAX_DEPTH = 32
+
+_DTYPE = re.compile(r"[<>|][biufcmMSU]\d+(\[\w+\])?")
+
+
+def encode(position: Any) -> bytes:
+    """Returns the bytes of a tree of plain values, arrays and torch tensors, which `decode` reads.
+
+    JAX arrays come back as NumPy arrays, and mappings as dicts.
+
+    Raises:
+        TypeError: There is something else in it.
+        ValueError: Tuples are in tuples are in tuples, more than 32 times.
+    """
+    return _encode(position, 0)
+
+
+def decode(data: bytes) -> Any:
+    """Returns what was given to `encode`.
+
+    Raises:
+        ValueError: These are no such bytes.
+    """
+    try:
+        return _decode(data, 0)
+    except (ValueError, TypeError, RecursionError, msgpack.exceptions.UnpackException) as error:
+        raise ValueError(f"the position of the loader cannot be understood: {error}") from error
+
+
+def _encode(value: Any, depth: int) -> bytes:
+    if depth > _MAX_DEPTH:
+        raise ValueError("tuples nested too deeply")
+    return bytes(msgpack.packb(value, default=partial(_to_plain, depth + 1), strict_types=True))
+
+
+def _decode(data: bytes, depth: int) -> Any:
+    if depth > _MAX_DEPTH:
+        raise ValueError("it is nested too deeply")
+    return msgpack.unpackb(data, ext_hook=partial(_from_plain, depth + 1), strict_map_key=False)
+
+
+def _to_plain(depth: int, value: Any) -> Any:
+    if type(value) is tuple:
+        return msgpack.ExtType(_TUPLE, _encode(list(value), depth))
+    if type(value) is int:  # of more than 64 bits, as generators of random numbers have
+        return msgpack.ExtType(_INTEGER, value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True))
+    if isinstance(value, Mapping):
+        return dict(value)
+    code = _SCALAR if isinstance(value, np.generic) else _ARRAY
+    if "torch" in sys.modules and isinstance(value, sys.modules["torch"].Tensor):
+        code, value = _TENSOR, value.numpy(force=True)
+    if not isinstance(value, np.generic | np.ndarray | jax.Array):
+        raise TypeError(f"an object of type {type(value).__qualname__}")
+    array = np.asarray(value)
+    if not _DTYPE.fullmatch(array.dtype.str):
+        raise TypeError(f"an array of dtype {array.dtype}")
+    return msgpack.ExtType(code, msgpack.packb([array.dtype.str, list(array.shape), array.tobytes()]))
+
+
+def _from_plain(depth: int, code: int, data: bytes) -> Any:
+    if code == _TUPLE:
+        return tuple(_decode(data, depth))
+    if code == _INTEGER:
+        return int.from_bytes(data, "little", signed=True)
+    dtype, shape, raw = msgpack.unpackb(data)
+    if code not in (_SCALAR, _ARRAY, _TENSOR) or not _DTYPE.fullmatch(dtype):
+        raise ValueError(f"an extension of type {code} and dtype {dtype!r}")
+    array = np.frombuffer(bytearray(raw), dtype).reshape(shape)
+    if code == _TENSOR:
+        if "torch" not in sys.modules:
+            raise ValueError("it holds torch tensors, and torch is not imported")
+        return sys.modules["torch"].from_numpy(array)
+    return array[()] if code == _SCALAR else array

@@ -165,6 +165,90 @@ def test_no_two_leaves_share_a_buffer_even_if_the_optimizer_keeps_the_params():
     assert len(set(buffers)) == len(buffers)
 
 
+class Sampler:
+    """A leaf of an optimizer's initial state that notes the bytes of all live arrays when it is copied."""
+
+    def __init__(self, found):
+        self.found = found
+
+    def __jax_array__(self):
+        self.found.append(live_bytes())
+        return jnp.zeros(())
+
+
+def live_bytes():
+    return sum(array.nbytes for array in jax.live_arrays() if not array.is_deleted())
+
+
+def test_creation_never_holds_the_optimizer_state_twice():
+    leaf_bytes, found = 4 * 2**16, []
+
+    def init(params):
+        del params
+        return [leaf for _ in range(16) for leaf in (jnp.zeros(2**16), Sampler(found))]
+
+    gc.collect()
+    before = live_bytes()
+    state = TrainState.create(
+        Linear(), optax.GradientTransformation(init, optax.identity().update), rng=jax.random.key(0)
+    )
+    assert len(found) == 16
+    assert sum(leaf.nbytes for leaf in state.opt_state) >= 16 * leaf_bytes
+    assert max(found) - before < 18 * leaf_bytes
+    assert state.opt_state[0].shape == (2**16,)
+
+
+def keeps_the_params():
+    """Lookahead by hand: the initial state is the params themselves."""
+
+    def update(updates, state, params):
+        slow = jax.tree.map(lambda slow, new: 0.5 * (slow + new), state, params)
+        return jax.tree.map(lambda u: -0.1 * u, updates), slow
+
+    return optax.GradientTransformation(lambda params: params, update), []
+
+
+def keeps_an_array_of_its_own():
+    """Its initial state is an array that the optimizer holds on to, and another object over the same buffer."""
+    own = jnp.full(3, 2.0)
+    same_buffer = jax.device_put(own, own.sharding)
+
+    def update(updates, state, params=None):
+        del params
+        return updates, jax.tree.map(lambda leaf: leaf + 1, state)
+
+    return optax.GradientTransformation(lambda params: (own, own, same_buffer), update), [own, same_buffer]
+
+
+def keeps_a_numpy_array():
+    """Its initial state is a view of NumPy memory, which JAX need not copy on a CPU."""
+    host = np.full(1024, 2.0, np.float32)
+    view = jnp.asarray(host)
+
+    def update(updates, state, params=None):
+        del params
+        return updates, jax.tree.map(lambda leaf: leaf + 1, state)
+
+    return optax.GradientTransformation(lambda params: {"host": host, "view": view}, update), [host, view]
+
+
+@pytest.mark.parametrize("make", [keeps_the_params, keeps_an_array_of_its_own, keeps_a_numpy_array])
+def test_training_destroys_no_array_that_an_optimizer_starts_from(make):
+    optimizer, kept = make()
+    values, model, batch = [np.array(array) for array in kept], Linear(), regression(features=3)
+    predicted = np.array(model(batch["input"]))
+    state = TrainState.create(model, optimizer, rng=jax.random.key(0))
+    started = jax.tree.map(np.array, state.opt_state)
+    step = jax.jit(make_train_step(squared_error, optimizer), donate_argnums=0)
+    for _ in range(3):
+        state, _ = step(state, batch)
+    for array, value in zip(kept, values, strict=True):
+        np.testing.assert_array_equal(array, value)
+    np.testing.assert_array_equal(model(batch["input"]), predicted)
+    again = TrainState.create(model, optimizer, rng=jax.random.key(0))
+    chex.assert_trees_all_equal(jax.tree.map(np.array, again.opt_state), started)
+
+
 def test_weak_types_are_made_strong():
     state = create(Odd(nnx.Rngs(0)))
     assert not any(getattr(leaf, "weak_type", False) for leaf in jax.tree.leaves(state))
@@ -219,6 +303,16 @@ def test_a_copy_outlives_the_donation_of_the_original():
         state.model()
     with pytest.raises(StateError, match=r"keep a `state.copy\(\)`"):
         make_train_step(squared_error, optax.adam(1e-2))(state, regression())
+
+
+def test_a_living_state_is_checked_without_naming_its_leaves(monkeypatch):
+    state = create(Busy())
+
+    def named(tree):
+        raise AssertionError("the paths of a state that is alive were made")
+
+    monkeypatch.setattr(jax.tree, "leaves_with_path", named)
+    state.check_alive()
 
 
 def test_its_description_has_sizes_and_no_values():

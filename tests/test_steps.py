@@ -544,3 +544,16 @@ class TestFusedSteps:
             fuse_steps(step, 0)
         with pytest.raises(BatchError, match="`batches` has room for 4 steps, but `n` is 5; every array must be of"):
             fuse_steps(step, 5)(state, self.batches(4))
+
+    @pytest.mark.parametrize("count", [-1, 6, np.int32(6), np.array(7)], ids=repr)
+    def test_a_count_that_the_batches_do_not_have_is_refused(self, count):
+        state, step = self.state_and_step()
+        with pytest.raises(ArgumentError, match=rf"`count` is {count}, but `n` is 5; it must be from 0 to 5\."):
+            fuse_steps(step, 5)(state, self.batches(5), count)
+
+    @pytest.mark.parametrize("count", [0, np.int32(5)], ids=repr)
+    def test_the_first_and_the_last_count_are_taken(self, count):
+        state, step = self.state_and_step()
+        after, metrics = fuse_steps(step, 5)(state, self.batches(5), count)
+        assert int(after.step) == int(count)
+        assert np.count_nonzero(metrics["step"]) == int(count)

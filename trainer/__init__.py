@@ -21,8 +21,7 @@ from trainer.config.schedules import SchedulerConfig as SchedulerConfig
 from trainer.config.schedules import make_schedule as make_schedule
 from trainer.data.memory import InMemoryData as InMemoryData
 from trainer.compile.dispatch import CompiledStep as CompiledStep
-from trainer.compile.analysis import Compilation as Compilation
-from trainer.compile.analysis import keep_compilations as keep_compilations
+from trainer.compile.cost import ProgramCost as ProgramCost
 from trainer.compile.planning import plan as plan
 from trainer.sharding.mesh import make_mesh as make_mesh
 from trainer.sharding.mesh import batch_sharding as batch_sharding

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from trainer.callbacks.base import CallbackList
 from trainer.checkpoints.snapshot import Snapshot
-from trainer.compile.analysis import Compilation
+from trainer.compile.cost import ProgramCost
 from trainer.config import TrainingConfig
 from trainer.core.checks import check_count
 from trainer.errors import ArgumentTypeError
@@ -247,8 +247,8 @@ class Trainer:
         state = self.run.with_edits().peek()
         return evaluate(self.setup.eval_step, state, held.in_order(), placement=self.setup.placement)
 
-    def compile(self, batch: Batch) -> Compilation:
-        """Compiles `train_step` for batches like this one, without running it, and returns what it needs.
+    def compile(self, batch: Batch) -> ProgramCost:
+        """Compiles `train_step` for batches like this one, without running it, and returns what it costs.
 
         Args:
             batch: Arrays as for `train_step`, or ``jax.ShapeDtypeStruct``: only shapes and dtypes matter.

@@ -15,7 +15,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from trainer import BatchError, make_train_step
-from trainer.compile.planning import Traffic, collectives, plan
+from trainer.compile.hlo import Traffic, collectives
+from trainer.compile.planning import plan
 from trainer.sharding import abstract_state, create_sharded, jit_step, make_mesh, shardings_of
 
 ROOT = Path(__file__).parents[2]
@@ -134,9 +135,23 @@ class TestPlan:
     def test_it_prints_as_a_table(self):
         _, ours = planned({"data": 8}, None, 64)
         lines = str(ours).splitlines()
-        assert lines[0] == "bytes on each of 8 devices (data 8)"
-        assert [line.split()[0] for line in lines[1:]] == ["state", "arguments", "temporary", "total", "all-reduce"]
-        assert lines[1].split()[1] == f"{ours.state:,}"
+        assert lines[0] == "on each of 8 devices (data 8)"
+        assert [line.split("  ")[0] for line in lines[1:]] == [
+            "state",
+            "arguments",
+            "temporary",
+            "total",
+            "all-reduce",
+            "operations",
+            "compiled in",
+        ]
+        assert lines[1].split()[1:] == [f"{ours.state:,}", "bytes"]
+        assert lines[5].split()[1:] == [
+            f"{4 * (NUM_PARAMS + 1):,}",
+            "bytes",
+            "in",
+            str(ours.collectives["all-reduce"].count),
+        ]
 
     def test_nothing_runs(self):
         mesh = make_mesh({"fsdp": 8})
@@ -182,7 +197,7 @@ class TestPlan:
         assert arguments == state + 2 * 4 * 4096 * FEATURES // (data * fsdp)
         assert temporary >= 4 * 4096 * WIDTH // devices  # the hidden units are kept for the way back
         assert gathered >= 4 * 2 * FEATURES * WIDTH // tensor
-        assert title == f"bytes on each of {devices} devices (data {data} x fsdp {fsdp} x tensor {tensor})"
+        assert title == f"on each of {devices} devices (data {data} x fsdp {fsdp} x tensor {tensor})"
 
     def test_a_batch_that_does_not_fit_is_refused(self):
         with pytest.raises(BatchError, match="dimension 0 of length 30 is split in 8 over data; the nearest"):

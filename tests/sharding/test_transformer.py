@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from trainer import abstract_state, create_sharded, jit_step, make_mesh, make_train_step, plan
-from trainer.compile.planning import collectives
+from trainer.compile.hlo import collectives
 from trainer.sharding import shardings_of
 
 ROOT = Path(__file__).parents[2]

@@ -2,6 +2,5 @@
 
 from trainer.compile.dispatch import CompiledStep as CompiledStep
 from trainer.compile.fusion import FusionPolicy as FusionPolicy
-from trainer.compile.analysis import Compilation as Compilation
-from trainer.compile.analysis import keep_compilations as keep_compilations
+from trainer.compile.cost import ProgramCost as ProgramCost
 from trainer.compile.planning import plan as plan

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.checkpoints.run_record import Restored
-from trainer.compile.analysis import Compilation, read_compilation
+from trainer.compile.cost import ProgramCost, cost_of
 from trainer.distributed.signals import Signals
 from trainer.errors import TrainingInterrupted
 from trainer.fit.plan import FitPlan
@@ -225,7 +225,7 @@ def _log_last_step(trainer: Trainer) -> None:
         trainer.setup.fanout.report("train", run.step, run.metrics)
 
 
-def compile_step(trainer: Trainer, batch: Batch) -> Compilation:
+def compile_step(trainer: Trainer, batch: Batch) -> ProgramCost:
     """Compiles the step for batches like this; see `Trainer.compile`."""
     setup = trainer.setup
     batch, _ = setup.placement.abstract_batch(batch)
@@ -236,15 +236,15 @@ def compile_step(trainer: Trainer, batch: Batch) -> Compilation:
     compiled = program.compile(traced)
     seconds = time.perf_counter() - start
     trainer.hold(run)
-    compilation = read_compilation(compiled, seconds, next(iter(run.leaves[0].sharding.addressable_devices)))
+    cost = cost_of(compiled, run.leaves, seconds)
     tell_compilation(trainer, program.name, seconds, None)
-    if not compilation.fits:
+    if not cost.fits:
         warnings.warn(
-            f"a step needs {compilation.total:,} bytes and the device has {compilation.available:,}: it will not "
+            f"a step needs {cost.total:,} bytes and the device has {cost.available:,}: it will not "
             f"fit. Smaller batches, jax.checkpoint in the model, or more devices (trainer.sharding) help.",
             stacklevel=3,
         )
-    return compilation
+    return cost
 
 
 def tell_compilation(trainer: Trainer, name: str, seconds: float, warning: str | None) -> None:

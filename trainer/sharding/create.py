@@ -31,7 +31,7 @@ def abstract_state(
 ) -> TrainState:
     """Returns the state that `create_sharded` returns, with a `jax.ShapeDtypeStruct` for each array.
 
-    Nothing is computed. Each leaf has its ``sharding``, so `trainer.planning.plan` and the restoration
+    Nothing is computed. Each leaf has its ``sharding``, so `trainer.plan` and the restoration
     of a checkpoint can start from the result.
     """
     return _abstract_init(

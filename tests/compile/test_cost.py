@@ -1,4 +1,4 @@
-"""Compiling ahead of time, and keeping what was compiled."""
+"""Compiling ahead of time, and taking programs from the compilation cache of JAX."""
 
 import subprocess
 import sys
@@ -21,12 +21,12 @@ def build(model=None, loss_fn=squared_error):
 def test_the_first_step_compiles_nothing_afterwards(compilations):
     trainer = build()
     before = trainer.state.copy()
-    compilation = trainer.compile(regression(8))
+    cost = trainer.compile(regression(8))
     assert_same_bits(trainer.state, before)
     trainer.train_step(regression(8))
     assert compilations["jit(train_step)"] == 1
-    assert compilation.flops > 0
-    assert compilation.seconds > 0
+    assert cost.flops > 0
+    assert cost.seconds > 0
 
 
 def test_shapes_are_enough(compilations):
@@ -38,14 +38,19 @@ def test_shapes_are_enough(compilations):
 
 def test_it_tells_the_memory():
     trainer = build()
-    compilation = trainer.compile(regression(8))
+    cost = trainer.compile(regression(8))
     state = sum(leaf.nbytes for leaf in jax.tree.leaves(trainer.state))
     batch = sum(leaf.nbytes for leaf in regression(8).values())
-    assert compilation.arguments == state + batch
-    assert compilation.aliased == state
-    assert compilation.fits
-    assert compilation.available > 2**30
-    assert str(compilation).splitlines()[-2] == f"total        {compilation.total:,} bytes"
+    assert cost.arguments == state + batch
+    assert cost.aliased == state
+    assert cost.fits
+    assert cost.available > 2**30
+    assert cost.state == state
+    assert cost.mesh == {}
+    assert cost.collectives == {}
+    lines = str(cost).splitlines()
+    assert lines[0] == "on one device"
+    assert [line.split() for line in lines if line.startswith("total")] == [["total", f"{cost.total:,}", "bytes"]]
 
 
 def test_it_says_what_will_not_fit():
@@ -63,11 +68,13 @@ def test_bad_input():
         build().compile([1, 2])
 
 
-def test_a_second_process_compiles_no_step(tmp_path):
+def test_with_the_cache_of_jax_a_second_process_compiles_no_step(tmp_path):
     code = f"""
-        import trainer
-        trainer.keep_compilations({str(tmp_path / "kept")!r})
         import jax
+        jax.config.update("jax_compilation_cache_dir", {str(tmp_path)!r})
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        import trainer
         hits = []
         jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if "cache_hits" in event else None)
         from tests.problems import Busy, config, regression, squared_error

@@ -1,0 +1,101 @@
+"""`ProgramCost`: what a compiled step costs, by XLA's own analyses."""
+
+import dataclasses
+import math
+import os
+from typing import Any
+
+import jax
+
+from trainer.compile.hlo import Traffic, collectives
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgramCost:
+    """What the compiler says of a step before it has run. Operations and bytes are those of one device.
+
+    Attributes:
+        seconds: The time that tracing and compiling took.
+        flops: Floating-point operations of a step, by XLA's count; None where it counts none.
+        bytes_accessed: Bytes that a step reads and writes, by XLA's count; None where it counts none.
+        mesh: Names and sizes of the mesh axes; empty for a program of one device without a mesh.
+        state: Bytes of the training state.
+        arguments: Bytes of all arguments: the state, and this device's part of the batch.
+        outputs: Bytes of all results. Those that reuse the memory of a donated argument count in ``aliased`` too.
+        aliased: Bytes of the results that reuse the memory of arguments.
+        temporary: Bytes of everything in between, activations and gathered params above all.
+        available: Bytes of memory that the device has; None where it is not known.
+        collectives: Communication with other devices, by kind of collective.
+    """
+
+    seconds: float
+    flops: float | None
+    bytes_accessed: float | None
+    mesh: dict[str, int]
+    state: int
+    arguments: int
+    outputs: int
+    aliased: int
+    temporary: int
+    available: int | None
+    collectives: dict[str, Traffic]
+
+    @property
+    def total(self) -> int:
+        """Bytes that a device needs while a step runs."""
+        return self.arguments + self.outputs - self.aliased + self.temporary
+
+    @property
+    def fits(self) -> bool:
+        """Whether the total is no more than the device has; True where its memory is not known."""
+        return self.available is None or self.total <= self.available
+
+    def __str__(self) -> str:
+        sizes = {name: getattr(self, name) for name in ("state", "arguments", "temporary", "total", "available")}
+        rows = [(name, f"{size:,}", "bytes") for name, size in sizes.items() if size is not None]
+        rows += [(kind, f"{found.bytes:,}", f"bytes in {found.count}") for kind, found in self.collectives.items()]
+        if self.flops is not None:
+            rows.append(("operations", f"{self.flops:,.0f}", ""))
+        rows.append(("compiled in", f"{self.seconds:.1f}", "s"))
+        names, numbers, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
+        axes = " x ".join(f"{name} {size}" for name, size in self.mesh.items())
+        title = f"on each of {math.prod(self.mesh.values())} devices ({axes})" if self.mesh else "on one device"
+        return "\n".join(
+            [title, *(f"{name:<{names}}  {number:>{numbers}} {unit}".rstrip() for name, number, unit in rows)]
+        )
+
+
+def cost_of(compiled: Any, state: Any, seconds: float) -> ProgramCost:
+    """Reads XLA's analyses of a compiled step.
+
+    Args:
+        compiled: ``jax.jit(step).lower(state, batch).compile()``.
+        state: The state, or its leaves; arrays or `jax.ShapeDtypeStruct` with shardings.
+        seconds: The time that tracing and compiling took.
+    """
+    cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
+    leaves = jax.tree.leaves(state)
+    sharding = leaves[0].sharding
+    return ProgramCost(
+        seconds=seconds,
+        flops=cost.get("flops"),
+        bytes_accessed=cost.get("bytes accessed"),
+        mesh=dict(sharding.mesh.shape) if isinstance(sharding, jax.sharding.NamedSharding) else {},
+        state=sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * int(leaf.dtype.itemsize) for leaf in leaves),
+        arguments=memory.argument_size_in_bytes,
+        outputs=memory.output_size_in_bytes,
+        aliased=memory.alias_size_in_bytes,
+        temporary=memory.temp_size_in_bytes,
+        available=_memory_of(next(iter(sharding.addressable_devices))),
+        # A program of one device communicates with none, and the text of a large one takes long to write.
+        collectives=collectives(compiled.as_text()) if sharding.num_devices > 1 else {},
+    )
+
+
+def _memory_of(device: jax.Device) -> int | None:
+    statistics = device.memory_stats() or {}
+    if "bytes_limit" in statistics:
+        return int(statistics["bytes_limit"])
+    if device.platform == "cpu" and hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None

@@ -33,6 +33,7 @@ from trainer import (
     make_train_step,
 )
 from trainer.loggers.base import Logger
+from trainer.metrics.average import read
 
 
 def build(tmp_path=None, *, model=None, optimizer=None, settings=None, **options):
@@ -607,8 +608,9 @@ class TestLogging:
 
     def test_nothing_is_read_from_the_device_while_nobody_asks(self, monkeypatch):
         reads = []
-        original = jax.device_get
-        monkeypatch.setattr(jax, "device_get", lambda tree: reads.append(trainer.step) or original(tree))
+        for name in ("average", "history"):
+            where = f"trainer.metrics.{name}.read"
+            monkeypatch.setattr(where, lambda rows: reads.append(trainer.step) or read(rows))
         trainer = build(settings=config(log_frequency=2))
         trainer.train(regression(64), 2, 8)
         assert reads == [16]

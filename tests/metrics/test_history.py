@@ -7,17 +7,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import trainer.metrics.average as average_module
+import trainer.metrics.history as history_module
 from trainer import History, WeightedAverage
-from trainer.metrics.average import read
+from trainer.metrics.average import MAX_PENDING, read
 
 
 @pytest.fixture
 def reads(monkeypatch):
     """Notes how many rows each reading of the device fetches."""
     counts = []
-    device_get = jax.device_get
-    monkeypatch.setattr(jax, "device_get", lambda tree: counts.append(len(tree)) or device_get(tree))
+    for module in (average_module, history_module):
+        monkeypatch.setattr(module, "read", lambda rows: counts.append(len(rows)) or read(rows))
     return counts
+
+
+@pytest.fixture
+def far_away(monkeypatch):
+    """Treats the CPU as an accelerator, from which values have to be copied."""
+    copies = []
+    device_get = jax.device_get
+    monkeypatch.setattr(average_module, "is_on_host", lambda value: False)
+    monkeypatch.setattr(jax, "device_get", lambda tree: copies.append(len(tree)) or device_get(tree))
+    return copies
 
 
 def test_read_gives_python_numbers():
@@ -103,19 +115,26 @@ def test_metrics_may_be_reused_by_the_caller():
     assert average.compute() == {"loss": 2.0}
 
 
-def test_an_average_waits_for_nothing_until_many_are_pending(reads):
+def test_an_average_reads_an_old_call_for_each_new_one(reads):
     average = WeightedAverage()
     values = jnp.arange(1000.0)
-    for i in range(512):
+    for i in range(MAX_PENDING):
         average.add({"loss": values[i]}, 1)
     assert reads == []
-    for i in range(512, 1000):
+    for i in range(MAX_PENDING, 1000):
         average.add({"loss": values[i]}, 1)
-    pending = 1000 - sum(reads)
-    assert set(reads) == {256}
-    assert 256 <= pending <= 512
+    assert reads == [1] * (1000 - MAX_PENDING)
     assert average.compute() == {"loss": 499.5}
-    assert reads[-1] == pending
+    assert reads[-1] == MAX_PENDING
+
+
+def test_an_average_collects_copies_from_an_accelerator(far_away):
+    average = WeightedAverage()
+    values = jnp.arange(1000.0)
+    for i in range(1000):
+        average.add({"loss": values[i], "error": values[i]}, 1)
+    assert set(far_away) == {MAX_PENDING}  # two metrics of half as many calls
+    assert average.compute() == {"loss": 499.5, "error": 499.5}
 
 
 def filled(*rows, **how):
@@ -217,15 +236,24 @@ def test_a_history_is_read_when_somebody_looks(reads):
 
 def test_a_history_nobody_reads_leaves_few_rows_on_the_device(reads):
     history = filled(*[(i, {"loss": i / 2}) for i in range(2000)])
-    assert set(reads) == {256}
-    assert 2000 - sum(reads) <= 512
+    assert set(reads) == {1}
+    assert 2000 - sum(reads) <= MAX_PENDING + 1
     assert history.series("loss")[1] == [i / 2 for i in range(2000)]
     assert sum(reads) == 2000
 
 
+def test_rows_that_come_together_are_read_when_the_next_ones_come(reads):
+    history = History()
+    history.extend([(i, {"loss": jnp.float32(i)}) for i in range(200)])
+    assert reads == []
+    history.extend([(i, {"loss": jnp.float32(i)}) for i in range(200, 400)])
+    assert reads == [200 - MAX_PENDING]
+    assert history.series("loss") == (list(range(400)), [float(i) for i in range(400)])
+
+
 def test_a_full_history_nobody_reads_is_bounded_on_the_device_as_well(reads):
     history = filled(*[(i, {"loss": jnp.float32(i)}) for i in range(1500)], max_rows=600)
-    assert set(reads) == {256}
+    assert 1500 - sum(reads) <= MAX_PENDING + 1
     assert history.to_dict() == {"step": list(range(900, 1500)), "loss": [float(i) for i in range(900, 1500)]}
 
 

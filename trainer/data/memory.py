@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Self
 
 import jax
@@ -35,15 +36,11 @@ class InMemoryData:
     """
 
     def __init__(self, data: Mapping[str, Any], batch_size: int, name: str = "data") -> None:
-        # Loads datarax, and with it Grain, when first used: `import trainer` stays light.
-        from datarax.sources import MemorySource, MemorySourceConfig
-
         data, self.num_examples = checked_batch(data, name)
         self.batch_size = check_count(batch_size, "batch_size")
         leaves, self._structure = jax.tree.flatten(data)
-        # A source knows flat dicts only, so the leaves travel under their numbers.
-        columns = {str(i): _on_host(leaf) for i, leaf in enumerate(leaves)}
-        self._source = MemorySource(MemorySourceConfig(shuffle=False), columns)
+        self._columns = [_on_host(leaf) for leaf in leaves]
+        self._source: Future[Any] | None = None
 
     def __len__(self) -> int:
         """Returns the number of batches in an epoch, a short last one included."""
@@ -79,8 +76,28 @@ class InMemoryData:
 
     def columns(self) -> tuple[list[Any], Any]:
         """Returns the arrays, and the structure of the batches that are made of them."""
-        columns: Any = self._source.data
+        if self._source is None:  # the first pass; see `make_source`
+            return self._columns, self._structure
+        columns = self.source.data
         return [columns[str(i)] for i in range(len(columns))], self._structure
+
+    @property
+    def source(self) -> Any:
+        """The ``datarax.MemorySource`` of the arrays, under their numbers in the tree. Waits for the import of it."""
+        self.make_source()
+        assert self._source is not None
+        return self._source.result()
+
+    def make_source(self) -> None:
+        """Makes the source in a thread, if nobody has yet.
+
+        Importing datarax loads Grain and Orbax, a quarter of the time to the first step where compilations are cached.
+        So the first pass asks for it after its first batch, while the device is at work.
+        """
+        if self._source is None:
+            maker = ThreadPoolExecutor(1, thread_name_prefix="datarax")
+            self._source = maker.submit(_memory_source, self._columns)
+            maker.shutdown(wait=False)
 
 
 class Epoch(Iterator[Batch]):
@@ -93,9 +110,9 @@ class Epoch(Iterator[Batch]):
     """
 
     def __init__(self, data: InMemoryData, order: np.ndarray[Any, Any] | None, skip: int) -> None:
-        self._columns, self._structure = data.columns()
+        self._data, (self._columns, self._structure) = data, data.columns()
         self._order, self._num_examples, self.batch_size = order, data.num_examples, data.batch_size
-        self._position = skip * data.batch_size
+        self._start = self._position = skip * data.batch_size
         self.full_batches_in_epoch = data.num_examples // data.batch_size
         self.drawn = 0
 
@@ -151,6 +168,8 @@ class Epoch(Iterator[Batch]):
         )
 
     def _next(self) -> slice | np.ndarray[Any, Any] | None:
+        if self._position > self._start:
+            self._data.make_source()
         start, end = self._position, min(self._position + self.batch_size, self._num_examples)
         if start >= end:
             return None
@@ -158,6 +177,8 @@ class Epoch(Iterator[Batch]):
         return slice(start, end) if self._order is None else self._order[start:end]
 
     def _several(self, count: int) -> np.ndarray[Any, Any]:
+        if self._position > self._start:
+            self._data.make_source()
         start, end = self._position, self._position + count * self.batch_size
         self._position = end
         return np.arange(start, end) if self._order is None else self._order[start:end]
@@ -190,6 +211,13 @@ def seed_from_key(rng: jax.Array) -> tuple[int, ...]:
     """Returns the words of a key, for orders that are drawn on the host. Waits for the key."""
     words = jax.random.key_data(rng) if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) else rng
     return tuple(int(word) for word in np.asarray(words).ravel())
+
+
+def _memory_source(columns: list[Any]) -> Any:
+    from datarax.sources import MemorySource, MemorySourceConfig
+
+    # A source knows flat dicts only.
+    return MemorySource(MemorySourceConfig(shuffle=False), {str(i): column for i, column in enumerate(columns)})
 
 
 def _on_host(leaf: Any) -> Any:

@@ -8,27 +8,36 @@ import numpy as np
 
 from trainer.types import BATCH_WEIGHT
 
-MAX_PENDING = 512
-"""Metrics of at most this many calls stay on the device; then the older half is read, which finished long ago."""
+MAX_PENDING = 64
+"""The metrics of at most this many calls stay on the device. Far older calls than the loop lets run have finished."""
 
 
 def read(metrics: Any) -> Any:
-    """Returns a tree of arrays as Python numbers, or lists of them. Waits for all arrays at once."""
-    return jax.tree.map(lambda leaf: np.asarray(leaf).tolist(), jax.device_get(metrics))
+    """Returns a tree of arrays as Python numbers, or lists of them."""
+    leaves, structure = jax.tree.flatten(metrics)
+    if leaves and not is_on_host(leaves[0]):
+        leaves = jax.device_get(leaves)  # starts all copies before it waits for the first
+    return jax.tree.unflatten(structure, [np.asarray(leaf).tolist() for leaf in leaves])
+
+
+def is_on_host(value: Any) -> bool:
+    """Tells whether reading a value copies nothing from an accelerator."""
+    value = value.array if isinstance(value, LazyScalar) else value
+    return not isinstance(value, jax.Array) or next(iter(value.devices())).platform == "cpu"
 
 
 class LazyScalar:
     """One entry of an array on the device, read on demand: the metric of one step among several fused ones."""
 
-    __slots__ = ("_array", "_index")
+    __slots__ = ("_index", "array")
 
     def __init__(self, array: jax.Array, index: int) -> None:
-        self._array, self._index = array, index
+        self.array, self._index = array, index
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
         """Waits for the array."""
         del copy  # the result never shares memory with the device
-        return np.asarray(np.asarray(self._array)[self._index], dtype)
+        return np.asarray(np.asarray(self.array)[self._index], dtype)
 
     def __float__(self) -> float:
         """Waits for the array."""
@@ -44,8 +53,8 @@ class WeightedAverage:
     """The average of metrics over batches, weighted by the size of each batch.
 
     The weight of a batch is its number of examples, or the metric ``batch_weight`` where the objective
-    reports it; ``batch_weight`` itself is reported as its sum. The sums are float64 on the host. Metrics
-    stay on the device until `compute`, or until hundreds of calls are pending.
+    reports it; ``batch_weight`` itself is reported as its sum. The sums are float64 on the host. The metrics of
+    the latest calls stay on the device until `compute`; those of older calls are read as new ones are added.
 
     A copy costs nothing: the parts that both share are replaced and never changed.
 
@@ -57,13 +66,14 @@ class WeightedAverage:
         {'loss': 2.0}
     """
 
-    __slots__ = ("_pending", "_sums", "_weights")
+    __slots__ = ("_pending", "_read_at_once", "_sums", "_weights")
 
     def __init__(self) -> None:
         # (metrics, examples in a batch, number of batches or None for a single one) of every call.
         self._pending: tuple[tuple[Mapping[str, Any], int, int | None], ...] = ()
         self._sums: dict[str, float] = {}
         self._weights: dict[str, float] = {}
+        self._read_at_once: int | None = None
 
     def add(self, metrics: Mapping[str, Any], examples: int, count: int | None = None) -> None:
         """Adds the metrics of a batch, or of several.
@@ -76,7 +86,11 @@ class WeightedAverage:
         """
         self._pending = (*self._pending, (dict(metrics), examples, count))
         if len(self._pending) > MAX_PENDING:
-            self._read(MAX_PENDING // 2)
+            # One for one where reading costs nothing, so that no step takes longer than the others. Copies from an
+            # accelerator are worth collecting.
+            if self._read_at_once is None:
+                self._read_at_once = 1 if all(map(is_on_host, metrics.values())) else MAX_PENDING // 2
+            self._read(self._read_at_once)
 
     def compute(self) -> dict[str, float]:
         """Returns the averages so far, without ``step``; empty if nothing was added. Waits for the device."""
@@ -89,6 +103,7 @@ class WeightedAverage:
         """Returns an equal average that is added to independently."""
         copied = type(self)()
         copied._pending, copied._sums, copied._weights = self._pending, self._sums, self._weights
+        copied._read_at_once = self._read_at_once
         return copied
 
     def to_dict(self) -> dict[str, dict[str, float]]:

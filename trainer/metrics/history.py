@@ -11,7 +11,7 @@ from trainer.metrics.average import MAX_PENDING, read
 
 Row = dict[str, Any]
 
-_CHUNK = MAX_PENDING // 2
+_CHUNK = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class History(Sequence[Row]):
     """The rows that were logged, oldest first; ``history[-1]`` is the latest.
 
     A row holds ``step`` and the metrics of that step: training metrics under their names, validation
-    averages as ``val_<name>``. Values are read from the device on demand.
+    averages as ``val_<name>``. Values are read from the device on demand, or when far newer ones have been added.
 
     A copy costs nothing: the parts that both share are replaced and never changed.
 
@@ -73,13 +73,15 @@ class History(Sequence[Row]):
                 values = {**latest, **values}
                 added.pop() if added else self._drop_latest()
             added.append({"step": step, **values})
+        # As many old rows as there are new ones, so that no step takes longer than the others.
+        self._read(min(len(added), self._unread - MAX_PENDING))
         # Once for all rows: a tuple is copied as a whole.
         self._recent = (*self._recent, *added)
         self._unread += len(added)
         while len(self) > self._max_rows:
             self._drop_oldest()
-        while len(self._recent) > MAX_PENDING:
-            self._freeze(_CHUNK)
+        while len(self._recent) > 2 * _CHUNK:
+            self._freeze()
 
     def copy(self) -> Self:
         """Returns an equal history that is recorded to independently."""
@@ -182,17 +184,17 @@ class History(Sequence[Row]):
         first, *others = self._chunks
         return [_Chunk(first.rows[self._dropped :]), *others]
 
-    def _freeze(self, count: int) -> None:
-        """Reads the ``count`` oldest of the recent rows and moves them to a chunk."""
-        self._read(count)
-        self._chunks = (*self._chunks, _Chunk(self._recent[:count]))
-        self._frozen += count
-        self._recent = self._recent[count:]
+    def _freeze(self) -> None:
+        """Moves the oldest of the recent rows to a chunk, which is packed once."""
+        self._read(_CHUNK - len(self._recent) + self._unread)
+        self._chunks = (*self._chunks, _Chunk(self._recent[:_CHUNK]))
+        self._frozen += _CHUNK
+        self._recent = self._recent[_CHUNK:]
 
     def _read(self, count: int | None = None) -> None:
-        """Reads values from the device, of the first ``count`` recent rows or of all."""
+        """Reads values from the device, of the ``count`` oldest rows that are unread or of all."""
         first = len(self._recent) - self._unread
-        last = len(self._recent) if count is None else count
+        last = len(self._recent) if count is None else first + count
         if first < last:
             # Each row again, since trees sort their keys and rows keep the order in which they were recorded.
             unread = self._recent[first:last]

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from trainer.callbacks.base import CallbackList
+from trainer.checkpoints.run_record import snapshot_run
 from trainer.checkpoints.snapshot import Snapshot
 from trainer.compile.cost import ProgramCost
 from trainer.config import TrainingConfig
@@ -258,7 +259,9 @@ class Trainer:
         """
         return epochs.compile_step(self, batch)
 
-    def save_checkpoint(self, path: str | os.PathLike[str] | None = None, *, background: bool = False) -> Path:
+    def save_checkpoint(
+        self, path: str | os.PathLike[str] | None = None, *, background: bool | Literal["if_finite"] = False
+    ) -> Path:
         """Writes the run under a name; it is atomic.
 
         It is ``save_run(path, trainer.run)``, with the states of the callbacks. Every process calls it where the
@@ -269,9 +272,10 @@ class Trainer:
         Args:
             path: The name; ``.orbax`` is for a state on a mesh, ``.pkl`` the reference's pickle layout. Without one
                 it is ``checkpoint_<step>.orbax`` for a state on a mesh of several devices, else ``….msgpack``.
-            background: Return as soon as the arrays are copied to the host, and write beside the training. At most
+            background: Return as soon as a copy of the arrays is under way, and write beside the training. At most
                 one save is in flight; what it raises is raised by the next step of `train`, the next save or load,
                 or `close`. An interpreter that exits waits for it. A pickle is always written at once.
+                "if_finite", which `train` uses, writes nothing, and warns later, if the model holds NaN or infinity.
 
         Returns:
             The path.
@@ -280,13 +284,15 @@ class Trainer:
             CheckpointError: It could not be written, in any process, or the loader cannot tell its position; earlier
                 checkpoints are untouched.
         """
-        target = self.setup.checkpointer.save(self.snapshot(), path, background=background)
+        run, beside = self.setup.beside(self.run)
+        target = self.setup.checkpointer.save(run, path, background=background, **beside)
         self.setup.fanout.log_text("checkpoint", f"saved {target}", self.step)
         return target
 
     def snapshot(self) -> Snapshot:
         """Returns what a checkpoint holds. Copies nothing: write it before the next step, or copy it first."""
-        return self.setup.snapshot(self.run)
+        run, beside = self.setup.beside(self.run)
+        return snapshot_run(run, **beside)
 
     def load_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Restores what `save_checkpoint` wrote: it is ``trainer.run = load_run(path, trainer.run)``.

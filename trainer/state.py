@@ -133,9 +133,15 @@ class TrainState:
         return copied
 
     def is_finite(self) -> jax.Array:
-        """Tells, as a scalar on the device, whether no parameter and no model variable is NaN or infinite."""
+        """Tells, as a scalar on the device, whether training can go on from here: nothing is NaN or infinite.
+
+        It looks at the parameters, the variables of the model, and the arrays of the optimizer that have the shape of
+        a parameter, such as moments. Scalars of the optimizer may be infinite: the best loss so far begins so.
+        """
         self.check_alive()
-        finite: jax.Array = _is_finite((self.params, self.model_state))
+        shapes = {leaf.shape for leaf in jax.tree.leaves(self.params)} - {()}
+        moments = [leaf for leaf in jax.tree.leaves(self.opt_state) if leaf.shape in shapes]
+        finite: jax.Array = _is_finite((self.params, self.model_state, moments))
         return finite
 
     def __repr__(self) -> str:

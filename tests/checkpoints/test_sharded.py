@@ -290,7 +290,7 @@ class Judged(Playing):
 
 
 def begin(path, state):
-    return take_snapshot(state).on_host(path)
+    return take_snapshot(state).begin(path)
 
 
 class TestTwoProcesses:

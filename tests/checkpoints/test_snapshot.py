@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from trainer.checkpoints.snapshot import _copied_to_host
+from trainer.checkpoints.snapshot import copied_to_host
 
 MESH = jax.make_mesh((4,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
 PLACES = {
@@ -25,7 +25,7 @@ def test_a_copy_outlives_the_array_and_is_made_once(place):
     jax.block_until_ready(array)
     tracemalloc.start()
     try:
-        copy = _copied_to_host(array)
+        copy = copied_to_host(array)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -38,4 +38,4 @@ def test_a_copy_outlives_the_array_and_is_made_once(place):
 
 def test_arrays_that_are_on_the_host_already_stay_as_they_are():
     packed = np.arange(5, dtype=np.uint8)
-    assert _copied_to_host(packed) is packed
+    assert copied_to_host(packed) is packed

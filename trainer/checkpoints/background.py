@@ -36,19 +36,19 @@ class BackgroundSaver:
         pending.add_done_callback(_under_way.discard)
         threading.Thread(target=run, name="checkpoint").start()
 
-    def check(self) -> None:
-        """Raises what a finished save raised, once; does not wait for a save in flight."""
-        if self._pending is not None and self._pending.done():
-            self.wait()
+    def check(self) -> Any:
+        """Returns or raises what a finished save returned or raised, once; does not wait for a save in flight."""
+        return self.wait() if self._pending is not None and self._pending.done() else None
 
-    def wait(self) -> None:
-        """Waits for the save in flight, and raises what it raised, once."""
+    def wait(self) -> Any:
+        """Waits for the save in flight, and returns or raises what it returned or raised, once; else None."""
         pending = self._pending
         if pending is not None:
             # A signal may end the waiting; then the save is still in flight, and its failure is not raised yet.
             wait([pending])
             self._pending = None
-            pending.result()
+            return pending.result()
+        return None
 
 
 def _wait_for_all() -> None:

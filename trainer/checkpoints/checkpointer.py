@@ -1,10 +1,15 @@
 """The checkpoints of a trainer: where they go, how many are kept, and saves beside the training."""
 
+import copy
+import functools
 import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Literal, Self
 
 from trainer.checkpoints.background import BackgroundSaver
+from trainer.checkpoints.detach import detach
 from trainer.checkpoints.run_record import Restored, restore, snapshot_run
 from trainer.checkpoints.snapshot import Snapshot, write_snapshot
 from trainer.checkpoints.state_io import default_name, load_latest, load_with_progress, prune
@@ -30,28 +35,46 @@ class Checkpointer:
         self._saver = BackgroundSaver()
 
     def save(
-        self, run: Run | Snapshot, path: str | os.PathLike[str] | None = None, *, background: bool = False
+        self,
+        run: Run,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        background: bool | Literal["if_finite"] = False,
+        info: Mapping[str, Any] | None = None,
+        listeners: Callable[[], Sequence[Any]] = list,
+        loaders: Sequence[Any] | None = None,
     ) -> Path:
         """Writes a run, and returns the path.
 
         Args:
-            run: The run; or what `snapshot_run` returned of it, with more beside it.
+            run: The run.
             path: The name. Without one it carries the step, and only the latest of these are kept.
-            background: Return when the arrays are copied to the host. A pickle is always written at once.
+            background: Return when a copy of the arrays is under way, and write it in a thread; nothing waits for the
+                steps under way where the arrays are in memory of the host. "if_finite" writes nothing if a parameter
+                or a variable of the model is NaN or infinite; `check`, `wait` or the next save warns then. A pickle
+                is always written at once.
+            info, listeners, loaders: As for `snapshot_run`.
 
         Raises:
             CheckpointError: It could not be written, or the save before failed in the background.
         """
-        snapshot = snapshot_run(run) if isinstance(run, Run) else run
-        step = int(snapshot.info["step"])
-        target = self.directory / default_name(step, snapshot.state) if path is None else Path(path)
-        directory, keep = target.parent, self._max_checkpoints if path is None else None
-        self._saver.wait()
-        if background and target.suffix != ".pkl":
-            snapshot = snapshot.on_host(target)
-            self._saver.start(lambda: _write(target, snapshot, directory, keep))
+        run = run.with_edits()
+        target = self.directory / default_name(run.step, run.peek()) if path is None else Path(path)
+        finite = run.peek().is_finite() if background == "if_finite" else None
+        beside: dict[str, Any] = {"info": info, "listeners": listeners, "loaders": loaders}
+        write = functools.partial(_write, target, self._max_checkpoints if path is None else None)
+        self.wait()
+        if not background or target.suffix == ".pkl":
+            write(snapshot_run(run, **beside))
+        elif target.suffix == ".orbax":
+            if finite is None or finite:
+                self._saver.start(functools.partial(write, snapshot_run(run, **beside).begin(target)))
+            else:
+                warn_of_state(run.step)
         else:
-            _write(target, snapshot, directory, keep)
+            run, states = detach(run), copy.deepcopy(list(listeners()))
+            beside["listeners"] = lambda: states
+            self._saver.start(lambda: write(snapshot_run(run, **beside)) if finite is None or finite else run.step)
         return target
 
     def load(self, path: str | os.PathLike[str], current: Run) -> Restored:
@@ -60,7 +83,7 @@ class Checkpointer:
         Raises:
             CheckpointError: It cannot be used.
         """
-        self._saver.wait()
+        self.wait()
         return restore(load_with_progress(path, current.peek()), current)
 
     def load_latest(self, current: Run) -> Restored | None:
@@ -69,7 +92,7 @@ class Checkpointer:
         Raises:
             CheckpointError: There are checkpoints, and none can be used.
         """
-        self._saver.wait()
+        self.wait()
         loaded = load_latest(self.directory, current.peek())
         return None if loaded is None else restore(loaded, current)
 
@@ -90,14 +113,23 @@ class Checkpointer:
 
     def check(self) -> None:
         """Raises what a finished save in the background raised, once. Does not wait."""
-        self._saver.check()
+        warn_of_state(self._saver.check())
 
     def wait(self) -> None:
         """Waits for the save in flight, and raises what it raised, once."""
-        self._saver.wait()
+        warn_of_state(self._saver.wait())
 
 
-def _write(target: Path, snapshot: Snapshot, directory: Path, keep: int | None) -> None:
+def warn_of_state(step: int | None) -> None:
+    """Warns of a state that is not saved; of none where there is no step."""
+    if step is not None:
+        warnings.warn(
+            f"the state is not finite any more at step {step}; it was not saved, and earlier checkpoints stay.",
+            stacklevel=3,
+        )
+
+
+def _write(target: Path, keep: int | None, snapshot: Snapshot) -> None:
     write_snapshot(target, snapshot)
     if keep is not None:
-        prune(directory, keep)
+        prune(target.parent, keep)

@@ -43,22 +43,15 @@ class Snapshot:
     leaves: Sequence[tuple[Leaf, Any]]
     finish: Callable[[], None] | None = None
 
-    def on_host(self, path: Path) -> "Snapshot":
-        """Copies all arrays now, so that the state may be donated before `write_snapshot` writes them to ``path``.
+    def begin(self, path: Path) -> "Snapshot":
+        """Copies all arrays now, so that the state may be donated before `write_snapshot` finishes the directory.
 
-        Of a state that is spread over processes each copies its part, for a directory of Orbax.
+        Of a state that is spread over processes each copies its part.
 
         Raises:
-            CheckpointError: One is spread over processes and ``path`` is a file, or a directory of Orbax
-                cannot be written.
+            CheckpointError: The directory cannot be written.
         """
-        if path.suffix == ".orbax":
-            return dataclasses.replace(self, finish=begin_directory(path, self.info, self.leaves))
-        for leaf, array in self.leaves:
-            _check_within_process(leaf, array)
-            if isinstance(array, jax.Array):
-                array.copy_to_host_async()
-        return dataclasses.replace(self, leaves=[(leaf, _copied_to_host(array)) for leaf, array in self.leaves])
+        return dataclasses.replace(self, finish=begin_directory(path, self.info, self.leaves))
 
 
 def take_snapshot(state: TrainState, info: Mapping[str, Any] | None = None, *, progress: Progress = None) -> Snapshot:
@@ -114,7 +107,7 @@ def write_snapshot(path: Path, snapshot: Snapshot) -> None:
         finish()
         return
     for leaf, array in snapshot.leaves:
-        _check_within_process(leaf, array)
+        check_within_process(leaf.name, array)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".pkl":
@@ -149,10 +142,11 @@ def _packed(progress: Mapping[str, Any]) -> bytes:
         raise CheckpointError(f"the progress of the run has {error}.") from error
 
 
-def _check_within_process(leaf: Leaf, array: Any) -> None:
+def check_within_process(name: str, array: Any) -> None:
+    """Refuses an array that a file cannot hold, since no process has all of it."""
     if is_multiprocess(array):
         raise CheckpointError(
-            f"`{leaf.name}` lies on devices of several processes, which one file cannot hold; save under a name that "
+            f"`{name}` lies on devices of several processes, which one file cannot hold; save under a name that "
             f"ends in .orbax, in every process."
         )
 
@@ -164,16 +158,17 @@ def _to_host(array: Any) -> np.ndarray[Any, Any]:
     return np.asarray(array)
 
 
-def _copied_to_host(array: Any) -> np.ndarray[Any, Any]:
+def copied_to_host(array: Any) -> np.ndarray[Any, Any]:
     """Returns a copy that survives the donation of the array."""
     host = _to_host(array)
     # NumPy sees the buffer itself of a whole array that a device keeps in the memory of the host: on the CPU, and where
     # a state is offloaded. In any other case `host` is a copy already, assembled or transferred.
-    is_view = isinstance(array, jax.Array) and array.is_fully_replicated and _is_in_host_memory(array)
+    is_view = isinstance(array, jax.Array) and array.is_fully_replicated and is_in_host_memory(array)
     return host.copy() if is_view else host
 
 
-def _is_in_host_memory(array: jax.Array) -> bool:
+def is_in_host_memory(array: jax.Array) -> bool:
+    """Tells whether an array is in memory of the host: on the CPU, or offloaded by an accelerator."""
     devices: Any = array.sharding.device_set
     platforms = {device.platform for device in devices}
     return "cpu" in platforms or "host" in (array.sharding.memory_kind or "")

@@ -12,9 +12,9 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer.checkpoints.checkpointer import warn_of_state
 from trainer.checkpoints.run_record import Restored
 from trainer.compile.cost import ProgramCost, cost_of
 from trainer.distributed.signals import Signals
@@ -156,7 +156,7 @@ def _run_epoch(
             if plan.held_out is not None and _is_due(plan.validate_every, trainer.run):
                 validate(trainer, plan.held_out, signals.check)
             if trainer.run.step % plan.save_every == 0:
-                save_if_finite(trainer, background=True)
+                trainer.save_checkpoint(background="if_finite")
         # Several processes wait for a save at the same point, before the next one.
         if setup.placement.num_processes == 1:
             setup.checkpointer.check()
@@ -256,17 +256,6 @@ def tell_compilation(trainer: Trainer, name: str, seconds: float, warning: str |
         warnings.warn(warning, stacklevel=6)
 
 
-def save_if_finite(trainer: Trainer, *, background: bool = False) -> Path | None:
-    """Saves a checkpoint with the default name, unless the state holds NaN or infinity."""
-    if bool(trainer.run.with_edits().peek().is_finite()):
-        return trainer.save_checkpoint(background=background)
-    warnings.warn(
-        f"the state is not finite any more at step {trainer.run.step}; it was not saved, and earlier checkpoints stay.",
-        stacklevel=2,
-    )
-    return None
-
-
 @contextlib.contextmanager
 def _running(trainer: Trainer) -> Iterator[Signals]:
     """Emits the first and the last event of a run, whatever happens in between, and handles signals."""
@@ -316,8 +305,12 @@ def _finish_saves(trainer: Trainer, signals: Signals, error: BaseException) -> N
         error.add_note(f"and a save in the background raised {unsaved!r}")
     if signals.received is None:
         return
+    path = None
     try:
-        path = save_if_finite(trainer)
+        if trainer.run.with_edits().peek().is_finite():
+            path = trainer.save_checkpoint()
+        else:
+            warn_of_state(trainer.run.step)
     except Exception as failure:
         error.add_note(f"the state could not be saved: {failure}")
         return

@@ -19,8 +19,6 @@ from jax.sharding import Mesh, PartitionSpec
 from trainer.callbacks.base import as_callback_list
 from trainer.callbacks.dispatch import CallbackDispatcher
 from trainer.checkpoints.checkpointer import Checkpointer
-from trainer.checkpoints.run_record import snapshot_run
-from trainer.checkpoints.snapshot import Snapshot
 from trainer.compile.dispatch import CompiledStep
 from trainer.config import TrainingConfig, make_optimizer, make_schedule
 from trainer.config.schedules import check_horizon, needs_horizon
@@ -157,11 +155,11 @@ class Setup:
                 )
         return run.replace(horizon=horizon)
 
-    def snapshot(self, run: Run) -> Snapshot:
-        """Describes what a checkpoint of the run holds. Copies no array."""
+    def beside(self, run: Run) -> tuple[Run, dict[str, Any]]:
+        """Returns the run with what has to be known of its loader, and what is saved beside it: see `snapshot_run`."""
         info = {"name": self.config.name, "metadata": self.config.to_dict()["metadata"]}
         run, loaders = self._with_positions(run)
-        return snapshot_run(run, info, listeners=self.events.state_dict, loaders=loaders)
+        return run, {"info": info, "listeners": self.events.state_dict, "loaders": loaders}
 
     def _with_positions(self, run: Run) -> tuple[Run, list[Any] | None]:
         """Returns the run, and the positions of the loaders of all processes where there are several."""

@@ -72,7 +72,7 @@ def validate(trainer: Trainer, held_out: Callable[[], Iterator[Batch]], check: C
     """Evaluates the state, and records, logs and announces the averages."""
     setup = trainer.setup
     setup.events.emit("on_validation_begin", trainer)
-    state = trainer.run.with_edits().peek()
+    state = trainer.run.state_with_edits()
     averages = evaluate(setup.eval_step, state, held_out(), placement=setup.placement, check=check)
     trainer.hold(trainer.run.validated(averages))
     setup.fanout.report("val", trainer.run.step, averages)
@@ -257,7 +257,7 @@ def tell_compilation(trainer: Trainer, name: str, seconds: float, warning: str |
 
 def save_if_finite(trainer: Trainer, *, background: bool = False) -> Path | None:
     """Saves a checkpoint with the default name, unless the state holds NaN or infinity."""
-    if bool(trainer.run.with_edits().peek().is_finite()):
+    if bool(trainer.run.state_with_edits().is_finite()):
         return trainer.save_checkpoint(background=background)
     warnings.warn(
         f"the state is not finite any more at step {trainer.run.step}; it was not saved, and earlier checkpoints stay.",

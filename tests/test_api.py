@@ -22,6 +22,7 @@ from trainer import (
     ExtensionConfig,
     InMemoryData,
     MetricsLogger,
+    ObjectiveError,
     OptimizerConfig,
     SchedulerConfig,
     StateError,
@@ -853,3 +854,63 @@ class TestBadInput:
         assert caught.value.__notes__ == [
             "the state was donated to the step that failed and is gone; load a checkpoint to continue"
         ]
+
+
+class TestNamesOfMetrics:
+    """Names that begin with ``val_`` belong to validations, so no call takes such a metric from an objective."""
+
+    REFUSED = "the objective or an extension reports a metric `val_error`, but names that begin with `val_` belong to"
+
+    @staticmethod
+    def in_evaluation_only(model, batch, rng, step):
+        del rng, step
+        loss = jnp.mean((model(batch["input"]) - batch["target"]) ** 2)
+        return loss, {"val_error": loss} if model.dropout.deterministic else {"error": loss}
+
+    @staticmethod
+    def always(model, batch, rng, step):
+        loss, _ = squared_error(model, batch, rng, step)
+        return loss, {"val_error": loss}
+
+    @pytest.mark.parametrize(
+        "call",
+        [
+            lambda trainer: trainer.train_step(regression(8)),
+            lambda trainer: trainer.compile(regression(8)),
+            lambda trainer: trainer.train(regression(16), 1, 8),
+            lambda trainer: trainer.train_epoch(),
+        ],
+        ids=["train_step", "compile", "train", "train_epoch"],
+    )
+    def test_a_step_that_reports_one_is_refused_before_it_runs(self, tmp_path, call):
+        trainer = build(tmp_path, loss_fn=self.always, train_data_loader=[regression(8)])
+        before = on_host(trainer.state)
+        with pytest.raises(ObjectiveError, match=self.REFUSED):
+            call(trainer)
+        assert_same_bits(trainer.state, before)
+
+    @pytest.mark.parametrize(
+        "call",
+        [
+            lambda trainer: trainer.validate_step(regression(8)),
+            lambda trainer: trainer.evaluate(regression(16), 8),
+            lambda trainer: trainer.train(regression(16), 1, 8, regression(8)),
+            lambda trainer: trainer.train_epoch(),
+        ],
+        ids=["validate_step", "evaluate", "train", "train_epoch"],
+    )
+    def test_an_evaluation_that_reports_one_is_refused(self, tmp_path, call):
+        loaders = {"train_data_loader": [regression(8)], "val_data_loader": [regression(8)]}
+        trainer = build(tmp_path, loss_fn=self.in_evaluation_only, **loaders)
+        with pytest.raises(ObjectiveError, match=self.REFUSED):
+            call(trainer)
+        assert not any("val_error" in row for row in trainer.history)
+
+    def test_names_are_checked_when_a_step_is_traced_and_not_again(self, monkeypatch):
+        checked = []
+        monkeypatch.setattr("trainer.fit.setup.check_metric_names", checked.append)
+        trainer = build()
+        for _ in range(3):
+            trainer.train_step(regression(8))
+            trainer.validate_step(regression(8))
+        assert len(checked) == 2

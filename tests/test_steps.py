@@ -542,7 +542,7 @@ class TestFusedSteps:
         state, step = self.state_and_step()
         with pytest.raises(ArgumentError, match="`n` is 0; it must be a positive integer"):
             fuse_steps(step, 0)
-        with pytest.raises(BatchError, match="`batches` has room for 4 steps, but `n` is 5; every array must be of"):
+        with pytest.raises(BatchError, match="`batches` holds 4 steps, but `n` is 5; every array must be of"):
             fuse_steps(step, 5)(state, self.batches(4))
 
     @pytest.mark.parametrize("count", [-1, 6, np.int32(6), np.array(7)], ids=repr)

@@ -131,7 +131,7 @@ class Trainer:
         Arguments, results and errors are those of `train_step`.
         """
         batch, _ = self.setup.placement.place_batch(batch, at_once=True)
-        state = self.run.with_edits().peek()
+        state = self.run.state_with_edits()
         metrics = evaluate_batch(self.setup.eval_step, state, batch, 0, self.setup.placement)
         self.hold(self.run.recorded(metrics, prefix="val_"))
         self.setup.fanout.report("val", self.step, metrics)
@@ -245,7 +245,7 @@ class Trainer:
         """
         held = self.setup.in_memory(data, check_count(batch_size, "batch_size"), "data")
         self.setup.agree_on_run("evaluate", self.run, {"batch_size": batch_size}, data=held)
-        state = self.run.with_edits().peek()
+        state = self.run.state_with_edits()
         return evaluate(self.setup.eval_step, state, held.in_order(), placement=self.setup.placement)
 
     def compile(self, batch: Batch) -> ProgramCost:
@@ -343,7 +343,7 @@ class Trainer:
     @property
     def model(self) -> Any:
         """A new module with a copy of the current values. The module that was passed in stays as it was."""
-        state = self.run.with_edits().peek()
+        state = self.run.state_with_edits()
         return state.replace(opt_state=(), extensions={}).copy().model()
 
     step = property(lambda self: self.run.step, doc="The number of updates finished.")

@@ -1,4 +1,4 @@
-"""Extensions: something beside the objective that adds a loss, watches the run, or both."""
+"""Extensions: objects that add a loss to the objective, handle events of the run, or both."""
 
 import dataclasses
 from typing import Any
@@ -14,10 +14,10 @@ from trainer.errors import ArgumentTypeError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExtensionConfig(Config):
-    """What every extension has.
+    """The configuration that all extensions share.
 
     Attributes:
-        name: Its name, for people.
+        name: A name for people; its loss is reported under its key in ``extensions``.
         weight: The factor of its loss. Changing it compiles nothing.
         enabled: Whether its loss takes part. Switching it compiles the step once for each setting.
     """
@@ -30,7 +30,7 @@ class Extension(nnx.Module, Callback):
     """The base of extensions; a plain object with the same methods works as well.
 
     Its variables live in the training state: `loss_fn` may read and assign them, and the step
-    carries them on, though no optimizer updates them. The hooks of `trainer.Callback` run on the
+    carries them into the next state; no optimizer updates them. The hooks of `trainer.Callback` run on the
     object that was passed to the trainer, with its Python attributes, outside any compiled code; a
     Python attribute that `loss_fn` reads is a constant from the moment the step is traced.
 

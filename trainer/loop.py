@@ -26,7 +26,7 @@ from trainer.state import TrainState
 from trainer.types import Batch, Metrics
 
 MAX_IN_FLIGHT = 2
-"""Calls that may wait for the device: one that runs and one that follows it without a gap. More only hold memory."""
+"""Calls that may be in flight: one that runs, and one that follows it without a gap. More would only hold memory."""
 
 _COLLECT_AT = 50_000
 
@@ -82,8 +82,8 @@ def run_epoch(
 
     A step is counted before its tick is yielded, so what is saved then is complete. Each call is dispatched while
     the one before is running, and the batches of the next are prepared meanwhile. Data in memory
-    (`trainer.InMemoryData`) is fused: a call runs as many steps as are worth it and ends before a multiple of
-    ``sync_every``. Batches of any other iterable are one call each.
+    (`trainer.InMemoryData`) is fused: a call runs several small steps, and never crosses a multiple of ``sync_every``.
+    Batches of any other iterable are one call each.
 
     Args:
         step: The compiled step.
@@ -117,6 +117,7 @@ def run_epoch(
             after, metrics = step.fused(plan, run, batch, count, placement.replicated_int(count), examples)
         else:
             after, metrics = (step if each is None else each)(run, batch, examples)
+        # Any result shows that the call has finished, but only metrics outlive it: the next call donates the state.
         result = next(iter(metrics.values()))
         in_flight.add(result)
         meter.dispatched(result, count or 1, examples)
@@ -135,8 +136,8 @@ def open_pass(
     Args:
         run: The run, outside an epoch or restored from a checkpoint.
         loader: An iterable of batches, or a callable that returns one and may take the batch size.
-        batch_size: What to call it with.
-        name: What to call it in an error.
+        batch_size: The argument for a callable that takes one.
+        name: Its name in error messages.
         limit: The most batches of a pass; None for no limit.
 
     Returns:
@@ -149,7 +150,7 @@ def open_pass(
     position = run.position if isinstance(run.position, FromLoader) else FromLoader(first_step=run.step)
     before, where = position.loader, None
     if isinstance(before, LoaderPosition):
-        # The end of a pass: the next pass starts from there.
+        # At the end of a pass the next one starts from there, with no batches drawn.
         where = dataclasses.replace(before, drawn=0) if before.over and not position.batch else before
     elif position.batch:
         where = LoaderPosition()
@@ -228,7 +229,7 @@ def evaluate_batch(
 
 @contextlib.contextmanager
 def rare_collections() -> Iterator[None]:
-    """Keeps garbage collection cheap inside the block, and as it was afterwards.
+    """Makes garbage collection cheap inside the block, and restores its settings afterwards.
 
     A full collection walks every object of the process, 100 ms where JAX is loaded. Everything that exists now is
     frozen, so collections inside walk new objects only. A collector that is switched off stays off.

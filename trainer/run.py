@@ -7,6 +7,7 @@ needs no code: until the new run is assigned, nothing has happened.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -105,7 +106,7 @@ def flatten_state(state: TrainState) -> tuple[list[Any], Layout]:
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class Run:
-    """What training has come to: the state, and the host-side record that travels with it.
+    """A training run at one step: the state, and the host-side record that travels with it.
 
     Make one with `start`, advance it with `trainer.run_epoch`, save it with `trainer.save_run`. A step that donates
     consumes the arrays of the run that it is given; the run that it returns is the one to keep.
@@ -125,7 +126,7 @@ class Run:
     """
 
     # The compiled step takes the flat list of arrays: flattening a tree of 300 arrays on every call costs a tenth
-    # of a step. The state is unflattened when someone asks for it.
+    # of a step. The state is unflattened when it is read.
     _leaves: list[Any]
     _layout: Layout
     step: int
@@ -139,7 +140,8 @@ class Run:
     horizon: int | None = None
     drawn: int | None = None
     weights: Mapping[str, Any] | None = None
-    # States that were handed out, and the leaves that they had then: [state, leaves]. Their containers are mutable.
+    # Two pairs [state, its leaves at the last comparison]: the state that the property `state` returned, whose mutable
+    # containers the caller may edit, and the latest one that a step consumed, where edits come too late.
     _given: list[Any] | None = None
     _consumed: list[Any] | None = None
     _cached: list[TrainState] = dataclasses.field(default_factory=list)
@@ -176,7 +178,7 @@ class Run:
 
     @property
     def batch(self) -> int:
-        """The batches finished in the current epoch."""
+        """The number of batches finished in the current epoch."""
         return 0 if self.position is None else self.position.batch
 
     @property
@@ -207,6 +209,10 @@ class Run:
             self._cached.append(self._layout.unflatten(self._leaves)[0])
         return self._cached[0]
 
+    def state_with_edits(self) -> TrainState:
+        """Returns the state for reading only, as the next step takes it; raises as `with_edits` does."""
+        return self.with_edits().peek()
+
     def replace(self, **changes: Any) -> Self:
         """Returns a copy with some fields replaced."""
         return dataclasses.replace(self, **changes)
@@ -227,12 +233,13 @@ class Run:
             step = int(state.step)
         position = self.position if keeps_position or step == self.step else None
         changes = {"_leaves": leaves, "_layout": layout, "step": step, "position": position, "weights": None}
-        # The state before is replaced together with the edits to it; only later ones would be lost without a word.
+        # Edits so far to the state that was returned before are replaced with it, as asked. Later edits to it would be
+        # lost silently, so it is watched as a consumed one.
         replaced = self._consumed if self._given is None else [self._given[0], jax.tree.leaves(self._given[0])]
         return self.replace(**changes, _given=[state, jax.tree.leaves(state)], _consumed=replaced, _cached=[])
 
     def with_edits(self) -> Self:
-        """Returns the run with what was assigned to the containers of a state that it handed out.
+        """Returns the run with what the caller assigned to the containers of its `state`.
 
         Raises:
             StateError: A container of a state that a step has consumed was changed, or one was given values that the
@@ -241,7 +248,7 @@ class Run:
         if self._given is None and self._consumed is None:
             return self
         if self._consumed is not None and _is_changed(self._consumed):
-            # Raised once: what was wrong is known then, and the run is as usable as before.
+            # Raised once per edit: the run itself is intact, and its next step must not fail for the same edit.
             self._consumed[1] = jax.tree.leaves(self._consumed[0])
             raise StateError(
                 "a `state` (or `params`, `opt_state`, …) was changed after a step had consumed it, so the change would "
@@ -252,7 +259,7 @@ class Run:
         given, recorded = self._given
         _, held = self._layout.unflatten(self._leaves)
         leaves, _ = flatten_state(_as_arrays(given, recorded, held, self._layout))
-        # The caller holds containers of the same state: that one is watched, not the converted copy.
+        # The caller still holds the containers of `given` and may edit them again: watch them, not the converted copy.
         return self.replace(_leaves=leaves, _given=[given, jax.tree.leaves(given)], _cached=[])
 
     def drawing(self, examples: int) -> Self:
@@ -367,7 +374,8 @@ def _moved(position: Position | None, batches: int) -> Position | None:
 def _is_changed(given: list[Any]) -> bool:
     state, leaves = given
     now = jax.tree.leaves(state)
-    return len(now) != len(leaves) or any(one is not other for one, other in zip(now, leaves, strict=True))
+    # By identity and without a loop in Python: every step after `Run.state` was read comes through here.
+    return len(now) != len(leaves) or any(map(operator.is_not, now, leaves))
 
 
 def _as_arrays(state: TrainState, recorded: list[Any], held: list[Any], layout: Layout) -> TrainState:
@@ -375,8 +383,8 @@ def _as_arrays(state: TrainState, recorded: list[Any], held: list[Any], layout: 
 
     Args:
         state: The edited state.
-        recorded: Its leaves when they were last looked at.
-        held: The arrays that stand for those.
+        recorded: Its leaves at the last comparison.
+        held: The arrays of the run for these leaves. They differ where an earlier edit was converted.
         layout: The structure that it must have.
     """
     if jax.tree.structure(state) != layout.treedef:
@@ -393,7 +401,7 @@ def _as_arrays(state: TrainState, recorded: list[Any], held: list[Any], layout: 
         if shape != old.shape:
             raise StateError(f"`{leaf_path(path)}` of shape {old.shape} was given a value of shape {shape}.")
         array = jnp.asarray(new) if jnp.issubdtype(old.dtype, jax.dtypes.extended) else jnp.asarray(new, old.dtype)
-        # A copy: the step donates its arguments, and the caller's array must outlive that.
+        # Copied: the step donates it, and the caller's array must outlive that.
         array = jnp.array(array, copy=True) if array is new else array
         # An uncommitted array must stay so, or the compiled step sees another kind of argument.
         arrays.append(jax.device_put(array, old.sharding) if old.committed else array)

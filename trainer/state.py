@@ -22,7 +22,7 @@ from trainer.core.tree_paths import join_path, leaf_path
 from trainer.errors import ArgumentError, ArgumentTypeError, StateError
 from trainer.types import ExtensionLike
 
-if TYPE_CHECKING:  # a few types, which are not worth a tenth of the time of the import
+if TYPE_CHECKING:  # for annotations only: importing chex takes a tenth of the time of `import trainer`
     import chex
 
 
@@ -40,10 +40,10 @@ class TrainState:
 
     Attributes:
         params: What the optimizer updates, as nested plain dicts along the module's attributes.
-        model_state: Every other variable of the module (batch statistics, random counts, caches).
+        model_state: Every other variable of the module (batch statistics, RNG counts, caches).
         opt_state: The state of the optax optimizer.
-        rng: The key from which every step draws one of its own by its number, ``fold_in(rng, step)``; raw
-            or typed as the caller gave it.
+        rng: The base key, raw or typed as the caller gave it. It never changes: each step uses
+            ``fold_in(rng, step)``.
         step: The number of optimizer updates finished, an int32 scalar.
         extensions: By name of the extension, its ``weight`` (a float32 scalar, so that changing it
             compiles nothing) and its ``variables``.
@@ -145,7 +145,7 @@ class TrainState:
         return finite
 
     def __repr__(self) -> str:
-        """Tells sizes and no values, so that printing a state neither waits nor fills the screen."""
+        """Shows sizes only, so that printing a state neither waits for the device nor fills the screen."""
         parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del parts["graphdef"]
         leaves = {name: jax.tree.leaves(part) for name, part in parts.items()}
@@ -153,14 +153,14 @@ class TrainState:
         return f"TrainState({'; '.join(sizes)})"
 
     def check_alive(self) -> None:
-        """Does nothing, unless an array of this state was given away.
+        """Checks that no array of this state was donated. It does not wait for the device.
 
         Raises:
             StateError: The state was donated to a step.
         """
         if not any(map(_is_gone, jax.tree.leaves(self))):
             return
-        # With the paths it takes longer, so they are made only for the message.
+        # Paths take as long again as the check itself, so only the message makes them.
         path = next(path for path, leaf in jax.tree.leaves_with_path(self) if _is_gone(leaf))
         raise StateError(
             f"`state` was donated: the buffer of `{leaf_path(path)}` is gone. A step compiled with "
@@ -181,7 +181,7 @@ def _is_finite(tree: Any) -> jax.Array:
 
 
 def check_model(model: Any) -> None:
-    """Refuses what is no module."""
+    """Raises `ArgumentTypeError` unless ``model`` is a module instance."""
     if not isinstance(model, nnx.Module):
         raise ArgumentTypeError(
             f"`model` is {_kind(model)}; it must be a flax.nnx.Module instance."
@@ -190,7 +190,7 @@ def check_model(model: Any) -> None:
 
 
 def check_optimizer(optimizer: Any) -> None:
-    """Refuses what is no optax transformation."""
+    """Raises `ArgumentTypeError` unless ``optimizer`` is an optax transformation."""
     if isinstance(optimizer, nnx.Optimizer):
         raise ArgumentTypeError(
             f"`optimizer` is {_kind(optimizer)}, which holds its own state; pass the optax transformation that "
@@ -203,7 +203,7 @@ def check_optimizer(optimizer: Any) -> None:
 
 
 def check_rng(rng: Any) -> None:
-    """Refuses what is not exactly one key, raw or typed."""
+    """Raises `ArgumentTypeError` unless ``rng`` is one key, raw or typed."""
     typed = isinstance(rng, jax.Array) and jnp.issubdtype(rng.dtype, jax.dtypes.prng_key)
     raw = not typed and getattr(rng, "dtype", None) == jnp.uint32
     width = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
@@ -214,13 +214,13 @@ def check_rng(rng: Any) -> None:
 
 
 def _init_optimizer(optimizer: optax.GradientTransformation, params: chex.ArrayTree) -> Any:
-    """Returns the optimizer's initial state, of which no leaf shares a buffer with anything else.
+    """Returns the optimizer's initial state, whose leaves share no buffer with anything else.
 
     All of it is copied, because what is shared cannot be told: ``init`` may return the params (lookahead), an array
     that it also keeps, or another object over the same buffer (`jax.device_put`, a jitted function that returns its
     argument, a NumPy array without a copy). A donated step would then destroy the other one. Each leaf is released
-    before the next is copied, so the copies cost time but not a second state: for Adam on 100 MB of params the peak
-    is 200 MB of state and one leaf, not 400 MB.
+    before the next is copied, so the copies cost time but not a second state: for Adam on 100 MB of params the peak is
+    200 MB of optimizer state and one leaf, not 400 MB.
     """
     leaves, treedef = jax.tree.flatten(optimizer.init(params))  # holds the only reference that we have to each leaf
     for index in range(len(leaves)):
@@ -245,7 +245,7 @@ def _own_all(flat: Flat, where: str) -> Flat:
 
 
 def _own(leaf: Any) -> jax.Array:
-    # A weakly typed leaf would come back strongly typed from the first step and compile it twice.
+    # A weakly typed leaf would return from the first step strongly typed, and the second step would compile again.
     copied = jnp.array(leaf, copy=True)
     return copied.astype(copied.dtype) if getattr(copied, "weak_type", False) else copied
 

@@ -1,4 +1,4 @@
-"""Pure step functions. They open no files, read no clocks, and run wherever JAX can trace.
+"""Pure step functions: no files, no clocks, traceable by every JAX transformation.
 
 A step is not compiled here: ``jax.jit``, ``scan``, ``vmap``, ``pmap`` and ``shard_map`` are the
 caller's to choose, and the same function works under each.
@@ -43,7 +43,7 @@ def make_train_step(
     extensions: Mapping[str, ExtensionLike] | None = None,
     axis_name: AxisName | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Makes the function that draws a key, differentiates the objective, updates, and carries on.
+    """Makes a train step: draw a key, differentiate the objective, update the params, carry the model state over.
 
     With objective L, params θ, key k, extensions e of weight w_e, and the optimizer's update u::
 
@@ -52,7 +52,7 @@ def make_train_step(
         θ' = θ + u(g, opt_state, θ),   step' = step + 1
 
     Assignments that the forward pass makes to variables under ``wrt`` last for that pass only;
-    every other variable (batch statistics, random counts, extension state) is carried into the
+    every other variable (batch statistics, RNG counts, extension state) is carried into the
     next state. An extension whose ``is_enabled()`` is false when the step is traced is left out.
 
     Args:
@@ -98,7 +98,8 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         _check_call(state, batch)
         _check_wrt(state, wrt)
-        # Not split: a key that nobody draws from costs nothing then, and it is a third of a tiny step.
+        # Not `split`, which also computes the next key: XLA drops a `fold_in` that the objective draws nothing from,
+        # and a split takes a third of a tiny step.
         step_rng = jax.random.fold_in(state.rng, state.step)
         step_rng = fold_in_device(step_rng, axis_name)
 
@@ -140,24 +141,24 @@ def make_train_step(
 def fuse_steps(
     step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]], n: int
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """Makes one function of up to ``n`` steps, for one call where nothing on the host looks between them.
+    """Makes one function of up to ``n`` steps, for one call where the host needs no state in between.
 
-    The steps run in a loop that is compiled once, whatever ``n`` is, and whatever part of it is used.
-    They are the same operations as outside of it, so XLA mostly gives the same bits; on the CPU it
-    does not for convolutions, for which it has other code inside of loops, several times slower.
+    The steps run in a loop whose body is compiled once, for any ``n`` and any ``count``. The operations are
+    those of single steps, so XLA mostly gives the same bits; on the CPU it does not for convolutions, which
+    run other code inside loops, several times slower.
 
     Args:
         step: A step of `make_train_step`, or any other ``(state, batch) -> (state, metrics)``.
-        n: How many steps there is room for.
+        n: The capacity, the most steps in a call.
 
     Returns:
         A pure ``(state, batches, count=n) -> (state, metrics)``. Every array of ``batches`` has shape
-        ``(n, batch_size, ...)``; the first ``count`` batches are used, which may be traced, so that
-        a shorter stretch compiles nothing. Metrics have shape ``(n,)``, those beyond ``count`` are zero.
+        ``(n, batch_size, ...)``; the first ``count`` batches are used. ``count`` may be traced, so
+        that fewer steps compile nothing. Metrics have shape ``(n,)``, those beyond ``count`` are zero.
 
     Raises:
-        ArgumentError: ``n`` is no positive integer. The returned function raises `BatchError` while it
-            is traced if ``batches`` is not of that shape.
+        ArgumentError: ``n`` is not a positive integer. The returned function raises it if ``count`` is concrete and
+            not in 0..n, and `BatchError` while it is traced if ``batches`` is not of that shape.
 
     Example:
         >>> optimizer = optax.sgd(0.5)
@@ -174,13 +175,13 @@ def fuse_steps(
     def fused(state: TrainState, batches: Batch, count: jax.typing.ArrayLike = n) -> tuple[TrainState, Metrics]:
         if batch_length(batches, "batches") != n:
             raise BatchError(
-                f"`batches` has room for {batch_length(batches, 'batches')} steps, but `n` is {n}; every array must "
+                f"`batches` holds {batch_length(batches, 'batches')} steps, but `n` is {n}; every array must "
                 f"be of shape ({n}, batch_size, ...)."
             )
 
         concrete: Any = None if isinstance(count, jax.core.Tracer) else count
         if concrete is not None and not 0 <= operator.index(concrete) <= n:
-            # Indexing clamps, so the last batch would be trained on again.
+            # JAX clamps indices, so steps beyond `n` would silently train on the last batch again.
             raise ArgumentError(f"`count` is {concrete}, but `n` is {n}; it must be from 0 to {n}.")
 
         def batch_at(index: jax.typing.ArrayLike) -> Batch:
@@ -208,11 +209,10 @@ def make_eval_step(loss_fn: LossFn, *, axis_name: AxisName | None = None) -> Cal
         axis_name: The mapped axis over which metrics are averaged, as for `make_train_step`.
 
     Returns:
-        A pure ``(state, batch, index=0) -> metrics``. The key that the objective gets is a function
-        of ``state.rng`` and ``index``, which tells the batches of one evaluation apart; two evaluations
-        of one run draw alike, so that they compare. The state itself stays as it is, its random counts
-        included. ``metrics`` holds scalars on
-        the device: what the objective reports, ``loss``, and ``step`` (the updates finished).
+        A pure ``(state, batch, index=0) -> metrics``. The objective's key is a function of ``state.rng`` and
+        ``index``, the number of the batch in its evaluation, so all evaluations of a run draw alike and can be
+        compared. The state does not change, RNG counts included. ``metrics`` holds scalars on the device: what
+        the objective reports, ``loss``, and ``step`` (the updates finished).
 
     Raises:
         ArgumentTypeError: ``loss_fn`` is something else.

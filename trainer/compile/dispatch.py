@@ -25,12 +25,12 @@ Step = Callable[..., tuple[TrainState, Metrics]]
 
 @dataclasses.dataclass(frozen=True)
 class CompileReport:
-    """A compilation that a call has caused.
+    """A compilation that a call of a program caused.
 
     Attributes:
         name: The compiled function, ``train_step`` or ``train_steps``.
         seconds: The time of tracing, compiling and dispatching it.
-        warning: What to say if it has been compiled too often; None mostly.
+        warning: The warning to show if it was compiled too often; usually None.
     """
 
     name: str
@@ -40,14 +40,14 @@ class CompileReport:
 
 @dataclasses.dataclass(frozen=True)
 class DispatchPlan:
-    """How the steps over some batches are called.
+    """How steps over batches of one shape are grouped into calls.
 
     Attributes:
         program: The fused program, which takes ``(leaves, batches, count)``; None where every step is its own call.
         capacity: The number of steps that one call can take.
         flops: The floating-point operations of one step, None where they are not known.
-        sync_every: The host needs the state at every multiple of these numbers of steps; no call crosses one.
-        fusable_steps: The number of steps that would be worth one call if the host never needed the state.
+        sync_every: The host needs the state at multiples of these steps; no call crosses one.
+        fusable_steps: The steps that one call would run if the host never needed the state.
         variant: The variant of the step that the program was traced for; see `CompiledStep`.
     """
 
@@ -64,7 +64,7 @@ class DispatchPlan:
 
 
 class Program:
-    """A jitted function that donates its first argument, and knows when it was compiled.
+    """A jitted function that donates its first argument, and reports its compilations.
 
     Args:
         function: Takes the leaves of a state, a batch (or stacked batches and their number), and further arguments.
@@ -104,12 +104,12 @@ class Program:
         return result
 
     def report(self) -> CompileReport | None:
-        """Returns what the latest call compiled, once; None mostly."""
+        """Returns the compilation of the latest call, once; else None."""
         if self._traces[0] == self._reported:
             return None
         self._reported = self._traces[0]
         warning = None
-        # A short last batch is an expected second shape.
+        # The short last batch of an epoch is an expected second shape.
         if self._traces[0] > 2 and not self._has_warned and self._previous != self._batch:
             self._has_warned = True
             warning = (
@@ -131,6 +131,7 @@ class Program:
     def compile(self, traced: Any) -> Any:
         """Compiles what `trace` returned; a call does not compile again."""
         compiled = traced.lower().compile()
+        # The caller reports this compilation, so `report` must not.
         self._reported = self._traces[0]
         return compiled
 
@@ -219,7 +220,10 @@ class CompiledStep:
         return self._call(plan.program, run, (batches, count_array, *self._more(run)), examples, count)
 
     def report(self) -> CompileReport | None:
-        """Returns what the latest call compiled, once; None mostly. Ask when the new run has been kept."""
+        """Returns the compilation of the latest call, once; else None.
+
+        Call it when the new run is stored: handlers of the compile event may save, and the run before was donated.
+        """
         return None if self._latest is None else self._latest.report()
 
     def is_current(self, plan: DispatchPlan) -> bool:
@@ -280,7 +284,7 @@ class CompiledStep:
         return () if self._arguments is None else self._arguments(run)
 
     def _adopt(self, run: Run) -> None:
-        """Drops all programs if the state has another structure, or other shardings, than they were made for."""
+        """Drops all programs if the structure or the shardings of the state are not those that they were made for."""
         shardings = None
         if self._replicated is not None:
             shardings = ([leaf.sharding for leaf in run.leaves], self._replicated)
@@ -314,10 +318,10 @@ class CompiledStep:
 
 
 def explain_lost_state(state: TrainState, error: Exception) -> None:
-    """Adds to an error of a compiled function that the state is gone, where the function has taken it.
+    """Adds a note to an error of a compiled function if the call consumed the state by donation.
 
     Raises:
-        StateError: The state was gone before, which is what the error is about.
+        StateError: The state was donated before this call, which is why the call failed.
     """
     try:
         state.check_alive()

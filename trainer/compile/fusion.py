@@ -1,9 +1,9 @@
-"""`FusionPolicy`: how many steps are worth one call, judged by what a step computes and never by a clock.
+"""`FusionPolicy`: how many steps to fuse into one call, decided by the operations of a step and never by timing.
 
 A call from Python costs about as much as ten million floating-point operations on a CPU, and a little more for every
-array of the state; steps that compute not much more are worth fusing. The judgement looks at the traced step alone, so
-it is the same in every run: XLA rounds some programs differently inside a loop, and a run that was timed on a busy
-machine must not learn something else.
+array of the state; steps that compute not much more are worth fusing. The decision depends on the traced step alone, so
+it is the same in every run. A decision by timing could fuse on one machine and not on another, and XLA rounds some
+programs differently inside a loop: the trained bits would depend on the load of the machine.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ class FusionPolicy:
 
 
 def as_function(traced: Any) -> Callable[..., Any]:
-    """Returns what ``jax.jit(function).trace(...)`` traced as a function that is not traced again."""
+    """Returns what ``jax.jit(function).trace(...)`` traced as a function, so that it need not be traced again."""
     run = core.jaxpr_as_fun(traced.jaxpr)
     structure = jax.tree.structure(traced.out_info)
     return lambda *args: jax.tree.unflatten(structure, run(*jax.tree.leaves(args)))

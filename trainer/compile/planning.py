@@ -1,7 +1,7 @@
-"""What a step would cost on devices that are not there: memory and communication, before anything runs.
+"""`plan`: the cost of a step on a mesh that this machine does not have, by compiling it and running nothing.
 
-A step can be compiled for a mesh of CPU devices that exist in name only, which is enough to see what
-the compiler makes of it. Say how many there are before JAX starts, and put nothing on them::
+XLA compiles for any number of CPU devices, which is enough to read off memory and collectives. Set their number
+before JAX starts, and place no arrays on them::
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 64)

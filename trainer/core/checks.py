@@ -8,7 +8,7 @@ from trainer.errors import ArgumentError, ArgumentTypeError
 
 
 def check_count(value: Any, name: str) -> int:
-    """Returns ``value`` as a positive int; any type with ``__index__`` will do, except bool.
+    """Returns ``value`` as a positive int; any type with ``__index__`` is taken, except bool.
 
     Raises:
         ArgumentTypeError: ``value`` is not an integer.

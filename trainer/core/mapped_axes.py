@@ -1,6 +1,6 @@
 """Averages over the mapped axis of `pmap`, `vmap` and `shard_map`.
 
-`typeof(...).manual_axis_type`, `pcast` and `manual_axes` are young names of JAX, seen in 0.10 and 0.11.
+`typeof(...).manual_axis_type`, `pcast` and `manual_axes` are recent additions to JAX, seen in 0.10 and 0.11.
 """
 
 from collections.abc import Callable
@@ -23,8 +23,8 @@ def fold_in_device(rng: jax.Array, axis_name: AxisName | None) -> jax.Array:
 def per_device(params: Any, axis_name: AxisName | None) -> Any:
     """Marks replicated params as differing by device, so that each device gets its own gradient.
 
-    Under ``shard_map`` JAX sums the gradient of a replicated value over the devices by itself,
-    without weights; under ``pmap`` and ``vmap`` it does not. After this it never does.
+    Under ``shard_map`` JAX sums the gradient of a replicated value over the devices, without weights; under
+    ``pmap`` and ``vmap`` it does not. With this mark it never does, and `average_over_axis` does it everywhere.
     """
     if axis_name is None:
         return params
@@ -58,9 +58,10 @@ def average_over_axis(grads: Any, metrics: Metrics, axis_name: AxisName | None) 
 
 
 def average_if_changed(axis_name: AxisName | None) -> Callable[[Any, Any], Any]:
-    """Returns how variables are carried on: averaged over the mapped axis if the forward pass assigned them.
+    """Returns the ``reduce`` of `merge_updated`: it averages variables that the forward pass assigned over the axis.
 
-    The others are equal on all devices already, and an average of equal numbers may round.
+    Only floating ones are averaged. Variables that were not assigned are equal on all devices already, and averaging
+    equal numbers may round.
     """
 
     def reduce(old: Any, new: Any) -> Any:

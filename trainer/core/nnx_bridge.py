@@ -1,4 +1,4 @@
-"""Between nnx modules, which refer and mutate, and plain trees of arrays, which JAX can transform."""
+"""Conversion between nnx modules, which are mutable graphs, and plain trees of arrays, which JAX can transform."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from flax import nnx
 from trainer.core.tree_paths import join_path, leaf_path
 from trainer.errors import ArgumentError, ObjectiveError
 
-if TYPE_CHECKING:  # a few types, which are not worth a tenth of the time of the import
+if TYPE_CHECKING:  # for annotations only: importing chex takes a tenth of the time of `import trainer`
     import chex
 
 Path = tuple[Any, ...]
-"""Where a variable sits in a module: attribute names and list indices."""
+"""The path of a variable in a module: attribute names, dict keys and list indices."""
 
 Flat = dict[Path, Any]
 """The values of variables, by path."""
 
 
 class GraphDef(nnx.GraphDef[Any]):
-    """An `nnx.GraphDef` that hashes in no time and is one object for all its equals.
+    """An interned `nnx.GraphDef` with a cached hash: equal graphdefs are one object.
 
     ``jax.jit`` hashes and compares the static part of its arguments on every call. Flax recomputes
     the hash each time (76 µs for four layers); here it is computed once, and interning makes the
@@ -36,7 +36,7 @@ class GraphDef(nnx.GraphDef[Any]):
 
     _hash: int
     paths: tuple[Path, ...]
-    """Where each variable sits in the module, in the order that ``nnx.merge`` wants them."""
+    """The path of each variable, in the order in which ``nnx.merge`` takes their values."""
 
     def __new__(cls, graphdef: nnx.GraphDef[Any], paths: Iterable[Path]) -> GraphDef:
         code = _hash(graphdef)
@@ -64,7 +64,7 @@ class GraphDef(nnx.GraphDef[Any]):
         if not isinstance(other, nnx.GraphDef):
             return NotImplemented
         same = self.nodes == other.nodes and self.attributes == other.attributes
-        # To Python 1 == 1.0 == True, but a module with one of them computes something else than the next.
+        # In Python 1 == 1.0 == True, but modules with one or the other need not compute the same.
         return same and self.num_leaves == other.num_leaves and _kinds(self) == _kinds(other)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -109,16 +109,16 @@ def with_variables(module: Any, variables: chex.ArrayTree) -> Any:
 def merge_updated(
     before: chex.ArrayTree, after: Flat, where: str, reduce: Callable[[Any, Any], Any] = lambda old, new: new
 ) -> chex.ArrayTree:
-    """Returns what a step carries on: the values ``after`` it, in the structure ``before`` it.
+    """Returns the variables of the next state: the values ``after`` the forward pass, in the structure ``before`` it.
 
-    A variable that appears, vanishes or changes its kind would make the next state another type
-    than this one, which neither ``jit`` nor ``scan`` can run.
+    A variable that is created, removed or changes shape or dtype would change the type of the state: ``jit`` would
+    compile every step again, and ``scan`` cannot carry it.
 
     Args:
         before: The nested variables that the step started from.
         after: The values after the forward pass, by path.
-        where: What to call them in an error.
-        reduce: Makes the array to carry from the old and the new one.
+        where: Their root in error messages, such as ``model_state``.
+        reduce: Returns the array of the next state from the old and the new one.
 
     Raises:
         ObjectiveError: Naming every variable that appeared, vanished or changed shape or dtype.
@@ -163,7 +163,7 @@ _ABSENT = object()
 
 
 def lookup(*trees: Any, paths: Iterable[Path], missing: Any = None) -> Flat:
-    """Looks every path up in the nested dicts; the first tree that has it wins."""
+    """Returns the value at each path in nested dicts, from the first tree that has it, else ``missing``."""
 
     def look_up(path: Path) -> Any:
         for tree in trees:
@@ -179,8 +179,8 @@ def lookup(*trees: Any, paths: Iterable[Path], missing: Any = None) -> Flat:
 def _flatten(module: nnx.Module) -> tuple[nnx.GraphDef[Any], Any]:
     """Returns the static structure of a module and its variables by path, without those of `nnx.Module.sow`.
 
-    Sown values grow with every call, so a state that keeps its type cannot hold them. Flattening costs 10 µs for each
-    variable, more than copying it, so each caller flattens once.
+    Sown values grow with every call, so a state that keeps its type cannot hold them. Flattening takes half as long as
+    copying all arrays, so each caller flattens once.
     """
     graphdef, flat = nnx.flatten(module)
     if any(isinstance(leaf, nnx.Intermediate) for leaf in flat.leaves):
@@ -227,7 +227,7 @@ def _same_tree(before: Any, after: Any) -> bool:
 
 
 def _as_before(before: Any, after: Any) -> Any:
-    # A Python number, or a result of one, takes the dtype that the variable has.
+    # A Python number, or the weakly typed result of one, takes the dtype of the variable.
     if isinstance(after, bool | int | float | complex) or getattr(after, "weak_type", False):
         return jnp.asarray(after, before.dtype)
     return after

@@ -14,7 +14,7 @@ from trainer.state import TrainState
 from trainer.types import MODEL_OUTPUTS, Batch, ExtensionLike, LossFn, Metrics
 
 NOT_REPORTED = object()
-"""Stands for model outputs that the objective did not report."""
+"""The model outputs of an objective that reports none; None would be a value that it may report."""
 
 
 def call_objective(
@@ -62,10 +62,10 @@ def in_training_mode(model: Any) -> Any:
 def forward(state: TrainState, batch: Batch) -> Any:
     """Returns ``model(batch["input"])`` where that can be called, else None.
 
-    It runs on a model of its own that starts from the same variables, random counts included. So
-    an extension that looks on changes no batch statistics. It costs, though: where the objective made
-    the very same call XLA shares most of the forward pass, but the backward pass is computed again
-    (44 % more operations for a perceptron 64-512-1). Reporting ``model_outputs`` spares that.
+    It runs on a model of its own that starts from the same variables, RNG counts included, so an extension
+    changes no batch statistics. It is not free: where the objective makes the same call XLA shares most of the
+    forward pass, but computes the backward pass again (44 % more operations for a perceptron 64-512-1). Reporting
+    ``model_outputs`` avoids that.
     """
     model = in_training_mode(state.model())
     if "input" not in batch or not callable(model):
@@ -156,7 +156,7 @@ def _describe_result(result: Any) -> str:
 
 
 def check_loss_fn(loss_fn: Any) -> None:
-    """Refuses what cannot be called."""
+    """Raises `ArgumentTypeError` unless ``loss_fn`` is callable."""
     if not callable(loss_fn):
         raise ArgumentTypeError(
             f"`loss_fn` is of type {type(loss_fn).__name__}; it must be a callable "
@@ -165,7 +165,12 @@ def check_loss_fn(loss_fn: Any) -> None:
 
 
 def check_extensions(extensions: Mapping[str, ExtensionLike] | None) -> dict[str, ExtensionLike]:
-    """Returns the extensions as a dict, if each has what a step needs and a name of its own."""
+    """Returns the extensions as a dict.
+
+    Raises:
+        ArgumentTypeError: One lacks a method or attribute of `trainer.types.ExtensionLike`; all that it lacks is named.
+        ArgumentError: Two have the same name.
+    """
     if extensions is None:
         return {}
     if not isinstance(extensions, Mapping):

@@ -22,7 +22,7 @@ from trainer.errors import TrainingInterrupted
 from trainer.fit.plan import FitPlan
 from trainer.fit.resume import checked, find, planned_end, put_back
 from trainer.fit.setup import Setup
-from trainer.loggers.base import check_metric_names, prefixed
+from trainer.loggers.base import prefixed
 from trainer.loop import evaluate, open_pass, plan_dispatch, rare_collections, run_epoch
 from trainer.metrics.average import metrics_at
 from trainer.metrics.throughput import Meter
@@ -72,7 +72,7 @@ def validate(trainer: Trainer, held_out: Callable[[], Iterator[Batch]], check: C
     """Evaluates the state, and records, logs and announces the averages."""
     setup = trainer.setup
     setup.events.emit("on_validation_begin", trainer)
-    state = trainer.run.with_edits().peek()
+    state = trainer.run.state_with_edits()
     averages = evaluate(setup.eval_step, state, held_out(), placement=setup.placement, check=check)
     trainer.hold(trainer.run.validated(averages))
     setup.fanout.report("val", trainer.run.step, averages)
@@ -197,7 +197,6 @@ def _after_call(trainer: Trainer, metrics: Metrics, count: int | None, *, defer:
     setup, run = trainer.setup, trainer.run
     report = setup.step.report()
     if report is not None:
-        check_metric_names(metrics)  # names change only where the step is traced
         tell_compilation(trainer, report.name, report.seconds, report.warning)
     setup.fanout.flush()
     step, every = run.step, setup.config.log_frequency
@@ -307,7 +306,7 @@ def _finish_saves(trainer: Trainer, signals: Signals, error: BaseException) -> N
         return
     path = None
     try:
-        if trainer.run.with_edits().peek().is_finite():
+        if trainer.run.state_with_edits().is_finite():
             path = trainer.save_checkpoint()
         else:
             warn_of_state(trainer.run.step)

@@ -29,7 +29,7 @@ from trainer.data.memory import InMemoryData, seed_from_key
 from trainer.data.resumable import LoaderPass, LoaderPosition
 from trainer.distributed.agreement import check_agreement, gathered
 from trainer.errors import ArgumentError, ArgumentTypeError, CheckpointError
-from trainer.loggers.base import Logger, MetricsLoggerLike
+from trainer.loggers.base import Logger, MetricsLoggerLike, check_metric_names
 from trainer.loggers.fanout import MetricFanout
 from trainer.loggers.wandb import WandbLogger
 from trainer.metrics.throughput import Throughput
@@ -254,7 +254,7 @@ def assemble(
         step=_compiled_step(
             training_config, optimizer, loss_fn, wrt, extensions, placement, steps_per_call, events, live
         ),
-        eval_step=jax.jit(make_eval_step(loss_fn), out_shardings=placement.replicated),
+        eval_step=jax.jit(_names_checked(make_eval_step(loss_fn)), out_shardings=placement.replicated),
         live=live,
     )
     about = {"mesh": str(mesh and dict(mesh.shape)), "partition_rules": str(partition_rules)}
@@ -341,7 +341,7 @@ def _compiled_step(
             check_agreement({name: {"program": text()}})
 
     return CompiledStep(
-        step,
+        _names_checked(step),
         steps_per_call=steps_per_call,
         variant=enabled if extensions else None,
         arguments=arguments,
@@ -349,6 +349,21 @@ def _compiled_step(
         one_call_at_a_time=placement.one_call_at_a_time,
         before_compile=before_compile,
     )
+
+
+def _names_checked(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a train step or an eval step that refuses metrics whose names belong to a validation.
+
+    Names are known while the step is traced, so the check costs nothing later and comes before a state is donated.
+    """
+
+    @functools.wraps(step)
+    def checked(*arguments: Any) -> Any:
+        result = step(*arguments)
+        check_metric_names(result[1] if isinstance(result, tuple) else result)
+        return result
+
+    return checked
 
 
 def _fanout(

@@ -88,8 +88,6 @@ def take_snapshot(state: TrainState, info: Mapping[str, Any] | None = None, *, p
     """
     if not _is_multiprocess(state):
         return _snapshot(state, info, progress)
-    # Made before anything can fail: a process that made fewer of these than the others would wait for them in vain at
-    # every later save.
     described, snapshot, failure = AllOrNone("snapshot"), None, None
     try:
         snapshot = _snapshot(state, info, progress)
@@ -218,7 +216,7 @@ def load_state(
         with open_source(path, like, votes) as source:
             return _fitted(source, like, fields, strict=strict)
 
-    state, problems = _together(load, like)
+    state, problems = _together(path, load, like)
     if problems:
         warnings.warn(f"`{path}` does not fit the state everywhere; not loaded: {problems}.", stacklevel=2)
     return state
@@ -238,7 +236,7 @@ def load_with_progress(path: str | os.PathLike[str], like: TrainState) -> Loaded
             state, _ = _fitted(source, like, _fields_to_load(None))
             return Loaded(path, state, read_progress(source))
 
-    return _together(load, like)
+    return _together(path, load, like)
 
 
 def load_latest(directory: str | os.PathLike[str], like: TrainState) -> Loaded | None:
@@ -253,7 +251,7 @@ def load_latest(directory: str | os.PathLike[str], like: TrainState) -> Loaded |
     # Process 0 says which there are: another may see one later, or one that is gone.
     names = _own_names(Path(directory))
     if _is_multiprocess(like):
-        names = AllOrNone("list").sync(None, names)
+        names = AllOrNone(f"list {directory}").sync(None, names)
     return _newest(directory, names, lambda path: load_with_progress(path, like))
 
 
@@ -341,11 +339,11 @@ def _newest(directory: str | os.PathLike[str], names: Sequence[str], use: Callab
     return None
 
 
-def _together(load: Callable[[AllOrNone | None], _T], like: TrainState) -> _T:
+def _together(path: Path, load: Callable[[AllOrNone | None], _T], like: TrainState) -> _T:
     """Loads in all processes or in none, where the state is on devices of several."""
     if not _is_multiprocess(like):
         return load(None)
-    votes, loaded, failure = AllOrNone("load"), None, None
+    votes, loaded, failure = AllOrNone(f"load {path}"), None, None
     try:
         loaded = load(votes)
     except Exception as error:  # a bug as well would leave the others waiting

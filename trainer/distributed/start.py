@@ -6,6 +6,7 @@ message: they talk through the coordination service of JAX, beside the devices, 
 """
 
 import atexit
+import contextlib
 import os
 import signal
 import sys
@@ -16,7 +17,8 @@ from typing import Any
 
 import jax
 
-from trainer.distributed.coordination import POLL_SECONDS, coordination_service, read_now
+from trainer.distributed.coordination import POLL_SECONDS, read_now, write_once
+from trainer.distributed.rounds import announce_end
 from trainer.errors import ArgumentError, ArgumentTypeError
 
 _FAILURE = "trainer/failure"
@@ -114,9 +116,9 @@ def end_others(reason: str) -> None:
         reason: The message without its subject, which is this process.
     """
     try:
-        coordination_service().key_value_set(_FAILURE, f"process {jax.process_index()} {reason}"[:2000])
+        write_once(_FAILURE, f"process {jax.process_index()} {reason}"[:2000])  # the first one counts
     except jax.errors.JaxRuntimeError:
-        return  # another was first, or the coordinator is gone, which ends the others as well
+        return  # the coordinator is gone, which ends the others as well
 
 
 def _number(value: Any, name: str, variable: str) -> int | None:
@@ -170,3 +172,5 @@ def _end_with_the_others() -> None:
     def stop() -> None:
         ending.set()
         listener.join()
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator is gone
+            announce_end()

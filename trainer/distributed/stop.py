@@ -1,18 +1,15 @@
 """Stopping many processes at the same point, so that none waits in a collective for one that has stopped."""
 
-import itertools
-import json
+import contextlib
 import threading
-import time
 from collections.abc import Callable
 from typing import Self
 
 import jax
 
-from trainer.distributed.coordination import POLL_SECONDS, coordination_service, name_processes, read_now, read_within
+from trainer.distributed.coordination import POLL_SECONDS, count_up, delete_directory, read_now, write_once
+from trainer.distributed.rounds import delete_round, exchange, leave_unfinished
 from trainer.errors import DistributedError
-
-_stops = itertools.count()
 
 
 class CommonStop:
@@ -34,9 +31,14 @@ class CommonStop:
     it has begun its part of every collective before. A thread says it, because the main one
     may be in a collective that waits for a process which waits here.
 
+    Entering waits for the other processes to enter, and gives the run an identity that all of them share.
+
     Args:
         asked: Returns why this process is to stop, None where it is not. It is called from a thread too.
         timeout_seconds: How long to wait for the others.
+
+    Raises:
+        DistributedError: On entering, if not all processes came in time. It names the missing ones.
     """
 
     def __init__(self, asked: Callable[[], int | None], timeout_seconds: float = 300.0) -> None:
@@ -50,11 +52,8 @@ class CommonStop:
         self._watcher = threading.Thread(target=self._watch, name="trainer-stop", daemon=True)
 
     def __enter__(self) -> Self:
-        number = next(_stops)
-        self._room = f"trainer/stop/{number}"
-        if jax.process_index() == 0:
-            # A process that was in the run before this one has left the run before that.
-            coordination_service().key_value_delete(f"trainer/stop/{number - 2}")
+        identity = exchange("run", None, self._timeout_seconds, label="the start of the run").identity
+        self._directory, self._answers = f"trainer/stop/{identity}", f"stop {identity}"
         self._watcher.start()
         return self
 
@@ -62,7 +61,14 @@ class CommonStop:
         with self._changed:
             self._has_left = True
             self._changed.notify_all()
-        self._watcher.join()
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator is gone, which ends this process too
+            if self._agreed is None:
+                # So that no process waits for the answer of this one, nor this one's thread for theirs.
+                leave_unfinished(self._answers, "left the run")
+            self._watcher.join()
+            if count_up(f"{self._directory}/left") == jax.process_count():
+                delete_directory(self._directory)
+                delete_round(self._answers)
 
     def passes(self) -> int | None:
         """Passes a point, unless all are to stop at it.
@@ -71,7 +77,7 @@ class CommonStop:
             None, or why all stop here: what ``asked`` returned in the first process where it did.
 
         Raises:
-            DistributedError: Another process did not answer in time. It tells which.
+            DistributedError: Another process did not answer in time, or has left the run. It names the process.
         """
         with self._changed:
             if self._asked() is not None:
@@ -90,7 +96,8 @@ class CommonStop:
             None, or why all stop: one was asked to before it came here. Later it is too late.
 
         Raises:
-            DistributedError: Another process did not come in time, or came by another number of points.
+            DistributedError: Another process did not come in time, has left the run, or passed another number of
+                points.
         """
         with self._changed:
             self._begin_to_agree()
@@ -133,39 +140,16 @@ class CommonStop:
                 self._changed.wait_for(lambda: self._is_agreeing or self._has_left, POLL_SECONDS)
                 if self._is_agreeing or self._has_left:
                     return not self._has_left
-            if self._asked() is not None or read_now(f"{self._room}/notice") is not None:
+            if self._asked() is not None or read_now(f"{self._directory}/notice") is not None:
                 with self._changed:
                     self._is_agreeing = True
 
     def _agree(self) -> tuple[int, int | None]:
-        client, process, reason = coordination_service(), jax.process_index(), self._asked()
+        reason = self._asked()
         if reason is not None:
-            client.key_value_set(f"{self._room}/notice", "", allow_overwrite=True)
-        client.key_value_set(f"{self._room}/answers/{process}", json.dumps([self._passed, reason]))
-        deadline = time.monotonic() + self._timeout_seconds
-        if process == 0:
-            keys = [f"{self._room}/answers/{other}" for other in range(jax.process_count())]
-            answers = [json.loads(self._read(key, deadline)) for key in keys]
-            reasons = [why for _, why in answers if why is not None]
-            verdict = max(passed for passed, _ in answers), reasons[0] if reasons else None
-            client.key_value_set(f"{self._room}/verdict", json.dumps(verdict))
-        stop, reason = json.loads(self._read(f"{self._room}/verdict", deadline))
-        return stop, reason
-
-    def _read(self, key: str, deadline: float) -> str:
-        """Waits for a key in short turns, so that a process that leaves the run need not wait for it."""
-        while not self._has_left:
-            seconds = min(POLL_SECONDS, deadline - time.monotonic())
-            if seconds <= 0:
-                break
-            text = read_within(key, seconds)
-            if text is not None:
-                return text
-        answers = coordination_service().key_value_dir_get(f"{self._room}/answers/")
-        answered = {int(key.rsplit("/", 1)[1]) for key, _ in answers}
-        missing = [other for other in range(jax.process_count()) if other not in answered] or [0]
-        raise DistributedError(
-            f"{name_processes(missing)} of {jax.process_count()} did not say within {self._timeout_seconds:g} s where "
-            f"to stop. {'It' if len(missing) == 1 else 'They'} may have taken another way through the program, or be "
-            f"busy with something else."
-        )
+            write_once(f"{self._directory}/notice", "")
+        answer = [self._passed, reason]
+        found = exchange(self._answers, answer, self._timeout_seconds, once=True, label="the agreement where to stop")
+        answers = found.values.values()
+        reasons = [why for _, why in answers if why is not None]
+        return max(passed for passed, _ in answers), reasons[0] if reasons else None

@@ -1,4 +1,14 @@
-"""Stopping many processes at the same point, so that none waits in a collective for one that has stopped."""
+"""Stopping many processes at the same point, so that none waits in a collective for one that has stopped.
+
+`jax.experimental.multihost_utils.reached_preemption_sync_point` has the same aim, and is not used. With jax 0.10.2:
+
+* It hears SIGTERM alone, through a handler that JAX installs below Python's. A handler that Python installs later
+  replaces it, and then it hears nothing; the other way round, the handler of the user's program hears nothing.
+* Ctrl-C does not reach it.
+* It has no end of a run: a process that has done its last step does not call it any more, so a signal that comes then
+  stops the others at a point which that process never reaches. `CommonStop.settles` decides that case for all.
+* A caller cannot set how long it waits, and nothing names the process that did not come.
+"""
 
 import contextlib
 import threading

@@ -55,7 +55,7 @@ before = resident()
 work(range(200, 500))
 for number in range(10):
     with CommonStop(lambda: None) as stop:
-        stop.settles()
+        stop.finish()
 barrier("done")
 said["bytes for each exchange"] = (resident() - before) / 900
 # The last process to read a round deletes it; let it.
@@ -105,7 +105,7 @@ if process == 0:
 barrier("gave up")
 for reason in (None, 15):
     with CommonStop(lambda: reason if process == 1 else None) as stop:
-        said[str(reason)] = stop.settles()
+        said[str(reason)] = stop.finish()
 """,
     "test_a_failure_leaves_a_few_keys_until_the_next_success": """
 for _ in range(3):

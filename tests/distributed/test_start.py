@@ -359,7 +359,7 @@ class TestStart:
         assert seconds < 40
         assert status != 0
         assert f"process {process} has waited 1 s for the others of 2 at 127.0.0.1:" in errors
-        assert "gives up after 2 s. Look whether each was started" in errors
+        assert "gives up after 2 s. Check that each was started" in errors
 
     @pytest.mark.parametrize(
         ("arguments", "environment", "message"),

@@ -127,7 +127,7 @@ def test_the_one_that_is_furthest_decides():
                     reason = 7
                 if process == 1 and passed == 1000:
                     barrier("ahead")
-                if (why := stop.passes()) is not None:
+                if (why := stop.pass_point()) is not None:
                     break
         print(passed, why)
     """
@@ -169,7 +169,7 @@ def test_a_second_signal_does_not_wait_and_ends_the_others(insisting):
     status, _, errors = results[1 - insisting]
     assert status == 1
     assert (
-        f"process {1 - insisting} ends, since process {insisting} was told a second time to end, and did not wait "
+        f"process {1 - insisting} ends, since process {insisting} got a second signal, and did not wait "
         f"for the others" in errors
     )
 
@@ -184,7 +184,7 @@ class TestErrors:
                 if process != missing:
                     try:
                         with CommonStop(lambda: 15) as stop:
-                            stop.passes()
+                            stop.pass_point()
                     except DistributedError as error:
                         print(error)
                 else:
@@ -205,17 +205,17 @@ class TestErrors:
 
             with CommonStop(lambda: None) as stop:
                 for _ in range(2 + process):
-                    stop.passes()
+                    stop.pass_point()
                 try:
-                    stop.settles()
+                    stop.finish()
                 except Exception as error:
                     print(type(error).__name__, error)
         """
         results = run(body, 2)
         assert [status for status, _, _ in results] == [0, 0], results
         assert results[0][1] == (
-            "DistributedError Process 0 ended its run at point 2, where another went on to point 3. Give all of them "
-            "the same number of batches, and let none stop by itself.\n"
+            "DistributedError Process 0 ended its run at point 2, where another continued to point 3. Give all "
+            "processes the same number of batches, and let none stop by itself.\n"
         )
 
 

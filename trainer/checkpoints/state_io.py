@@ -376,7 +376,7 @@ def _packed(progress: Mapping[str, Any]) -> bytes:
 def _check_within_process(leaf: Leaf, array: Any) -> None:
     if is_multiprocess(array):
         raise CheckpointError(
-            f"`{leaf.name}` lies on devices of several processes, which one file cannot hold; save under a name that "
+            f"`{leaf.name}` is sharded over several processes, which one file cannot hold; save under a name that "
             f"ends in .orbax, in every process."
         )
 

@@ -1,7 +1,8 @@
-"""Agreement of many processes: what all are about to do, whether one has failed, and what each holds.
+"""Agreement of many processes: compare arguments, fail together, gather small values, wait for each other.
 
-`check_agreement` and `gathered` do what `multihost_utils.assert_equal` and `process_allgather` of JAX do, but on the
-host alone: those run a collective on the devices, which waits for ever if one process does not come.
+`check_agreement` and `gathered` stand in for JAX's `multihost_utils.assert_equal` and `process_allgather`. Those run a
+collective on the devices, which waits for ever if one process does not take part; these use the host alone, with a
+timeout.
 """
 
 import hashlib
@@ -25,10 +26,10 @@ _PACKAGES = ("nnx-trainer", "jax", "jaxlib", "flax", "optax", "numpy")
 
 
 def check_agreement(parts: Mapping[str, Any], *, timeout_seconds: float = 300.0) -> None:
-    """Compares what this process is about to do with what the others are about to do.
+    """Raises in all processes if they are not about to do the same.
 
-    Call it once before the first step, at the same point of every process. A difference that would
-    show as a hang, or worse, as a training that is wrong, becomes an error in all processes::
+    Call it once before the first step, at the same point of every process. Without it a difference shows as a hang, or
+    as wrong results::
 
         lowered = step.lower(state, batch)
         check_agreement({"config": config.to_dict(), "step": lowered.as_text()})
@@ -43,7 +44,7 @@ def check_agreement(parts: Mapping[str, Any], *, timeout_seconds: float = 300.0)
 
     Raises:
         ArgumentTypeError: A part cannot be compared.
-        DistributedError: In every process, naming each entry that differs and who holds what; or not
+        DistributedError: In every process, naming each entry that differs and its value in each process; or not
             all processes called this in time.
     """
     parts = {**parts, "versions": _versions()}
@@ -68,16 +69,16 @@ class AllOrNone:
     What one process alone raises leaves the others waiting for it. So each catches what its part of the
     work raises, and brings it to the next point::
 
-        votes, failure = AllOrNone(f"save {path}"), None
+        save, failure = AllOrNone(f"save {path}"), None
         try:
             write_mine()
         except OSError as error:
             failure = error
-        votes.sync(failure)  # raises in all processes, or in none
+        save.sync(failure)  # raises in all processes, or in none
 
     It takes no device, so a thread may do it while the devices compute. One object serves all points of one piece of
-    work, also where the later ones come in another thread: the first point agrees on an identity, by which the later
-    ones are told from those of any other work.
+    work, also where the later ones come in another thread: at the first point all processes get the same unique
+    identity, which names the later ones.
 
     Args:
         name: What the work is, the same in all processes, for example the path that is saved. Works that may be in

@@ -6,7 +6,7 @@
   replaces it, and then it hears nothing; the other way round, the handler of the user's program hears nothing.
 * Ctrl-C does not reach it.
 * It has no end of a run: a process that has done its last step does not call it any more, so a signal that comes then
-  stops the others at a point which that process never reaches. `CommonStop.settles` decides that case for all.
+  stops the others at a point which that process never reaches. `CommonStop.finish` decides that case for all.
 * A caller cannot set how long it waits, and nothing names the process that did not come.
 """
 
@@ -23,36 +23,36 @@ from trainer.errors import DistributedError
 
 
 class CommonStop:
-    """Stops all processes of a run at the same point, wherever one of them was asked to stop.
+    """Stops all processes of a run at the same point, wherever one of them got a reason to stop.
 
-    A point is a call of `passes`. All processes come to the same points in the same order, with the same
+    A point is a call of `pass_point`. All processes come to the same points in the same order, with the same
     collectives between them::
 
-        with CommonStop(asked) as stop:
+        with CommonStop(stop_reason) as stop:
             for batch in batches:
                 state, metrics = step(state, batch)
-                if stop.passes() is not None:
+                if stop.pass_point() is not None:
                     break
             else:
-                stop.settles()
+                stop.finish()
 
-    When one is asked to stop, each says how many points it has passed, and passes no other until all
-    have. They stop at the next point of the one that is furthest: the others can still reach that, since
-    it has begun its part of every collective before. A thread says it, because the main one
-    may be in a collective that waits for a process which waits here.
+    If a process has a reason to stop, each process publishes how many points it has passed, and passes no further point
+    until all have published theirs. All stop at the next point of the process that is furthest ahead: the others can
+    still reach that point, since that process has begun its part of every collective before it. A thread publishes,
+    because the main thread may be in a collective that waits for a process which already waits here.
 
     Entering waits for the other processes to enter, and gives the run an identity that all of them share.
 
     Args:
-        asked: Returns why this process is to stop, None where it is not. It is called from a thread too.
+        stop_reason: Returns why this process has to stop, None if it does not. It is called from a thread too.
         timeout_seconds: How long to wait for the others.
 
     Raises:
         DistributedError: On entering, if not all processes came in time. It names the missing ones.
     """
 
-    def __init__(self, asked: Callable[[], int | None], timeout_seconds: float = 300.0) -> None:
-        self._asked = asked
+    def __init__(self, stop_reason: Callable[[], int | None], timeout_seconds: float = 300.0) -> None:
+        self._stop_reason = stop_reason
         self._timeout_seconds = timeout_seconds
         self._passed = 0
         self._is_agreeing = self._has_left = False
@@ -80,17 +80,17 @@ class CommonStop:
                 delete_directory(self._directory)
                 delete_round(self._answers)
 
-    def passes(self) -> int | None:
+    def pass_point(self) -> int | None:
         """Passes a point, unless all are to stop at it.
 
         Returns:
-            None, or why all stop here: what ``asked`` returned in the first process where it did.
+            None, or why all stop here: what ``stop_reason`` returned, in the first process that had one.
 
         Raises:
             DistributedError: Another process did not answer in time, or has left the run. It names the process.
         """
         with self._changed:
-            if self._asked() is not None:
+            if self._stop_reason() is not None:
                 self._begin_to_agree()
             if self._is_agreeing:
                 stop, reason = self._agreement()
@@ -99,11 +99,11 @@ class CommonStop:
             self._passed += 1
             return None
 
-    def settles(self) -> int | None:
-        """Waits until all have passed their last point. It is called once, then.
+    def finish(self) -> int | None:
+        """Waits until all processes have passed their last point. Call it once, after the last point.
 
         Returns:
-            None, or why all stop: one was asked to before it came here. Later it is too late.
+            None, or why all stop, if a process had a reason before it called this. A later one has no effect.
 
         Raises:
             DistributedError: Another process did not come in time, has left the run, or passed another number of
@@ -114,8 +114,8 @@ class CommonStop:
             stop, reason = self._agreement()
             if self._passed != stop:
                 raise DistributedError(
-                    f"Process {jax.process_index()} ended its run at point {self._passed}, where another went on to "
-                    f"point {stop}. Give all of them the same number of batches, and let none stop by itself."
+                    f"Process {jax.process_index()} ended its run at point {self._passed}, where another continued "
+                    f"to point {stop}. Give all processes the same number of batches, and let none stop by itself."
                 )
             return reason
 
@@ -132,7 +132,7 @@ class CommonStop:
 
     def _watch(self) -> None:
         try:
-            if not self._notices():
+            if not self._wait_for_a_reason():
                 return
             agreed = self._agree()
             with self._changed:
@@ -143,19 +143,19 @@ class CommonStop:
                 self._failure = failure
                 self._changed.notify_all()
 
-    def _notices(self) -> bool:
-        """Waits until a process is asked to stop or this process ends its run; False if it has left instead."""
+    def _wait_for_a_reason(self) -> bool:
+        """Waits until a process has a reason to stop or this one calls `finish`; returns False if it leaves instead."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._is_agreeing or self._has_left, POLL_SECONDS)
                 if self._is_agreeing or self._has_left:
                     return not self._has_left
-            if self._asked() is not None or read_now(f"{self._directory}/notice") is not None:
+            if self._stop_reason() is not None or read_now(f"{self._directory}/notice") is not None:
                 with self._changed:
                     self._is_agreeing = True
 
     def _agree(self) -> tuple[int, int | None]:
-        reason = self._asked()
+        reason = self._stop_reason()
         if reason is not None:
             write_once(f"{self._directory}/notice", "")
         answer = [self._passed, reason]

@@ -78,6 +78,7 @@ def test_the_core_touches_no_files_clocks_or_loggers(name):
     allowed = {"__future__", "jax", "flax", "optax", "chex", "numpy", "trainer"}
     allowed |= {"collections", "dataclasses", "difflib", "functools", "operator", "typing", "weakref", "zlib"}
     allowed |= {"pathlib", "signal"} if name == "errors" else set()  # for types and numbers only
+    allowed |= {"atexit", "concurrent", "threading"} if name == "core" else set()  # core/private_api.py wraps them
     assert {module.split(".")[0] for path in files_of(name) for module in imports_of(path)} <= allowed
 
 
@@ -223,7 +224,87 @@ def test_pins_are_names_and_versions_only():
     assert not names & {"tensorflow", "tensorflow-datasets"}
 
 
-def test_runtime_dependencies_are_the_agreed_ones():
+# Packages whose name is not that of the module that they bring.
+BRINGS = {"orbax-checkpoint": "orbax", "PyYAML": "yaml"}
+
+
+def declared():
+    """The modules that the dependencies bring, and those of the extras."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    names = {re.split("[>=<]", dependency)[0] for dependency in project["dependencies"]}
-    assert names == {"jax", "flax", "optax", "chex", "datarax", "msgpack", "xxhash"}
+    extras = project["optional-dependencies"].values()
+    for lines in (project["dependencies"], [line for extra in extras for line in extra]):
+        names = [re.match(r"[A-Za-z0-9_.-]+", line)[0] for line in lines]
+        yield {BRINGS.get(name, name) for name in names}
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
+    modules = {module.split(".")[0] for path in (ROOT / "trainer").rglob("*.py") for module in imports_of(path)}
+    imported = modules - set(sys.stdlib_module_names) - {"trainer"}
+    runtime, extras = declared()
+    assert imported - runtime - extras == set()
+    assert runtime - imported == set()
+    assert imported & extras == {"safetensors", "wandb"}
+
+
+def test_extras_load_when_they_are_used():
+    """What only an extra brings is imported within a function."""
+    runtime, _ = declared()
+    for path in (ROOT / "trainer").rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+                modules = {name.split(".")[0] for name in names}
+                assert modules <= runtime | set(sys.stdlib_module_names) | {"trainer"}, path
+
+
+def private_names(tree):
+    """Dotted names of other libraries that begin with an underscore somewhere, whether imported or looked up."""
+    modules = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+            modules |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            modules |= {alias.asname or alias.name for alias in node.names} if "trainer" not in node.module else set()
+        else:
+            continue
+        yield from (name for name in names if re.search(r"(^|\.)_(?!_)", name))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            name = ast.unparse(node)
+            if name.split(".")[0] in modules and re.fullmatch(r"[\w.]+", name) and re.search(r"\._(?!_)", name):
+                yield name
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr" and len(node.args) > 1:
+            owner, name = ast.unparse(node.args[0]), getattr(node.args[1], "value", "")
+            if owner.split(".")[0] in modules and str(name).startswith("_"):
+                yield f"{owner}.{name}"
+
+
+def test_private_names_of_other_libraries_are_in_one_module():
+    found = {
+        (path.relative_to(ROOT / "trainer").as_posix(), name)
+        for path in (ROOT / "trainer").rglob("*.py")
+        for name in private_names(ast.parse(path.read_text(encoding="utf-8")))
+    }
+    assert found == {
+        ("core/private_api.py", "jax._src.distributed"),
+        ("core/private_api.py", "threading._register_atexit"),
+        ("distributed/start.py", "os._exit"),  # public, whatever its name
+    }
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "from jax._src import distributed",
+        "import jax._src.core as core",
+        "import jax\njax._src.core",
+        "import threading\nthreading._register_atexit(f)",
+        "import threading\ngetattr(threading, '_register_atexit', None)",
+        "from orbax import checkpoint as ocp\nocp.handlers._private(1)",
+        "from flax.nnx import _graph",
+    ],
+)
+def test_every_spelling_of_a_private_name_counts(statement):
+    assert list(private_names(ast.parse(statement)))

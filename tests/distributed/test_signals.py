@@ -1,4 +1,4 @@
-"""Signals during a run: wherever they come, the run ends in order and goes on to the same bits."""
+"""Signals during a run: wherever they come, the run ends in order and resumes to the same bits."""
 
 import functools
 import itertools
@@ -71,7 +71,7 @@ def test_wherever_it_comes_the_run_is_saved_and_resumes_to_the_same_bits(number,
     assert signal.getsignal(number) is before
     assert recorder.names[-1] == "on_train_end"
     path = latest_checkpoint(tmp_path / "part")
-    assert f"the state was saved to {path}; train(..., resume=True) goes on from it" in caught.value.__notes__
+    assert f"the state was saved to {path}; train(..., resume=True) resumes from it" in caught.value.__notes__
     resumed = build(tmp_path / "part")
     assert run(resumed, resume=True) == returned
     assert_same_bits(resumed.state, whole.state)
@@ -95,7 +95,7 @@ def test_a_second_signal_does_not_wait(number, tmp_path):
 
 
 class Phase:
-    """Sends signals in the midst of some work, once; if that is the work of a step, then as its objective.
+    """Sends signals during some work, once; during a step, as its objective.
 
     Without a number it compiles to the same programs, and sends nothing.
     """
@@ -163,7 +163,7 @@ def test_whatever_is_under_way_the_run_ends_in_order_and_resumes_to_the_same_bit
     interrupted.close()
     assert not list((tmp_path / "part").glob(".*"))
     if times == 1:
-        assert "train(..., resume=True) goes on from it" in caught.value.__notes__[0]
+        assert "train(..., resume=True) resumes from it" in caught.value.__notes__[0]
     # A second one may come between the call of a step, which consumes the state, and its return.
     if times == 1 or phase not in ("step", "save"):
         interrupted.state.check_alive()

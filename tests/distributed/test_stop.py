@@ -127,7 +127,7 @@ def test_the_one_that_is_furthest_decides():
                     reason = 7
                 if process == 1 and passed == 1000:
                     barrier("ahead")
-                if (why := stop.passes()) is not None:
+                if (why := stop.pass_point()) is not None:
                     break
         print(passed, why)
     """
@@ -169,13 +169,13 @@ def test_a_second_signal_does_not_wait_and_ends_the_others(insisting):
     status, _, errors = results[1 - insisting]
     assert status == 1
     assert (
-        f"process {1 - insisting} ends, since process {insisting} was told a second time to end, and did not wait "
+        f"process {1 - insisting} ends, since process {insisting} got a second signal, and did not wait "
         f"for the others" in errors
     )
 
 
 class TestErrors:
-    def test_whoever_does_not_answer_is_named(self):
+    def test_a_process_that_leaves_without_an_answer_is_named_at_once(self):
         body = """
             from trainer import DistributedError
             from trainer.distributed.stop import CommonStop
@@ -183,8 +183,8 @@ class TestErrors:
             for missing in (0, 1):
                 if process != missing:
                     try:
-                        with CommonStop(lambda: 15, timeout_seconds=1) as stop:
-                            stop.passes()
+                        with CommonStop(lambda: 15) as stop:
+                            stop.pass_point()
                     except DistributedError as error:
                         print(error)
                 else:
@@ -196,8 +196,7 @@ class TestErrors:
         for missing, (status, out, errors) in zip((1, 0), results, strict=True):
             assert status == 0, errors
             assert out == (
-                f"process {missing} of 2 did not say within 1 s where to stop. It may have taken another way through "
-                f"the program, or be busy with something else.\n"
+                f"process {missing} of 2 did not come to the agreement where to stop, since it left the run.\n"
             )
 
     def test_runs_of_different_lengths_are_told(self):
@@ -206,17 +205,17 @@ class TestErrors:
 
             with CommonStop(lambda: None) as stop:
                 for _ in range(2 + process):
-                    stop.passes()
+                    stop.pass_point()
                 try:
-                    stop.settles()
+                    stop.finish()
                 except Exception as error:
                     print(type(error).__name__, error)
         """
         results = run(body, 2)
         assert [status for status, _, _ in results] == [0, 0], results
         assert results[0][1] == (
-            "DistributedError Process 0 ended its run at point 2, where another went on to point 3. Give all of them "
-            "the same number of batches, and let none stop by itself.\n"
+            "DistributedError Process 0 ended its run at point 2, where another continued to point 3. Give all "
+            "processes the same number of batches, and let none stop by itself.\n"
         )
 
 

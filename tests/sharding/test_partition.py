@@ -107,8 +107,8 @@ class TestMesh:
             ({"data": 2}, "needs 2 devices, and there are 8; change the sizes, or pass `devices` = jax.devices()[:2]."),
             ({"data": 16}, "needs 16 devices, and there are 8; change the sizes."),
             ({"data": -1, "fsdp": -1}, "`axes` leaves 'data' and 'fsdp' open; at most one size can be -1."),
-            ({"data": 0}, "`axes['data']` is 0; it must be positive, or -1 for what is left."),
-            ({"data": 2.0}, "`axes['data']` is 2.0; it must be an integer, -1 for what is left."),
+            ({"data": 0}, "`axes['data']` is 0; it must be positive; -1 takes the remaining devices."),
+            ({"data": 2.0}, "`axes['data']` is 2.0; it must be an integer; -1 takes the remaining devices."),
             ({}, "`axes` is {}; it must map names of axes to sizes"),
         ],
     )
@@ -449,7 +449,9 @@ class TestDescription:
         assert lines[-1].split()[:2] == ["total", f"{bytes_per_device(state):,}"]
 
     def test_what_lies_on_no_mesh_is_refused(self):
-        with pytest.raises(ArgumentTypeError, match=r"`x` lies on SingleDeviceSharding.*and not on a mesh"):
+        with pytest.raises(
+            ArgumentTypeError, match=r"`x` has the sharding SingleDeviceSharding.*which is not over a mesh"
+        ):
             describe({"x": jnp.zeros(3)})
 
 

@@ -1,12 +1,13 @@
 """Saves beside the training: one at a time, and every failure is raised."""
 
-import concurrent.futures.thread  # noqa: F401 - it has to be registered before what is below
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import Any
 
-_under_way: set[Future[Any]] = set()
+from trainer.core.private_api import before_executors_shut_down
+
+_in_flight: set[Future[Any]] = set()
 
 
 class BackgroundSaver:
@@ -32,8 +33,8 @@ class BackgroundSaver:
                 pending.set_exception(error)
 
         # A thread of its own, which is gone afterwards; the interpreter waits for it before it exits.
-        _under_way.add(pending)
-        pending.add_done_callback(_under_way.discard)
+        _in_flight.add(pending)
+        pending.add_done_callback(_in_flight.discard)
         threading.Thread(target=run, name="checkpoint").start()
 
     def check(self) -> Any:
@@ -52,9 +53,8 @@ class BackgroundSaver:
 
 
 def _wait_for_all() -> None:
-    wait(set(_under_way))
+    wait(set(_in_flight))
 
 
-# An interpreter that exits first forbids the executors to take work, which Orbax gives them while it finishes a
-# save. What `atexit` calls comes later; this is what the executors themselves use, the last one first.
-threading._register_atexit(_wait_for_all)  # type: ignore[attr-defined]
+# An interpreter that exits first forbids the executors to take work, which Orbax gives them while it finishes a save.
+before_executors_shut_down(_wait_for_all)

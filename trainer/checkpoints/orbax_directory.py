@@ -65,25 +65,24 @@ def begin_directory(path: Path, info: Mapping[str, Any], leaves: Sequence[tuple[
         CheckpointError: Something failed, in this or in another process. The function that is returned
             raises it as well; what was there before is untouched then.
     """
-    # Both are made before anything can fail, since all processes have to make as many.
-    begun, done = AllOrNone("save"), AllOrNone("commit", timeout_seconds=_SAVE_TIMEOUT_SECONDS)
+    votes = AllOrNone(f"save {path}")  # for this save, also where it finishes in another thread
     writing = _Writing(path.absolute(), info, leaves)
     try:
-        temporary = begun.sync(*_attempted(writing.prepare, path))
+        temporary = votes.sync(*_attempted(writing.prepare, path))
         # The devices of all processes compute the checksums together, in collectives that never time out. So what can
         # fail in one process alone comes before, and no process enters them unless all do.
         failure, _ = _attempted(writing.compute_checksums, path)
         if failure is None:
             failure, _ = _attempted(functools.partial(writing.begin, Path(temporary)), path)
-        begun.sync(failure)
+        votes.sync(failure)
     except BaseException:
         writing.discard()
         raise
 
     def finish() -> None:
         try:
-            done.sync(*_attempted(writing.wait, path))
-            done.sync(*_attempted(writing.commit, path))
+            votes.sync(*_attempted(writing.wait, path), timeout_seconds=_SAVE_TIMEOUT_SECONDS)
+            votes.sync(*_attempted(writing.commit, path), timeout_seconds=_SAVE_TIMEOUT_SECONDS)
         except BaseException:
             writing.discard()
             raise

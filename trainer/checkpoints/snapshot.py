@@ -63,8 +63,6 @@ def take_snapshot(state: TrainState, info: Mapping[str, Any] | None = None, *, p
     """
     if not is_multiprocess_state(state):
         return _snapshot(state, info, progress)
-    # Made before anything can fail: a process that made fewer of these than the others would wait for them in vain at
-    # every later save.
     described, snapshot, failure = AllOrNone("snapshot"), None, None
     try:
         snapshot = _snapshot(state, info, progress)
@@ -146,7 +144,7 @@ def check_within_process(name: str, array: Any) -> None:
     """Refuses an array that a file cannot hold, since no process has all of it."""
     if is_multiprocess(array):
         raise CheckpointError(
-            f"`{name}` lies on devices of several processes, which one file cannot hold; save under a name that "
+            f"`{name}` is sharded over several processes, which one file cannot hold; save under a name that "
             f"ends in .orbax, in every process."
         )
 

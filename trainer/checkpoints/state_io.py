@@ -108,7 +108,7 @@ def load_state(
         with open_source(path, like, votes) as source:
             return _fitted(source, like, fields, strict=strict)
 
-    state, problems = _together(load, like)
+    state, problems = _together(path, load, like)
     if problems:
         warnings.warn(f"`{path}` does not fit the state everywhere; not loaded: {problems}.", stacklevel=2)
     return state
@@ -128,7 +128,7 @@ def load_with_progress(path: str | os.PathLike[str], like: TrainState) -> Loaded
             state, _ = _fitted(source, like, _fields_to_load(None))
             return Loaded(path, state, read_progress(source))
 
-    return _together(load, like)
+    return _together(path, load, like)
 
 
 def load_latest(directory: str | os.PathLike[str], like: TrainState) -> Loaded | None:
@@ -143,7 +143,7 @@ def load_latest(directory: str | os.PathLike[str], like: TrainState) -> Loaded |
     # Process 0 says which there are: another may see one later, or one that is gone.
     names = _own_names(Path(directory))
     if is_multiprocess_state(like):
-        names = AllOrNone("list").sync(None, names)
+        names = AllOrNone(f"list {Path(directory).name}").sync(None, names)
     return _newest(directory, names, lambda path: load_with_progress(path, like))
 
 
@@ -231,11 +231,11 @@ def _newest(directory: str | os.PathLike[str], names: Sequence[str], use: Callab
     return None
 
 
-def _together(load: Callable[[AllOrNone | None], _T], like: TrainState) -> _T:
+def _together(path: Path, load: Callable[[AllOrNone | None], _T], like: TrainState) -> _T:
     """Loads in all processes or in none, where the state is on devices of several."""
     if not is_multiprocess_state(like):
         return load(None)
-    votes, loaded, failure = AllOrNone("load"), None, None
+    votes, loaded, failure = AllOrNone(f"load {path.name}"), None, None
     try:
         loaded = load(votes)
     except Exception as error:  # a bug as well would leave the others waiting

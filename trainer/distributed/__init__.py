@@ -3,7 +3,7 @@
 from trainer.distributed.agreement import AllOrNone as AllOrNone
 from trainer.distributed.agreement import check_agreement as check_agreement
 from trainer.distributed.agreement import gathered as gathered
-from trainer.distributed.coordination import barrier as barrier
+from trainer.distributed.agreement import barrier as barrier
 from trainer.distributed.signals import Signals as Signals
 from trainer.distributed.start import initialize as initialize
 from trainer.distributed.stop import CommonStop as CommonStop

@@ -1,4 +1,4 @@
-"""Signals that end a run: noticed at once, obeyed when the state is whole."""
+"""Signals that end a run: recorded when they come, acted on between two steps."""
 
 import contextlib
 import signal
@@ -17,10 +17,10 @@ class Signals:
         with Signals() as signals:
             for tick in run_epoch(step, run, batches):
                 run = tick.run
-                signals.check()  # raises after a signal, when `run` is whole
+                signals.check()  # raises after a signal; `run` is complete here
 
     A signal may come at any instruction, also between the call of a step that consumes the old state and the
-    assignment of the new one. So the handler only notes it, and `check` raises. A second signal does not wait: it
+    assignment of the new one. So the handler only records it, and `check` raises. A second signal does not wait: it
     raises where it comes, and may cost the state.
 
     The earlier handlers come back at the end. Outside the main thread Python handles no signals, and neither does
@@ -32,7 +32,7 @@ class Signals:
             processes too, unsaved.
 
     Attributes:
-        received: The signal to obey, None if there is none. Of several processes, the one that all have agreed on.
+        received: The signal to act on, None if there is none. With several processes, the one that all agreed on.
         second_signal: Whether a second signal came to this process, and was raised where it came.
     """
 
@@ -60,7 +60,7 @@ class Signals:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         self._exits.__exit__(kind, error, trace)
         if error is None and self._own is not None and self.received is None:
-            # It came after all processes had agreed that there was none: it is for the handler that was there before.
+            # It came after all processes had agreed that there was none, so the earlier handler gets it.
             signal.raise_signal(self._own)
 
     def check(self) -> None:
@@ -69,10 +69,10 @@ class Signals:
         Raises:
             KeyboardInterrupt: It was SIGINT.
             TrainingInterrupted: It was SIGTERM.
-            DistributedError: It came to one of several processes, and another did not answer.
+            DistributedError: It came to one of several processes, and another did not answer, or has left the run.
         """
         if self._stop is not None:
-            self._obey(self._stop.passes())
+            self._set_received(self._stop.pass_point())
         if self.received is not None:
             raise self.exception()
 
@@ -83,7 +83,7 @@ class Signals:
             DistributedError: Another process did not call it.
         """
         if self._stop is not None:
-            self._obey(self._stop.settles())
+            self._set_received(self._stop.finish())
         return self.received is not None
 
     def exception(self) -> BaseException:
@@ -92,7 +92,7 @@ class Signals:
             return KeyboardInterrupt("training was interrupted")
         return TrainingInterrupted("training was terminated")
 
-    def _obey(self, number: int | None) -> None:
+    def _set_received(self, number: int | None) -> None:
         if number is not None:
             self.received = signal.Signals(number)
 
@@ -108,7 +108,7 @@ class Signals:
     def _end_others(self) -> None:
         self._stop = None
         if self.second_signal:
-            end_others("was told a second time to end, and did not wait for the others")
+            end_others("got a second signal, and did not wait for the others")
 
     def _restore_handlers(self) -> None:
         for number, handler in self._previous.items():

@@ -1,11 +1,12 @@
 """Many processes, one program: they start together and end together.
 
-JAX brings the processes together and runs their collectives. A collective waits for all of them, so
-what goes wrong in one process is a silence in the others. The functions here turn silence into a
-message: they talk through the coordination service of JAX, beside the devices, and never wait for ever.
+JAX connects the processes and runs their collectives. A collective waits for all of them, so a failure in one process
+is a hang in the others. The functions here turn the hang into a message: they use JAX's coordination service, not the
+devices, and every wait has a timeout.
 """
 
 import atexit
+import contextlib
 import os
 import signal
 import sys
@@ -16,7 +17,8 @@ from typing import Any
 
 import jax
 
-from trainer.distributed.coordination import POLL_SECONDS, coordination_service, read_now
+from trainer.distributed.coordination import POLL_SECONDS, read_now, write_once
+from trainer.distributed.rounds import announce_end
 from trainer.errors import ArgumentError, ArgumentTypeError
 
 _FAILURE = "trainer/failure"
@@ -34,7 +36,7 @@ def initialize(
 ) -> None:
     """Joins this process to the others of a run. Call it before anything that asks JAX for devices.
 
-    What is not given is taken from the environment variables ``JAX_COORDINATOR_ADDRESS``,
+    An argument that is None is taken from the environment variables ``JAX_COORDINATOR_ADDRESS``,
     ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``, and then from what JAX detects by itself: Slurm, Open
     MPI, Cloud TPU and, with the package ``kubernetes``, Kubernetes.
 
@@ -43,11 +45,12 @@ def initialize(
     * ends with an exception, the others print it within seconds and end with status 1;
     * is killed, or its machine dies, the others end after ``heartbeat_timeout_seconds`` with a message
       of JAX that names the process (at once, if it was process 0, which coordinates);
-    * leaves in another way while the rest goes on, all end after ``shutdown_timeout_seconds``.
+    * exits in another way while the others continue, all end after ``shutdown_timeout_seconds``. An exchange of values
+      with a process that has exited raises at once.
 
-    SIGTERM does what it did before, to its default action or the handler that was there: JAX would
-    swallow it, and then wait at its end for ever. So ``reached_preemption_sync_point`` of JAX, which relies
-    on that, hears nothing.
+    SIGTERM keeps the handler that it had, or its default action: with JAX's own handler a process would ignore the
+    signal, and then wait in its shutdown for ever. So JAX's ``reached_preemption_sync_point``, which relies on that
+    handler, hears nothing.
 
     Args:
         coordinator_address: Host and port of process 0, ``"10.0.0.1:1234"``.
@@ -60,7 +63,7 @@ def initialize(
         shutdown_timeout_seconds: How long a process that has finished waits for the others.
 
     Raises:
-        ArgumentTypeError: A number is none, in an argument or in the environment.
+        ArgumentTypeError: A number is not an integer, in an argument or in the environment.
         ArgumentError: Nothing says where the other processes are, or ``process_id`` is out of range.
     """
     coordinator_address = coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS")
@@ -76,8 +79,8 @@ def initialize(
         print,
         (
             f"process {process_id} has waited {initialization_timeout_seconds / 2:g} s for the others of "
-            f"{num_processes} at {coordinator_address}, and gives up after {initialization_timeout_seconds} s. Look "
-            f"whether each was started, with an id of its own, and reaches that address.",
+            f"{num_processes} at {coordinator_address}, and gives up after {initialization_timeout_seconds} s. Check "
+            f"that each was started, with an id of its own, and reaches that address.",
         ),
         {"file": sys.stderr, "flush": True},
     )
@@ -108,15 +111,15 @@ def initialize(
 
 
 def end_others(reason: str) -> None:
-    """Ends the other processes, which may be waiting for this one, with a message; this one goes on to its end.
+    """Ends the other processes, which may be waiting for this one, with a message; this one continues.
 
     Args:
         reason: The message without its subject, which is this process.
     """
     try:
-        coordination_service().key_value_set(_FAILURE, f"process {jax.process_index()} {reason}"[:2000])
+        write_once(_FAILURE, f"process {jax.process_index()} {reason}"[:2000])  # the first one counts
     except jax.errors.JaxRuntimeError:
-        return  # another was first, or the coordinator is gone, which ends the others as well
+        return  # the coordinator is gone, which ends the others as well
 
 
 def _number(value: Any, name: str, variable: str) -> int | None:
@@ -170,3 +173,5 @@ def _end_with_the_others() -> None:
     def stop() -> None:
         ending.set()
         listener.join()
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator is gone
+            announce_end()

@@ -1,46 +1,58 @@
-"""Stopping many processes at the same point, so that none waits in a collective for one that has stopped."""
+"""Stopping many processes at the same point, so that none waits in a collective for one that has stopped.
 
-import itertools
-import json
+`jax.experimental.multihost_utils.reached_preemption_sync_point` has the same aim, and is not used. With jax 0.10.2:
+
+* It hears SIGTERM alone, through a handler that JAX installs below Python's. A handler that Python installs later
+  replaces it, and then it hears nothing; the other way round, the handler of the user's program hears nothing.
+* Ctrl-C does not reach it.
+* It has no end of a run: a process that has done its last step does not call it any more, so a signal that comes then
+  stops the others at a point which that process never reaches. `CommonStop.finish` decides that case for all.
+* A caller cannot set how long it waits, and nothing names the process that did not come.
+"""
+
+import contextlib
 import threading
-import time
 from collections.abc import Callable
 from typing import Self
 
 import jax
 
-from trainer.distributed.coordination import POLL_SECONDS, coordination_service, name_processes, read_now, read_within
+from trainer.distributed.coordination import POLL_SECONDS, count_up, delete_directory, read_now, write_once
+from trainer.distributed.rounds import delete_round, exchange, leave_unfinished
 from trainer.errors import DistributedError
-
-_stops = itertools.count()
 
 
 class CommonStop:
-    """Stops all processes of a run at the same point, wherever one of them was asked to stop.
+    """Stops all processes of a run at the same point, wherever one of them got a reason to stop.
 
-    A point is a call of `passes`. All processes come to the same points in the same order, with the same
+    A point is a call of `pass_point`. All processes come to the same points in the same order, with the same
     collectives between them::
 
-        with CommonStop(asked) as stop:
+        with CommonStop(stop_reason) as stop:
             for batch in batches:
                 state, metrics = step(state, batch)
-                if stop.passes() is not None:
+                if stop.pass_point() is not None:
                     break
             else:
-                stop.settles()
+                stop.finish()
 
-    When one is asked to stop, each says how many points it has passed, and passes no other until all
-    have. They stop at the next point of the one that is furthest: the others can still reach that, since
-    it has begun its part of every collective before. A thread says it, because the main one
-    may be in a collective that waits for a process which waits here.
+    If a process has a reason to stop, each process publishes how many points it has passed, and passes no further point
+    until all have published theirs. All stop at the next point of the process that is furthest ahead: the others can
+    still reach that point, since that process has begun its part of every collective before it. A thread publishes,
+    because the main thread may be in a collective that waits for a process which already waits here.
+
+    Entering waits for the other processes to enter, and gives the run an identity that all of them share.
 
     Args:
-        asked: Returns why this process is to stop, None where it is not. It is called from a thread too.
+        stop_reason: Returns why this process has to stop, None if it does not. It is called from a thread too.
         timeout_seconds: How long to wait for the others.
+
+    Raises:
+        DistributedError: On entering, if not all processes came in time. It names the missing ones.
     """
 
-    def __init__(self, asked: Callable[[], int | None], timeout_seconds: float = 300.0) -> None:
-        self._asked = asked
+    def __init__(self, stop_reason: Callable[[], int | None], timeout_seconds: float = 300.0) -> None:
+        self._stop_reason = stop_reason
         self._timeout_seconds = timeout_seconds
         self._passed = 0
         self._is_agreeing = self._has_left = False
@@ -50,11 +62,8 @@ class CommonStop:
         self._watcher = threading.Thread(target=self._watch, name="trainer-stop", daemon=True)
 
     def __enter__(self) -> Self:
-        number = next(_stops)
-        self._room = f"trainer/stop/{number}"
-        if jax.process_index() == 0:
-            # A process that was in the run before this one has left the run before that.
-            coordination_service().key_value_delete(f"trainer/stop/{number - 2}")
+        identity = exchange("run", None, self._timeout_seconds, label="the start of the run").identity
+        self._directory, self._answers = f"trainer/stop/{identity}", f"stop {identity}"
         self._watcher.start()
         return self
 
@@ -62,19 +71,26 @@ class CommonStop:
         with self._changed:
             self._has_left = True
             self._changed.notify_all()
-        self._watcher.join()
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator is gone, which ends this process too
+            if self._agreed is None:
+                # So that no process waits for the answer of this one, nor this one's thread for theirs.
+                leave_unfinished(self._answers, "left the run")
+            self._watcher.join()
+            if count_up(f"{self._directory}/left") == jax.process_count():
+                delete_directory(self._directory)
+                delete_round(self._answers)
 
-    def passes(self) -> int | None:
+    def pass_point(self) -> int | None:
         """Passes a point, unless all are to stop at it.
 
         Returns:
-            None, or why all stop here: what ``asked`` returned in the first process where it did.
+            None, or why all stop here: what ``stop_reason`` returned, in the first process that had one.
 
         Raises:
-            DistributedError: Another process did not answer in time. It tells which.
+            DistributedError: Another process did not answer in time, or has left the run. It names the process.
         """
         with self._changed:
-            if self._asked() is not None:
+            if self._stop_reason() is not None:
                 self._begin_to_agree()
             if self._is_agreeing:
                 stop, reason = self._agreement()
@@ -83,22 +99,23 @@ class CommonStop:
             self._passed += 1
             return None
 
-    def settles(self) -> int | None:
-        """Waits until all have passed their last point. It is called once, then.
+    def finish(self) -> int | None:
+        """Waits until all processes have passed their last point. Call it once, after the last point.
 
         Returns:
-            None, or why all stop: one was asked to before it came here. Later it is too late.
+            None, or why all stop, if a process had a reason before it called this. A later one has no effect.
 
         Raises:
-            DistributedError: Another process did not come in time, or came by another number of points.
+            DistributedError: Another process did not come in time, has left the run, or passed another number of
+                points.
         """
         with self._changed:
             self._begin_to_agree()
             stop, reason = self._agreement()
             if self._passed != stop:
                 raise DistributedError(
-                    f"Process {jax.process_index()} ended its run at point {self._passed}, where another went on to "
-                    f"point {stop}. Give all of them the same number of batches, and let none stop by itself."
+                    f"Process {jax.process_index()} ended its run at point {self._passed}, where another continued "
+                    f"to point {stop}. Give all processes the same number of batches, and let none stop by itself."
                 )
             return reason
 
@@ -115,7 +132,7 @@ class CommonStop:
 
     def _watch(self) -> None:
         try:
-            if not self._notices():
+            if not self._wait_for_a_reason():
                 return
             agreed = self._agree()
             with self._changed:
@@ -126,46 +143,23 @@ class CommonStop:
                 self._failure = failure
                 self._changed.notify_all()
 
-    def _notices(self) -> bool:
-        """Waits until a process is asked to stop or this process ends its run; False if it has left instead."""
+    def _wait_for_a_reason(self) -> bool:
+        """Waits until a process has a reason to stop or this one calls `finish`; returns False if it leaves instead."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._is_agreeing or self._has_left, POLL_SECONDS)
                 if self._is_agreeing or self._has_left:
                     return not self._has_left
-            if self._asked() is not None or read_now(f"{self._room}/notice") is not None:
+            if self._stop_reason() is not None or read_now(f"{self._directory}/notice") is not None:
                 with self._changed:
                     self._is_agreeing = True
 
     def _agree(self) -> tuple[int, int | None]:
-        client, process, reason = coordination_service(), jax.process_index(), self._asked()
+        reason = self._stop_reason()
         if reason is not None:
-            client.key_value_set(f"{self._room}/notice", "", allow_overwrite=True)
-        client.key_value_set(f"{self._room}/answers/{process}", json.dumps([self._passed, reason]))
-        deadline = time.monotonic() + self._timeout_seconds
-        if process == 0:
-            keys = [f"{self._room}/answers/{other}" for other in range(jax.process_count())]
-            answers = [json.loads(self._read(key, deadline)) for key in keys]
-            reasons = [why for _, why in answers if why is not None]
-            verdict = max(passed for passed, _ in answers), reasons[0] if reasons else None
-            client.key_value_set(f"{self._room}/verdict", json.dumps(verdict))
-        stop, reason = json.loads(self._read(f"{self._room}/verdict", deadline))
-        return stop, reason
-
-    def _read(self, key: str, deadline: float) -> str:
-        """Waits for a key in short turns, so that a process that leaves the run need not wait for it."""
-        while not self._has_left:
-            seconds = min(POLL_SECONDS, deadline - time.monotonic())
-            if seconds <= 0:
-                break
-            text = read_within(key, seconds)
-            if text is not None:
-                return text
-        answers = coordination_service().key_value_dir_get(f"{self._room}/answers/")
-        answered = {int(key.rsplit("/", 1)[1]) for key, _ in answers}
-        missing = [other for other in range(jax.process_count()) if other not in answered] or [0]
-        raise DistributedError(
-            f"{name_processes(missing)} of {jax.process_count()} did not say within {self._timeout_seconds:g} s where "
-            f"to stop. {'It' if len(missing) == 1 else 'They'} may have taken another way through the program, or be "
-            f"busy with something else."
-        )
+            write_once(f"{self._directory}/notice", "")
+        answer = [self._passed, reason]
+        found = exchange(self._answers, answer, self._timeout_seconds, once=True, label="the agreement where to stop")
+        answers = found.values.values()
+        reasons = [why for _, why in answers if why is not None]
+        return max(passed for passed, _ in answers), reasons[0] if reasons else None

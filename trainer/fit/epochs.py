@@ -314,7 +314,7 @@ def _finish_saves(trainer: Trainer, signals: Signals, error: BaseException) -> N
         error.add_note(f"the state could not be saved: {failure}")
         return
     if path is not None:
-        error.add_note(f"the state was saved to {path}; train(..., resume=True) goes on from it")
+        error.add_note(f"the state was saved to {path}; train(..., resume=True) resumes from it")
     if isinstance(error, TrainingInterrupted):
         error.path = path
 

@@ -99,7 +99,7 @@ def _abstract_init(
     if not callable(model_fn) or isinstance(model_fn, nnx.Module):
         raise ArgumentTypeError(
             f"`model_fn` is of type {type(model_fn).__name__}; it must be a callable that makes the module from random "
-            f"streams, such as `lambda rngs: Model(rngs=rngs)`. A module that exists has been whole already."
+            f"streams, such as `lambda rngs: Model(rngs=rngs)`. A module that exists is already unsharded in memory."
         )
 
     def init(rng: jax.Array) -> TrainState:

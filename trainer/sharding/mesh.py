@@ -41,9 +41,11 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = No
         raise ArgumentTypeError(f"`axes` is {axes!r}; it must map names of axes to sizes, such as {{'data': -1}}.")
     for name, size in axes.items():
         if isinstance(size, bool) or not isinstance(size, int):
-            raise ArgumentTypeError(f"`axes[{name!r}]` is {size!r}; it must be an integer, -1 for what is left.")
+            raise ArgumentTypeError(
+                f"`axes[{name!r}]` is {size!r}; it must be an integer; -1 takes the remaining devices."
+            )
         if size == 0 or size < -1:
-            raise ArgumentError(f"`axes[{name!r}]` is {size}; it must be positive, or -1 for what is left.")
+            raise ArgumentError(f"`axes[{name!r}]` is {size}; it must be positive; -1 takes the remaining devices.")
     free = [name for name, size in axes.items() if size == -1]
     if len(free) > 1:
         raise ArgumentError(f"`axes` leaves {' and '.join(map(repr, free))} open; at most one size can be -1.")

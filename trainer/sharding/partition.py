@@ -127,15 +127,15 @@ def shardings_of(tree: Any) -> Any:
     """Returns the sharding of each leaf, an array or a `jax.ShapeDtypeStruct`.
 
     Raises:
-        ArgumentTypeError: A leaf is on no mesh.
+        ArgumentTypeError: The sharding of a leaf is not over a mesh.
     """
 
     def of(path: Any, leaf: Any) -> NamedSharding:
         sharding = getattr(leaf, "sharding", None)
         if not isinstance(sharding, NamedSharding):
             raise ArgumentTypeError(
-                f"`{leaf_path(path)}` lies on {sharding}, and not on a mesh; make the state with create_sharded, or "
-                f"place it: jax.device_put(state, partition(state, mesh))."
+                f"`{leaf_path(path)}` has the sharding {sharding}, which is not over a mesh; create the state with "
+                f"create_sharded, or place it: jax.device_put(state, partition(state, mesh))."
             )
         return sharding
 
@@ -158,7 +158,7 @@ def describe(tree: Any) -> str:
         a line with the sums.
 
     Raises:
-        ArgumentTypeError: A leaf is on no mesh.
+        ArgumentTypeError: The sharding of a leaf is not over a mesh.
 
     Example:
         >>> from trainer.sharding import make_mesh

@@ -14,8 +14,9 @@ from trainer.sharding.partition import shardings_of
 def jit_step(step: Callable[..., Any], state: Any, batch: Any = None) -> Any:
     """Compiles a train step that donates its state and returns a state with the same shardings.
 
-    Without given output shardings the compiler may return a leaf with another sharding than it came
-    with. That compiles the next step again and changes what each device holds. The call is the same as::
+    Without given output shardings the compiler may return a leaf with another sharding than its
+    argument had. The next step would then compile again, and each device would hold other parts.
+    The call is the same as::
 
         shardings = shardings_of(state)
         jax.jit(
@@ -38,7 +39,7 @@ def jit_step(step: Callable[..., Any], state: Any, batch: Any = None) -> Any:
         place of JAX's error, and the state is not donated.
 
     Raises:
-        ArgumentTypeError: A leaf of ``state`` is on no mesh.
+        ArgumentTypeError: The sharding of a leaf of ``state`` is not over a mesh.
     """
     shardings = shardings_of(state)
     mesh = jax.tree.leaves(shardings)[0].mesh

@@ -1,0 +1,44 @@
+"""Every private name of another library that this one uses, each behind a function that says what it stands in for.
+
+A release of that library may rename or remove such a name. No other module imports one (`tests/test_surface.py`).
+"""
+
+import atexit
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from trainer.errors import DistributedError
+
+
+def coordination_client() -> Any:
+    """Returns the client of JAX's coordination service, None before `jax.distributed.initialize`.
+
+    ``jax._src.distributed.global_state.client``, seen in jax 0.10.2 and 0.11; Orbax uses it too. JAX has no public
+    way to its key-value store.
+
+    Raises:
+        DistributedError: This release of JAX has no such name. A single process never gets here.
+    """
+    try:
+        from jax._src import distributed
+
+        return distributed.global_state.client
+    except (ImportError, AttributeError) as error:
+        raise DistributedError(
+            f"This release of JAX has no `jax._src.distributed.global_state.client` ({error}), through which several "
+            f"processes coordinate. Use a release of JAX that this library was tested with (0.10 or 0.11)."
+        ) from error
+
+
+def before_executors_shut_down(call: Callable[[], None]) -> None:
+    """Runs a function when the interpreter exits, while executors still take work.
+
+    ``threading._register_atexit``, seen in Python 3.11 to 3.13; `concurrent.futures.thread` registers its own shutdown
+    with it, and what is registered last runs first. Where Python has no such name, `atexit` runs the function instead:
+    then a save that is in flight when the interpreter exits may fail, with an error of the executor.
+    """
+    import concurrent.futures.thread  # noqa: F401 - it has to register before this does
+
+    register = getattr(threading, "_register_atexit", atexit.register)
+    register(call)

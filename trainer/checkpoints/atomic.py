@@ -53,7 +53,7 @@ def replacing(path: Path, size: int) -> Iterator["Writer"]:
     descriptor, temporary = _create_file(path, 0o666 if mode is None else 0o600)
     try:
         _reserve(descriptor, size)
-        yield Writer(descriptor)
+        yield Writer(descriptor, temporary)
         os.fsync(descriptor)
         if mode is not None:
             os.chmod(temporary, mode)
@@ -69,10 +69,15 @@ def replacing(path: Path, size: int) -> Iterator["Writer"]:
 
 
 class Writer:
-    """Writes all bytes of a buffer to a file descriptor, in as many calls as it takes."""
+    """Writes all bytes of a buffer to a file descriptor, in as many calls as it takes.
 
-    def __init__(self, descriptor: int) -> None:
+    Attributes:
+        path: The temporary file.
+    """
+
+    def __init__(self, descriptor: int, path: Path) -> None:
         self._descriptor = descriptor
+        self.path = path
 
     def write(self, data: Any) -> None:
         """Writes a buffer of bytes."""
@@ -82,7 +87,7 @@ class Writer:
 
 
 class NewDirectory:
-    """A temporary directory that `commit` renames to ``path``.
+    """A temporary directory that `commit` renames to ``path``. A directory that is replaced passes its permissions on.
 
     Temporaries of killed writers in the same parent directory are removed.
 
@@ -129,6 +134,7 @@ class NewDirectory:
         # the two renames, a process leaves both complete, and the next sweep gives the old one its name back. Until
         # then the name is free. The lock keeps a sweep from that while this process is alive.
         aside = _temporary_name(self._path, "old")
+        os.chmod(self.temporary, stat.S_IMODE(os.stat(self._path).st_mode))
         with _held(self._path / _LOCK):
             os.rename(self._path, aside)
             try:

@@ -33,6 +33,7 @@ import numpy as np
 import xxhash
 
 from trainer.checkpoints.atomic import replacing
+from trainer.checkpoints.plain_values import from_plain, to_plain
 from trainer.core.tree_paths import LeafPath
 from trainer.errors import UnreadableError
 
@@ -100,18 +101,19 @@ def write_bundle(
 
     Args:
         path: The file; it is replaced as a whole.
-        info: Plain values for the header.
+        info: Plain values for the header, see `trainer.checkpoints.plain_values`.
         leaves: Descriptions, and callables that return the array when its turn has come, so that no
             two need be in memory at once.
 
     Raises:
         OSError: It could not be written; what was there before is untouched.
-        ValueError: The header would be too long, or two leaves have one path.
+        ValueError: The header would be too long or would not come back equal, or two leaves have one path. It is a
+            `CheckpointError` where ``info`` holds a value that no file can hold.
     """
     placed, data_length = _lay_out([leaf for leaf, _ in leaves])
     if len({leaf.path for leaf in placed}) != len(placed):
         raise ValueError("two arrays of the state have the same path")
-    header = msgpack.packb({"info": info, "leaves": list(map(leaf_to_record, placed))}, default=str)
+    header = msgpack.packb({"info": to_plain(info, "info"), "leaves": list(map(leaf_to_record, placed))})
     if len(header) > _MAX_HEADER:
         raise ValueError(f"the header takes {len(header)} bytes, more than 16 MiB")
     data_start = _aligned(_DATA_START + len(header))
@@ -131,6 +133,15 @@ def write_bundle(
             table += _SUM.pack(hasher.intdigest())
             position = leaf.offset + leaf.size
         file.write(bytes(data_length - position) + table + _SUM.pack(_sum(table)) + END)
+        _check_readable(file.path, header)
+
+
+def _check_readable(path: Path, header: bytes) -> None:
+    """Opens a file as a reader does, and compares its header with the one that was written."""
+    with Bundle(path) as written:
+        records = list(map(leaf_to_record, written.leaves))
+        if msgpack.packb({"info": to_plain(written.info, "info"), "leaves": records}) != header:
+            raise ValueError("its header does not come back equal")
 
 
 class Bundle:
@@ -354,11 +365,11 @@ def _fields(record: Any, **kinds: Any) -> list[Any]:
     return [record[name] for name in kinds]
 
 
-def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+def _unique(pairs: list[tuple[Any, Any]]) -> Any:
     mapping = dict(pairs)
     if len(mapping) != len(pairs):
         raise ValueError("a mapping has one key twice")
-    return mapping
+    return from_plain(mapping)
 
 
 def _refuse_extension(code: int, data: bytes) -> Any:

@@ -34,6 +34,7 @@ import xxhash
 from trainer.checkpoints.atomic import NewDirectory
 from trainer.checkpoints.device_checksums import bits, digests_as_text, from_bits
 from trainer.checkpoints.file_format import DTYPES, Leaf, leaf_from_record, leaf_to_record
+from trainer.checkpoints.plain_values import bytes_to_json, from_plain, to_plain
 from trainer.core.tree_paths import LeafPath
 from trainer.distributed.agreement import AllOrNone
 from trainer.errors import CheckpointError, UnreadableError
@@ -114,6 +115,7 @@ class _Writing:
         """Converts the arrays to what Orbax can store, and makes the temporary directory, in process 0 for all."""
         import orbax.checkpoint as ocp
 
+        self._info = to_plain(self._info, "info")
         self._handler = ocp.PyTreeCheckpointHandler()
         self._tree = _tree_of(self._leaves)
         if jax.process_index() != 0:
@@ -160,7 +162,7 @@ class _Writing:
             {**leaf_to_record(leaf), "digest": checksum}
             for (leaf, _), checksum in zip(self._leaves, self._checksums, strict=True)
         ]
-        about = json.dumps({"info": self._info, "leaves": records}, default=str)
+        about = json.dumps({"info": self._info, "leaves": records}, default=bytes_to_json)
         self._handler.finalize(_state_in(self._temporary))
         envelope = {"format": FORMAT, "about": about, "checksum": xxhash.xxh3_64_hexdigest(about.encode())}
         (self._temporary / "about").mkdir()
@@ -192,6 +194,8 @@ def _attempted(work: Callable[[], Any], path: Path) -> tuple[Exception | None, A
     """Returns what to settle: a failure, or what the work returned."""
     try:
         return None, work()
+    except CheckpointError as error:
+        return error, None
     except Exception as error:  # whatever a disk makes Orbax and TensorStore raise
         reason = " ".join(str(error).split())[:300]
         failure = CheckpointError(f"`{path}` could not be written ({type(error).__name__}: {reason})")
@@ -306,7 +310,7 @@ class OrbaxDirectory:
                 raise self._damaged(f"its format is {envelope['format']!r}, and this release reads {FORMAT!r}")
             if xxhash.xxh3_64_hexdigest(envelope["about"].encode()) != envelope["checksum"]:
                 raise self._damaged("its description does not have the checksum that was written")
-            about = json.loads(envelope["about"])
+            about = json.loads(envelope["about"], object_hook=from_plain)
             digests = [str(record.pop("digest")) for record in about["leaves"]]
             leaves = [leaf_from_record(record) for record in about["leaves"]]
             found = dict(zip((leaf.path for leaf in leaves), digests, strict=True))

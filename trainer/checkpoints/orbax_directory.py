@@ -34,6 +34,7 @@ import xxhash
 from trainer.checkpoints.atomic import NewDirectory
 from trainer.checkpoints.device_checksums import bits, digests_as_text, from_bits
 from trainer.checkpoints.file_format import DTYPES, Leaf, leaf_from_record, leaf_to_record
+from trainer.checkpoints.orbax_checks import check_files, check_stored
 from trainer.checkpoints.plain_values import bytes_to_json, from_plain, to_plain
 from trainer.core.tree_paths import LeafPath
 from trainer.distributed.agreement import AllOrNone
@@ -116,7 +117,7 @@ class _Writing:
         import orbax.checkpoint as ocp
 
         self._info = to_plain(self._info, "info")
-        self._handler = ocp.PyTreeCheckpointHandler()
+        self._handler = ocp.PyTreeCheckpointHandler(use_zarr3=False)  # the layout that `check_stored` reads
         self._tree = _tree_of(self._leaves)
         if jax.process_index() != 0:
             return None
@@ -293,13 +294,16 @@ class OrbaxDirectory:
         del kind, error, trace  # no file is open
 
     def _read_about(self) -> tuple[dict[str, Any], dict[LeafPath, Leaf], dict[LeafPath, str]]:
-        steps = sorted(int(name) for name in os.listdir(self.path) if name.isdecimal()) if self.path.is_dir() else []
-        if steps:
-            listed = ", ".join(map(str, steps))
-            raise UnreadableError(f"`{self.path}` holds checkpoints of the steps {listed}; pass one of them.")
         try:
+            steps = sorted(int(name) for name in os.listdir(self.path) if name.isdecimal())
+            if steps:
+                listed = ", ".join(map(str, steps))
+                raise UnreadableError(f"`{self.path}` holds checkpoints of the steps {listed}; pass one of them.")
+            check_files(self.path / "about")
             text = (self.path / "about" / "metadata").read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except UnreadableError:
+            raise
+        except (OSError, ValueError) as error:
             raise UnreadableError(
                 f"`{self.path}` is no Orbax directory that this library wrote, since its `about` could not be read: "
                 f"{error}"
@@ -334,13 +338,17 @@ class OrbaxDirectory:
             items, hows = item, how
             for name in parents:
                 items, hows = items.setdefault(name, {}), hows.setdefault(name, {})
-            stored = DTYPES[leaf.dtype] if leaf.dtype in _PLAIN else np.dtype(np.uint8)
-            items[last] = jax.ShapeDtypeStruct(leaf.shape, stored)
+            items[last] = jax.ShapeDtypeStruct(leaf.shape, _stored_dtype(leaf))
             hows[last] = ocp.RestoreArgs(restore_type=np.ndarray)
             if like is not None and like.committed:
                 hows[last] = ocp.ArrayRestoreArgs(sharding=sharding_of(like), global_shape=leaf.shape)
         restore = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
         try:
+            state = self.path / "state"
+            stored = {
+                ".".join(_names(path)): (self.leaves[path].shape, _stored_dtype(self.leaves[path])) for path in wanted
+            }
+            check_stored(state, stored, check_files(state))
             # Not through a checkpointer, whose barrier a process that fails would not come to.
             tree = ocp.PyTreeCheckpointHandler().restore(_state_in(self.path), args=restore)
         except Exception as error:  # whatever a damaged directory makes Orbax and TensorStore raise
@@ -350,7 +358,9 @@ class OrbaxDirectory:
         for path in wanted:
             leaf, stored_array = self.leaves[path], tree
             for name in _names(path):
-                stored_array = stored_array[name]
+                stored_array = stored_array.get(name) if isinstance(stored_array, dict) else None
+            if not isinstance(stored_array, np.ndarray | jax.Array) or stored_array.dtype != _stored_dtype(leaf):
+                raise self._damaged(f"`{leaf.name}` is {str(stored_array)[:100]} in its arrays")
             if leaf.dtype not in _PLAIN:
                 stored_array = from_bits(jnp.asarray(stored_array), DTYPES[leaf.dtype])
             if (tuple(stored_array.shape), stored_array.dtype) != (leaf.shape, DTYPES[leaf.dtype]):
@@ -360,6 +370,10 @@ class OrbaxDirectory:
 
     def _damaged(self, how: str) -> UnreadableError:
         return UnreadableError(f"`{self.path}` is damaged: {how}.")
+
+
+def _stored_dtype(leaf: Leaf) -> np.dtype[Any]:
+    return DTYPES[leaf.dtype] if leaf.dtype in _PLAIN else np.dtype(np.uint8)
 
 
 def _placed(array: Any, like: jax.Array | None) -> Any:

@@ -258,6 +258,7 @@ class TestForgeries:
             {"shape": [1] * 65},
             {"shape": None},
             {"path": []},
+            {"path": ["a"] * 129},
             {"path": [None]},
             {"path": "params"},
             {"key": 5},

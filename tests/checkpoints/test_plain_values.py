@@ -4,6 +4,7 @@ import datetime
 import enum
 import json
 import os
+import tracemalloc
 import types
 from collections import OrderedDict, defaultdict, namedtuple
 from pathlib import Path
@@ -20,9 +21,11 @@ from trainer import Callback, CheckpointError, Trainer, TrainState, save_state
 from trainer.checkpoints.export import convert
 from trainer.checkpoints.file_format import Bundle, write_bundle
 from trainer.checkpoints.open import open_source
-from trainer.checkpoints.plain_values import bytes_to_json, from_plain, to_plain
-from trainer.checkpoints.run_record import load_run, save_run
+from trainer.checkpoints.plain_values import bytes_to_json, from_plain, to_plain, unpack
+from trainer.checkpoints.run_record import load_run, save_run, snapshot_run
+from trainer.checkpoints.snapshot import write_snapshot
 from trainer.checkpoints.state_io import load_with_progress
+from trainer.metrics.history import History
 from trainer.run import Run
 
 Point = namedtuple("Point", "x y")
@@ -200,3 +203,59 @@ def test_a_header_that_does_not_come_back_is_found_before_the_file_has_its_name(
     assert list(tmp_path.iterdir()) == [path]
     with Bundle(path) as bundle:
         assert bundle.info == {"a": 1}
+
+
+def growth(function):
+    """Returns the peak of the memory that a call takes, and what it raised."""
+    error = None
+    tracemalloc.start()
+    try:
+        function()
+    except Exception as raised:
+        error = raised
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak, error
+
+
+BOMBS = {
+    "empty lists": b"\x90" * 2**20,
+    "empty mappings": b"\x80" * 2**20,
+    "pairs": b"\x92\x01\x02" * 2**19,
+    "mappings of one": b"\x81\xa1a\xc0" * 2**18,
+    "None": b"\xc0" * 2**20,
+    "short strings": b"\xa2ab" * 2**19,
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS.values(), ids=BOMBS)
+def test_memory_is_in_proportion_to_the_bytes(bomb):
+    count = {b"\x92": 2**19, b"\x81": 2**18, b"\xa2": 2**19}.get(bomb[:1], 2**20)
+    data = b"\xdd" + count.to_bytes(4, "big") + bomb
+    peak, error = growth(lambda: unpack(data, free=0))
+    assert peak < 30 * len(data)
+    if bomb[:1] not in (b"\xc0", b"\xa2"):
+        assert "too many lists and mappings" in str(error)
+
+
+def test_what_no_reader_takes_is_refused_at_the_save(tmp_path):
+    many = [[] for _ in range(2**18)]
+    with pytest.raises(CheckpointError, match=r"`progress` cannot be saved: it holds too many lists and mappings"):
+        save_state(tmp_path / "s.msgpack", state(), progress={"many": many})
+    deep = jnp.ones(1)
+    for _ in range(130):
+        deep = {"a": deep}
+    for name in ("s.msgpack", "s.orbax"):
+        with pytest.raises(CheckpointError, match=r"could not be written.*has 131 parts, more than 128"):
+            save_state(tmp_path / name, state().replace(model_state=deep))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_hundred_thousand_rows_and_many_pairs_are_no_bomb(tmp_path):
+    run = Run.start(state())
+    run = run.replace(history=History.from_rows([{"step": step} for step in range(100_000)]))
+    pairs = [[index, (index, 1)] for index in range(30_000)]
+    path = tmp_path / "s.msgpack"
+    write_snapshot(path, snapshot_run(run, listeners=lambda: [pairs]))
+    assert load_with_progress(path, state()).progress["listeners"] == [pairs]
+    assert len(load_run(path, Run.start(state())).history) == 100_000

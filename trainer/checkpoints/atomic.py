@@ -174,7 +174,10 @@ def restore(directory: Path) -> None:
 
 
 def _reclaim_all(directory: Path, kinds: tuple[str, ...]) -> None:
-    for name in os.listdir(directory) if sys.platform != "win32" else ():
+    names: list[str] = []
+    with contextlib.suppress(PermissionError):  # a shared directory into which one may write, but not look
+        names = os.listdir(directory) if sys.platform != "win32" else []
+    for name in names:
         match = _TEMPORARY.fullmatch(name)
         if match and match[2] in kinds:
             # Another process may sweep at the same time, or finish its write; then nothing is left to do.
@@ -188,13 +191,15 @@ def _reclaim(temporary: Path, original: Path | None) -> None:
     Raises:
         OSError: A living process has locked it, or it cannot be locked or removed.
     """
+    if not stat.S_ISDIR(os.lstat(temporary).st_mode) and not _is_file(temporary):
+        return  # not made here
     lock = temporary / _LOCK if temporary.is_dir() else temporary
-    if temporary.is_dir() and not lock.exists():
+    if temporary.is_dir() and not _is_file(lock):
         try:
             os.rmdir(temporary)
         except OSError:
             # A writer makes the lock first. So a directory with files and without a lock is the rest of a removal.
-            if not lock.exists():
+            if not os.path.lexists(lock):
                 _remove(temporary)
         return
     descriptor = os.open(lock, os.O_WRONLY)  # for writing, without which NFS grants no exclusive lock
@@ -273,6 +278,14 @@ def _mode_of(path: Path) -> int | None:
         return stat.S_IMODE(os.stat(path).st_mode)
     except OSError:
         return None
+
+
+def _is_file(path: Path) -> bool:
+    """Tells whether there is a regular file; opening anything else may wait, or change something elsewhere."""
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except OSError:
+        return False
 
 
 def _remove(path: Path) -> None:

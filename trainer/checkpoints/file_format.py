@@ -19,6 +19,7 @@ A reader takes files of its own major version; a newer minor version adds only w
 import dataclasses
 import math
 import os
+import reprlib
 import stat
 import struct
 import threading
@@ -33,7 +34,7 @@ import numpy as np
 import xxhash
 
 from trainer.checkpoints.atomic import replacing
-from trainer.checkpoints.plain_values import from_plain, to_plain
+from trainer.checkpoints.plain_values import to_plain, unpack
 from trainer.core.tree_paths import LeafPath
 from trainer.errors import UnreadableError
 
@@ -48,6 +49,7 @@ _DATA_START = _PREFIX.size + _SUM.size
 _ALIGNMENT = 64
 _MAX_HEADER = 16 * 2**20
 _MAX_DIMENSIONS = 32
+_MAX_PARTS = 128  # of a path; deeper trees overflow the stacks of those who walk them
 _WINDOW = 2**13
 _SLICE = 4 * 2**20  # hashed while it is still in the cache
 
@@ -113,6 +115,8 @@ def write_bundle(
     placed, data_length = _lay_out([leaf for leaf, _ in leaves])
     if len({leaf.path for leaf in placed}) != len(placed):
         raise ValueError("two arrays of the state have the same path")
+    for leaf in placed:
+        leaf_from_record(leaf_to_record(leaf))  # what no reader takes is refused before anything is written
     header = msgpack.packb({"info": to_plain(info, "info"), "leaves": list(map(leaf_to_record, placed))})
     if len(header) > _MAX_HEADER:
         raise ValueError(f"the header takes {len(header)} bytes, more than 16 MiB")
@@ -265,7 +269,7 @@ class Bundle:
         if len(raw) != length or _sum(raw) != expected_sum:
             raise self._damaged("its header does not have the checksum that was written")
         try:
-            header = msgpack.unpackb(raw, object_pairs_hook=_unique, ext_hook=_refuse_extension)
+            header = unpack(raw, object_pairs_hook=_unique, ext_hook=_refuse_extension)
             info, records = _fields(header, info=dict, leaves=list)
             leaves = tuple(map(leaf_from_record, records))
         except (ValueError, TypeError, RecursionError, msgpack.exceptions.UnpackException) as error:
@@ -347,11 +351,13 @@ def leaf_from_record(record: Any) -> Leaf:
         record, path=list, dtype=str, shape=list, key=str | None, offset=int, size=int
     )
     if not path or any(type(part) not in (str, int) for part in path):
-        raise ValueError(f"{path!r} is no path")
+        raise ValueError(f"{reprlib.repr(path)} is no path")
+    if len(path) > _MAX_PARTS:
+        raise ValueError(f"{reprlib.repr(path)} has {len(path)} parts, more than {_MAX_PARTS}")
     if dtype not in DTYPES:
-        raise ValueError(f"{dtype!r} is no dtype")
+        raise ValueError(f"{reprlib.repr(dtype)} is no dtype")
     if len(shape) > _MAX_DIMENSIONS or any(type(length) is not int or length < 0 for length in shape):
-        raise ValueError(f"{shape!r} is no shape")
+        raise ValueError(f"{reprlib.repr(shape)} is no shape")
     return Leaf(tuple(path), dtype, tuple(shape), key, offset, size)
 
 
@@ -365,11 +371,11 @@ def _fields(record: Any, **kinds: Any) -> list[Any]:
     return [record[name] for name in kinds]
 
 
-def _unique(pairs: list[tuple[Any, Any]]) -> Any:
+def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
     mapping = dict(pairs)
     if len(mapping) != len(pairs):
         raise ValueError("a mapping has one key twice")
-    return from_plain(mapping)
+    return mapping
 
 
 def _refuse_extension(code: int, data: bytes) -> Any:

@@ -19,7 +19,7 @@ import numpy as np
 
 from trainer.checkpoints.file_format import Bundle, Leaf
 from trainer.checkpoints.orbax_directory import OrbaxDirectory
-from trainer.checkpoints.plain_values import from_plain
+from trainer.checkpoints.plain_values import unpack
 from trainer.checkpoints.reference_pickle import read_pickle
 from trainer.core.tree_paths import LeafPath, parts_of
 from trainer.distributed.agreement import AllOrNone
@@ -103,7 +103,7 @@ def read_progress(source: Source) -> dict[str, Any] | None:
         return None
     packed = source.read({PROGRESS: None})[PROGRESS]
     try:
-        progress = msgpack.unpackb(packed.tobytes(), object_hook=from_plain)
+        progress = unpack(packed.tobytes())
     except (ValueError, msgpack.exceptions.UnpackException) as error:
         raise CheckpointError(f"`{source.path}` holds a progress that cannot be understood: {error}") from error
     if not isinstance(progress, dict):

@@ -46,6 +46,9 @@ FORMAT = "nnx-trainer orbax 1"
 # A save that takes longer than this has failed.
 _SAVE_TIMEOUT_SECONDS = 3600.0
 
+# JSON takes up to 30 times its bytes in memory.
+_MAX_ABOUT = 96 * 2**20
+
 _PLAIN = {"bool", "int8", "uint8", "int16", "uint16", "float16", "bfloat16", "int32", "uint32", "float32"}
 _PLAIN |= {"int64", "uint64", "float64", "complex64", "complex128"}
 
@@ -117,6 +120,8 @@ class _Writing:
         import orbax.checkpoint as ocp
 
         self._info = to_plain(self._info, "info")
+        for leaf, _ in self._leaves:
+            leaf_from_record(leaf_to_record(leaf))  # what no reader takes is refused before anything is written
         self._handler = ocp.PyTreeCheckpointHandler(use_zarr3=False)  # the layout that `check_stored` reads
         self._tree = _tree_of(self._leaves)
         if jax.process_index() != 0:
@@ -164,6 +169,8 @@ class _Writing:
             for (leaf, _), checksum in zip(self._leaves, self._checksums, strict=True)
         ]
         about = json.dumps({"info": self._info, "leaves": records}, default=bytes_to_json)
+        if len(about) > _MAX_ABOUT // 3:  # in the file, quotes are escaped once more
+            raise ValueError(f"its description takes {len(about)} bytes, more than {_MAX_ABOUT // 3}")
         self._handler.finalize(_state_in(self._temporary))
         envelope = {"format": FORMAT, "about": about, "checksum": xxhash.xxh3_64_hexdigest(about.encode())}
         (self._temporary / "about").mkdir()
@@ -300,6 +307,8 @@ class OrbaxDirectory:
                 listed = ", ".join(map(str, steps))
                 raise UnreadableError(f"`{self.path}` holds checkpoints of the steps {listed}; pass one of them.")
             check_files(self.path / "about")
+            if (self.path / "about" / "metadata").stat().st_size > _MAX_ABOUT:
+                raise ValueError("it is too large")
             text = (self.path / "about" / "metadata").read_text(encoding="utf-8")
         except UnreadableError:
             raise

@@ -19,11 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import msgpack
 import numpy as np
 
 from trainer.errors import CheckpointError
 
 _MAX_DEPTH = 100
+_FREE_CONTAINERS = 2**18
+_BYTES_OF_CONTAINER = 16
 
 
 def to_plain(value: Any, name: str) -> Any:
@@ -37,6 +40,46 @@ def to_plain(value: Any, name: str) -> Any:
         CheckpointError: A part of it would not come back equal, which the message names.
     """
     return _to_plain(value, name, 0)
+
+
+def unpack(data: Any, *, free: int = _FREE_CONTAINERS, **options: Any) -> Any:
+    """Returns the value in MessagePack bytes, `to_plain` undone.
+
+    Lists and mappings take up to a hundred times the memory of their bytes, so their number is limited in proportion to
+    these; nothing else takes more than about twenty times its bytes.
+
+    Args:
+        data: The bytes.
+        free: How many lists and mappings any bytes may hold, however few they are.
+        options: Further arguments of `msgpack.unpackb`.
+
+    Raises:
+        ValueError: These are no such bytes, or they hold too many lists and mappings.
+        msgpack.exceptions.UnpackException: These are no such bytes.
+    """
+    left = free + len(data) // _BYTES_OF_CONTAINER
+
+    def counted(container: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ValueError(f"it holds too many lists and mappings for its {len(data)} bytes")
+        return container
+
+    hook = options.pop("object_pairs_hook", dict)
+    return msgpack.unpackb(
+        data, object_pairs_hook=lambda pairs: from_plain(counted(hook(pairs))), list_hook=counted, **options
+    )
+
+
+def pack(value: Any, name: str) -> bytes:
+    """Returns the MessagePack bytes of a value that `unpack` reads, arguments and errors as for `to_plain`."""
+    data = bytes(msgpack.packb(to_plain(value, name)))
+    try:
+        unpack(data, free=_FREE_CONTAINERS // 2)  # the rest of the file needs some of them
+    except ValueError as error:
+        raise CheckpointError(f"`{name}` cannot be saved: {error}.") from error
+    return data
 
 
 def from_plain(mapping: dict[Any, Any]) -> Any:

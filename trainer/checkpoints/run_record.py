@@ -11,7 +11,7 @@ from typing import Any
 
 import msgpack
 
-from trainer.checkpoints.plain_values import to_plain
+from trainer.checkpoints.plain_values import pack, to_plain
 from trainer.checkpoints.snapshot import Snapshot, take_snapshot, write_snapshot
 from trainer.checkpoints.state_io import Loaded, load_with_progress
 from trainer.data.resumable import LoaderPass, LoaderPosition
@@ -142,9 +142,13 @@ def _packed(run: Run, listeners: Callable[[], Sequence[Any]], loaders: Sequence[
             _with_record(run, record, run.epoch)
         except ValueError as error:
             raise CheckpointError(f"the run cannot be saved, since it could not be read back: {error}.") from error
-    fields = {"epoch": to_plain(run.epoch, "epoch"), "run": record, "loaders": to_plain(loaders, "loaders")}
-    fields["listeners"] = to_plain(list(listeners()), "callbacks")
-    fields["horizon"] = to_plain(run.horizon, "horizon")
+    fields = {
+        "epoch": pack(run.epoch, "epoch"),
+        "run": msgpack.packb(record),
+        "loaders": pack(loaders, "loaders"),
+        "listeners": pack(list(listeners()), "callbacks"),
+        "horizon": pack(run.horizon, "horizon"),
+    }
     try:
         count, rows = run.history.packed()
     except (TypeError, ValueError, OverflowError) as error:
@@ -152,15 +156,12 @@ def _packed(run: Run, listeners: Callable[[], Sequence[Any]], loaders: Sequence[
         raise CheckpointError(
             f"`history[{index}]` cannot be saved: {error}; take numbers, strings, None and lists of these."
         ) from error
-    packer = msgpack.Packer(autoreset=False)
-    packer.pack_map_header(len(fields) + 1)
-    for name, value in fields.items():
-        packer.pack(name)
-        packer.pack(value)
-    packer.pack("history")
-    packer.pack_array_header(count)
-    # The rows come last, since most of them are packed already: a long history costs a copy and no packing.
-    return b"".join([packer.bytes(), *rows])
+    packer = msgpack.Packer()
+    pieces = [packer.pack_map_header(len(fields) + 1)]
+    for name, packed in fields.items():
+        pieces += [packer.pack(name), packed]
+    # The rows come last, and most of them are packed already: a long history costs a copy and no packing.
+    return b"".join([*pieces, packer.pack("history"), packer.pack_array_header(count), *rows])
 
 
 def _record(run: Run) -> dict[str, Any] | None:

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import jax
-import msgpack
 import numpy as np
 
 from trainer.checkpoints.atomic import replacing
 from trainer.checkpoints.file_format import DTYPES, Leaf, write_bundle
 from trainer.checkpoints.open import PROGRESS, describe
 from trainer.checkpoints.orbax_directory import begin_directory
-from trainer.checkpoints.plain_values import to_plain
+from trainer.checkpoints.plain_values import pack, to_plain
 from trainer.checkpoints.reference_pickle import write_pickle
 from trainer.core.tree_paths import parts_of
 from trainer.distributed.agreement import AllOrNone
@@ -98,7 +97,7 @@ def _snapshot(state: TrainState, info: Mapping[str, Any] | None, progress: Progr
         **(info or {}),
     }
     if progress is not None:
-        data = progress() if callable(progress) else msgpack.packb(to_plain(progress, "progress"))
+        data = progress() if callable(progress) else pack(progress, "progress")
         packed = np.frombuffer(data, np.uint8)
         leaves.append((Leaf(PROGRESS, "uint8", packed.shape), packed))
     return Snapshot(state, about, leaves)

@@ -336,7 +336,7 @@ class TestTwoProcesses:
         """
         for said in together(body_of(body), tmp_path):
             assert said["bundle"].endswith(
-                "lies on devices of several processes, which one file cannot hold; save under a name that ends in "
+                "is on devices of several processes, which one file cannot hold; save under a name that ends in "
                 ".orbax, in every process."
             )
             assert said["same"] == [[True, True, 2], [True, True, 8], [True, True, 8]]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import Any
 
-_under_way: set[Future[Any]] = set()
+_in_flight: set[Future[Any]] = set()
 
 
 class BackgroundSaver:
@@ -32,8 +32,8 @@ class BackgroundSaver:
                 pending.set_exception(error)
 
         # A thread of its own, which is gone afterwards; the interpreter waits for it before it exits.
-        _under_way.add(pending)
-        pending.add_done_callback(_under_way.discard)
+        _in_flight.add(pending)
+        pending.add_done_callback(_in_flight.discard)
         threading.Thread(target=run, name="checkpoint").start()
 
     def check(self) -> None:
@@ -52,7 +52,7 @@ class BackgroundSaver:
 
 
 def _wait_for_all() -> None:
-    wait(set(_under_way))
+    wait(set(_in_flight))
 
 
 # An interpreter that exits first forbids the executors to take work, which Orbax gives them while it finishes a

@@ -191,7 +191,7 @@ class Bundle:
         Raises:
             UnreadableError: Its checksum does not agree.
         """
-        # The header was checked: `size` is that of shape and dtype, and lies within the file.
+        # The header was checked: `size` is that of shape and dtype, and it is within the file.
         memory = np.empty(leaf.size + _ALIGNMENT, np.uint8)
         start = -memory.ctypes.data % _ALIGNMENT
         data = memory[start : start + leaf.size]
@@ -226,11 +226,11 @@ class Bundle:
         done = 0
         while done < leaf.size:
             start = done % len(into)
-            room = into[start : start + min(_SLICE, leaf.size - done)]
-            count = self._read_into(room, self._data_start + leaf.offset + done)
+            target = into[start : start + min(_SLICE, leaf.size - done)]
+            count = self._read_into(target, self._data_start + leaf.offset + done)
             if not count:
                 raise self._damaged(f"it became shorter while `{leaf.name}` was read")
-            hasher.update(room[:count])
+            hasher.update(target[:count])
             done += count
         found, stored = hasher.intdigest(), self._sums[leaf.path]
         if found != stored:

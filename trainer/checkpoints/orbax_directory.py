@@ -2,15 +2,15 @@
 
 A directory has two items. ``state`` holds the arrays, as a tree of dicts along their paths that any
 Orbax reads; ``about`` holds what a person wants to know and a description of every array with a checksum
-of our own, since Orbax notices damage to its indices but not to the numbers. Arrays are written from
-where they are and read to where they shall be; none is gathered.
+of our own, since Orbax notices damage to its indices but not to the numbers. Arrays are written from their devices and
+read to the sharding of their template; none above 1 MiB is gathered.
 
 Where there are several processes, each calls at the same point. Orbax writes in each what its devices hold;
 process 0 writes the rest, and gives the directory its name once all have finished. What fails in one process
 fails in all (`trainer.distributed.AllOrNone`).
 
 Orbax cannot store some arrays, so they are stored otherwise: those without entries in the description
-alone, keys as their words, dtypes of less than two bytes other than the plain integers as bits (uint8).
+alone, keys as their key data, dtypes of less than two bytes other than the plain integers as bits (uint8).
 """
 
 import asyncio
@@ -59,7 +59,7 @@ def begin_directory(path: Path, info: Mapping[str, Any], leaves: Sequence[tuple[
     Args:
         path: The directory, which may hold a checkpoint already. The one above is made if it is missing.
         info: Plain values for people.
-        leaves: Descriptions of the arrays, and the arrays, of JAX or NumPy; keys as their words. They may
+        leaves: Descriptions of the arrays, and the arrays, of JAX or NumPy; keys as their key data. They may
             be sharded over devices and processes, and donated as soon as this has returned.
 
     Returns:
@@ -242,7 +242,7 @@ class OrbaxDirectory:
 
     Args:
         path: The directory.
-        votes: Those of all processes that read it to arrays which are spread over them.
+        agreement: Where several processes read arrays that are split over them: what fails in one fails in all.
 
     Attributes:
         info: What was written about the state.
@@ -252,9 +252,9 @@ class OrbaxDirectory:
         UnreadableError: It cannot be read, or is no such directory.
     """
 
-    def __init__(self, path: str | os.PathLike[str], votes: AllOrNone | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str], agreement: AllOrNone | None = None) -> None:
         self.path = Path(path).absolute()
-        self._votes = votes
+        self._agreement = agreement
         self.info, self.leaves, self._digests = self._read_about()
 
     def read(self, wanted: Mapping[LeafPath, jax.Array | None]) -> dict[LeafPath, Any]:
@@ -270,8 +270,8 @@ class OrbaxDirectory:
             arrays = self._restore({path: like for path, like in wanted.items() if 0 not in self.leaves[path].shape})
         except UnreadableError as error:
             failure = error
-        if self._votes is not None and any(map(is_multiprocess, wanted.values())):
-            self._votes.sync(failure)  # before the digests, which all processes compute together
+        if self._agreement is not None and any(map(is_multiprocess, wanted.values())):
+            self._agreement.sync(failure)  # before the digests, which all processes compute together
         if failure is not None:
             raise failure
         for path in wanted.keys() - arrays.keys():

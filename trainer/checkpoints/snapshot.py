@@ -34,7 +34,7 @@ class Snapshot:
     Attributes:
         state: The state it was taken of.
         info: Plain values about it, for people.
-        leaves: The arrays with their descriptions, keys as their words.
+        leaves: The arrays with their descriptions, keys as their key data.
         finish: What finishes the directory that is being written, where Orbax has the copies.
     """
 
@@ -136,7 +136,7 @@ def is_multiprocess_state(state: TrainState) -> bool:
 def _check_within_process(leaf: Leaf, array: Any) -> None:
     if is_multiprocess(array):
         raise CheckpointError(
-            f"`{leaf.name}` lies on devices of several processes, which one file cannot hold; save under a name that "
+            f"`{leaf.name}` is on devices of several processes, which one file cannot hold; save under a name that "
             f"ends in .orbax, in every process."
         )
 

@@ -5,11 +5,13 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import optax
 import pytest
 
 from tests.problems import Linear
 from trainer import TrainState, save_state
+from trainer.checkpoints.file_format import Leaf, write_bundle
 from trainer.cli import _human, main
 
 
@@ -73,3 +75,13 @@ def test_a_directory_is_inspected_like_a_file(checkpoint, tmp_path):
     status, printed = run("inspect", tmp_path / "s.orbax", "--verify")
     assert status == 0
     assert printed == run("inspect", checkpoint, "--verify")[1]
+
+
+def test_inspect_of_deep_names_and_of_keys_that_json_lacks(tmp_path):
+    path = tmp_path / "a"
+    leaf = Leaf(tuple("x" * 128), "int8", (1,))
+    write_bundle(path, {"classes": {0: "cat", (1, 2): "dog"}}, [(leaf, lambda: np.zeros(1, np.int8))])
+    status, printed = run("inspect", path)
+    assert status == 0
+    assert 'classes   {"$pairs": [[0, "cat"], [{"$tuple": [1, 2]}, "dog"]]}' in printed
+    assert len(printed) < 40_000

@@ -5,10 +5,11 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import TextIO
+from typing import Any, TextIO
 
 from trainer.checkpoints.export import convert
 from trainer.checkpoints.open import open_source
+from trainer.checkpoints.plain_values import bytes_to_json, to_plain
 from trainer.checkpoints.state_io import describe_leaf
 from trainer.errors import ArgumentError, CheckpointError
 
@@ -51,7 +52,7 @@ def inspect(path: str | os.PathLike[str], *, verify: bool = False, out: TextIO) 
     with open_source(path) as source:
         for name, value in source.info.items():
             if name != "containers":  # the first files have a long entry of this name that nothing reads any more
-                print(f"{name:<10}{value if isinstance(value, str | int | float) else json.dumps(value)}", file=out)
+                print(f"{name:<10}{value if isinstance(value, str | int | float) else _as_json(value)}", file=out)
         print(file=out)
         shown: tuple[str | int, ...] = ()
         for leaf in source.leaves.values():
@@ -67,6 +68,10 @@ def inspect(path: str | os.PathLike[str], *, verify: bool = False, out: TextIO) 
         if verify:
             source.verify()
             print("every checksum agrees", file=out)
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(to_plain(value, "info"), default=bytes_to_json)
 
 
 def _human(size: int) -> str:

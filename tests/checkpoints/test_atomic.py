@@ -2,6 +2,7 @@
 
 import errno
 import os
+import stat
 import subprocess
 import sys
 import textwrap
@@ -192,6 +193,29 @@ class TestDebris:
             file.write(b"new")
         assert contents(tmp_path) == {"a": b"new", "b": b"new"}
 
+    @pytest.mark.parametrize("kind", ["fifo", "directory with a fifo", "link", "dangling link", "link to a directory"])
+    @pytest.mark.parametrize("ending", ["tmp", "old"])
+    def test_what_is_no_file_neither_hangs_nor_fails_a_save_and_stays(self, kind, ending, tmp_path):
+        path = tmp_path / self.name.replace("tmp", ending)
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "elsewhere" / "file").write_text("mine")
+        match kind:
+            case "fifo":
+                os.mkfifo(path)
+            case "directory with a fifo":
+                path.mkdir()
+                os.mkfifo(path / ".lock")
+            case "link":
+                path.symlink_to(tmp_path / "elsewhere" / "file")
+            case "dangling link":
+                path.symlink_to(tmp_path / "nowhere")
+            case "link to a directory":
+                path.symlink_to(tmp_path / "elsewhere")
+        write(tmp_path / "b")
+        assert (tmp_path / "b").read_bytes() == b"new"
+        assert os.path.lexists(path)
+        assert (tmp_path / "elsewhere" / "file").read_text() == "mine"
+
     def test_nothing_else_is_touched(self, tmp_path):
         others = (".a.tmp", ".a.0123456789abcdef.tmp", self.name[1:], self.name.replace("f", "X"), "b")
         for name in others:
@@ -271,6 +295,12 @@ class TestWithoutLocks:
 
 
 class TestDirectories:
+    def test_one_that_is_replaced_passes_its_permissions_on(self, tmp_path):
+        write_directory(tmp_path / "a")
+        (tmp_path / "a").chmod(0o750)
+        write_directory(tmp_path / "a", b"newer")
+        assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o750
+
     def test_one_that_cannot_be_made_leaves_nothing(self, tmp_path, monkeypatch):
         original = os.open
 

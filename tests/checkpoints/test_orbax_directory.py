@@ -1,6 +1,7 @@
 """Orbax directories: everything comes back to its place, and no damage goes unnoticed."""
 
 import json
+import os
 import shutil
 
 import jax
@@ -8,16 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tensorstore
+import xxhash
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.problems import Busy, Counting, regression, squared_error
 from tests.test_api import assert_same_bits
-from trainer import CheckpointError, TrainState, load_state, make_train_step
+from trainer import CheckpointError, TrainState, UnreadableError, load_state, make_train_step, save_state
 from trainer.checkpoints import device_checksums
 from trainer.checkpoints.file_format import DTYPES
 from trainer.checkpoints.orbax_directory import OrbaxDirectory, write_directory
 from trainer.checkpoints.snapshot import take_snapshot
-from trainer.checkpoints.state_io import load_with_progress
+from trainer.checkpoints.state_io import load_latest, load_with_progress
 
 MESH = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
@@ -202,6 +205,91 @@ class TestDamage:
                     assert_same_bits(loaded, saved[1])
             file.write_bytes(whole)
         assert refused > 0
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_a_flipped_bit_anywhere_else(self, seed, copy, saved):
+        draw, refused = np.random.default_rng(seed), 0
+        files = [path for path in sorted(copy.rglob("*")) if path.is_file() and path.parent.name != "d"]
+        for file in files:
+            whole = file.read_bytes()
+            for position in draw.integers(0, max(len(whole), 1), 6 if whole else 0):
+                damaged = bytearray(whole)
+                damaged[position] ^= 1 << draw.integers(8)
+                file.write_bytes(damaged)
+                try:
+                    loaded = load_state(copy, like=busy_state(7))
+                except UnreadableError:
+                    refused += 1
+                else:
+                    assert_same_bits(loaded, saved[1])
+            file.write_bytes(whole)
+        assert refused > 10
+
+    @pytest.mark.parametrize("text", ["", "{}", "[]", "null", "[" * 10_000, '{"tree_metadata": 3}'])
+    def test_metadata_that_makes_no_sense(self, text, copy):
+        (copy / "state" / "_METADATA").write_text(text)
+        with pytest.raises(UnreadableError, match="is damaged"):
+            load_state(copy, like=busy_state())
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"chunks": [4, 2**40]}, "has chunks"),
+            ({"chunks": [0, 8]}, "has chunks"),
+            ({"chunks": [4.0, 8]}, "has chunks"),
+            ({"chunks": [32]}, "has chunks"),
+            ({"chunks": None}, "has chunks"),
+            ({"shape": [4, 2**40], "chunks": [4, 2**40]}, "is stored as"),
+            ({"dtype": "<f8"}, "is stored as"),
+            ({"dtype": [["a", "<f4"]]}, "is stored as"),
+        ],
+    )
+    def test_a_description_of_an_array_that_lies(self, changes, message, copy):
+        """Such a chunk ends the process, unless it is refused before TensorStore sees it."""
+        base = {"driver": "file", "path": f"{copy / 'state'}/"}
+        store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+        name = b"params.inner.kernel/.zarray"
+        stored = json.loads(store.read(name).result().value)
+        store.write(name, json.dumps({**stored, **changes})).result()
+        with pytest.raises(UnreadableError, match=f"`params.inner.kernel` {message}"):
+            load_state(copy, like=busy_state())
+
+    @pytest.mark.parametrize("size", [0, 5, 113, 2**34])
+    def test_a_manifest_of_zeros(self, size, copy):
+        os.truncate(copy / "state" / "manifest.ocdbt", 0)
+        os.truncate(copy / "state" / "manifest.ocdbt", size)
+        with pytest.raises(UnreadableError, match=r"`manifest.ocdbt` is no manifest"):
+            load_state(copy, like=busy_state())
+
+    def test_a_manifest_that_grew(self, copy):
+        os.truncate(copy / "state" / "manifest.ocdbt", 2**34)
+        with pytest.raises(UnreadableError, match=r"`manifest.ocdbt` has 17179869184 bytes, which is not what it says"):
+            load_state(copy, like=busy_state())
+
+    @pytest.mark.parametrize("name", ["about/metadata", "state/_METADATA", "state/manifest.ocdbt", "state/_sharding"])
+    def test_a_named_pipe_is_no_file(self, name, copy):
+        (copy / name).unlink()
+        os.mkfifo(copy / name)
+        with pytest.raises(UnreadableError, match="is no regular file"):
+            load_state(copy, like=busy_state())
+
+    def test_arrays_that_the_files_cannot_hold(self, copy):
+        file = copy / "about" / "metadata"
+        about = json.loads(json.loads(file.read_text())["about"])
+        leaf = next(leaf for leaf in about["leaves"] if leaf["path"] == ["params", "inner", "kernel"])
+        leaf["shape"] = [2**20, 2**20]
+        text = json.dumps(about)
+        envelope = {"format": "nnx-trainer orbax 1", "about": text, "checksum": xxhash.xxh3_64_hexdigest(text.encode())}
+        file.write_text(json.dumps(envelope))
+        with pytest.raises(UnreadableError, match=r"its files of \d+ bytes cannot hold arrays of 4398046511104 bytes"):
+            OrbaxDirectory(copy).verify()
+
+    def test_a_run_falls_back_to_the_one_before(self, copy, tmp_path, saved):
+        copy.rename(tmp_path / "checkpoint_3.orbax")
+        save_state(tmp_path / "checkpoint_2.msgpack", saved[1])
+        (tmp_path / "checkpoint_3.orbax" / "state" / "_METADATA").write_text("{}")
+        with pytest.warns(UserWarning, match="since newer ones are unusable"):
+            assert load_latest(tmp_path, saved[1]).path == tmp_path / "checkpoint_2.msgpack"
 
     def test_the_description_is_under_a_checksum(self, copy):
         file = copy / "about" / "metadata"

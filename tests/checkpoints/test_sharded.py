@@ -440,7 +440,10 @@ class TestTwoProcesses:
         """
         one, other = together(body_of(body), tmp_path)
         failing = [0, 0, 1, 1, 0, 0, 0, 1, 1]
-        texts = ["the disk is full"] * 5 + ["an object of type object", "the callback has no state"] * 2
+        texts = ["the disk is full"] * 5 + [
+            "`callbacks[0]` is an object of type object",
+            "the callback has no state",
+        ] * 2
         for process, said in enumerate((one, other)):
             assert said["same"]
             assert said["left"] == [[]] * len(failing)

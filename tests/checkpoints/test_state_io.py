@@ -346,6 +346,8 @@ def test_numbers_of_callbacks_stay_numbers_and_other_objects_are_refused(tmp_pat
     save_state(tmp_path / "s.msgpack", state, progress={"listeners": [numbers]})
     found = load_with_progress(tmp_path / "s.msgpack", state).progress
     assert found == {"listeners": [{"best": 0.5, "counts": [0, 1, 2], "scores": [2.0]}]}
-    with pytest.raises(CheckpointError, match=r"the progress of the run has an object of type object, which no checkp"):
+    with pytest.raises(
+        CheckpointError, match=r"`progress.listeners\[0\]` is an object of type object, which no checkp"
+    ):
         save_state(tmp_path / "s.msgpack", state, progress={"listeners": [object()]})
     assert load_with_progress(tmp_path / "s.msgpack", state).progress == found

@@ -267,3 +267,36 @@ def test_labels_of_nested_configurations_are_kept():
 def test_configurations_are_hashable():
     assert hash(FULL) == hash(TrainingConfig.from_dict(FULL.to_dict()))
     assert len({ADAM, ADAM.replace(learning_rate=1.0), ADAM.replace(tags=("a",))}) == 3
+
+
+@pytest.mark.parametrize("width", [9, 2])
+def test_aliases_that_fill_the_memory_are_refused(width, tmp_path):
+    """A file of a few hundred bytes unfolds into 9**9 strings."""
+    lines = ["metadata:", "  a0: &a0 [" + ", ".join(["lol"] * width) + "]"]
+    for level in range(1, 60 // width):
+        names = ", ".join([f"*a{level - 1}"] * width)
+        lines.append(f"  a{level}: &a{level} [{names}]")
+    path = tmp_path / "config.yaml"
+    path.write_text("\n".join(lines))
+    with pytest.raises(ConfigError, match="repeats its parts by aliases"):
+        TrainingConfig.from_yaml(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("metadata: &a\n  self: *a\n", "repeats its parts by aliases"), ("metadata: " + "[" * 5000, "nested too deeply")],
+)
+def test_yaml_that_contains_itself_or_is_deep(text, message, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        TrainingConfig.from_yaml(path)
+
+
+def test_aliases_are_fine_where_they_are_few(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "name: x\noptimizer: &a {optimizer_type: adam, learning_rate: 1e-3}\nmetadata: {again: *a, twice: *a}\n"
+    )
+    config = TrainingConfig.from_yaml(path)
+    assert config.metadata["again"] == config.metadata["twice"] == {"optimizer_type": "adam", "learning_rate": 1e-3}

@@ -229,7 +229,7 @@ class ModelCheckpoint(Callback):
                     f"`{path}` is no checkpoint that a ModelCheckpoint with monitor {self._monitor.name!r} wrote, and "
                     f"is not replaced; use another `dirpath`, or move it away."
                 )
-        AllOrNone(f"name {path}").sync(failure)
+        AllOrNone(f"name {path.name}").sync(failure)
 
     def _known(self) -> dict[int, float | None]:
         """Returns the scores of this callback's checkpoints, in step order, the same in all processes."""
@@ -246,7 +246,7 @@ class ModelCheckpoint(Callback):
 
     def _list(self) -> list[Any]:
         # Process 0 decides what is there: the others may see a shared file system a little later.
-        votes = AllOrNone(f"list {self.dirpath}")
+        votes = AllOrNone(f"list {self.dirpath.name}")
         found: list[Any] = votes.sync(None, self._on_disk() if jax.process_index() == 0 else None)
         return found
 

@@ -53,7 +53,7 @@ def replacing(path: Path, size: int) -> Iterator["Writer"]:
     descriptor, temporary = _create_file(path, 0o666 if mode is None else 0o600)
     try:
         _reserve(descriptor, size)
-        yield Writer(descriptor)
+        yield Writer(descriptor, temporary)
         os.fsync(descriptor)
         if mode is not None:
             os.chmod(temporary, mode)
@@ -69,10 +69,15 @@ def replacing(path: Path, size: int) -> Iterator["Writer"]:
 
 
 class Writer:
-    """Writes all bytes of a buffer to a file descriptor, in as many calls as it takes."""
+    """Writes all bytes of a buffer to a file descriptor, in as many calls as it takes.
 
-    def __init__(self, descriptor: int) -> None:
+    Attributes:
+        path: The temporary file.
+    """
+
+    def __init__(self, descriptor: int, path: Path) -> None:
         self._descriptor = descriptor
+        self.path = path
 
     def write(self, data: Any) -> None:
         """Writes a buffer of bytes."""
@@ -82,7 +87,7 @@ class Writer:
 
 
 class NewDirectory:
-    """A temporary directory that `commit` renames to ``path``.
+    """A temporary directory that `commit` renames to ``path``. A directory that is replaced passes its permissions on.
 
     Temporaries of killed writers in the same parent directory are removed.
 
@@ -129,6 +134,7 @@ class NewDirectory:
         # the two renames, a process leaves both complete, and the next sweep gives the old one its name back. Until
         # then the name is free. The lock keeps a sweep from that while this process is alive.
         aside = _temporary_name(self._path, "old")
+        os.chmod(self.temporary, stat.S_IMODE(os.stat(self._path).st_mode))
         with _held(self._path / _LOCK):
             os.rename(self._path, aside)
             try:
@@ -168,7 +174,10 @@ def restore(directory: Path) -> None:
 
 
 def _reclaim_all(directory: Path, kinds: tuple[str, ...]) -> None:
-    for name in os.listdir(directory) if sys.platform != "win32" else ():
+    names: list[str] = []
+    with contextlib.suppress(PermissionError):  # a shared directory into which one may write, but not look
+        names = os.listdir(directory) if sys.platform != "win32" else []
+    for name in names:
         match = _TEMPORARY.fullmatch(name)
         if match and match[2] in kinds:
             # Another process may sweep at the same time, or finish its write; then nothing is left to do.
@@ -182,13 +191,15 @@ def _reclaim(temporary: Path, original: Path | None) -> None:
     Raises:
         OSError: A living process has locked it, or it cannot be locked or removed.
     """
+    if not stat.S_ISDIR(os.lstat(temporary).st_mode) and not _is_file(temporary):
+        return  # not made here
     lock = temporary / _LOCK if temporary.is_dir() else temporary
-    if temporary.is_dir() and not lock.exists():
+    if temporary.is_dir() and not _is_file(lock):
         try:
             os.rmdir(temporary)
         except OSError:
             # A writer makes the lock first. So a directory with files and without a lock is the rest of a removal.
-            if not lock.exists():
+            if not os.path.lexists(lock):
                 _remove(temporary)
         return
     descriptor = os.open(lock, os.O_WRONLY)  # for writing, without which NFS grants no exclusive lock
@@ -267,6 +278,14 @@ def _mode_of(path: Path) -> int | None:
         return stat.S_IMODE(os.stat(path).st_mode)
     except OSError:
         return None
+
+
+def _is_file(path: Path) -> bool:
+    """Tells whether there is a regular file; opening anything else may wait, or change something elsewhere."""
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except OSError:
+        return False
 
 
 def _remove(path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 
 from trainer.checkpoints.background import BackgroundSaver
 from trainer.checkpoints.detach import detach
+from trainer.checkpoints.plain_values import to_plain
 from trainer.checkpoints.run_record import Restored, restore, snapshot_run
 from trainer.checkpoints.snapshot import Snapshot, write_snapshot
 from trainer.checkpoints.state_io import default_name, load_latest, load_with_progress, prune
@@ -72,7 +73,9 @@ class Checkpointer:
             else:
                 warn_of_state(run.step)
         else:
-            run, states = detach(run), copy.deepcopy(list(listeners()))
+            states = list(listeners())
+            to_plain(states, "callbacks")  # refused now, not when they are written
+            run, states = detach(run), copy.deepcopy(states)
             beside["listeners"] = lambda: states
             self._saver.start(lambda: write(snapshot_run(run, **beside)) if finite is None or finite else run.step)
         return target

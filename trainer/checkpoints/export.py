@@ -35,7 +35,7 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> N
             Orbax directory. An existing file is replaced atomically; an existing directory is refused.
 
     Raises:
-        ArgumentError: ``target`` ends in something else, or one of both is a pickle.
+        ArgumentError: ``target`` ends in something else, or either is a pickle.
         CheckpointError: ``source`` cannot be used or ``target`` cannot be written.
     """
     source, target = Path(source), Path(target)

@@ -19,6 +19,7 @@ A reader takes files of its own major version; a newer minor version adds only w
 import dataclasses
 import math
 import os
+import reprlib
 import stat
 import struct
 import threading
@@ -33,6 +34,7 @@ import numpy as np
 import xxhash
 
 from trainer.checkpoints.atomic import replacing
+from trainer.checkpoints.plain_values import to_plain, unpack
 from trainer.core.tree_paths import LeafPath
 from trainer.errors import UnreadableError
 
@@ -47,6 +49,7 @@ _DATA_START = _PREFIX.size + _SUM.size
 _ALIGNMENT = 64
 _MAX_HEADER = 16 * 2**20
 _MAX_DIMENSIONS = 32
+_MAX_PARTS = 128  # of a path; deeper trees overflow the stacks of those who walk them
 _WINDOW = 2**13
 _SLICE = 4 * 2**20  # hashed while it is still in the cache
 
@@ -100,18 +103,21 @@ def write_bundle(
 
     Args:
         path: The file; it is replaced as a whole.
-        info: Plain values for the header.
+        info: Plain values for the header, see `trainer.checkpoints.plain_values`.
         leaves: Descriptions, and callables that return the array when its turn has come, so that no
             two need be in memory at once.
 
     Raises:
         OSError: It could not be written; what was there before is untouched.
-        ValueError: The header would be too long, or two leaves have one path.
+        ValueError: The header would be too long or would not come back equal, or two leaves have one path. It is a
+            `CheckpointError` where ``info`` holds a value that no file can hold.
     """
     placed, data_length = _lay_out([leaf for leaf, _ in leaves])
     if len({leaf.path for leaf in placed}) != len(placed):
         raise ValueError("two arrays of the state have the same path")
-    header = msgpack.packb({"info": info, "leaves": list(map(leaf_to_record, placed))}, default=str)
+    for leaf in placed:
+        leaf_from_record(leaf_to_record(leaf))  # what no reader takes is refused before anything is written
+    header = msgpack.packb({"info": to_plain(info, "info"), "leaves": list(map(leaf_to_record, placed))})
     if len(header) > _MAX_HEADER:
         raise ValueError(f"the header takes {len(header)} bytes, more than 16 MiB")
     data_start = _aligned(_DATA_START + len(header))
@@ -131,6 +137,15 @@ def write_bundle(
             table += _SUM.pack(hasher.intdigest())
             position = leaf.offset + leaf.size
         file.write(bytes(data_length - position) + table + _SUM.pack(_sum(table)) + END)
+        _check_readable(file.path, header)
+
+
+def _check_readable(path: Path, header: bytes) -> None:
+    """Opens a file as a reader does, and compares its header with the one that was written."""
+    with Bundle(path) as written:
+        records = list(map(leaf_to_record, written.leaves))
+        if msgpack.packb({"info": to_plain(written.info, "info"), "leaves": records}) != header:
+            raise ValueError("its header does not come back equal")
 
 
 class Bundle:
@@ -176,7 +191,7 @@ class Bundle:
         Raises:
             UnreadableError: Its checksum does not agree.
         """
-        # The header was checked: `size` is that of shape and dtype, and lies within the file.
+        # The header was checked: `size` is that of shape and dtype, and it is within the file.
         memory = np.empty(leaf.size + _ALIGNMENT, np.uint8)
         start = -memory.ctypes.data % _ALIGNMENT
         data = memory[start : start + leaf.size]
@@ -211,11 +226,11 @@ class Bundle:
         done = 0
         while done < leaf.size:
             start = done % len(into)
-            room = into[start : start + min(_SLICE, leaf.size - done)]
-            count = self._read_into(room, self._data_start + leaf.offset + done)
+            target = into[start : start + min(_SLICE, leaf.size - done)]
+            count = self._read_into(target, self._data_start + leaf.offset + done)
             if not count:
                 raise self._damaged(f"it became shorter while `{leaf.name}` was read")
-            hasher.update(room[:count])
+            hasher.update(target[:count])
             done += count
         found, stored = hasher.intdigest(), self._sums[leaf.path]
         if found != stored:
@@ -254,7 +269,7 @@ class Bundle:
         if len(raw) != length or _sum(raw) != expected_sum:
             raise self._damaged("its header does not have the checksum that was written")
         try:
-            header = msgpack.unpackb(raw, object_pairs_hook=_unique, ext_hook=_refuse_extension)
+            header = unpack(raw, object_pairs_hook=_unique, ext_hook=_refuse_extension)
             info, records = _fields(header, info=dict, leaves=list)
             leaves = tuple(map(leaf_from_record, records))
         except (ValueError, TypeError, RecursionError, msgpack.exceptions.UnpackException) as error:
@@ -336,11 +351,13 @@ def leaf_from_record(record: Any) -> Leaf:
         record, path=list, dtype=str, shape=list, key=str | None, offset=int, size=int
     )
     if not path or any(type(part) not in (str, int) for part in path):
-        raise ValueError(f"{path!r} is no path")
+        raise ValueError(f"{reprlib.repr(path)} is no path")
+    if len(path) > _MAX_PARTS:
+        raise ValueError(f"{reprlib.repr(path)} has {len(path)} parts, more than {_MAX_PARTS}")
     if dtype not in DTYPES:
-        raise ValueError(f"{dtype!r} is no dtype")
+        raise ValueError(f"{reprlib.repr(dtype)} is no dtype")
     if len(shape) > _MAX_DIMENSIONS or any(type(length) is not int or length < 0 for length in shape):
-        raise ValueError(f"{shape!r} is no shape")
+        raise ValueError(f"{reprlib.repr(shape)} is no shape")
     return Leaf(tuple(path), dtype, tuple(shape), key, offset, size)
 
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from trainer.checkpoints.file_format import Bundle, Leaf
 from trainer.checkpoints.orbax_directory import OrbaxDirectory
+from trainer.checkpoints.plain_values import unpack
 from trainer.checkpoints.reference_pickle import read_pickle
 from trainer.core.tree_paths import LeafPath, parts_of
 from trainer.distributed.agreement import AllOrNone
@@ -74,21 +75,23 @@ class Source(Protocol):
     ) -> None: ...
 
 
-def open_source(path: str | os.PathLike[str], like: TrainState | None = None, votes: AllOrNone | None = None) -> Source:
+def open_source(
+    path: str | os.PathLike[str], like: TrainState | None = None, agreement: AllOrNone | None = None
+) -> Source:
     """Opens a checkpoint, and checks everything but the arrays.
 
     Args:
         path: A file or directory.
-        like: A state of the same structure. Only a pickle is in need of it, which neither tells the
+        like: A state of the same structure. Only a pickle needs it, which neither tells the
             parameters from other variables nor knows what the optimizer calls its fields.
-        votes: Those of all processes that load it together, see `OrbaxDirectory`.
+        agreement: Where several processes load it together, see `OrbaxDirectory`.
 
     Raises:
         CheckpointError: It is missing, damaged, of a newer format, or no checkpoint.
     """
     path = Path(path)
     if path.is_dir():
-        return OrbaxDirectory(path, votes)
+        return OrbaxDirectory(path, agreement)
     return _Pickle(path, like) if is_pickle(path) else _File(path)
 
 
@@ -102,7 +105,7 @@ def read_progress(source: Source) -> dict[str, Any] | None:
         return None
     packed = source.read({PROGRESS: None})[PROGRESS]
     try:
-        progress = msgpack.unpackb(packed.tobytes())
+        progress = unpack(packed.tobytes())
     except (ValueError, msgpack.exceptions.UnpackException) as error:
         raise CheckpointError(f"`{source.path}` holds a progress that cannot be understood: {error}") from error
     if not isinstance(progress, dict):
@@ -121,7 +124,7 @@ def describe(path: LeafPath, leaf: jax.Array) -> Leaf:
 
 
 class _File:
-    """A file of `trainer.bundle`, whose arrays are read by several threads."""
+    """A file of `trainer.checkpoints.file_format`, whose arrays are read by several threads."""
 
     def __init__(self, path: Path) -> None:
         self._bundle = Bundle(path)
@@ -167,7 +170,7 @@ class _Pickle:
         for name, (array, key) in read_pickle(path, like).items():
             leaf = Leaf(known.get(name, tuple(name.split("/"))), array.dtype.name, array.shape, key)
             self.leaves[leaf.path], self._arrays[leaf.path] = leaf, array
-        # That layout has no weights: those of the live extensions stay.
+        # That layout has no weights of extensions: the live ones stay.
         for name, extension in ({} if like is None else like.extensions).items():
             leaf = describe(("extensions", name, "weight"), extension["weight"])
             self.leaves[leaf.path], self._arrays[leaf.path] = leaf, extension["weight"]

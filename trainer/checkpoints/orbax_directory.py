@@ -2,15 +2,15 @@
 
 A directory has two items. ``state`` holds the arrays, as a tree of dicts along their paths that any
 Orbax reads; ``about`` holds what a person wants to know and a description of every array with a checksum
-of our own, since Orbax notices damage to its indices but not to the numbers. Arrays are written from
-where they are and read to where they shall be; none is gathered.
+of our own, since Orbax notices damage to its indices but not to the numbers. Arrays are written from their devices and
+read to the sharding of their template; none above 1 MiB is gathered.
 
 Where there are several processes, each calls at the same point. Orbax writes in each what its devices hold;
 process 0 writes the rest, and gives the directory its name once all have finished. What fails in one process
 fails in all (`trainer.distributed.AllOrNone`).
 
 Orbax cannot store some arrays, so they are stored otherwise: those without entries in the description
-alone, keys as their words, dtypes of less than two bytes other than the plain integers as bits (uint8).
+alone, keys as their key data, dtypes of less than two bytes other than the plain integers as bits (uint8).
 """
 
 import asyncio
@@ -34,6 +34,8 @@ import xxhash
 from trainer.checkpoints.atomic import NewDirectory
 from trainer.checkpoints.device_checksums import bits, digests_as_text, from_bits
 from trainer.checkpoints.file_format import DTYPES, Leaf, leaf_from_record, leaf_to_record
+from trainer.checkpoints.orbax_checks import check_files, check_stored
+from trainer.checkpoints.plain_values import bytes_to_json, from_plain, to_plain
 from trainer.core.tree_paths import LeafPath
 from trainer.distributed.agreement import AllOrNone
 from trainer.errors import CheckpointError, UnreadableError
@@ -43,6 +45,9 @@ FORMAT = "nnx-trainer orbax 1"
 
 # A save that takes longer than this has failed.
 _SAVE_TIMEOUT_SECONDS = 3600.0
+
+# JSON takes up to 30 times its bytes in memory.
+_MAX_ABOUT = 96 * 2**20
 
 _PLAIN = {"bool", "int8", "uint8", "int16", "uint16", "float16", "bfloat16", "int32", "uint32", "float32"}
 _PLAIN |= {"int64", "uint64", "float64", "complex64", "complex128"}
@@ -54,7 +59,7 @@ def begin_directory(path: Path, info: Mapping[str, Any], leaves: Sequence[tuple[
     Args:
         path: The directory, which may hold a checkpoint already. The one above is made if it is missing.
         info: Plain values for people.
-        leaves: Descriptions of the arrays, and the arrays, of JAX or NumPy; keys as their words. They may
+        leaves: Descriptions of the arrays, and the arrays, of JAX or NumPy; keys as their key data. They may
             be sharded over devices and processes, and donated as soon as this has returned.
 
     Returns:
@@ -65,7 +70,7 @@ def begin_directory(path: Path, info: Mapping[str, Any], leaves: Sequence[tuple[
         CheckpointError: Something failed, in this or in another process. The function that is returned
             raises it as well; what was there before is untouched then.
     """
-    votes = AllOrNone(f"save {path}")  # for this save, also where it finishes in another thread
+    votes = AllOrNone(f"save {path.name}")  # for this save, also where it finishes in another thread
     writing = _Writing(path.absolute(), info, leaves)
     try:
         temporary = votes.sync(*_attempted(writing.prepare, path))
@@ -113,7 +118,10 @@ class _Writing:
         """Converts the arrays to what Orbax can store, and makes the temporary directory, in process 0 for all."""
         import orbax.checkpoint as ocp
 
-        self._handler = ocp.PyTreeCheckpointHandler()
+        self._info = to_plain(self._info, "info")
+        for leaf, _ in self._leaves:
+            leaf_from_record(leaf_to_record(leaf))  # what no reader takes is refused before anything is written
+        self._handler = ocp.PyTreeCheckpointHandler(use_zarr3=False)  # the layout that `check_stored` reads
         self._tree = _tree_of(self._leaves)
         if jax.process_index() != 0:
             return None
@@ -159,7 +167,9 @@ class _Writing:
             {**leaf_to_record(leaf), "digest": checksum}
             for (leaf, _), checksum in zip(self._leaves, self._checksums, strict=True)
         ]
-        about = json.dumps({"info": self._info, "leaves": records}, default=str)
+        about = json.dumps({"info": self._info, "leaves": records}, default=bytes_to_json)
+        if len(about) > _MAX_ABOUT // 3:  # in the file, quotes are escaped once more
+            raise ValueError(f"its description takes {len(about)} bytes, more than {_MAX_ABOUT // 3}")
         self._handler.finalize(_state_in(self._temporary))
         envelope = {"format": FORMAT, "about": about, "checksum": xxhash.xxh3_64_hexdigest(about.encode())}
         (self._temporary / "about").mkdir()
@@ -191,6 +201,8 @@ def _attempted(work: Callable[[], Any], path: Path) -> tuple[Exception | None, A
     """Returns what to settle: a failure, or what the work returned."""
     try:
         return None, work()
+    except CheckpointError as error:
+        return error, None
     except Exception as error:  # whatever a disk makes Orbax and TensorStore raise
         reason = " ".join(str(error).split())[:300]
         failure = CheckpointError(f"`{path}` could not be written ({type(error).__name__}: {reason})")
@@ -229,7 +241,7 @@ class OrbaxDirectory:
 
     Args:
         path: The directory.
-        votes: Those of all processes that read it to arrays which are spread over them.
+        agreement: Where several processes read arrays that are split over them: what fails in one fails in all.
 
     Attributes:
         info: What was written about the state.
@@ -239,9 +251,9 @@ class OrbaxDirectory:
         UnreadableError: It cannot be read, or is no such directory.
     """
 
-    def __init__(self, path: str | os.PathLike[str], votes: AllOrNone | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str], agreement: AllOrNone | None = None) -> None:
         self.path = Path(path).absolute()
-        self._votes = votes
+        self._agreement = agreement
         self.info, self.leaves, self._digests = self._read_about()
 
     def read(self, wanted: Mapping[LeafPath, jax.Array | None]) -> dict[LeafPath, Any]:
@@ -257,8 +269,8 @@ class OrbaxDirectory:
             arrays = self._restore({path: like for path, like in wanted.items() if 0 not in self.leaves[path].shape})
         except UnreadableError as error:
             failure = error
-        if self._votes is not None and any(map(is_multiprocess, wanted.values())):
-            self._votes.sync(failure)  # before the digests, which all processes compute together
+        if self._agreement is not None and any(map(is_multiprocess, wanted.values())):
+            self._agreement.sync(failure)  # before the digests, which all processes compute together
         if failure is not None:
             raise failure
         for path in wanted.keys() - arrays.keys():
@@ -288,13 +300,18 @@ class OrbaxDirectory:
         del kind, error, trace  # no file is open
 
     def _read_about(self) -> tuple[dict[str, Any], dict[LeafPath, Leaf], dict[LeafPath, str]]:
-        steps = sorted(int(name) for name in os.listdir(self.path) if name.isdecimal()) if self.path.is_dir() else []
-        if steps:
-            listed = ", ".join(map(str, steps))
-            raise UnreadableError(f"`{self.path}` holds checkpoints of the steps {listed}; pass one of them.")
         try:
+            steps = sorted(int(name) for name in os.listdir(self.path) if name.isdecimal())
+            if steps:
+                listed = ", ".join(map(str, steps))
+                raise UnreadableError(f"`{self.path}` holds checkpoints of the steps {listed}; pass one of them.")
+            check_files(self.path / "about")
+            if (self.path / "about" / "metadata").stat().st_size > _MAX_ABOUT:
+                raise ValueError("it is too large")
             text = (self.path / "about" / "metadata").read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except UnreadableError:
+            raise
+        except (OSError, ValueError) as error:
             raise UnreadableError(
                 f"`{self.path}` is no Orbax directory that this library wrote, since its `about` could not be read: "
                 f"{error}"
@@ -305,7 +322,7 @@ class OrbaxDirectory:
                 raise self._damaged(f"its format is {envelope['format']!r}, and this release reads {FORMAT!r}")
             if xxhash.xxh3_64_hexdigest(envelope["about"].encode()) != envelope["checksum"]:
                 raise self._damaged("its description does not have the checksum that was written")
-            about = json.loads(envelope["about"])
+            about = json.loads(envelope["about"], object_hook=from_plain)
             digests = [str(record.pop("digest")) for record in about["leaves"]]
             leaves = [leaf_from_record(record) for record in about["leaves"]]
             found = dict(zip((leaf.path for leaf in leaves), digests, strict=True))
@@ -329,13 +346,17 @@ class OrbaxDirectory:
             items, hows = item, how
             for name in parents:
                 items, hows = items.setdefault(name, {}), hows.setdefault(name, {})
-            stored = DTYPES[leaf.dtype] if leaf.dtype in _PLAIN else np.dtype(np.uint8)
-            items[last] = jax.ShapeDtypeStruct(leaf.shape, stored)
+            items[last] = jax.ShapeDtypeStruct(leaf.shape, _stored_dtype(leaf))
             hows[last] = ocp.RestoreArgs(restore_type=np.ndarray)
             if like is not None and like.committed:
                 hows[last] = ocp.ArrayRestoreArgs(sharding=sharding_of(like), global_shape=leaf.shape)
         restore = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
         try:
+            state = self.path / "state"
+            stored = {
+                ".".join(_names(path)): (self.leaves[path].shape, _stored_dtype(self.leaves[path])) for path in wanted
+            }
+            check_stored(state, stored, check_files(state))
             # Not through a checkpointer, whose barrier a process that fails would not come to.
             tree = ocp.PyTreeCheckpointHandler().restore(_state_in(self.path), args=restore)
         except Exception as error:  # whatever a damaged directory makes Orbax and TensorStore raise
@@ -345,7 +366,9 @@ class OrbaxDirectory:
         for path in wanted:
             leaf, stored_array = self.leaves[path], tree
             for name in _names(path):
-                stored_array = stored_array[name]
+                stored_array = stored_array.get(name) if isinstance(stored_array, dict) else None
+            if not isinstance(stored_array, np.ndarray | jax.Array) or stored_array.dtype != _stored_dtype(leaf):
+                raise self._damaged(f"`{leaf.name}` is {str(stored_array)[:100]} in its arrays")
             if leaf.dtype not in _PLAIN:
                 stored_array = from_bits(jnp.asarray(stored_array), DTYPES[leaf.dtype])
             if (tuple(stored_array.shape), stored_array.dtype) != (leaf.shape, DTYPES[leaf.dtype]):
@@ -355,6 +378,10 @@ class OrbaxDirectory:
 
     def _damaged(self, how: str) -> UnreadableError:
         return UnreadableError(f"`{self.path}` is damaged: {how}.")
+
+
+def _stored_dtype(leaf: Leaf) -> np.dtype[Any]:
+    return DTYPES[leaf.dtype] if leaf.dtype in _PLAIN else np.dtype(np.uint8)
 
 
 def _placed(array: Any, like: jax.Array | None) -> Any:

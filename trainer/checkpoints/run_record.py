@@ -5,18 +5,19 @@ from __future__ import annotations
 import dataclasses
 import os
 import reprlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgpack
 
-from trainer.checkpoints.snapshot import Snapshot, plain_value, take_snapshot, write_snapshot
+from trainer.checkpoints.plain_values import pack, to_plain
+from trainer.checkpoints.snapshot import Snapshot, take_snapshot, write_snapshot
 from trainer.checkpoints.state_io import Loaded, load_with_progress
 from trainer.data.resumable import LoaderPass, LoaderPosition
 from trainer.errors import CheckpointError
 from trainer.metrics.average import WeightedAverage, read
-from trainer.metrics.history import History
+from trainer.metrics.history import History, is_recordable
 from trainer.run import FromLoader, InMemory, Run, Validation
 
 _FIELDS = {
@@ -135,21 +136,32 @@ def restore(loaded: Loaded, current: Run) -> Restored:
 
 
 def _packed(run: Run, listeners: Callable[[], Sequence[Any]], loaders: Sequence[Any] | None) -> bytes:
-    count, rows = run.history.packed()
-    fields = {"epoch": run.epoch, "run": _record(run), "loaders": loaders, "listeners": list(listeners())}
-    fields["horizon"] = run.horizon
-    packer = msgpack.Packer(default=plain_value, autoreset=False)
+    record = to_plain(_record(run), "run")
+    if record is not None:
+        try:
+            _with_record(run, record, run.epoch)
+        except ValueError as error:
+            raise CheckpointError(f"the run cannot be saved, since it could not be read back: {error}.") from error
+    fields = {
+        "epoch": pack(run.epoch, "epoch"),
+        "run": msgpack.packb(record),
+        "loaders": pack(loaders, "loaders"),
+        "listeners": pack(list(listeners()), "callbacks"),
+        "horizon": pack(run.horizon, "horizon"),
+    }
     try:
-        packer.pack_map_header(len(fields) + 1)
-        for name, value in fields.items():
-            packer.pack(name)
-            packer.pack(value)
-        packer.pack("history")
-        packer.pack_array_header(count)
+        count, rows = run.history.packed()
     except (TypeError, ValueError, OverflowError) as error:
-        raise CheckpointError(f"the progress of the run has {error}.") from error
-    # The rows come last, since most of them are packed already: a long history costs a copy and no packing.
-    return b"".join([packer.bytes(), *rows])
+        index = next((i for i, row in enumerate(run.history) if not all(map(is_recordable, row.values()))), "…")
+        raise CheckpointError(
+            f"`history[{index}]` cannot be saved: {error}; take numbers, strings, None and lists of these."
+        ) from error
+    packer = msgpack.Packer()
+    pieces = [packer.pack_map_header(len(fields) + 1)]
+    for name, packed in fields.items():
+        pieces += [packer.pack(name), packed]
+    # The rows come last, and most of them are packed already: a long history costs a copy and no packing.
+    return b"".join([*pieces, packer.pack("history"), packer.pack_array_header(count), *rows])
 
 
 def _record(run: Run) -> dict[str, Any] | None:
@@ -193,12 +205,12 @@ def _with_record(run: Run, plain: Any, epoch: int | None) -> Run:
     for word in plain["seed"]:
         _check_count("seed", word)
     for name in ("validation", "metrics"):
-        _check_scalars(name, plain[name])
+        _check_values(name, plain[name])
     average, loader = plain["average"], plain.get("loader")
     if not isinstance(average, dict) or average.keys() != {"sums", "weights"}:
         raise ValueError("`average` does not consist of sums and weights")
     for name, numbers in average.items():
-        _check_scalars(f"average/{name}", numbers, of=(int, float))
+        _check_values(f"average/{name}", numbers, lambda value: type(value) in (int, float))
     if average["sums"].keys() != average["weights"].keys():
         raise ValueError("`average` has sums without weights, or weights without sums")
     if plain["step"] != run.step or epoch is None or plain["first_epoch"] > epoch:
@@ -239,7 +251,7 @@ def _checked(
         if not isinstance(rows, list):
             raise ValueError(f"`history` is of type {type(rows).__name__}, not a list")
         for index, row in enumerate(rows):
-            _check_scalars(f"history/{index}", row)
+            _check_values(f"history/{index}", row)
             _check_count(f"history/{index}/step", row.get("step"))
     return epoch, rows, listeners, loaders, horizon
 
@@ -249,11 +261,11 @@ def _check_count(name: str, value: Any, least: int = 0) -> None:
         raise ValueError(f"`{name}` is {reprlib.repr(value)}, not a count")
 
 
-def _check_scalars(name: str, values: Any, of: Iterable[type] = (bool, int, float, str, type(None))) -> None:
+def _check_values(name: str, values: Any, is_right: Callable[[Any], bool] = is_recordable) -> None:
     if not isinstance(values, dict):
         raise ValueError(f"`{name}` is of type {type(values).__name__}, not a mapping")
     for key, value in values.items():
-        if type(key) is not str or type(value) not in of:
+        if type(key) is not str or not is_right(value):
             raise ValueError(
                 f"`{name}` has {reprlib.repr(value)} of type {type(value).__name__} under {reprlib.repr(key)}"
             )

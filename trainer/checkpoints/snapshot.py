@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import jax
-import msgpack
 import numpy as np
 
 from trainer.checkpoints.atomic import replacing
 from trainer.checkpoints.file_format import DTYPES, Leaf, write_bundle
 from trainer.checkpoints.open import PROGRESS, describe
 from trainer.checkpoints.orbax_directory import begin_directory
+from trainer.checkpoints.plain_values import pack, to_plain
 from trainer.checkpoints.reference_pickle import write_pickle
 from trainer.core.tree_paths import parts_of
 from trainer.distributed.agreement import AllOrNone
@@ -34,7 +34,7 @@ class Snapshot:
     Attributes:
         state: The state it was taken of.
         info: Plain values about it, for people.
-        leaves: The arrays with their descriptions, keys as their words.
+        leaves: The arrays with their descriptions, keys as their key data.
         finish: What finishes the directory that is being written, where Orbax has the copies.
     """
 
@@ -58,7 +58,7 @@ def take_snapshot(state: TrainState, info: Mapping[str, Any] | None = None, *, p
     """Describes a state for `write_snapshot`; arguments as for `save_state`. Copies nothing yet.
 
     Raises:
-        CheckpointError: An array is of a dtype, or ``progress`` has a value, that no file can hold.
+        CheckpointError: An array is of a dtype, or ``info`` or ``progress`` has a value, that no file can hold.
         StateError: The state was donated to a step.
     """
     if not is_multiprocess_state(state):
@@ -80,6 +80,7 @@ def _snapshot(state: TrainState, info: Mapping[str, Any] | None, progress: Progr
         if described.dtype not in DTYPES:
             raise CheckpointError(f"`{described.name}` has dtype {described.dtype}, which checkpoints do not know.")
         leaves.append((described, jax.random.key_data(leaf) if described.key is not None else leaf))
+    to_plain(info or {}, "info")  # refused here, before anything is copied
     about = {
         "step": int(state.step),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -87,7 +88,7 @@ def _snapshot(state: TrainState, info: Mapping[str, Any] | None, progress: Progr
         **(info or {}),
     }
     if progress is not None:
-        data = progress() if callable(progress) else _packed(progress)
+        data = progress() if callable(progress) else pack(progress, "progress")
         packed = np.frombuffer(data, np.uint8)
         leaves.append((Leaf(PROGRESS, "uint8", packed.shape), packed))
     return Snapshot(state, about, leaves)
@@ -121,23 +122,6 @@ def write_snapshot(path: Path, snapshot: Snapshot) -> None:
 def is_multiprocess_state(state: TrainState) -> bool:
     """Tells whether a state has arrays on devices of several processes."""
     return any(map(is_multiprocess, jax.tree.leaves(state)))
-
-
-def plain_value(value: Any) -> Any:
-    """Returns an array as numbers, for MessagePack; raises TypeError for any other object."""
-    if isinstance(value, np.generic | np.ndarray | jax.Array):
-        return np.asarray(value).tolist()
-    raise TypeError(
-        f"an object of type {type(value).__qualname__}, which no checkpoint holds; what callbacks return from "
-        f"state_dict() consists of numbers, strings, lists and mappings"
-    )
-
-
-def _packed(progress: Mapping[str, Any]) -> bytes:
-    try:
-        return bytes(msgpack.packb(progress, default=plain_value))
-    except (TypeError, ValueError, OverflowError) as error:
-        raise CheckpointError(f"the progress of the run has {error}.") from error
 
 
 def check_within_process(name: str, array: Any) -> None:

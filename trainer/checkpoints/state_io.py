@@ -1,4 +1,4 @@
-"""Checkpoints: a state in a file, whole or not at all, checked before anything is touched."""
+"""Saving and loading a state: atomic, and checked before anything is touched."""
 
 import os
 import re
@@ -44,12 +44,12 @@ def save_state(
 ) -> Path:
     """Writes ``state`` under a name, whose ending decides the format:
 
-    * ``.orbax``: a directory of Orbax (`trainer.orbax_format`), for states on a mesh. Each array is
-      written from where it is. Where there are several processes, all of them save, at the same point.
-    * ``.pkl``: a pickle in the reference's layout (`trainer.pickles`).
-    * any other: one file of ours (`trainer.bundle`). One array at a time is on the host.
+    * ``.orbax``: a directory of Orbax (`trainer.checkpoints.orbax_directory`), for states on a mesh. Each array is
+      written from its devices. Where there are several processes, all of them save, at the same point.
+    * ``.pkl``: a pickle in the reference's layout (`trainer.checkpoints.reference_pickle`).
+    * any other: one file of ours (`trainer.checkpoints.file_format`). One array at a time is on the host.
 
-    What has the name is there as a whole or not at all, after a crash as well (`trainer.durable`).
+    The write is atomic, after a crash as well (`trainer.checkpoints.atomic`).
 
     Args:
         path: The name. The directory above is made if it is missing.
@@ -83,11 +83,11 @@ def load_state(
     Args:
         path: What `save_state` wrote, a directory written by `trainer.ModelCheckpoint`, or a pickle of
             the reference implementation. What is inside tells which, not the name.
-            Of a pickle nothing is executed (`trainer.pickles`), but it has no checksums; save it again in
+            Of a pickle nothing is executed, but it has no checksums; save it again in
             our format.
         like: A state of the same model, optimizer and extensions. Its values matter only where the
-            file's are not wanted; it may be a donated one if all are. It need not lie as the state
-            that was saved did. Where it is spread over processes, all of them load, at the same point,
+            file's are not wanted; it may be a donated one if all are. Its sharding may differ from that of the state
+            that was saved. Where it is spread over processes, all of them load, at the same point,
             and what fails in one fails in all.
         strict: Whether everything must fit. If not, what does not keeps the value that it has in
             ``like``, and a warning names it.
@@ -104,8 +104,8 @@ def load_state(
     path = Path(path)
     fields = _fields_to_load(only)
 
-    def load(votes: AllOrNone | None) -> tuple[TrainState, str]:
-        with open_source(path, like, votes) as source:
+    def load(agreement: AllOrNone | None) -> tuple[TrainState, str]:
+        with open_source(path, like, agreement) as source:
             return _fitted(source, like, fields, strict=strict)
 
     state, problems = _together(path, load, like)
@@ -123,8 +123,8 @@ def load_with_progress(path: str | os.PathLike[str], like: TrainState) -> Loaded
     """
     path = Path(path)
 
-    def load(votes: AllOrNone | None) -> Loaded:
-        with open_source(path, like, votes) as source:
+    def load(agreement: AllOrNone | None) -> Loaded:
+        with open_source(path, like, agreement) as source:
             state, _ = _fitted(source, like, _fields_to_load(None))
             return Loaded(path, state, read_progress(source))
 
@@ -235,12 +235,12 @@ def _together(path: Path, load: Callable[[AllOrNone | None], _T], like: TrainSta
     """Loads in all processes or in none, where the state is on devices of several."""
     if not is_multiprocess_state(like):
         return load(None)
-    votes, loaded, failure = AllOrNone(f"load {path.name}"), None, None
+    agreement, loaded, failure = AllOrNone(f"load {path.name}"), None, None
     try:
-        loaded = load(votes)
+        loaded = load(agreement)
     except Exception as error:  # a bug as well would leave the others waiting
         failure = error
-    votes.sync(failure)
+    agreement.sync(failure)
     return cast(_T, loaded)
 
 

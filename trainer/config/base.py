@@ -17,6 +17,9 @@ from typing import Any, Self
 from trainer.core.checks import did_you_mean
 from trainer.errors import ConfigError
 
+_FREE_NODES = 10_000
+"""How many nodes a YAML file may have, beside one for each of its characters."""
+
 _LABELS = ("description", "tags", "metadata")
 
 
@@ -69,12 +72,20 @@ class Config:
         """Returns the configuration in a YAML file; ``1e-3`` there is a number.
 
         Raises:
-            ConfigError: As in `from_dict`.
+            ConfigError: As in `from_dict`; or it is nested too deeply, or its aliases unfold into too much.
         """
         import yaml
 
-        data = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_loader())  # noqa: S506 - a SafeLoader
-        return cls.from_dict(data)
+        text = Path(path).read_text(encoding="utf-8")
+        try:
+            unfolded = _unfolded(yaml.compose(text, Loader=_loader()), {})
+        except RecursionError:
+            raise ConfigError(f"`{path}` is nested too deeply.") from None
+        if unfolded > _FREE_NODES + len(text):
+            raise ConfigError(
+                f"`{path}` repeats its parts by aliases (`*name`) so often that they would fill the memory."
+            )
+        return cls.from_dict(yaml.load(text, Loader=_loader()))  # noqa: S506 - a SafeLoader
 
     def to_yaml(self, path: str | os.PathLike[str]) -> None:
         """Writes a YAML file: fields in the order of their declaration, labels last."""
@@ -199,6 +210,16 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(entry) for entry in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def _unfolded(node: Any, known: dict[int, float]) -> float:
+    """Returns how many nodes a YAML node has once its aliases are replaced; infinite if it contains itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        below = getattr(node, "value", ())
+        parts = [part for item in below for part in (item if isinstance(item, tuple) else (item,))]
+        known[id(node)] = 1 + sum(_unfolded(part, known) for part in (() if isinstance(below, str) else parts))
+    return known[id(node)]
 
 
 def _loader() -> type[Any]:

@@ -69,7 +69,7 @@ class AllOrNone:
     What one process alone raises leaves the others waiting for it. So each catches what its part of the
     work raises, and brings it to the next point::
 
-        save, failure = AllOrNone(f"save {path}"), None
+        save, failure = AllOrNone(f"save {path.name}"), None
         try:
             write_mine()
         except OSError as error:

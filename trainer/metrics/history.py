@@ -207,5 +207,15 @@ class History(Sequence[Row]):
         return [*(row for chunk in self._whole_chunks() for row in chunk.rows), *self._recent]
 
 
+def is_recordable(value: Any) -> bool:
+    """Tells whether a checkpoint can hold a value of a row: a number, a string, None, or nested lists of these."""
+    if type(value) is list:
+        return all(map(is_recordable, value))
+    return type(value) in (float, int, bool, str, type(None))
+
+
 def _pack(row: Row) -> bytes:
+    for name, value in row.items():
+        if not is_recordable(value):
+            raise TypeError(f"`{name}` is of type {type(value).__qualname__}")
     return bytes(msgpack.packb(row))

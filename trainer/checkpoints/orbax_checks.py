@@ -1,0 +1,103 @@
+"""Checks of an Orbax directory before its arrays are read.
+
+Orbax and TensorStore believe the metadata that they find: a file that is a named pipe blocks them, and a chunk of 2⁴⁰
+entries ends the process, since the allocation fails in a thread of C++. So these are looked at first.
+"""
+
+import json
+import os
+import stat
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_MANIFEST = struct.Struct(">I")
+_MANIFEST_MAGIC = 0x0CDB3A2A
+_LENGTH = struct.Struct("<Q")
+_MAX_MANIFEST = 16 * 2**20
+
+# Zstandard stores 128 KiB of equal bytes in 4, and no more than that.
+_MAX_RATIO = 2**15
+
+
+def check_files(directory: Path) -> int:
+    """Checks that everything below a directory is a file or a directory, and manifests have the length that they say.
+
+    Returns:
+        How many bytes all files have together.
+
+    Raises:
+        ValueError: Something is not so.
+        OSError: Something cannot be looked at.
+    """
+    size = 0
+    for parent, _, names in os.walk(directory, onerror=_raise):
+        for name in names:
+            path = Path(parent) / name
+            about = os.stat(path)
+            if not stat.S_ISREG(about.st_mode):
+                raise ValueError(f"`{path.relative_to(directory)}` is no regular file")
+            if name == "manifest.ocdbt":
+                _check_manifest(path, about.st_size)
+            size += about.st_size
+    return size
+
+
+def check_stored(directory: Path, wanted: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]], size: int) -> None:
+    """Checks what a directory says of the arrays in it.
+
+    Args:
+        directory: The directory of the arrays.
+        wanted: The shape and dtype of each array, by the name under which Orbax stores it.
+        size: How many bytes its files have.
+
+    Raises:
+        ValueError: An array has another shape or dtype there, impossible chunks, or more bytes than the files can hold.
+        Exception: Whatever TensorStore raises if it cannot read the directory.
+    """
+    import tensorstore
+
+    total = sum(int(np.prod(shape, dtype=object)) * dtype.itemsize for shape, dtype in wanted.values())
+    if total > _MAX_RATIO * size:
+        raise ValueError(f"its files of {size} bytes cannot hold arrays of {total} bytes")
+    base = {"driver": "file", "path": f"{directory}/"}
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+    found = {name: store.read(f"{name}/.zarray") for name in wanted}  # begun together
+    for name, (shape, dtype) in wanted.items():
+        stored = json.loads(found[name].result().value)
+        if not isinstance(stored, dict):
+            raise ValueError(f"`{name}` is described by no mapping")
+        chunks = stored.get("chunks")
+        if stored.get("shape") != list(shape) or _itemsize(stored.get("dtype")) != dtype.itemsize:
+            raise ValueError(f"`{name}` is stored as {str(stored)[:200]}, not as {dtype}{shape}")
+        if not isinstance(chunks, list) or len(chunks) != len(shape):
+            raise ValueError(f"`{name}` has chunks {str(chunks)[:100]}")
+        for chunk, length in zip(chunks, shape, strict=True):
+            if type(chunk) is not int or not 1 <= chunk <= length:
+                raise ValueError(f"`{name}` has chunks {str(chunks)[:100]} in an array of shape {shape}")
+
+
+def _check_manifest(path: Path, size: int) -> None:
+    """Checks the header of a manifest: 4 bytes of magic, big-endian, and its length in 8, little-endian."""
+    with path.open("rb") as file:
+        head = file.read(_MANIFEST.size + _LENGTH.size)
+    if len(head) < _MANIFEST.size + _LENGTH.size or _MANIFEST.unpack_from(head)[0] != _MANIFEST_MAGIC:
+        raise ValueError(f"`{path.name}` is no manifest")
+    if size > _MAX_MANIFEST or _LENGTH.unpack_from(head, _MANIFEST.size)[0] != size:
+        raise ValueError(f"`{path.name}` has {size} bytes, which is not what it says")
+
+
+def _itemsize(dtype: Any) -> int | None:
+    if dtype == "bfloat16":
+        return 2
+    try:
+        return np.dtype(dtype).itemsize if isinstance(dtype, str) and len(dtype) <= 16 else None
+    except TypeError:
+        return None
+
+
+def _raise(error: OSError) -> None:
+    raise error

@@ -1,16 +1,16 @@
 """Batches of arrays in memory, held by datarax, in an order that a seed and an epoch determine."""
 
 import hashlib
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trainer.batches import checked_batch, describe
+from trainer.batches import checked_data, describe
 from trainer.core.checks import check_count
+from trainer.data.host_arrays import aligned_empty
 from trainer.types import Batch
 
 _ROWS_OF_FINGERPRINT = 64
@@ -24,21 +24,21 @@ class InMemoryData:
     short, and any batch of any epoch can be found without drawing the ones before.
 
     Args:
-        data: A mapping of names to arrays, or to trees of arrays, with a common leading dimension.
-            Nothing is copied.
+        data: A pytree of arrays, each of shape ``(num_examples, ...)``: a dict, a tuple ``(x, y)``, a registered
+            dataclass, one array. Nothing is copied. A batch has the same structure.
         batch_size: Examples in a batch.
         name: What to call the data in an error.
 
     Raises:
-        BatchError: ``data`` is not such a mapping, or it is empty.
-        ArgumentError: ``batch_size`` is no positive integer.
+        BatchError: A leaf of ``data`` is no numeric array, leading dimensions differ, or there is no example.
+        ArgumentError: ``batch_size`` is not a positive integer.
     """
 
-    def __init__(self, data: Mapping[str, Any], batch_size: int, name: str = "data") -> None:
+    def __init__(self, data: Any, batch_size: int, name: str = "data") -> None:
         # Loads datarax, and with it Grain, when first used: `import trainer` stays light.
         from datarax.sources import MemorySource, MemorySourceConfig
 
-        data, self.num_examples = checked_batch(data, name)
+        data, self.num_examples = checked_data(data, name)
         self.batch_size = check_count(batch_size, "batch_size")
         leaves, self._structure = jax.tree.flatten(data)
         # A source knows flat dicts only, so the leaves travel under their numbers.
@@ -134,7 +134,7 @@ class Epoch(Iterator[Batch]):
         """Returns the shapes and dtypes of a full batch, as JAX sees them."""
         return self._batch(
             [
-                jax.ShapeDtypeStruct((self.batch_size, *column.shape[1:]), jax.dtypes.canonicalize_dtype(column.dtype))
+                jax.ShapeDtypeStruct((self.batch_size, *column.shape[1:]), dtype_in_jax(column))
                 for column in self._columns
             ]
         )
@@ -172,18 +172,15 @@ def rows_of(column: Any, index: np.ndarray[Any, Any], size: int | None = None) -
     size = len(index) if size is None else size
     if not isinstance(column, np.ndarray):
         return column[np.resize(index, size)]
-    rows = _aligned((size, *column.shape[1:]), column.dtype)
+    rows = aligned_empty((size, *column.shape[1:]), column.dtype)
     # The order is one of ours, so nothing is out of range; saying so spares a copy of the result.
     np.take(column, index, axis=0, out=rows[: len(index)], mode="clip")
     return rows
 
 
-def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
-    """Returns uninitialized memory that begins where XLA likes it to, so that the CPU takes it without a copy."""
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + size].view(dtype).reshape(shape)
+def dtype_in_jax(array: Any) -> Any:
+    """Returns the dtype that an array has on a device: 64-bit types become 32-bit ones where x64 is off."""
+    return jax.dtypes.canonicalize_dtype(array.dtype, allow_extended_dtype=True)
 
 
 def seed_from_key(rng: jax.Array) -> tuple[int, ...]:

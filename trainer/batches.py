@@ -67,7 +67,7 @@ def checked_batch(batch: Any, name: str = "batch") -> tuple[Any, int | None]:
     Raises:
         BatchError: As for `check_batch`; or 64-bit integers do not fit into 32 bits.
     """
-    # What nearly every batch is, decided in a microsecond.
+    # Nearly every batch is a flat dict of NumPy arrays; this path takes a few microseconds.
     if type(batch) is dict and all(map(_is_plain, batch.values())):
         lengths = {leaf.shape[0] for leaf in batch.values()}
         if len(lengths) == 1 and 0 not in lengths:

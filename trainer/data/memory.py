@@ -41,7 +41,7 @@ class InMemoryData:
         data, self.num_examples = checked_data(data, name)
         self.batch_size = check_count(batch_size, "batch_size")
         leaves, self._structure = jax.tree.flatten(data)
-        # A source knows flat dicts only, so the leaves travel under their numbers.
+        # A source takes flat dicts only, so the leaves are stored under their indices.
         columns = {str(i): _on_host(leaf) for i, leaf in enumerate(leaves)}
         self._source = MemorySource(MemorySourceConfig(shuffle=False), columns)
 
@@ -57,15 +57,15 @@ class InMemoryData:
         """Returns a pass over every example once, in an order that is a pure function of seed and epoch.
 
         Args:
-            seed: Words to draw from.
+            seed: The key data to draw from.
             epoch: The number of the epoch.
-            skip: How many batches to leave out at the start.
+            skip: The number of batches to leave out at the start.
         """
         order = np.random.default_rng([*seed, epoch]).permutation(self.num_examples)
         return Epoch(self, order, skip)
 
     def fingerprint(self) -> str:
-        """Describes the data in a line that other data hardly shares: its form, and a hash of rows from all over it."""
+        """Returns a line that identifies the data: shapes, dtypes, and a hash of rows spread over all of it."""
         columns, _ = self.columns()
         rows = np.linspace(0, self.num_examples - 1, min(self.num_examples, _ROWS_OF_FINGERPRINT)).astype(np.intp)
         content = hashlib.sha256()
@@ -78,18 +78,18 @@ class InMemoryData:
         )
 
     def columns(self) -> tuple[list[Any], Any]:
-        """Returns the arrays, and the structure of the batches that are made of them."""
+        """Returns the arrays, and the tree structure of a batch."""
         columns: Any = self._source.data
         return [columns[str(i)] for i in range(len(columns))], self._structure
 
 
 class Epoch(Iterator[Batch]):
-    """One pass over data in memory: an iterator of batches, of which several can be had at once.
+    """One pass over data in memory: an iterator of batches, which can also return several stacked ones.
 
     Attributes:
-        batch_size: Examples in a full batch.
-        full_batches_in_epoch: How many batches of full size the whole pass has.
-        drawn: How many examples there were in the latest batch.
+        batch_size: The number of examples in a full batch.
+        full_batches_in_epoch: The number of full batches in the whole pass.
+        drawn: The number of examples in the latest batch.
     """
 
     def __init__(self, data: InMemoryData, order: np.ndarray[Any, Any] | None, skip: int) -> None:
@@ -122,12 +122,12 @@ class Epoch(Iterator[Batch]):
         return indices
 
     def gathered(self, gather: Callable[[Any], Any]) -> Batch:
-        """Returns the batch of what ``gather`` makes of every column."""
+        """Returns the batch whose leaves are ``gather(column)`` of every column."""
         return self._batch([gather(column) for column in self._columns])
 
     @property
     def full_batches(self) -> int:
-        """How many batches of full size are left."""
+        """The number of full batches left."""
         return max(0, self._num_examples - self._position) // self.batch_size
 
     def specification(self) -> Any:
@@ -168,12 +168,12 @@ class Epoch(Iterator[Batch]):
 
 
 def rows_of(column: Any, index: np.ndarray[Any, Any], size: int | None = None) -> Any:
-    """Returns the rows of a column at ``index``, with room for ``size`` in all."""
+    """Returns the rows of a column at ``index``, padded to ``size`` rows with unspecified values."""
     size = len(index) if size is None else size
     if not isinstance(column, np.ndarray):
         return column[np.resize(index, size)]
     rows = aligned_empty((size, *column.shape[1:]), column.dtype)
-    # The order is one of ours, so nothing is out of range; saying so spares a copy of the result.
+    # No index is out of range; with mode="clip" NumPy writes into `out` directly instead of through a buffer.
     np.take(column, index, axis=0, out=rows[: len(index)], mode="clip")
     return rows
 
@@ -184,7 +184,7 @@ def dtype_in_jax(array: Any) -> Any:
 
 
 def seed_from_key(rng: jax.Array) -> tuple[int, ...]:
-    """Returns the words of a key, for orders that are drawn on the host. Waits for the key."""
+    """Returns key data as integers, to seed orders that are drawn on the host. Waits for the key."""
     words = jax.random.key_data(rng) if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) else rng
     return tuple(int(word) for word in np.asarray(words).ravel())
 

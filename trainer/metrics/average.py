@@ -9,7 +9,7 @@ import numpy as np
 from trainer.types import BATCH_WEIGHT
 
 MAX_PENDING = 512
-"""Metrics of at most this many calls stay on the device; then the older half is read, which finished long ago."""
+"""Metrics of at most this many calls stay on the device; then the older half, long finished, is read."""
 
 
 def read(metrics: Any) -> Any:
@@ -36,7 +36,7 @@ class LazyScalar:
 
 
 def metrics_at(metrics: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """Returns the metrics of one step out of the stacked metrics that `trainer.fuse_steps` returns."""
+    """Returns the metrics of one step from the stacked metrics of `trainer.fuse_steps`."""
     return {name: LazyScalar(array, index) for name, array in metrics.items()}
 
 

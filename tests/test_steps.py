@@ -447,7 +447,7 @@ class TestBadCalls:
             make_train_step(squared_error, SGD)({}, regression())
 
     def test_a_batch_that_is_none(self):
-        with pytest.raises(BatchError, match="`batch` is of type list; it must be a mapping"):
+        with pytest.raises(BatchError, match="`batch` is a list of Python values, not an array"):
             one_step(squared_error, batch=[1, 2])
 
     def test_a_filter_other_than_that_of_the_state(self):

@@ -43,6 +43,39 @@ def on_host(tree):
     return jax.tree.map(np.asarray, tree)
 
 
+class TestWeightZero:
+    """Devices whose part of the batch is padding alone: the weighted mean of nothing is 0 / 0 there."""
+
+    def stepped(self, weights):
+        batch = jax.tree.map(lambda leaf: leaf.reshape(4, 4, *leaf.shape[1:]), masked())
+        batch["mask"] = np.broadcast_to(np.float32(weights)[:, None], (4, 4))
+        state = create(Linear(4))
+        step = make_train_step(masked_error, ADAM, axis_name="parts")
+        evaluate = make_eval_step(masked_error, axis_name="parts")
+        after, metrics = jax.jit(jax.vmap(step, (None, 0), axis_name="parts"))(state, batch)
+        evaluated = jax.jit(jax.vmap(evaluate, (None, 0), axis_name="parts"))(state, batch)
+        return state, batch, on_host((after.params, metrics, evaluated))
+
+    def test_they_change_nothing(self):
+        state, batch, (params, metrics, evaluated) = self.stepped([1, 0, 2, 0])
+        counted = jax.tree.map(lambda leaf: np.concatenate([leaf[0], leaf[2]]), batch)
+        expected, alone = jax.jit(make_train_step(masked_error, ADAM))(state, counted)
+        for part in range(4):
+            chex.assert_trees_all_close(
+                jax.tree.map(lambda leaf, part=part: leaf[part], params), on_host(expected.params), rtol=1e-6
+            )
+        np.testing.assert_allclose(metrics["loss"], alone["loss"], rtol=1e-6)
+        np.testing.assert_allclose(evaluated["loss"], alone["loss"], rtol=1e-6)
+        assert metrics["batch_weight"].tolist() == [12] * 4
+
+    def test_where_nothing_counts_nothing_is_nan(self):
+        state, _, (params, metrics, evaluated) = self.stepped([0, 0, 0, 0])
+        before = on_host(state.params)
+        chex.assert_trees_all_equal(jax.tree.map(lambda leaf: leaf[0], params), before)
+        assert metrics["loss"].tolist() == evaluated["loss"].tolist() == [0] * 4
+        assert metrics["batch_weight"].tolist() == [0] * 4
+
+
 class TestJit:
     def test_every_buffer_of_a_donated_state_is_given_away(self):
         state = create(Busy())

@@ -106,19 +106,20 @@ class Trainer:
             trainer.state, metrics = step(trainer.state, batch)
 
         Args:
-            batch: A mapping of arrays of shape ``(batch_size, ...)``: NumPy, JAX, or what NumPy can view in place,
-                such as torch tensors on the CPU.
+            batch: A pytree of arrays, mostly of shape ``(batch_size, ...)``: NumPy, JAX, or what NumPy can view in
+                place, such as torch tensors on the CPU.
 
         Returns:
             Scalars on the device: ``loss``, ``step`` (updates finished, this one included), what the objective
             reports, and ``<name>_loss`` for every enabled extension.
 
         Raises:
-            BatchError: ``batch`` is no such mapping; no event has been emitted then.
+            BatchError: ``batch`` is no such tree; no event has been emitted then.
             ObjectiveError: The objective or an extension breaks its contract.
             StateError: The state was donated to a step outside this trainer, or edited after that.
         """
-        batch, _ = self.setup.placement.place_batch(batch, may_be_short=False, at_once=True)
+        drawn = self.run.drawn is not None  # by the loop, which has copied it
+        batch, _ = self.setup.placement.place_batch(batch, may_be_short=False, at_once=True, is_private=drawn)
         return epochs.train_step(self, batch)
 
     def validate_step(self, batch: Batch) -> Metrics:
@@ -170,10 +171,10 @@ class Trainer:
 
     def train(
         self,
-        train_data: Mapping[str, Any] | Callable[..., Any] | Iterable[Batch],
+        train_data: Any | Callable[..., Any] | Iterable[Batch],
         num_epochs: int,
         batch_size: int,
-        val_data: Mapping[str, Any] | Callable[..., Any] | Iterable[Batch] | None = None,
+        val_data: Any | Callable[..., Any] | Iterable[Batch] | None = None,
         val_interval: int = 100,
         *,
         resume: bool | str | os.PathLike[str] = False,
@@ -198,8 +199,8 @@ class Trainer:
         stop at the same step.
 
         Args:
-            train_data: A mapping of names to arrays of shape ``(num_examples, ...)``; or a loader, as
-                ``train_data_loader`` of the constructor.
+            train_data: A pytree of arrays of shape ``(num_examples, ...)``: a dict, a tuple, a registered dataclass;
+                or a loader, as ``train_data_loader`` of the constructor. A list is a loader: of batches.
             num_epochs: How many epochs to train, on top of those finished.
             batch_size: Examples in a batch.
             val_data: Data to validate on, in the same forms.
@@ -225,7 +226,7 @@ class Trainer:
         run = epochs.fit(self, plan, resume)
         return dict(run.validation.averages) if plan.held_out and run.validation else run.average.compute()
 
-    def evaluate(self, data: Mapping[str, Any], batch_size: int) -> dict[str, float]:
+    def evaluate(self, data: Any, batch_size: int) -> dict[str, float]:
         """Averages the objective over data in memory, every example exactly once.
 
         It changes nothing, not even the key, and emits no event. It is::
@@ -233,7 +234,7 @@ class Trainer:
             evaluate(eval_step, trainer.state, InMemoryData(data, batch_size).in_order())
 
         Args:
-            data: A mapping of names to arrays of shape ``(num_examples, ...)``.
+            data: A pytree of arrays of shape ``(num_examples, ...)``.
             batch_size: Examples in a batch; the last may be short.
 
         Returns:

@@ -1,4 +1,9 @@
-"""What a batch is, in one place: the step asks when it is traced, the shell before it calls."""
+"""What a batch is, in one place: the step asks when it is traced, the shell before it calls.
+
+A batch is any pytree of numeric arrays and numbers. Mostly its arrays share their leading dimension, the examples. A
+batch whose arrays do not (points inside a domain and on its edge, say) counts as one in averages, unless the objective
+reports its ``batch_weight``.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,76 +14,208 @@ import numpy as np
 from trainer.core.tree_paths import leaf_path
 from trainer.errors import BatchError
 
+_MOST_LEAVES = 5
+_MOST_CHARACTERS = 1000
 
-def batch_length(batch: Any, name: str = "batch") -> int:
-    """Returns the number of examples in ``batch`` after checking that it is one.
+# Structures that were checked: (tree, types, shapes, dtypes) -> (length, positions of leaves with 64-bit integers).
+_checked: dict[Any, tuple[int | None, tuple[int, ...]]] = {}
+_MAX_CHECKED = 256
+_MAX_LEAVES_OF_A_KEY = 1000
+
+_WIDE = (np.dtype(np.int64), np.dtype(np.uint64))
+_PLAIN = frozenset(map(np.dtype, ("?", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16")))
+
+
+def check_batch(batch: Any, name: str = "batch") -> int | None:
+    """Checks that a step can take a batch, by its structure, shapes and dtypes; no value is read.
 
     Args:
-        batch: A mapping of arrays (or of trees of arrays) that share their leading dimension.
+        batch: A pytree of arrays, abstract arrays and numbers.
+        name: What to call it in an error.
+
+    Returns:
+        The common leading dimension of all arrays that have one; None if they differ, or none has one.
+
+    Raises:
+        BatchError: It has no leaf, no example, or a leaf that JAX cannot take as a numeric array.
+    """
+    return _checked_length(batch, name, is_data=False)
+
+
+def batch_length(batch: Any, name: str = "batch") -> int:
+    """Returns the leading dimension that all leaves share.
+
+    Args:
+        batch: A pytree of arrays, each of shape ``(length, ...)``.
         name: What to call it in an error.
 
     Raises:
-        BatchError: It is not a mapping, is empty, holds something that is no numeric array, or its
-            leading dimensions differ; all offending leaves are named at once.
+        BatchError: As for `check_batch`; or a leaf is a scalar, or leading dimensions differ.
     """
-    if not isinstance(batch, Mapping):
-        raise BatchError(
-            f"`{name}` is of type {type(batch).__name__}; it must be a mapping of names to arrays, "
-            f'such as {{"input": images, "label": labels}}.'
-        )
-    leaves = jax.tree.leaves(batch)
-    lengths = set()
-    for leaf in leaves:
-        shape = getattr(leaf, "shape", None)
-        if not shape or not _is_numeric(leaf):
-            raise BatchError(_explain(batch, name))
-        lengths.add(shape[0])
-    if len(lengths) != 1 or 0 in lengths:
-        raise BatchError(_explain(batch, name))
-    return int(lengths.pop())
+    length = _checked_length(batch, name, is_data=True)
+    assert length is not None
+    return length
 
 
-def checked_batch(batch: Any, name: str = "batch") -> tuple[Any, int]:
-    """Returns the batch as JAX can take it, see `as_batch`, and the number of examples in it.
+def checked_batch(batch: Any, name: str = "batch") -> tuple[Any, int | None]:
+    """Returns a batch as JAX can take it, and its length as `check_batch` returns it.
+
+    A mapping that JAX does not know becomes a dict, and an array of another framework (a torch tensor on the CPU, say)
+    a NumPy array over the same memory. Structures are checked once and remembered; of every batch only 64-bit integers
+    are read.
 
     Raises:
-        BatchError: As for `batch_length`.
+        BatchError: As for `check_batch`; or 64-bit integers do not fit into 32 bits.
     """
-    # What nearly every batch is, told in a microsecond.
+    # Nearly every batch is a flat dict of NumPy arrays; this path takes a few microseconds.
     if type(batch) is dict and all(map(_is_plain, batch.values())):
         lengths = {leaf.shape[0] for leaf in batch.values()}
         if len(lengths) == 1 and 0 not in lengths:
+            if large := [leaf for leaf in batch.values() if leaf.dtype in _WIDE]:
+                _check_range(batch, large, name)
             return batch, lengths.pop()
-    batch = as_batch(batch)
-    return batch, batch_length(batch, name)
+    batch = _as_known_to_jax(batch)
+    leaves, structure = jax.tree.flatten(batch)
+    if any(map(_is_foreign, leaves)):
+        leaves = [np.asarray(leaf) if _is_foreign(leaf) else leaf for leaf in leaves]
+        batch = jax.tree.unflatten(structure, leaves)
+    if len(leaves) > _MAX_LEAVES_OF_A_KEY:
+        length, wide = check_batch(batch, name), _wide(leaves)
+    else:
+        key = structure, *((type(one), getattr(one, "shape", None), getattr(one, "dtype", None)) for one in leaves)
+        known = _checked.get(key)
+        if known is None:
+            if len(_checked) >= _MAX_CHECKED:
+                _checked.clear()
+            known = _checked[key] = check_batch(batch, name), _wide(leaves)
+        length, wide = known
+    if wide:
+        _check_range(batch, [leaves[index] for index in wide], name)
+    return batch, length
 
 
-def as_batch(batch: Any) -> Any:
-    """Returns the batch as JAX can take it, itself where that is possible.
+def checked_data(data: Any, name: str) -> tuple[Any, int]:
+    """Returns data in memory as JAX can take them, and the number of examples.
 
-    A mapping of another kind becomes a dict, and a leaf of another framework (a torch tensor on the
-    CPU, say) a NumPy array over the same memory. What is no batch stays what it is.
+    Args:
+        data: A pytree of arrays, each of shape ``(num_examples, ...)``; converted as by `checked_batch`.
+        name: What to call it in an error.
+
+    Raises:
+        BatchError: As for `batch_length`; or 64-bit integers do not fit into 32 bits.
     """
-    if isinstance(batch, Mapping) and not isinstance(batch, dict):
-        batch = dict(batch)
-    if all(isinstance(leaf, np.ndarray | jax.Array) for leaf in jax.tree.leaves(batch)):
-        return batch
-    return jax.tree.map(lambda leaf: np.asarray(leaf) if _is_foreign(leaf) else leaf, batch)
+    data = _as_known_to_jax(data)
+    # Everything is checked before anything is converted or read, so an error costs no time.
+    length = batch_length(data, name)
+    leaves, structure = jax.tree.flatten(data)
+    if any(map(_is_foreign, leaves)):
+        leaves = [np.asarray(leaf) if _is_foreign(leaf) else leaf for leaf in leaves]
+        data = jax.tree.unflatten(structure, leaves)
+        length = batch_length(data, name)
+    _check_range(data, [leaves[index] for index in _wide(leaves)], name)
+    return data, length
 
 
 def describe(tree: Any) -> str:
     """Writes a tree of arrays as ``image: float32(32, 8, 8, 1), label: int32(32,)``."""
-    return ", ".join(f"{leaf_path(path)}: {_short(leaf)}" for path, leaf in jax.tree.leaves_with_path(tree))
+    return ", ".join(map(_entry, jax.tree.leaves_with_path(tree)))
+
+
+def summarize(tree: Any) -> str:
+    """Writes a tree of arrays as `describe` does, but at most its first five leaves, for a message."""
+    leaves = jax.tree.leaves_with_path(tree)
+    text = ", ".join(_entry(leaf)[:160] for leaf in leaves[:_MOST_LEAVES])
+    return text + (f", and {len(leaves) - _MOST_LEAVES} more" if len(leaves) > _MOST_LEAVES else "")
+
+
+def _checked_length(batch: Any, name: str, *, is_data: bool) -> int | None:
+    leaves = jax.tree.leaves_with_path(batch, is_leaf=_is_unusable_node)
+    if not leaves:
+        what = "None" if batch is None else "empty"
+        raise BatchError(f"`{name}` is {what}; it must hold at least one array of shape (batch_size, ...).")
+    problems = [(path, problem) for path, leaf in leaves if (problem := _problem(leaf, is_data=is_data)) is not None]
+    if problems:
+        raise BatchError(_listed(problems, name, "Every leaf must be a numeric array of shape (batch_size, ...)."))
+    lengths = {leaf.shape[0] for _, leaf in leaves if getattr(leaf, "shape", ())}
+    if lengths == {0}:
+        raise BatchError(f"`{name}` holds no examples: {summarize(batch)}.")
+    if len(lengths) == 1:
+        return int(lengths.pop())
+    if is_data:
+        raise BatchError(
+            f"`{name}` has leading dimensions that differ: {_differing(leaves)}. They must be one number, the examples."
+        )
+    return None
+
+
+def _problem(leaf: Any, *, is_data: bool) -> str | None:
+    """Says why a leaf cannot be used; None if it can be. ``is_data``: whether it must hold examples."""
+    if isinstance(leaf, bool | int | float | complex) and not isinstance(leaf, np.generic):
+        return f"is of type {type(leaf).__name__}, not an array" if is_data else None
+    if type(leaf) is list:
+        return "is a list of Python values, not an array; pass numpy.asarray(...) of it"
+    if isinstance(leaf, np.ma.MaskedArray):
+        return "is a masked array, whose mask JAX drops; pass .filled(...) of it, and the mask as a leaf of its own"
+    # JAX's own sparse matrices are pytrees: a step can take them, but their parts have no rows to draw.
+    if hasattr(leaf, "todense") and (is_data or jax.tree_util.all_leaves([leaf])):
+        return f"is a sparse matrix of type {type(leaf).__name__}; pass .todense() of it, or its parts as arrays"
+    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        return f"is of type {type(leaf).__name__}, not an array"
+    if (why := _problem_of_dtype(leaf.dtype)) is not None:
+        return why
+    if is_data and not leaf.shape:
+        return "is a scalar, without examples; pass constants to the objective another way"
+    return None
+
+
+def _problem_of_dtype(dtype: Any) -> str | None:
+    # Extended dtypes (keys, bfloat16, fp8) have a kind of their own. A key's dtype is no `numpy.dtype`.
+    if not isinstance(dtype, np.dtype):
+        return None
+    if dtype.names is not None:
+        return f"has the structured dtype {str(dtype)[:60]}; pass its fields as leaves of their own"
+    if dtype.kind in "OUSTMm" or dtype.type is np.void or dtype.char in "gG":
+        return f"has dtype {str(dtype)[:60]}, which no model can take"
+    if not dtype.isnative:
+        return f"has dtype {dtype.str}, a byte order that JAX cannot take; pass .astype('{dtype.str[1:]}') of it"
+    return None
+
+
+def _check_range(batch: Any, wide: list[Any], name: str) -> None:
+    """Checks that 64-bit integers survive the conversion to 32 bits that JAX makes where x64 is off."""
+    if all(map(_fits, wide)) or jax.dtypes.canonicalize_dtype(np.int64) == np.int64:
+        return
+    problems = [
+        (path, f"holds {leaf if isinstance(leaf, int) else f'{leaf.min()} to {leaf.max()} as {leaf.dtype}'}")
+        for path, leaf in jax.tree.leaves_with_path(batch)
+        if _is_wide(leaf) and not _fits(leaf)
+    ]
+    advice = (
+        "JAX computes with 32-bit integers and would keep the lower half only: renumber the values, or switch on "
+        "jax_enable_x64."
+    )
+    raise BatchError(_listed(problems, name, advice))
+
+
+def _fits(leaf: Any) -> bool:
+    if isinstance(leaf, int):
+        return -(2**31) <= leaf < 2**31
+    if not leaf.size:
+        return True
+    low, high = (-(2**31), 2**31) if leaf.dtype.kind == "i" else (0, 2**32)
+    return bool(np.minimum.reduce(leaf, axis=None) >= low and np.maximum.reduce(leaf, axis=None) < high)
+
+
+def _wide(leaves: list[Any]) -> tuple[int, ...]:
+    return tuple(index for index, leaf in enumerate(leaves) if _is_wide(leaf))
+
+
+def _is_wide(leaf: Any) -> bool:
+    return type(leaf) is int or (isinstance(leaf, np.ndarray | np.generic) and leaf.dtype in _WIDE)
 
 
 def _is_plain(leaf: Any) -> bool:
-    return ((type(leaf) is np.ndarray and leaf.dtype.kind in "fiub") or isinstance(leaf, jax.Array)) and leaf.ndim > 0
-
-
-def _is_numeric(leaf: Any) -> bool:
-    # Extended dtypes (keys, bfloat16, fp8) have a kind of their own; only these cannot be computed with.
-    # A data frame has a shape but no dtype.
-    return hasattr(leaf, "dtype") and getattr(leaf.dtype, "kind", "") not in ("O", "U", "S", "T", "M", "m")
+    return ((type(leaf) is np.ndarray and leaf.dtype in _PLAIN) or isinstance(leaf, jax.Array)) and leaf.ndim > 0
 
 
 def _is_foreign(leaf: Any) -> bool:
@@ -86,27 +223,47 @@ def _is_foreign(leaf: Any) -> bool:
     return not known and all(hasattr(leaf, name) for name in ("__array__", "shape", "dtype"))
 
 
-def _short(leaf: Any) -> str:
-    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
-        return f"{leaf.dtype}{tuple(leaf.shape)}"
-    return type(leaf).__name__
+def _is_unusable_node(node: Any) -> bool:
+    """Whether to look at a node as a whole: nested lists of numbers (a leaf for each number), and sparse matrices."""
+    if type(node) is not list:
+        return hasattr(node, "todense")
+    first: Any = node
+    while type(first) is list and first:
+        first = first[0]
+    return isinstance(first, bool | int | float | complex | str)
 
 
-def _explain(batch: Mapping[Any, Any], name: str) -> str:
-    leaves = jax.tree.leaves_with_path(batch)
-    if not leaves:
-        return f"`{name}` is empty; it must hold at least one array of shape (batch_size, ...)."
-    wrong = []
+def _as_known_to_jax(batch: Any) -> Any:
+    is_unknown = isinstance(batch, Mapping) and type(batch) is not dict and jax.tree_util.all_leaves([batch])
+    return dict(batch) if is_unknown else batch
+
+
+def _listed(problems: list[tuple[Any, str]], name: str, advice: str) -> str:
+    """Writes problems of leaves, at most five, in at most a thousand characters."""
+    listed = "; ".join(f"{_named(name, path)} {problem}" for path, problem in problems[:_MOST_LEAVES])
+    more = f"; and {len(problems) - _MOST_LEAVES} more leaves" if len(problems) > _MOST_LEAVES else ""
+    room = _MOST_CHARACTERS - len(more) - len(advice) - 2
+    return f"{listed if len(listed) <= room else listed[: room - 1] + '…'}{more}. {advice}"
+
+
+def _differing(leaves: list[tuple[Any, Any]]) -> str:
+    """Writes one leaf of each leading dimension, at most five, so that the odd one is seen."""
+    first: dict[int, Any] = {}
     for path, leaf in leaves:
-        where = f"`{name}/{leaf_path(path)}`"
-        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-            wrong.append(f"{where} is of type {type(leaf).__name__}, not an array")
-        elif not _is_numeric(leaf):
-            wrong.append(f"{where} has dtype {leaf.dtype}, which no model can take")
-        elif np.ndim(leaf) == 0:
-            wrong.append(f"{where} is a scalar; pass constants to the objective another way")
-    if wrong:
-        return "; ".join(wrong) + ". Every leaf must be a numeric array of shape (batch_size, ...)."
-    if any(leaf.shape[0] == 0 for _, leaf in leaves):
-        return f"`{name}` holds no examples: {describe(batch)}."
-    return f"`{name}` has leading dimensions that differ: {describe(batch)}. They must be one number."
+        first.setdefault(leaf.shape[0], (path, leaf))
+    text = ", ".join(_entry(leaf)[:160] for leaf in list(first.values())[:_MOST_LEAVES])
+    return text + (", …" if len(first) > _MOST_LEAVES else "")
+
+
+def _named(name: str, path: Any) -> str:
+    text = leaf_path(path)
+    text = text if len(text) <= 60 else f"{text[:29]}…{text[-30:]}"
+    return f"`{name}/{text}`" if text else f"`{name}`"
+
+
+def _entry(found: tuple[Any, Any]) -> str:
+    path, leaf = found
+    text, where = type(leaf).__name__, leaf_path(path)
+    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+        text = f"{leaf.dtype}{tuple(leaf.shape)}"
+    return f"{where}: {text}" if where else text

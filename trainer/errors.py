@@ -37,7 +37,7 @@ class ConfigError(ArgumentError):
 
 
 class BatchError(ArgumentError):
-    """A batch or a data set is not a mapping of arrays with one common length."""
+    """A batch or a data set cannot be used: a leaf is no numeric array, or lengths differ where they must not."""
 
 
 class ObjectiveError(TrainerError, ValueError):

@@ -18,10 +18,11 @@ import jax
 from trainer.compile.dispatch import CompiledStep, DispatchPlan, explain_lost_state
 from trainer.data.memory import Epoch
 from trainer.data.resumable import LoaderPass, LoaderPosition
+from trainer.errors import BatchError
 from trainer.metrics.average import WeightedAverage
 from trainer.metrics.throughput import Meter
 from trainer.run import FromLoader, Run
-from trainer.sharding.placement import Placement, SingleDevice
+from trainer.sharding.placement import Placement, SingleDevice, next_batch_from
 from trainer.state import TrainState
 from trainer.types import Batch, Metrics
 
@@ -206,7 +207,7 @@ def evaluate(
     """
     placement = SingleDevice() if placement is None else placement
     average, batches, index = WeightedAverage(), iter(batches), 0
-    while (taken := placement.next_batch_from(batches)) is not None:
+    while (taken := _next_batch(batches, index, placement)) is not None:
         batch, examples = taken
         average.add(evaluate_batch(eval_step, state, batch, index, placement), examples)
         index += 1
@@ -255,5 +256,15 @@ def _draw(
         count = min(plan.steps_before_sync(run.step), batches.full_batches)
         return placement.next_batches(batches, count, plan.capacity), batches.batch_size, count
     # Only the first batch of an epoch cannot be a short last one.
-    taken = placement.next_batch_from(batches, may_be_short=run.batch > 0, at_once=at_once)
+    taken = _next_batch(batches, run.batch, placement, may_be_short=run.batch > 0, at_once=at_once)
     return None if taken is None else (*taken, None)
+
+
+def _next_batch(
+    batches: Iterator[Batch], index: int, placement: Placement, *, may_be_short: bool = True, at_once: bool = False
+) -> tuple[Batch, int] | None:
+    try:
+        return next_batch_from(placement, batches, may_be_short=may_be_short, at_once=at_once)
+    except BatchError as error:
+        error.add_note(f"raised for batch {index}, the first being batch 0")
+        raise

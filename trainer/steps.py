@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from trainer.batches import batch_length
+from trainer.batches import batch_length, check_batch
 from trainer.core.checks import check_count
 from trainer.core.mapped_axes import AxisName, average_if_changed, average_over_axis, fold_in_device, per_device
 from trainer.core.nnx_bridge import Flat, lookup, merge_updated, split_variables
@@ -236,7 +236,7 @@ def _check_call(state: Any, batch: Any) -> None:
     if not isinstance(state, TrainState):
         raise ArgumentTypeError(f"`state` is of type {type(state).__name__}; it must be a trainer.TrainState.")
     state.check_alive()
-    batch_length(batch)
+    check_batch(batch)
 
 
 def _check_wrt(state: TrainState, wrt: nnx.filterlib.Filter) -> None:

@@ -5,8 +5,8 @@ from typing import Any, Protocol
 
 import jax
 
-Batch = Mapping[str, Any]
-"""Names to arrays (or trees of arrays) that share their leading dimension, the examples."""
+Batch = Any
+"""A pytree of arrays (a dict, a tuple, …) that mostly share their leading dimension, the examples."""
 
 Metrics = dict[str, jax.Array]
 """Names to scalars on the device. Reading one as a number waits for the step that made it."""
@@ -25,7 +25,7 @@ class LossFn(Protocol):
 
         Args:
             model: The module, in training mode under a train step, in evaluation mode otherwise.
-            batch: A mapping of arrays, each of shape ``(batch_size, ...)``.
+            batch: The batch as it was given: a pytree of arrays, mostly each of shape ``(batch_size, ...)``.
             rng: A key for this step and no other.
             step: The number of updates before this one, an int32 scalar.
 
@@ -33,7 +33,8 @@ class LossFn(Protocol):
             The loss, a floating scalar, and a mapping of scalar metrics. Some names are special:
 
             * ``batch_weight``: how much this batch counts in averages (tokens that are not
-              padding, say). Left out, a batch counts by its number of examples.
+              padding, say). Left out, a batch counts by its number of examples, or as one where its arrays have
+              no common leading dimension. A batch of weight zero counts for nothing, whatever its metrics are.
             * ``model_outputs``: handed to the extensions, not reported. It may be any tree. Left out,
               an enabled extension costs a second call of the model.
             * ``loss`` is replaced by the total, extensions included; ``step`` is refused.

@@ -1,7 +1,7 @@
 """Where batches come from: every example exactly once, in an order that can be told in advance."""
 
 import itertools
-from types import MappingProxyType, SimpleNamespace
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from trainer import ArgumentError, ArgumentTypeError, BatchError, InMemoryData
-from trainer.batches import batch_length, describe
 from trainer.core.checks import check_count
 from trainer.data.memory import seed_from_key
 
@@ -138,88 +137,8 @@ def test_check_count_refuses(value, error, message):
 
 
 def test_errors_name_the_data_as_the_caller_does():
-    with pytest.raises(BatchError, match=r"^`train_data` is of type list; it must be a mapping"):
+    with pytest.raises(BatchError, match=r"^`train_data` is a list of Python values, not an array"):
         InMemoryData([1, 2], 1, "train_data")
-
-
-class Frame:
-    """Has a shape and no dtype, like a data frame."""
-
-    shape = (3, 2)
-
-
-ONES = np.ones((3, 2), np.float32)
-NO_MAPPING = '; it must be a mapping of names to arrays, such as {"input": images, "label": labels}.'
-EVERY_LEAF = " Every leaf must be a numeric array of shape (batch_size, ...)."
-
-
-@pytest.mark.parametrize(
-    ("batch", "message"),
-    [
-        (ONES, "`batch` is of type ndarray" + NO_MAPPING),
-        (3, "`batch` is of type int" + NO_MAPPING),
-        ({}, "`batch` is empty; it must hold at least one array of shape (batch_size, ...)."),
-        ({"x": None}, "`batch` is empty; it must hold at least one array of shape (batch_size, ...)."),
-        (
-            {"x": ONES, "y": [1, 2]},
-            "`batch/y/0` is of type int, not an array; `batch/y/1` is of type int, not an array." + EVERY_LEAF,
-        ),
-        ({"x": ONES, "y": "abc"}, "`batch/y` is of type str, not an array." + EVERY_LEAF),
-        ({"x": Frame()}, "`batch/x` is of type Frame, not an array." + EVERY_LEAF),
-        (
-            {"a": {"b": np.array(["u", "v"])}, "c": np.array([None, 1])},
-            "`batch/a/b` has dtype <U1, which no model can take; `batch/c` has dtype object, which no model can take."
-            + EVERY_LEAF,
-        ),
-        (
-            {"t": np.array(["2020-01-01"], "datetime64[D]")},
-            "`batch/t` has dtype datetime64[D], which no model can take." + EVERY_LEAF,
-        ),
-        (
-            {"x": ONES, "rate": np.float32(1.0)},
-            "`batch/rate` is a scalar; pass constants to the objective another way." + EVERY_LEAF,
-        ),
-        (
-            {"x": ONES, "y": [np.zeros(4, np.int32)]},
-            "`batch` has leading dimensions that differ: x: float32(3, 2), y/0: int32(4,). They must be one number.",
-        ),
-        ({"x": ONES[:0]}, "`batch` holds no examples: x: float32(0, 2)."),
-        ({"x": ONES[:0], "y": ONES}, "`batch` holds no examples: x: float32(0, 2), y: float32(3, 2)."),
-    ],
-)
-def test_what_is_no_batch_is_refused(batch, message):
-    with pytest.raises(BatchError) as caught:
-        batch_length(batch)
-    assert str(caught.value) == message
-
-
-@pytest.mark.parametrize(
-    "batch",
-    [
-        {"x": ONES},
-        {"x": ONES, "nothing": None, "deep": {"y": (jnp.zeros(3, jnp.int8), np.zeros((3, 1), bool))}},
-        {"x": ONES, "key": jax.random.split(jax.random.key(0), 3), "half": jnp.zeros(3, jnp.bfloat16)},
-        {"x": jax.ShapeDtypeStruct((3, 5), jnp.float32)},
-        {"x": ONES + 1j},
-    ],
-)
-def test_the_length_of_a_batch(batch):
-    assert batch_length(batch) == 3
-
-
-def test_the_length_of_a_batch_is_known_while_tracing():
-    assert jax.jit(lambda batch: jnp.zeros(batch_length(batch)))({"x": ONES}).shape == (3,)
-
-
-def test_a_mapping_that_jax_does_not_know_is_refused():
-    with pytest.raises(BatchError, match=r"is of type mappingproxy, not an array"):
-        batch_length(MappingProxyType({"x": ONES}))
-
-
-def test_describe_names_every_leaf():
-    tree = {"image": ONES, "meta": {"id": jnp.zeros(3, jnp.int32), "note": "text"}, "keys": (jax.random.key(0),)}
-    assert describe(tree) == "image: float32(3, 2), keys/0: key<fry>(), meta/id: int32(3,), meta/note: str"
-    assert describe({}) == ""
 
 
 def test_the_seed_is_the_words_of_the_key():

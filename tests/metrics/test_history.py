@@ -76,9 +76,17 @@ def test_a_batch_of_weight_zero_does_not_count():
 
 
 def test_a_metric_of_weight_zero_only_has_no_average():
-    averages = average_of(({"loss": 9.0, "batch_weight": 0.0}, 8))
-    assert math.isnan(averages["loss"])
-    assert averages["batch_weight"] == 0.0
+    assert average_of(({"loss": 9.0, "batch_weight": 0.0}, 8)) == {"batch_weight": 0.0}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_a_batch_of_weight_zero_reports_does_not_matter(bad):
+    padding = {"loss": bad, "batch_weight": 0.0}
+    averages = average_of((padding, 8), ({"loss": 5.0, "batch_weight": 2.0}, 8), (padding, 8))
+    assert averages == {"loss": 5.0, "batch_weight": 2.0}
+    assert average_of((padding, 8)) == {"batch_weight": 0.0}
+    # What counts is not hidden.
+    assert not math.isfinite(average_of(({"loss": bad, "batch_weight": 1.0}, 8))["loss"])
 
 
 def test_a_metric_counts_only_where_it_is_present():

@@ -40,7 +40,11 @@ def per_device(params: Any, axis_name: AxisName | None) -> Any:
 
 
 def average_over_axis(grads: Any, metrics: Metrics, axis_name: AxisName | None) -> tuple[Any, Metrics]:
-    """Averages over the mapped axis, by ``batch_weight`` where there is one; that itself is summed."""
+    """Averages over the mapped axis, by ``batch_weight`` where there is one; that itself is summed.
+
+    A device of weight zero adds nothing, even if its gradients are not finite. Where all weights are zero there is no
+    average: gradients and metrics are zero, beside a ``batch_weight`` of zero.
+    """
     if axis_name is None:
         return grads, metrics
     weight = metrics.get(BATCH_WEIGHT)
@@ -49,11 +53,13 @@ def average_over_axis(grads: Any, metrics: Metrics, axis_name: AxisName | None) 
         averaged: tuple[Any, Metrics] = jax.lax.pmean((grads, metrics), axis_name)
         return averaged
     total = jax.lax.psum(weight, axis_name)
-    share = weight / total
-    grads, metrics = jax.lax.psum(
-        jax.tree.map(lambda leaf: leaf * share.astype(leaf.dtype), (grads, metrics)),
-        axis_name,
-    )
+    share = weight / jnp.where(total == 0, 1, total)
+
+    def weighted(leaf: jax.Array) -> jax.Array:
+        # Selected and not only multiplied: 0 * nan is nan.
+        return jnp.where(weight == 0, jnp.zeros_like(leaf), leaf * share.astype(leaf.dtype))
+
+    grads, metrics = jax.lax.psum(jax.tree.map(weighted, (grads, metrics)), axis_name)
     return grads, {**metrics, BATCH_WEIGHT: total}
 
 

@@ -7,7 +7,7 @@ from zlib import crc32
 import jax
 import jax.numpy as jnp
 
-from trainer.batches import describe
+from trainer.batches import summarize
 from trainer.core.nnx_bridge import Flat, variables_of, with_variables
 from trainer.errors import ArgumentError, ArgumentTypeError, ObjectiveError
 from trainer.state import TrainState
@@ -31,7 +31,7 @@ def call_objective(
     try:
         result = loss_fn(model, batch, rng, step)
     except Exception as error:
-        error.add_note(f"raised in `loss_fn` on a batch of {describe(batch)}")
+        error.add_note(f"raised in `loss_fn` on a batch of {summarize(batch)}")
         raise
     if not isinstance(result, tuple) or len(result) != 2:
         raise ObjectiveError(
@@ -68,7 +68,7 @@ def forward(state: TrainState, batch: Batch) -> Any:
     ``model_outputs`` avoids that.
     """
     model = in_training_mode(state.model())
-    if "input" not in batch or not callable(model):
+    if not isinstance(batch, Mapping) or "input" not in batch or not callable(model):
         return None
     try:
         return model(batch["input"])

@@ -1,8 +1,7 @@
 """Batches of arrays in memory, held by datarax, in an order that a seed and an epoch determine."""
 
 import hashlib
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Self
 
@@ -10,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trainer.batches import checked_batch, describe
+from trainer.batches import checked_data, describe
 from trainer.core.checks import check_count
+from trainer.data.host_arrays import aligned_empty
 from trainer.types import Batch
 
 _ROWS_OF_FINGERPRINT = 64
@@ -25,18 +25,18 @@ class InMemoryData:
     short, and any batch of any epoch can be found without drawing the ones before.
 
     Args:
-        data: A mapping of names to arrays, or to trees of arrays, with a common leading dimension.
-            Nothing is copied.
+        data: A pytree of arrays, each of shape ``(num_examples, ...)``: a dict, a tuple ``(x, y)``, a registered
+            dataclass, one array. Nothing is copied. A batch has the same structure.
         batch_size: Examples in a batch.
         name: What to call the data in an error.
 
     Raises:
-        BatchError: ``data`` is not such a mapping, or it is empty.
-        ArgumentError: ``batch_size`` is no positive integer.
+        BatchError: A leaf of ``data`` is no numeric array, leading dimensions differ, or there is no example.
+        ArgumentError: ``batch_size`` is not a positive integer.
     """
 
-    def __init__(self, data: Mapping[str, Any], batch_size: int, name: str = "data") -> None:
-        data, self.num_examples = checked_batch(data, name)
+    def __init__(self, data: Any, batch_size: int, name: str = "data") -> None:
+        data, self.num_examples = checked_data(data, name)
         self.batch_size = check_count(batch_size, "batch_size")
         leaves, self._structure = jax.tree.flatten(data)
         self._columns = [_on_host(leaf) for leaf in leaves]
@@ -54,15 +54,15 @@ class InMemoryData:
         """Returns a pass over every example once, in an order that is a pure function of seed and epoch.
 
         Args:
-            seed: Words to draw from.
+            seed: The key data to draw from.
             epoch: The number of the epoch.
-            skip: How many batches to leave out at the start.
+            skip: The number of batches to leave out at the start.
         """
         order = np.random.default_rng([*seed, epoch]).permutation(self.num_examples)
         return Epoch(self, order, skip)
 
     def fingerprint(self) -> str:
-        """Describes the data in a line that other data hardly shares: its form, and a hash of rows from all over it."""
+        """Returns a line that identifies the data: shapes, dtypes, and a hash of rows spread over all of it."""
         columns, _ = self.columns()
         rows = np.linspace(0, self.num_examples - 1, min(self.num_examples, _ROWS_OF_FINGERPRINT)).astype(np.intp)
         content = hashlib.sha256()
@@ -75,7 +75,7 @@ class InMemoryData:
         )
 
     def columns(self) -> tuple[list[Any], Any]:
-        """Returns the arrays, and the structure of the batches that are made of them."""
+        """Returns the arrays, and the tree structure of a batch."""
         if self._source is None:  # the first pass; see `make_source`
             return self._columns, self._structure
         columns = self.source.data
@@ -83,7 +83,7 @@ class InMemoryData:
 
     @property
     def source(self) -> Any:
-        """The ``datarax.MemorySource`` of the arrays, under their numbers in the tree. Waits for the import of it."""
+        """The ``datarax.MemorySource`` of the arrays, under their indices in the tree. Waits for the import of it."""
         self.make_source()
         assert self._source is not None
         return self._source.result()
@@ -101,12 +101,12 @@ class InMemoryData:
 
 
 class Epoch(Iterator[Batch]):
-    """One pass over data in memory: an iterator of batches, of which several can be had at once.
+    """One pass over data in memory: an iterator of batches, which can also return several stacked ones.
 
     Attributes:
-        batch_size: Examples in a full batch.
-        full_batches_in_epoch: How many batches of full size the whole pass has.
-        drawn: How many examples there were in the latest batch.
+        batch_size: The number of examples in a full batch.
+        full_batches_in_epoch: The number of full batches in the whole pass.
+        drawn: The number of examples in the latest batch.
     """
 
     def __init__(self, data: InMemoryData, order: np.ndarray[Any, Any] | None, skip: int) -> None:
@@ -139,19 +139,19 @@ class Epoch(Iterator[Batch]):
         return indices
 
     def gathered(self, gather: Callable[[Any], Any]) -> Batch:
-        """Returns the batch of what ``gather`` makes of every column."""
+        """Returns the batch whose leaves are ``gather(column)`` of every column."""
         return self._batch([gather(column) for column in self._columns])
 
     @property
     def full_batches(self) -> int:
-        """How many batches of full size are left."""
+        """The number of full batches left."""
         return max(0, self._num_examples - self._position) // self.batch_size
 
     def specification(self) -> Any:
         """Returns the shapes and dtypes of a full batch, as JAX sees them."""
         return self._batch(
             [
-                jax.ShapeDtypeStruct((self.batch_size, *column.shape[1:]), jax.dtypes.canonicalize_dtype(column.dtype))
+                jax.ShapeDtypeStruct((self.batch_size, *column.shape[1:]), dtype_in_jax(column))
                 for column in self._columns
             ]
         )
@@ -189,26 +189,23 @@ class Epoch(Iterator[Batch]):
 
 
 def rows_of(column: Any, index: np.ndarray[Any, Any], size: int | None = None) -> Any:
-    """Returns the rows of a column at ``index``, with room for ``size`` in all."""
+    """Returns the rows of a column at ``index``, padded to ``size`` rows with unspecified values."""
     size = len(index) if size is None else size
     if not isinstance(column, np.ndarray):
         return column[np.resize(index, size)]
-    rows = _aligned((size, *column.shape[1:]), column.dtype)
-    # The order is one of ours, so nothing is out of range; saying so spares a copy of the result.
+    rows = aligned_empty((size, *column.shape[1:]), column.dtype)
+    # No index is out of range; with mode="clip" NumPy writes into `out` directly instead of through a buffer.
     np.take(column, index, axis=0, out=rows[: len(index)], mode="clip")
     return rows
 
 
-def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
-    """Returns uninitialized memory that begins where XLA likes it to, so that the CPU takes it without a copy."""
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + size].view(dtype).reshape(shape)
+def dtype_in_jax(array: Any) -> Any:
+    """Returns the dtype that an array has on a device: 64-bit types become 32-bit ones where x64 is off."""
+    return jax.dtypes.canonicalize_dtype(array.dtype, allow_extended_dtype=True)
 
 
 def seed_from_key(rng: jax.Array) -> tuple[int, ...]:
-    """Returns the words of a key, for orders that are drawn on the host. Waits for the key."""
+    """Returns key data as integers, to seed orders that are drawn on the host. Waits for the key."""
     words = jax.random.key_data(rng) if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) else rng
     return tuple(int(word) for word in np.asarray(words).ravel())
 

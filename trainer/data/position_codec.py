@@ -20,22 +20,22 @@ _DTYPE = re.compile(r"[<>|][biufcmMSU]\d+(\[\w+\])?")
 
 
 def encode(position: Any) -> bytes:
-    """Returns the bytes of a tree of plain values, arrays and torch tensors, which `decode` reads.
+    """Returns a tree of plain values, arrays and torch tensors as bytes, which `decode` reads.
 
     JAX arrays come back as NumPy arrays, and mappings as dicts.
 
     Raises:
-        TypeError: There is something else in it.
-        ValueError: Tuples are in tuples are in tuples, more than 32 times.
+        TypeError: The tree holds something else.
+        ValueError: Tuples are nested more than 32 deep.
     """
     return _encode(position, 0)
 
 
 def decode(data: bytes) -> Any:
-    """Returns what was given to `encode`.
+    """Returns the tree that `encode` was given. Runs no code from the bytes.
 
     Raises:
-        ValueError: These are no such bytes.
+        ValueError: The bytes are not from `encode`, or damaged.
     """
     try:
         return _decode(data, 0)

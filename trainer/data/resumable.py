@@ -1,8 +1,8 @@
-"""A pass over a loader of the caller's, which can be taken up again in the middle.
+"""One pass over a loader, and its position, from which the pass resumes in another process.
 
-A loader can be set to a position if it, or the iterator that it makes, has ``get_state()`` and
-``set_state(state)``, as those of Grain and datarax, or ``state_dict()`` and ``load_state_dict(state)``,
-as that of torchdata. The batches of any other are drawn again and dropped.
+A loader restores its position if it, or the iterator that it makes, has ``get_state()`` and ``set_state(state)``
+(Grain, datarax), or ``state_dict()`` and ``load_state_dict(state)`` (torchdata). The batches of any other loader are
+drawn again and dropped.
 """
 
 import dataclasses
@@ -31,15 +31,15 @@ _STATE_DICT = _Protocol("state_dict", "load_state_dict")
 
 @dataclasses.dataclass(frozen=True)
 class LoaderPosition:
-    """Where a loader was, in plain values.
+    """The position of a loader, in plain values.
 
     Attributes:
-        state: What the loader said of its position, encoded; None if it could not say anything.
-        drawn: How many batches of the pass had been drawn there. Those finished since are drawn
-            again. 0 at the end of a pass means the pass before.
-        over: Whether it is the end of a pass.
+        state: The state that the loader reported, encoded; None if it reports none.
+        drawn: The number of batches of the pass drawn before the position. Later batches are drawn again. At the end
+            of a pass, 0 means that the pass is the previous one.
+        over: Whether the position is the end of a pass.
         exhausted: Whether the pass ended because the loader did, and not at ``steps_per_epoch``.
-        loader: The type of what said it.
+        loader: The type of the object that reported the state.
     """
 
     state: bytes | None = None
@@ -50,13 +50,13 @@ class LoaderPosition:
 
     @classmethod
     def from_dict(cls, plain: Any) -> Self:
-        """Makes it again from what `dataclasses.asdict` returned.
+        """Returns the position that `dataclasses.asdict` described.
 
         Raises:
-            ValueError: It is no such thing.
+            ValueError: ``plain`` does not describe a position.
         """
         if not isinstance(plain, dict) or plain.keys() != {field.name for field in dataclasses.fields(cls)}:
-            raise ValueError("`loader` is no position of a loader")
+            raise ValueError("`loader` is not the position of a loader")
         kinds = {"state": (bytes, type(None)), "drawn": (int,), "over": (bool,), "exhausted": (bool,), "loader": (str,)}
         for name, allowed in kinds.items():
             if type(plain[name]) not in allowed:
@@ -69,21 +69,20 @@ class LoaderPosition:
 
 
 class LoaderPass:
-    """One pass over a loader: an iterator of at most ``limit`` batches that can say where it is.
+    """One pass over a loader: an iterator of at most ``limit`` batches that reports its position.
 
-    Nothing is asked of the loader before `open`, which leaves room for what a callback does to it
-    when an epoch begins.
+    The loader is not touched before `open`, so a callback may change it when an epoch begins.
 
     Args:
         loader: As for `trainer.data.open_loader`.
-        batch_size: What to call it with.
+        batch_size: As for `trainer.data.open_loader`.
         name: What to call the loader in an error.
-        limit: Where to stop, None for the end of the loader.
-        previous: The pass before this one, if there was one in this process.
+        limit: The most batches of the pass, None for all of the loader.
+        previous: The previous pass in this process, if any.
 
     Attributes:
-        drawn: How many batches were drawn, those before an interruption included.
-        over: Whether there are no more.
+        drawn: The number of batches drawn, those before an interruption included.
+        over: Whether the pass has ended.
     """
 
     def __init__(
@@ -92,22 +91,22 @@ class LoaderPass:
         self._loader, self._batch_size, self._name, self._limit = loader, batch_size, name, limit
         self._is_factory = callable(loader) and not isinstance(loader, Iterable)
         self._iterator: Iterator[Batch] = iter(())
-        self._teller: tuple[Any, _Protocol] | None = None
-        # An error is raised when a checkpoint is taken, which is perhaps never.
-        self._known: LoaderPosition | CheckpointError = LoaderPosition()
+        self._stateful: tuple[Any, _Protocol] | None = None
+        # An error is kept until a checkpoint needs the position; most runs never do.
+        self._latest: LoaderPosition | CheckpointError = LoaderPosition()
         self.drawn = 0
         self.over: bool = False
         self._exhausted = False
-        # The end of a pass, from a checkpoint, that the loader has not been set to yet.
-        self._awaited: LoaderPosition | None = None if previous is None else previous._awaited
+        # The end of a pass, from a checkpoint. The loader is set to it when the next pass opens.
+        self._to_restore: LoaderPosition | None = None if previous is None else previous._to_restore
         self._is_first = previous is None
-        if self._awaited is not None:
-            self._known = dataclasses.replace(self._awaited, drawn=0)
+        if self._to_restore is not None:
+            self._latest = dataclasses.replace(self._to_restore, drawn=0)
         elif previous is not None and previous.over:
             try:
-                self._known = dataclasses.replace(previous.position(0), drawn=0)
+                self._latest = dataclasses.replace(previous.position(0), drawn=0)
             except CheckpointError as error:
-                self._known = error
+                self._latest = error
 
     def __iter__(self) -> Self:
         return self
@@ -130,62 +129,62 @@ class LoaderPass:
         return batch
 
     def open(self, position: LoaderPosition | None = None, finished: int = 0) -> None:
-        """Opens the loader, such that the next batch is the one after those finished.
+        """Opens the loader, so that the next batch is the one after the finished ones.
 
         Args:
-            position: Where it was at or before that batch, None to start a pass.
-            finished: How many batches of this pass are finished.
+            position: A position at or before that batch; None to start a pass.
+            finished: The number of finished batches of this pass.
 
         Raises:
             CheckpointError: The loader refuses the position, or has too few batches.
             ArgumentError: It is an iterator that cannot be set to a position.
         """
         if position is not None and position.over and position.drawn:
-            # This pass is over. Only the next one asks anything of the loader, if there is one.
-            self._awaited = self._known = position
+            # This pass is over. The next one, if any, restores the loader.
+            self._to_restore = self._latest = position
             self.drawn, self.over = finished, True
             return
-        if position is None and self._awaited is not None:
-            position = dataclasses.replace(self._awaited, drawn=0)
+        if position is None and self._to_restore is not None:
+            position = dataclasses.replace(self._to_restore, drawn=0)
         at_start = position is None or (position.state is None and not finished)
         self._iterator = self._opened(position or LoaderPosition(), finished)
         self.drawn = finished
-        self._awaited = None
+        self._to_restore = None
         if position is not None:
-            self._known = position
+            self._latest = position
         if at_start:
             try:
-                self._known = self._asked(LoaderPosition())
+                self._latest = self._with_state(LoaderPosition())
             except CheckpointError as error:
-                self._known = error
+                self._latest = error
 
     def position(self, finished: int) -> LoaderPosition:
-        """Says where the loader is, for `open` in another process.
+        """Returns the position of the loader, for `open` in another process.
 
-        The latest batch drawn may be unfinished: then it is a position of before, and the batches
-        between are drawn again. If you prefetch, call this before prefetching.
+        If the latest batch drawn is not finished, it is an earlier position, and the batches since are drawn again. If
+        you prefetch, call this before prefetching.
 
         Args:
-            finished: How many batches of this pass are finished.
+            finished: The number of finished batches of this pass.
 
         Raises:
-            CheckpointError: The loader fails to say it, or says it in objects that no checkpoint holds.
+            CheckpointError: The loader fails to report its state, or reports objects that no checkpoint can hold.
         """
-        if self._awaited is not None:
-            pass  # the loader is not there yet
+        if self._to_restore is not None:
+            pass  # the loader has not been set to it yet
         elif self.over:
             end = LoaderPosition(drawn=self.drawn, over=True, exhausted=self._exhausted)
-            # A callable is called again, and what it returns then starts where it likes.
-            self._known = end if self._is_factory else self._asked(end)
-        elif self._teller is not None and 0 < finished == self.drawn:
-            self._known = self._asked(LoaderPosition(drawn=finished))
-        if isinstance(self._known, CheckpointError):
-            raise self._known
-        return self._known
+            # A callable is called again for the next pass, so the state of this pass is of no use.
+            self._latest = end if self._is_factory else self._with_state(end)
+        elif self._stateful is not None and 0 < finished == self.drawn:
+            self._latest = self._with_state(LoaderPosition(drawn=finished))
+        if isinstance(self._latest, CheckpointError):
+            raise self._latest
+        return self._latest
 
     def _opened(self, position: LoaderPosition, finished: int) -> Iterator[Batch]:
         iterator = self._iterate(position)
-        is_one_shot = iterator is self._loader and self._teller is None
+        is_one_shot = iterator is self._loader and self._stateful is None
         if is_one_shot and (finished or position.over):
             raise ArgumentError(
                 f"`{self._name}` is an iterator of type {type(iterator).__name__}, which cannot be taken back to where "
@@ -199,39 +198,39 @@ class LoaderPass:
 
     def _iterate(self, position: LoaderPosition) -> Iterator[Batch]:
         loader = open_loader(self._loader, self._batch_size, self._name)
-        if self._is_first:  # said once, and not in every epoch
+        if self._is_first:  # one warning, and not one in every epoch
             self._is_first = False
             warn_of_unseen(self._loader, loader, self._name, self._limit)
-        # Iterating is an event for a loader of torchdata, which draws seeds then: only once, and set before.
-        iterator = None if _speaks(loader, _STATE_DICT) else iter(loader)
-        tellers = ((loader, _STATE_DICT), (iterator, _STATE), (loader, _STATE), (iterator, _STATE_DICT))
-        self._teller = next((teller for teller in tellers if _speaks(*teller)), None)
+        # A loader of torchdata draws seeds in __iter__: call that once, and only after restoring the state.
+        iterator = None if _supports(loader, _STATE_DICT) else iter(loader)
+        candidates = ((loader, _STATE_DICT), (iterator, _STATE), (loader, _STATE), (iterator, _STATE_DICT))
+        self._stateful = next((stateful for stateful in candidates if _supports(*stateful)), None)
         if position.state is not None:
             self._set(position, loader)
-            if self._teller is not None and self._teller[0] is not iterator:
+            if self._stateful is not None and self._stateful[0] is not iterator:
                 iterator = None
         return iter(loader) if iterator is None else iterator
 
     def _set(self, position: LoaderPosition, loader: Any) -> None:
         assert position.state is not None
-        if self._teller is None:
+        if self._stateful is None:
             raise CheckpointError(
                 f"the checkpoint holds the position of a {position.loader}, which `{self._name}` of type "
                 f"{type(loader).__name__} cannot take: it has neither set_state(state) nor load_state_dict(state)."
             )
-        teller, protocol = self._teller
+        stateful, protocol = self._stateful
         try:
-            getattr(teller, protocol.set)(decode(position.state))
+            getattr(stateful, protocol.set)(decode(position.state))
         except Exception as error:
             raise CheckpointError(
                 f"`{self._name}` refuses the position of a {position.loader} in the checkpoint: "
-                f"{type(teller).__name__}.{protocol.set} raised {error!r}. Pass the loader of the interrupted run."
+                f"{type(stateful).__name__}.{protocol.set} raised {error!r}. Pass the loader of the interrupted run."
             ) from error
 
     def _next_pass(self, iterator: Iterator[Batch], exhausted: bool) -> Iterator[Batch]:
-        """Goes from the end of a pass to the next, as the interrupted process would have done."""
+        """Moves from the end of a pass to the next, as the interrupted process would have done."""
         if exhausted:
-            # Some loaders begin the next pass by themselves when they are set to the end of one.
+            # Some loaders start the next pass by themselves when they are set to the end of one.
             for first in iterator:
                 return chain([first], iterator)
         return self._iterate(LoaderPosition())
@@ -241,7 +240,7 @@ class LoaderPass:
             warnings.warn(
                 f"`{self._name}` cannot be set to a position (it has neither set_state(state) nor "
                 f"load_state_dict(state)), so the {count} batches that were finished in this epoch are drawn again and "
-                f"dropped; the run goes on as it would have only if they come in the same order.",
+                f"dropped; the run is the same as without the interruption only if they come in the same order.",
                 stacklevel=6,  # where train_epoch() is called
             )
         if count < 0:
@@ -255,13 +254,13 @@ class LoaderPass:
                 f"pass the loader of the interrupted run."
             )
 
-    def _asked(self, position: LoaderPosition) -> LoaderPosition:
-        if self._teller is None:
+    def _with_state(self, position: LoaderPosition) -> LoaderPosition:
+        if self._stateful is None:
             return position
-        teller, protocol = self._teller
-        name = type(teller).__name__
+        stateful, protocol = self._stateful
+        name = type(stateful).__name__
         try:
-            state = getattr(teller, protocol.get)()
+            state = getattr(stateful, protocol.get)()
         except Exception as error:
             raise CheckpointError(
                 f"the position of `{self._name}` cannot be saved: {name}.{protocol.get} raised {error!r}."
@@ -275,5 +274,5 @@ class LoaderPass:
             ) from error
 
 
-def _speaks(teller: Any, protocol: _Protocol) -> bool:
-    return all(callable(getattr(teller, name, None)) for name in protocol)
+def _supports(stateful: Any, protocol: _Protocol) -> bool:
+    return all(callable(getattr(stateful, name, None)) for name in protocol)

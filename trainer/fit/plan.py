@@ -6,6 +6,8 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import jax
+
 from trainer.data.loaders import check_loader, one_pass, takes_batch_size
 from trainer.data.memory import InMemoryData
 from trainer.errors import ArgumentError
@@ -150,8 +152,10 @@ def _over_loader(
 
 
 def _is_loader(data: Any) -> bool:
-    """Tells a loader, which is called or iterated over, from data in memory: a mapping, a tuple, an array."""
-    if isinstance(data, Mapping | tuple | str | bytes) or hasattr(data, "__array__"):
+    """Tells a loader, which is called or iterated over, from data in memory: an array, or a pytree but a list."""
+    if isinstance(data, Mapping | str | bytes) or hasattr(data, "__array__"):
+        return False
+    if not isinstance(data, list) and not jax.tree_util.all_leaves([data]):
         return False
     return callable(data) or isinstance(data, Iterable)
 

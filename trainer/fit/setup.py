@@ -102,7 +102,7 @@ class Setup:
         """Compares the arguments of a call, the data and where the run is, before the call does anything."""
         self.agree(what, {**arguments, "step": run.step, "epoch": run.epoch, "rng": list(self.seed)}, **data)
 
-    def in_memory(self, data: Mapping[str, Any], batch_size: int, name: str) -> InMemoryData:
+    def in_memory(self, data: Any, batch_size: int, name: str) -> InMemoryData:
         """Returns data in memory, if it can be used and its full batches can be shared by the devices."""
         held = InMemoryData(data, batch_size, name)
         if held.num_examples >= batch_size:

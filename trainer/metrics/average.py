@@ -45,18 +45,19 @@ class LazyScalar:
 
 
 def metrics_at(metrics: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """Returns the metrics of one step out of the stacked metrics that `trainer.fuse_steps` returns."""
+    """Returns the metrics of one step from the stacked metrics of `trainer.fuse_steps`."""
     return {name: LazyScalar(array, index) for name, array in metrics.items()}
 
 
 class WeightedAverage:
     """The average of metrics over batches, weighted by the size of each batch.
 
-    The weight of a batch is its number of examples, or the metric ``batch_weight`` where the objective
-    reports it; ``batch_weight`` itself is reported as its sum. The sums are float64 on the host. The metrics of
-    the latest calls stay on the device until `compute`; those of older calls are read as new ones are added.
+    The weight of a batch is its number of examples, or the metric ``batch_weight`` where the objective reports it;
+    ``batch_weight`` itself is reported as its sum. A batch of weight zero counts for nothing. The sums are float64 on
+    the host. The metrics of the latest calls stay on the device until `compute`; those of older calls are read as new
+    ones are added.
 
-    A copy costs nothing: the parts that both share are replaced and never changed.
+    A copy costs nothing: the two share their parts, which are replaced and never mutated.
 
     Example:
         >>> average = WeightedAverage()
@@ -93,11 +94,12 @@ class WeightedAverage:
             self._read(self._read_at_once)
 
     def compute(self) -> dict[str, float]:
-        """Returns the averages so far, without ``step``; empty if nothing was added. Waits for the device."""
+        """Returns the averages so far, without ``step``. Waits for the device.
+
+        A metric that never had weight has no average, and is absent.
+        """
         self._read(len(self._pending))
-        averages = {name: total / self._weights[name] for name, total in self._sums.items() if self._weights[name]}
-        # A metric that only ever came with weight zero has no average.
-        return {name: averages.get(name, float("nan")) for name in self._sums}
+        return {name: total / self._weights[name] for name, total in self._sums.items() if self._weights[name]}
 
     def copy(self) -> Self:
         """Returns an equal average that is added to independently."""
@@ -136,7 +138,8 @@ class WeightedAverage:
         # same bits as single ones.
         total, norm = self._sums.get(name, 0.0), self._weights.get(name, 0.0)
         for value, weight in zip(column, weights, strict=True):
-            # The average weight of a batch would be of no use; the whole weight is.
-            share, norm = (value, 1.0) if name == BATCH_WEIGHT else (value * weight, norm + weight)
-            total += share
+            if name == BATCH_WEIGHT:  # reported as its sum
+                total, norm = total + value, 1.0
+            elif weight != 0:  # a batch of padding alone counts for nothing, and 0 * nan is nan
+                total, norm = total + value * weight, norm + weight
         self._sums[name], self._weights[name] = total, norm

@@ -16,7 +16,7 @@ _CHUNK = 256
 
 @dataclasses.dataclass(frozen=True)
 class _Chunk:
-    """Rows that were read from the device and will not change; packed once, however often they are saved."""
+    """Rows that were read from the device and are final; serialized once, however often they are saved."""
 
     rows: tuple[Row, ...]
 
@@ -31,7 +31,7 @@ class History(Sequence[Row]):
     A row holds ``step`` and the metrics of that step: training metrics under their names, validation
     averages as ``val_<name>``. Values are read from the device on demand, or when far newer ones have been added.
 
-    A copy costs nothing: the parts that both share are replaced and never changed.
+    A copy costs nothing: the two share their parts, which are replaced and never mutated.
 
     Example:
         >>> history = History()
@@ -50,8 +50,8 @@ class History(Sequence[Row]):
         """Makes an empty history that drops its oldest row for every row above ``max_rows``."""
         self._max_rows = max_rows
         self._chunks: tuple[_Chunk, ...] = ()
-        self._dropped = 0  # rows at the start of the first chunk that are too old
-        self._frozen = 0  # rows in the chunks, without those
+        self._dropped = 0  # rows at the start of the first chunk that were dropped
+        self._frozen = 0  # the other rows in the chunks
         self._recent: tuple[Row, ...] = ()
         self._unread = 0  # the last of the recent rows, whose values may be on the device
 
@@ -101,7 +101,7 @@ class History(Sequence[Row]):
         return history
 
     def rewind(self, step: int) -> None:
-        """Drops the rows of later steps. Waits for nothing."""
+        """Drops the rows of later steps. Does not wait for the device."""
         first_unread = len(self._recent) - self._unread
         chunks = (_Chunk(tuple(row for row in chunk.rows if row["step"] <= step)) for chunk in self._whole_chunks())
         self._chunks, self._dropped = tuple(chunk for chunk in chunks if chunk.rows), 0

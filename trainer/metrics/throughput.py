@@ -1,4 +1,4 @@
-"""Throughput: steps and examples per second, and what the devices wait for."""
+"""Throughput: steps and examples per second, and the time that the devices wait for data."""
 
 import contextlib
 import dataclasses

@@ -1,11 +1,14 @@
 """Placing host arrays on devices: like a template array, or as a global array over a mesh."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, Sharding
+
+from trainer.data.memory import rows_of
 
 
 def place_like(value: np.ndarray[Any, Any], like: jax.Array) -> jax.Array:
@@ -57,3 +60,18 @@ def is_multiprocess(array: Any) -> bool:
 
 def _is_key(like: jax.Array) -> bool:
     return bool(jnp.issubdtype(like.dtype, jax.dtypes.prng_key))
+
+
+def gather_rows(index: np.ndarray[Any, Any], sharding: NamedSharding, column: Any) -> jax.Array:
+    """Returns ``column[index]`` with a sharding; this process reads only the rows that its devices hold."""
+
+    # Devices along an axis that does not split the batch hold the same rows; they are read once.
+    @functools.cache
+    def rows(*bounds: tuple[int | None, int | None]) -> Any:
+        part = index[tuple(slice(*bound) for bound in bounds[: index.ndim])]
+        return rows_of(column, part.ravel()).reshape(*part.shape, *column.shape[1:])
+
+    shape = (*index.shape, *column.shape[1:])
+    return jax.make_array_from_callback(
+        shape, sharding, lambda slices: rows(*((part.start, part.stop) for part in slices or ()))
+    )

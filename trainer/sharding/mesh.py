@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from trainer.batches import batch_length
+from trainer.batches import check_batch
 from trainer.core.tree_paths import leaf_path
 from trainer.errors import ArgumentError, ArgumentTypeError, BatchError
 from trainer.types import Batch
@@ -95,7 +95,7 @@ def check_batch_fits(batch: Batch, sharding: Any) -> None:
         BatchError: It is not a batch, or an axis does not divide a dimension. The message names the
             leaves, the axes and the nearest sizes that can be split.
     """
-    batch_length(batch)
+    check_batch(batch)
     shardings = jax.tree.broadcast(sharding, batch)
     mesh = jax.tree.leaves(shardings)[0].mesh
     uneven: dict[str, list[str]] = {}

@@ -17,10 +17,11 @@ import optax
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from trainer.batches import checked_batch, describe
-from trainer.data.memory import Epoch, rows_of
+from trainer.batches import checked_batch, summarize
+from trainer.data.host_arrays import private_copy
+from trainer.data.memory import Epoch, dtype_in_jax
 from trainer.errors import ArgumentError, ArgumentTypeError, BatchError
-from trainer.sharding.arrays import to_global
+from trainer.sharding.arrays import gather_rows, to_global
 from trainer.sharding.create import create_sharded
 from trainer.sharding.mesh import BATCH_AXES, batch_sharding, multiples_near
 from trainer.sharding.partition import partition
@@ -28,6 +29,7 @@ from trainer.state import TrainState
 from trainer.types import Batch, ExtensionLike
 
 _CACHED_INTS = 256
+_END = object()
 
 
 class Placement(Protocol):
@@ -73,7 +75,9 @@ class Placement(Protocol):
             ArgumentError: They cannot.
         """
 
-    def place_batch(self, batch: Any, *, may_be_short: bool = True, at_once: bool = False) -> tuple[Batch, int]:
+    def place_batch(
+        self, batch: Any, *, may_be_short: bool = True, at_once: bool = False, is_private: bool = False
+    ) -> tuple[Batch, int]:
         """Checks this process's part of a batch and starts its transfer to the devices.
 
         Args:
@@ -81,9 +85,11 @@ class Placement(Protocol):
             may_be_short: Whether it may be a short last batch, which the devices may be unable to share evenly.
             at_once: Whether a compiled step takes the batch right away. On a single device the step then transfers
                 it, which is faster than a ``jax.device_put`` before it.
+            is_private: Whether nobody will write to the arrays any more. Others are copied, since a loader may fill
+                the same buffers again before a step has read them.
 
         Returns:
-            The global batch, and the number of examples in it.
+            The global batch, and the number of examples in it; 1 where its arrays have no common leading dimension.
 
         Raises:
             BatchError: It is not a batch, or the devices cannot share it.
@@ -119,17 +125,6 @@ class Placement(Protocol):
     def replicated_int(self, value: int) -> jax.Array:
         """Returns an int32 scalar that every device holds."""
 
-    def next_batch_from(
-        self, batches: Iterator[Batch], *, may_be_short: bool = True, at_once: bool = False
-    ) -> tuple[Batch, int] | None:
-        """Returns the next batch of data in memory or of a loader, placed, and its examples; None at the end.
-
-        Args:
-            batches: An `Epoch`, or an iterator over this process's parts of the batches.
-            may_be_short: As for `place_batch`.
-            at_once: As for `place_batch`.
-        """
-
 
 @final
 class SingleDevice:
@@ -162,13 +157,17 @@ class SingleDevice:
     def check_batch_size(self, batch_size: int) -> None:
         del batch_size
 
-    def place_batch(self, batch: Any, *, may_be_short: bool = True, at_once: bool = False) -> tuple[Batch, int]:
+    def place_batch(
+        self, batch: Any, *, may_be_short: bool = True, at_once: bool = False, is_private: bool = False
+    ) -> tuple[Batch, int]:
         del may_be_short
-        batch, examples = checked_batch(batch)
-        return batch if at_once else jax.device_put(batch), examples
+        batch, length = checked_batch(batch)
+        batch = batch if is_private else private_copy(batch)
+        return batch if at_once else jax.device_put(batch), _examples(length)
 
     def abstract_batch(self, batch: Any) -> tuple[Any, int]:
-        return checked_batch(batch)
+        batch, length = checked_batch(batch)
+        return batch, _examples(length)
 
     def next_batch(self, epoch: Epoch, *, at_once: bool = False) -> tuple[Batch, int] | None:
         batch = next(epoch, None)
@@ -183,11 +182,6 @@ class SingleDevice:
 
     def replicated_int(self, value: int) -> jax.Array:
         return self._ints(value)
-
-    def next_batch_from(
-        self, batches: Iterator[Batch], *, may_be_short: bool = True, at_once: bool = False
-    ) -> tuple[Batch, int] | None:
-        return _next_batch_from(self, batches, may_be_short=may_be_short, at_once=at_once)
 
 
 @final
@@ -258,30 +252,40 @@ class OverMesh:
                 f"{self._named_axes()}; the nearest that can is {nearest}."
             )
 
-    def place_batch(self, batch: Any, *, may_be_short: bool = True, at_once: bool = False) -> tuple[Batch, int]:
+    def place_batch(
+        self, batch: Any, *, may_be_short: bool = True, at_once: bool = False, is_private: bool = False
+    ) -> tuple[Batch, int]:
         if self._single is not None:
-            return self._single.place_batch(batch, may_be_short=may_be_short, at_once=at_once)
-        batch, own = checked_batch(batch)
+            return self._single.place_batch(batch, may_be_short=may_be_short, at_once=at_once, is_private=is_private)
+        batch, length = checked_batch(batch)
         if all(map(self._is_placed, jax.tree.leaves(batch))):
-            return batch, own
-        examples = self._global_examples(batch, own, may_be_short)
-        sharding = self._batch_sharding(examples)
-        if sharding.is_fully_addressable:
-            placed: Batch = jax.device_put(batch, sharding)
+            return batch, _examples(length)
+        examples, shardings = self._shares(batch, length, may_be_short)
+        batch = batch if is_private else private_copy(batch)
+        if self.num_processes == 1:
+            placed: Batch = jax.device_put(batch, shardings)
             return placed, examples
         return jax.tree.map(
-            lambda leaf: jax.make_array_from_process_local_data(
-                sharding, np.asarray(leaf), (examples, *leaf.shape[1:])
+            lambda leaf, sharding: jax.make_array_from_process_local_data(
+                sharding, np.asarray(leaf), (examples, *leaf.shape[1:]) if np.ndim(leaf) else ()
             ),
             batch,
+            jax.tree.broadcast(shardings, batch),
         ), examples
 
     def abstract_batch(self, batch: Any) -> tuple[Any, int]:
         if self._single is not None:
             return self._single.abstract_batch(batch)
-        batch, own = checked_batch(batch)
-        examples = self._global_examples(batch, own, may_be_short=False)
-        return self._abstract(batch, examples), examples
+        batch, length = checked_batch(batch)
+        examples, shardings = self._shares(batch, length, may_be_short=False)
+
+        def abstract(leaf: Any, sharding: NamedSharding) -> Any:
+            if not hasattr(leaf, "dtype"):  # a number
+                return leaf
+            shape = leaf.shape if length is None or not leaf.shape else (examples, *leaf.shape[1:])
+            return jax.ShapeDtypeStruct(shape, dtype_in_jax(leaf), sharding=sharding)
+
+        return jax.tree.map(abstract, batch, jax.tree.broadcast(shardings, batch)), examples
 
     def next_batch(self, epoch: Epoch, *, at_once: bool = False) -> tuple[Batch, int] | None:
         if self._single is not None:
@@ -289,31 +293,53 @@ class OverMesh:
         index = epoch.next_indices()
         if index is None:
             return None
-        return epoch.gathered(functools.partial(_gather, index, self._batch_sharding(len(index)))), len(index)
+        return epoch.gathered(functools.partial(gather_rows, index, self._batch_sharding(len(index)))), len(index)
 
     def next_batches(self, epoch: Epoch, count: int, capacity: int) -> Batch:
         if self._single is not None:
             return self._single.next_batches(epoch, count, capacity)
         index = epoch.next_several(count, capacity)
         sharding = NamedSharding(self.mesh, PartitionSpec(None, *self._batch_sharding(epoch.batch_size).spec))
-        return epoch.gathered(functools.partial(_gather, index, sharding))
+        return epoch.gathered(functools.partial(gather_rows, index, sharding))
 
     def abstract_batch_of(self, epoch: Epoch) -> Any:
         if self._single is not None:
             return self._single.abstract_batch_of(epoch)
-        return self._abstract(epoch.specification(), epoch.batch_size)
+        sharding = self._batch_sharding(epoch.batch_size)
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), epoch.specification()
+        )
 
     def replicated_int(self, value: int) -> jax.Array:
         return self._ints(value)
 
-    def next_batch_from(
-        self, batches: Iterator[Batch], *, may_be_short: bool = True, at_once: bool = False
-    ) -> tuple[Batch, int] | None:
-        return _next_batch_from(self, batches, may_be_short=may_be_short, at_once=at_once)
-
     def _is_placed(self, leaf: Any) -> bool:
         sharding = getattr(leaf, "sharding", None)
         return isinstance(sharding, NamedSharding) and sharding.mesh == self.mesh
+
+    def _shares(self, batch: Any, length: int | None, may_be_short: bool) -> tuple[int, Any]:
+        """Returns the examples in the global batch, and the sharding of all leaves, or a tree of one for each.
+
+        Args:
+            batch: This process's part of the batch.
+            length: Its length, None where its arrays have no common one: then each is split if it can be.
+            may_be_short: As for `place_batch`.
+        """
+        if length is None and self.num_processes > 1:
+            raise BatchError(
+                f"`batch` has no common leading dimension ({summarize(batch)}), so it cannot be put together from the "
+                f"parts of several processes; pad its arrays to one length."
+            )
+        examples = 1 if length is None else self._global_examples(batch, length, may_be_short)
+        if length is not None and all(map(np.ndim, jax.tree.leaves(batch))):
+            return examples, self._batch_sharding(examples)
+
+        def sharding_of(leaf: Any) -> NamedSharding:
+            if not np.ndim(leaf):
+                return self.replicated
+            return self._batch_sharding(leaf.shape[0] if length is None else examples)
+
+        return examples, jax.tree.map(sharding_of, batch)
 
     def _global_examples(self, batch: Any, own: int, may_be_short: bool) -> int:
         """Returns the number of examples in the global batch, given the number in this process's part."""
@@ -321,7 +347,7 @@ class OverMesh:
         if own % self._own_shards and not (may_be_short and alone):
             parts = f"the {self._own_shards} devices of {self._named_axes()}" + " in this process" * (not alone)
             raise BatchError(
-                f"`batch` has {own} examples ({describe(batch)}), which cannot be shared by {parts}; make it a "
+                f"`batch` has {own} examples ({summarize(batch)}), which cannot be shared by {parts}; make it a "
                 f"multiple of {self._own_shards}"
                 + (", or use data in memory, where a short last batch is allowed." if not alone else ".")
             )
@@ -334,15 +360,6 @@ class OverMesh:
             if examples % _parts(self.mesh, (*axes, axis)) == 0:
                 axes = (*axes, axis)
         return batch_sharding(self.mesh, axes)
-
-    def _abstract(self, batch: Any, examples: int) -> Any:
-        sharding = self._batch_sharding(examples)
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(
-                (examples, *leaf.shape[1:]), jax.dtypes.canonicalize_dtype(leaf.dtype), sharding=sharding
-            ),
-            batch,
-        )
 
     def _named_axes(self) -> str:
         return " and ".join(f"`{axis}`" for axis in self._axes) or "the mesh"
@@ -367,13 +384,28 @@ def placement_of(mesh: Mesh | None, rules: Mapping[str, PartitionSpec] | None) -
     return SingleDevice()
 
 
-def _next_batch_from(
-    placement: Placement, batches: Iterator[Batch], *, may_be_short: bool, at_once: bool
+def next_batch_from(
+    placement: Placement, batches: Iterator[Batch], *, may_be_short: bool = True, at_once: bool = False
 ) -> tuple[Batch, int] | None:
+    """Returns the next batch of data in memory or of a loader, placed, and its examples; None at the end.
+
+    Args:
+        placement: Where to put it.
+        batches: An `Epoch`, or an iterator over this process's parts of the batches.
+        may_be_short: As for `Placement.place_batch`.
+        at_once: As for `Placement.place_batch`.
+
+    Raises:
+        BatchError: As for `Placement.place_batch`; None is not a batch.
+    """
     if isinstance(batches, Epoch):
         return placement.next_batch(batches, at_once=at_once)
-    batch = next(batches, None)
-    return None if batch is None else placement.place_batch(batch, may_be_short=may_be_short, at_once=at_once)
+    batch = next(batches, _END)
+    return None if batch is _END else placement.place_batch(batch, may_be_short=may_be_short, at_once=at_once)
+
+
+def _examples(length: int | None) -> int:
+    return 1 if length is None else length
 
 
 def _cached_ints(sharding: NamedSharding | None) -> Callable[[int], jax.Array]:
@@ -389,21 +421,6 @@ def _cached_ints(sharding: NamedSharding | None) -> Callable[[int], jax.Array]:
         return array if sharding is None else to_global(array, sharding)
 
     return replicated_int
-
-
-def _gather(index: np.ndarray[Any, Any], sharding: NamedSharding, column: Any) -> jax.Array:
-    """Returns ``column[index]`` with a sharding; this process reads only the rows that its devices hold."""
-
-    # Devices along an axis that does not split the batch hold the same rows; they are read once.
-    @functools.cache
-    def rows(*bounds: tuple[int | None, int | None]) -> Any:
-        part = index[tuple(slice(*bound) for bound in bounds[: index.ndim])]
-        return rows_of(column, part.ravel()).reshape(*part.shape, *column.shape[1:])
-
-    shape = (*index.shape, *column.shape[1:])
-    return jax.make_array_from_callback(
-        shape, sharding, lambda slices: rows(*((part.start, part.stop) for part in slices or ()))
-    )
 
 
 def _check_mesh(mesh: Any) -> None:

@@ -146,7 +146,9 @@ class TestPlan:
         born = [array for array in jax.live_arrays() if not any(array is other for other in before)]
         assert sum(array.size for array in born) < 8
 
-    @pytest.mark.parametrize(("data", "fsdp", "tensor"), [(4, 8, 2), (16, 8, 4)], ids=["64", "512"])
+    @pytest.mark.parametrize(
+        ("data", "fsdp", "tensor"), [(4, 8, 2), pytest.param(16, 8, 4, marks=pytest.mark.slow)], ids=["64", "512"]
+    )
     def test_a_mesh_larger_than_the_machine_is_planned(self, data, fsdp, tensor):
         devices = data * fsdp * tensor
         code = f"""

@@ -13,11 +13,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tests.marks import slow_unless
 from tests.problems import Busy, config, regression, squared_error
 from tests.test_api import Recorder, assert_same_bits
 from trainer import Callback, Trainer, TrainingInterrupted, latest_checkpoint
-
-pytestmark = pytest.mark.usefixtures("compiled_once")
 
 SIGNALS = {signal.SIGTERM: TrainingInterrupted, signal.SIGINT: KeyboardInterrupt}
 
@@ -44,6 +43,12 @@ def run(trainer, **options):
     return trainer.train(regression(24), 2, 4, regression(12, seed=1), val_interval=3, **options)
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    trainer = build(tmp_path_factory.mktemp("whole"))
+    return run(trainer), trainer
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize(
     ("event", "at"),
@@ -61,9 +66,8 @@ def run(trainer, **options):
         ("on_train_end", 1),
     ],
 )
-def test_wherever_it_comes_the_run_is_saved_and_resumes_to_the_same_bits(number, event, at, tmp_path):
-    whole = build(tmp_path / "whole")
-    returned = run(whole)
+def test_wherever_it_comes_the_run_is_saved_and_resumes_to_the_same_bits(number, event, at, tmp_path, uninterrupted):
+    returned, whole = uninterrupted
     recorder = Recorder()
     before = signal.getsignal(number)
     with pytest.raises(SIGNALS[number]) as caught:
@@ -143,9 +147,15 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("elsewhere")
-@pytest.mark.parametrize("number", SIGNALS)
-@pytest.mark.parametrize("times", [1, 2])
-@pytest.mark.parametrize("phase", ["compilation", "compilation of the evaluation", "step", "evaluation", "save"])
+@pytest.mark.parametrize(
+    ("phase", "times", "number"),
+    slow_unless(
+        lambda phase, times, number: times == 1 or number is signal.SIGTERM,
+        itertools.product(
+            ["compilation", "compilation of the evaluation", "step", "evaluation", "save"], [1, 2], SIGNALS
+        ),
+    ),
+)
 def test_whatever_is_under_way_the_run_ends_in_order_and_resumes_to_the_same_bits(
     phase, times, number, tmp_path, monkeypatch
 ):

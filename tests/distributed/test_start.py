@@ -108,7 +108,7 @@ def global_batch(seed):
 
 
 class TestTraining:
-    @pytest.mark.parametrize("processes", [2, 4])
+    @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
     def test_processes_train_as_one_does(self, processes):
         results = run(TRAIN, processes, devices=4 // processes)
         assert [status for status, _, _ in results] == [0] * processes, results
@@ -228,6 +228,7 @@ class TestClusters:
         assert os.access(script, os.X_OK)
 
 
+@pytest.mark.slow
 class TestTransformer:
     """The example, as one process and as two."""
 
@@ -289,7 +290,7 @@ class TestEnd:
             (0, "os.kill(os.getpid(), signal.SIGKILL)"),
             (1, "os.kill(os.getpid(), signal.SIGKILL)"),
             (1, "os.kill(os.getpid(), signal.SIGTERM)"),  # outside of a run, which would end in order
-            (1, "os._exit(3)"),
+            pytest.param(1, "os._exit(3)", marks=pytest.mark.slow),  # as SIGKILL does
         ],
     )
     def test_a_process_that_is_killed_takes_the_other_with_it(self, killed, way):

@@ -28,10 +28,16 @@ def compilations():
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_once(tmp_path_factory):
-    """A cache on disk, new for every session, so that trainers that are alike are compiled once in a process of pytest.
+    """A cache on disk, new for every session, so that a program that trainers of many tests have is compiled once.
 
-    `compilations` counts what is found there too. Each process has its own, since jax does not write it atomically.
+    The processes that tests start inherit it. Those of pytest have one each, since jax does not write it atomically.
+    `compilations` counts what is found there too.
     """
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)

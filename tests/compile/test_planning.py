@@ -1,5 +1,6 @@
 """Memory and communication of a step: against hand-written programs, and on machines that are not there."""
 
+import itertools
 import subprocess
 import sys
 import textwrap
@@ -14,6 +15,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tests.marks import slow_unless
 from trainer import BatchError, make_train_step
 from trainer.compile.planning import Traffic, collectives, plan
 from trainer.sharding import abstract_state, create_sharded, jit_step, make_mesh, shardings_of
@@ -84,8 +86,13 @@ def planned(axes, rules, examples):
 
 
 class TestAgainstAProgramByHand:
-    @pytest.mark.parametrize("examples", [32, 4096])
-    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize(
+        ("layout", "examples"),
+        slow_unless(
+            lambda layout, examples: layout == "data x fsdp x tensor" or (examples == 4096 and " x " not in layout),
+            itertools.product(LAYOUTS, [32, 4096]),
+        ),
+    )
     def test_a_step_communicates_what_the_same_step_by_hand_does_and_no_more(self, layout, examples):
         axes, rules = LAYOUTS[layout]
         state, ours = planned(axes, rules, examples)

@@ -1,5 +1,6 @@
 """Meshes, partition rules, states sharded from birth, and that sharded training is the same training."""
 
+import itertools
 import re
 
 import chex
@@ -12,6 +13,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tests.marks import slow_unless
 from trainer import ArgumentError, ArgumentTypeError, BatchError, Extension, TrainState, make_eval_step, make_train_step
 from trainer.sharding import (
     abstract_state,
@@ -385,8 +387,16 @@ class TestFollowing:
 class TestBirth:
     """Created in parts, equal to the bit, and never whole."""
 
-    @pytest.mark.parametrize("axes", [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
-    @pytest.mark.parametrize("rng", [jax.random.key(3), jax.random.PRNGKey(3)], ids=["typed", "raw"])
+    @pytest.mark.parametrize(
+        ("rng", "axes"),
+        slow_unless(
+            lambda rng, axes: rng.ndim == 0 or "tensor" in axes,
+            itertools.product(
+                [jax.random.key(3), jax.random.PRNGKey(3)],
+                [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}],
+            ),
+        ),
+    )
     def test_it_is_the_state_that_one_device_would_have_created(self, axes, rng):
         rules = TENSOR if "tensor" in axes else None
         state = create(axes, rng=rng, rules=rules, min_size=256)
@@ -485,7 +495,9 @@ def alone():
 
 
 class TestTraining:
-    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize(
+        "layout", slow_unless({"data", "fsdp", "tensor", "data x fsdp x tensor"}.__contains__, LAYOUTS)
+    )
     def test_twenty_steps_are_those_of_one_device(self, layout, alone, compilations):
         axes, how = LAYOUTS[layout]
         state = create(axes, **how)

@@ -166,7 +166,10 @@ def test_whenever_it_is_killed_it_goes_on_to_the_same_bits(
 
 
 @pytest.mark.parametrize(
-    "k", [k if k in (1, 15, 22) else pytest.param(k, marks=pytest.mark.long) for k in range(1, 31)]
+    "k",
+    [22]
+    + [pytest.param(k, marks=pytest.mark.slow) for k in (1, 15)]
+    + [pytest.param(k, marks=pytest.mark.long) for k in range(1, 31) if k not in (1, 15, 22)],
 )
 def test_a_new_process_goes_on_from_every_step(k, processes, saved_every_step, tmp_path):
     checkpoint = saved_every_step / f"checkpoint_{k}.msgpack"

@@ -109,8 +109,11 @@ def global_batch(seed):
     return {name: rng.normal(size=(32, 64)).astype(np.float32) for name in ("input", "target")}
 
 
+@pytest.mark.slow
 class TestTraining:
-    @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+    """Without a `Trainer`; with one it is in test_trainer_processes.py."""
+
+    @pytest.mark.parametrize("processes", [2, 4])
     def test_processes_train_as_one_does(self, processes):
         results = run(TRAIN, processes, devices=4 // processes)
         assert [status for status, _, _ in results] == [0] * processes, results
@@ -131,6 +134,7 @@ class TestTraining:
 
 
 class TestAgreement:
+    @pytest.mark.slow
     def test_equal_processes_agree_again_and_again(self):
         results = run("for _ in range(3): check_agreement({'config': {'lr': 0.1}})", 2)
         assert [status for status, _, _ in results] == [0, 0], results
@@ -152,6 +156,7 @@ class TestAgreement:
                 "Start all of them with the same code and configuration."
             )
 
+    @pytest.mark.slow
     def test_an_objective_that_differs_is_found_in_the_lowered_step(self):
         body = """
             from tests.compile.test_planning import ADAM, Perceptron, batch_of, squared_error
@@ -333,6 +338,7 @@ class TestEnd:
         assert seconds < 40
         assert all(status != 0 and "Shutdown barrier has failed" in errors for status, _, errors in results)
 
+    @pytest.mark.slow
     def test_an_ordinary_end_is_quiet(self):
         for status, _, errors in run("print(jax.device_count())", 2):
             assert status == 0

@@ -138,6 +138,7 @@ def test_it_learns_over_data_sequence_and_tensor():
     assert float(printed.split()[-1]) > 0.99
 
 
+@pytest.mark.slow
 def test_a_plan_runs_nothing():
     printed = run_example("--plan", "64", "--mesh", "data=16,fsdp=2,tensor=2")
     assert printed.startswith("bytes on each of 64 devices (data 16 x fsdp 2 x tensor 2)\nstate ")

@@ -4,14 +4,22 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: demo test kills lint types format bench clean
+.PHONY: demo test test-all kills lint types format bench clean
 
 demo: $(READY)
 	$(RUN) examples/digits.py
 
-# A process for every core; what one file tests stays in one of them.
+# A process for every core. One that has nothing left takes the second half of what another has left, so tests of one
+# file stay together but for a few cuts, and no long file is left over at the end.
+PARALLEL := --numprocesses auto --dist worksteal
+
+# Every kind of test, in at most eight minutes on two quiet cores: all but those marked `slow` or `long`.
 test: $(READY)
-	$(RUN) -m pytest --numprocesses auto --dist loadfile $(ARGS)
+	$(RUN) -m pytest $(PARALLEL) $(ARGS)
+
+# With the further cases that are marked `slow`; what .ci/run runs.
+test-all: $(READY)
+	$(RUN) -m pytest $(PARALLEL) -m "not long" $(ARGS)
 
 # A hundred kills, a process for every step to resume from, an array of 4 GiB; minutes, and 10 GiB of memory.
 kills: $(READY)

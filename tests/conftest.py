@@ -6,7 +6,6 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 
 import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -27,18 +26,18 @@ def compilations():
     jax.monitoring.unregister_event_duration_listener(count)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session", autouse=True)
 def compiled_once(tmp_path_factory):
-    """A cache on disk, for tests in which many trainers compile the same two programs."""
+    """A cache on disk, new for every session, so that a program that trainers of many tests have is compiled once.
+
+    The processes that tests start inherit it. Those of pytest have one each, since jax does not write it atomically.
+    `compilations` counts what is found there too.
+    """
     settings = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
-    before = {name: getattr(jax.config, name) for name in settings}
     for name, value in settings.items():
         jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+        os.environ[name.upper()] = str(value)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.marks import slow_unless
 from trainer import latest_checkpoint
 from trainer.checkpoints.file_format import Bundle
 
@@ -121,7 +122,10 @@ def saved_every_step(processes, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.long)])
-@pytest.mark.parametrize(("save_interval", "kept"), [(1, (100, 101, 102)), (3, (96, 99, 102))])
+@pytest.mark.parametrize(
+    ("save_interval", "kept"),
+    slow_unless(lambda save_interval, kept: save_interval == 3, [(1, (100, 101, 102)), (3, (96, 99, 102))]),
+)
 def test_whenever_it_is_killed_it_goes_on_to_the_same_bits(
     save_interval, kept, kills, processes, killed_never, tmp_path
 ):
@@ -162,7 +166,10 @@ def test_whenever_it_is_killed_it_goes_on_to_the_same_bits(
 
 
 @pytest.mark.parametrize(
-    "k", [k if k in (1, 15, 22) else pytest.param(k, marks=pytest.mark.long) for k in range(1, 31)]
+    "k",
+    [22]
+    + [pytest.param(k, marks=pytest.mark.slow) for k in (1, 15)]
+    + [pytest.param(k, marks=pytest.mark.long) for k in range(1, 31) if k not in (1, 15, 22)],
 )
 def test_a_new_process_goes_on_from_every_step(k, processes, saved_every_step, tmp_path):
     checkpoint = saved_every_step / f"checkpoint_{k}.msgpack"

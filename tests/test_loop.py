@@ -99,7 +99,7 @@ def child(directory, cache):
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_random_instants_it_ends_with_the_same_bits(seed, tmp_path, never_interrupted):
     draw, directory = random.Random(seed), tmp_path / "run"
     kills = 0

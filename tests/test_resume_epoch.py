@@ -1,6 +1,7 @@
 """`train_epoch` over a loader of the caller's, interrupted anywhere and resumed, is one that never was interrupted."""
 
 import contextlib
+import itertools
 import random
 
 import grain
@@ -9,12 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests.marks import slow_unless
 from tests.problems import Busy, Counting, config, regression, squared_error
 from tests.test_api import assert_same_bits
 from tests.test_resume import StoppedError, Watching
 from trainer import ArgumentError, Callback, CheckpointError, Trainer
-
-pytestmark = pytest.mark.usefixtures("compiled_once")
 
 EXAMPLES, BATCH, EPOCHS = 14, 4, 3  # 4 steps an epoch, the last on two examples
 STEPS = 12
@@ -232,11 +232,18 @@ def warned_of_drawing_again(expected, loader="`train_data_loader`"):
     assert len(all_) == 1
 
 
+# In the midst of an epoch and at its end; the others are like these.
+TELLING = (2, 4)
+
+
+@pytest.mark.parametrize(
+    "steps", [TELLING, pytest.param(sorted(set(range(1, STEPS + 1)) - set(TELLING)), marks=pytest.mark.slow)], ids=str
+)
 @pytest.mark.parametrize("kind", LOADERS)
-def test_resuming_from_every_step(kind, tmp_path):
+def test_resuming_from_every_step(kind, steps, tmp_path):
     expected, expected_watching = build(tmp_path, LOADERS[kind](), kind=kind)
     expected_returned = run(expected)
-    for k in range(1, STEPS + 1):
+    for k in steps:
         trainer, watching = build(tmp_path / "unused", LOADERS[kind](), kind=kind, save_frequency=1000)
         finished = (k - 1) % 4 + 1
         with warned_of_drawing_again(finished if kind in OTHERS else 0):
@@ -257,17 +264,24 @@ EVENTS = [
 
 
 @pytest.mark.parametrize(
-    "kind",
-    [
-        "makes an iterator",
-        "is an endless iterator",
-        "goes on from pass to pass",
-        "starts again",
-        "grain dataset",
-        "list",
-    ],
+    ("event", "kind"),
+    slow_unless(
+        lambda event, kind: (
+            kind == "makes an iterator" or (event == "on_epoch_end" and kind in ("starts again", "list"))
+        ),
+        itertools.product(
+            EVENTS,
+            [
+                "makes an iterator",
+                "is an endless iterator",
+                "goes on from pass to pass",
+                "starts again",
+                "grain dataset",
+                "list",
+            ],
+        ),
+    ),
 )
-@pytest.mark.parametrize("event", EVENTS)
 @pytest.mark.filterwarnings("ignore:`train_data_loader` cannot be set to a position")
 def test_resuming_from_what_a_callback_saved(event, kind, tmp_path):
     saver = Saver(event, tmp_path)
@@ -281,7 +295,13 @@ def test_resuming_from_what_a_callback_saved(event, kind, tmp_path):
         assert_same_end(trainer, watching, expected, expected_watching)
 
 
-@pytest.mark.parametrize("kind", sorted(set(LOADERS) - {"datarax"}))
+@pytest.mark.parametrize(
+    "kind",
+    slow_unless(
+        {"goes on from pass to pass", "grain dataset", "list"}.__contains__,
+        sorted(set(LOADERS) - {"datarax"}),
+    ),
+)
 @pytest.mark.filterwarnings("ignore:`train_data_loader` cannot be set to a position")
 def test_interrupted_again_and_again_in_the_loop_of_the_docstring(kind, tmp_path):
     expected, expected_watching = build(tmp_path / "whole", LOADERS[kind](), kind=kind)
@@ -295,7 +315,11 @@ def test_interrupted_again_and_again_in_the_loop_of_the_docstring(kind, tmp_path
 
 
 @pytest.mark.parametrize(
-    "kind", ["makes an iterator", "goes on from pass to pass", "starts again", "is an endless iterator", "list"]
+    "kind",
+    slow_unless(
+        {"starts again", "is an endless iterator"}.__contains__,
+        ["makes an iterator", "goes on from pass to pass", "starts again", "is an endless iterator", "list"],
+    ),
 )
 def test_a_run_that_was_saved_between_two_epochs_returns_the_one_and_goes_on_with_the_other(kind, tmp_path):
     expected, expected_watching = build(tmp_path, LOADERS[kind](), kind=kind, save_frequency=1000)
@@ -551,6 +575,7 @@ class TestRefusals:
         assert trainer.step == 1
 
 
+@pytest.mark.slow
 def test_a_random_interruption_of_a_random_loader(tmp_path):
     """Chains of interruptions, each resumed from whatever was saved last."""
     draw = random.Random(0)

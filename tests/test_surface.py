@@ -178,9 +178,11 @@ class TestLightImport:
     def test_the_check_would_notice(self):
         assert "grain" in loaded_beyond_base("import trainer, datarax.sources") & HEAVY
 
+    @pytest.mark.slow
     def test_it_takes_little_longer_than_what_it_builds_on(self):
         assert import_ratio("import trainer") <= 1.2
 
+    @pytest.mark.slow
     def test_that_check_would_notice_too(self):
         assert import_ratio("import trainer, datarax.sources", repeats=3) > 1.2
 

@@ -5,12 +5,11 @@ import signal
 import jax
 import pytest
 
+from tests.marks import slow_unless
 from tests.problems import Busy, Counting, config, regression, squared_error
 from tests.test_api import Recorder, assert_same_bits
 from trainer import Callback, Trainer, latest_checkpoint
 from trainer.callbacks.base import EVENTS
-
-pytestmark = pytest.mark.usefixtures("compiled_once")
 
 # The first call of each hook, and the second where there is one; and the steps that are finished then.
 CALLS = [
@@ -78,7 +77,7 @@ def run(trainer, **options):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, compiled_once):
+def undisturbed(tmp_path_factory):
     keeping = Keeping()
     trainer = build(tmp_path_factory.mktemp("whole"), [keeping])
     return run(trainer), keeping.states
@@ -88,8 +87,13 @@ def test_every_hook_is_in_the_table():
     assert {event for event, _, _ in CALLS} == set(EVENTS)
 
 
-@pytest.mark.parametrize("base", [Callback, Counting])
-@pytest.mark.parametrize(("event", "nth", "step"), CALLS)
+@pytest.mark.parametrize(
+    ("base", "event", "nth", "step"),
+    slow_unless(
+        lambda base, event, nth, step: base is Callback or nth == 1,
+        [(base, *call) for base in (Callback, Counting) for call in CALLS],
+    ),
+)
 def test_one_that_raises_ends_the_run_at_the_last_finished_step(event, nth, step, base, tmp_path, undisturbed):
     returned, states = undisturbed
     error, recorder = ZeroDivisionError("the user's own"), Recorder()

@@ -14,8 +14,6 @@ from tests.test_resume import StoppedError, Watching
 from trainer import ArgumentError, Callback, CheckpointError, ModelCheckpoint, Trainer
 from trainer.checkpoints.orbax_directory import OrbaxDirectory
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 
 def build(tmp_path, *callbacks, **options):
     return Trainer(

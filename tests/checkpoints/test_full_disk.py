@@ -10,8 +10,6 @@ from tests.problems import Busy, config, regression, squared_error
 from tests.test_api import Recorder, assert_same_bits
 from trainer import CheckpointError, Trainer, latest_checkpoint
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 
 @pytest.fixture
 def small(tmp_path):

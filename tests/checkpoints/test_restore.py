@@ -16,8 +16,6 @@ from trainer.checkpoints.file_format import Bundle
 from trainer.checkpoints.state_io import load_with_progress
 from trainer.data.position_codec import encode
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 DATA = regression(10)
 BATCHES = [regression(4, seed=seed) for seed in range(3)]
 

@@ -96,7 +96,9 @@ class TestInTrain:
         returned = trainer.train(regression(61), 3, 4, regression(9, seed=1), val_interval=7)
         return trainer, returned
 
-    @pytest.mark.parametrize("settings", [{}, {"log_frequency": 1}, {"log_frequency": 5}])
+    @pytest.mark.parametrize(
+        "settings", [{}, pytest.param({"log_frequency": 1}, marks=pytest.mark.slow), {"log_frequency": 5}]
+    )
     def test_nothing_of_a_run_depends_on_it(self, settings, tmp_path):
         one, returned = self.run(tmp_path / "1", steps_per_call=1, settings=config(**settings))
         for steps_per_call in (2, 5, 1000, "auto"):

@@ -1,5 +1,6 @@
 """Memory and communication of a step: against hand-written programs, and on machines that are not there."""
 
+import itertools
 import subprocess
 import sys
 import textwrap
@@ -14,6 +15,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tests.marks import slow_unless
 from trainer import BatchError, make_train_step
 from trainer.compile.hlo import Traffic, collectives
 from trainer.compile.planning import plan
@@ -85,8 +87,13 @@ def planned(axes, rules, examples):
 
 
 class TestAgainstAProgramByHand:
-    @pytest.mark.parametrize("examples", [32, 4096])
-    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize(
+        ("layout", "examples"),
+        slow_unless(
+            lambda layout, examples: layout == "data x fsdp x tensor" or (examples == 4096 and " x " not in layout),
+            itertools.product(LAYOUTS, [32, 4096]),
+        ),
+    )
     def test_a_step_communicates_what_the_same_step_by_hand_does_and_no_more(self, layout, examples):
         axes, rules = LAYOUTS[layout]
         state, ours = planned(axes, rules, examples)
@@ -161,7 +168,9 @@ class TestPlan:
         born = [array for array in jax.live_arrays() if not any(array is other for other in before)]
         assert sum(array.size for array in born) < 8
 
-    @pytest.mark.parametrize(("data", "fsdp", "tensor"), [(4, 8, 2), (16, 8, 4)], ids=["64", "512"])
+    @pytest.mark.parametrize(
+        ("data", "fsdp", "tensor"), [(4, 8, 2), pytest.param(16, 8, 4, marks=pytest.mark.slow)], ids=["64", "512"]
+    )
     def test_a_mesh_larger_than_the_machine_is_planned(self, data, fsdp, tensor):
         devices = data * fsdp * tensor
         code = f"""

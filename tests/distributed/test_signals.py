@@ -13,13 +13,25 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tests.marks import slow_unless
 from tests.problems import Busy, config, regression, squared_error
 from tests.test_api import Recorder, assert_same_bits
 from trainer import Callback, Trainer, TrainingInterrupted, latest_checkpoint
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 SIGNALS = {signal.SIGTERM: TrainingInterrupted, signal.SIGINT: KeyboardInterrupt}
+MOMENTS = [
+    ("on_train_begin", 1),
+    ("on_epoch_begin", 2),
+    ("on_batch_begin", 1),
+    ("on_batch_begin", 5),
+    ("on_batch_end", 6),
+    ("on_validation_begin", 1),
+    ("on_validation_begin", 4),
+    ("on_validation_end", 2),
+    ("on_epoch_end", 1),
+    ("on_epoch_end", 2),
+    ("on_train_end", 1),
+]
 
 
 class Sending(Callback):
@@ -44,26 +56,21 @@ def run(trainer, **options):
     return trainer.train(regression(24), 2, 4, regression(12, seed=1), val_interval=3, **options)
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    trainer = build(tmp_path_factory.mktemp("whole"))
+    return run(trainer), trainer
+
+
 @pytest.mark.parametrize(
-    ("event", "at"),
-    [
-        ("on_train_begin", 1),
-        ("on_epoch_begin", 2),
-        ("on_batch_begin", 1),
-        ("on_batch_begin", 5),
-        ("on_batch_end", 6),
-        ("on_validation_begin", 1),
-        ("on_validation_begin", 4),
-        ("on_validation_end", 2),
-        ("on_epoch_end", 1),
-        ("on_epoch_end", 2),
-        ("on_train_end", 1),
-    ],
+    ("event", "at", "number"),
+    slow_unless(
+        lambda event, at, number: number is signal.SIGTERM or event in ("on_batch_end", "on_train_end"),
+        ((*moment, number) for moment in MOMENTS for number in SIGNALS),
+    ),
 )
-def test_wherever_it_comes_the_run_is_saved_and_resumes_to_the_same_bits(number, event, at, tmp_path):
-    whole = build(tmp_path / "whole")
-    returned = run(whole)
+def test_wherever_it_comes_the_run_is_saved_and_resumes_to_the_same_bits(number, event, at, tmp_path, uninterrupted):
+    returned, whole = uninterrupted
     recorder = Recorder()
     before = signal.getsignal(number)
     with pytest.raises(SIGNALS[number]) as caught:
@@ -143,9 +150,15 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("elsewhere")
-@pytest.mark.parametrize("number", SIGNALS)
-@pytest.mark.parametrize("times", [1, 2])
-@pytest.mark.parametrize("phase", ["compilation", "compilation of the evaluation", "step", "evaluation", "save"])
+@pytest.mark.parametrize(
+    ("phase", "times", "number"),
+    slow_unless(
+        lambda phase, times, number: number is signal.SIGTERM or (times == 1 and phase in ("step", "save")),
+        itertools.product(
+            ["compilation", "compilation of the evaluation", "step", "evaluation", "save"], [1, 2], SIGNALS
+        ),
+    ),
+)
 def test_whatever_is_under_way_the_run_ends_in_order_and_resumes_to_the_same_bits(
     phase, times, number, tmp_path, monkeypatch
 ):
@@ -190,7 +203,7 @@ def test_a_second_one_while_the_first_is_obeyed_gives_up_the_save_but_not_the_en
     assert trainer.step == 5
 
 
-@pytest.mark.parametrize(("number", "status"), [("SIGTERM", 143), ("SIGINT", -2)])
+@pytest.mark.parametrize(("number", "status"), [("SIGTERM", 143), pytest.param("SIGINT", -2, marks=pytest.mark.slow)])
 def test_a_process_that_does_not_catch_it_ends_with_the_usual_status(number, status, tmp_path):
     code = f"""
         import signal

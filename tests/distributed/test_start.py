@@ -46,7 +46,9 @@ def start(body, processes, devices=1, started=None, flags=()):
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{found.getsockname()[1]}"
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    # Not the cache of the tests either, from which one would read what another has half written.
+    left_out = {"XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR"}
+    environment = {name: value for name, value in os.environ.items() if name not in left_out}
     environment |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes), "DEVICES": str(devices)}
     environment["FLAGS"] = json.dumps(flags)
     return [
@@ -107,7 +109,10 @@ def global_batch(seed):
     return {name: rng.normal(size=(32, 64)).astype(np.float32) for name in ("input", "target")}
 
 
+@pytest.mark.slow
 class TestTraining:
+    """Without a `Trainer`; with one it is in test_trainer_processes.py."""
+
     @pytest.mark.parametrize("processes", [2, 4])
     def test_processes_train_as_one_does(self, processes):
         results = run(TRAIN, processes, devices=4 // processes)
@@ -129,6 +134,7 @@ class TestTraining:
 
 
 class TestAgreement:
+    @pytest.mark.slow
     def test_equal_processes_agree_again_and_again(self):
         results = run("for _ in range(3): check_agreement({'config': {'lr': 0.1}})", 2)
         assert [status for status, _, _ in results] == [0, 0], results
@@ -150,6 +156,7 @@ class TestAgreement:
                 "Start all of them with the same code and configuration."
             )
 
+    @pytest.mark.slow
     def test_an_objective_that_differs_is_found_in_the_lowered_step(self):
         body = """
             from tests.compile.test_planning import ADAM, Perceptron, batch_of, squared_error
@@ -230,6 +237,7 @@ class TestClusters:
         assert os.access(script, os.X_OK)
 
 
+@pytest.mark.slow
 class TestTransformer:
     """The example, as one process and as two."""
 
@@ -291,7 +299,7 @@ class TestEnd:
             (0, "os.kill(os.getpid(), signal.SIGKILL)"),
             (1, "os.kill(os.getpid(), signal.SIGKILL)"),
             (1, "os.kill(os.getpid(), signal.SIGTERM)"),  # outside of a run, which would end in order
-            (1, "os._exit(3)"),
+            pytest.param(1, "os._exit(3)", marks=pytest.mark.slow),  # as SIGKILL does
         ],
     )
     def test_a_process_that_is_killed_takes_the_other_with_it(self, killed, way):
@@ -332,6 +340,7 @@ class TestEnd:
         assert seconds < 40
         assert all(status != 0 and "Shutdown barrier has failed" in errors for status, _, errors in results)
 
+    @pytest.mark.slow
     def test_an_ordinary_end_is_quiet(self):
         for status, _, errors in run("print(jax.device_count())", 2):
             assert status == 0

@@ -151,7 +151,7 @@ def test_one_that_comes_when_all_have_agreed_is_handled_after_the_run():
     assert "handled\n" in other[1]
 
 
-@pytest.mark.parametrize("insisting", [0, 1])
+@pytest.mark.parametrize("insisting", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_second_signal_does_not_wait_and_ends_the_others(insisting):
     body = f"""
         interruption = Signals(together=True)

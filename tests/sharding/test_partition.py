@@ -1,5 +1,6 @@
 """Meshes, partition rules, states sharded from birth, and that sharded training is the same training."""
 
+import itertools
 import re
 
 import chex
@@ -12,6 +13,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tests.marks import slow_unless
 from trainer import ArgumentError, ArgumentTypeError, BatchError, Extension, TrainState, make_eval_step, make_train_step
 from trainer.sharding import (
     abstract_state,
@@ -385,8 +387,16 @@ class TestFollowing:
 class TestBirth:
     """Created in parts, equal to the bit, and never whole."""
 
-    @pytest.mark.parametrize("axes", [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
-    @pytest.mark.parametrize("rng", [jax.random.key(3), jax.random.PRNGKey(3)], ids=["typed", "raw"])
+    @pytest.mark.parametrize(
+        ("rng", "axes"),
+        slow_unless(
+            lambda rng, axes: "fsdp" in axes and (rng.ndim == 0) == ("tensor" not in axes),
+            itertools.product(
+                [jax.random.key(3), jax.random.PRNGKey(3)],
+                [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}],
+            ),
+        ),
+    )
     def test_it_is_the_state_that_one_device_would_have_created(self, axes, rng):
         rules = TENSOR if "tensor" in axes else None
         state = create(axes, rng=rng, rules=rules, min_size=256)
@@ -487,7 +497,7 @@ def alone():
 
 
 class TestTraining:
-    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("layout", slow_unless({"fsdp", "data x fsdp x tensor"}.__contains__, LAYOUTS))
     def test_twenty_steps_are_those_of_one_device(self, layout, alone, compilations):
         axes, how = LAYOUTS[layout]
         state = create(axes, **how)
@@ -512,7 +522,9 @@ class TestTraining:
         one = create_sharded(Perceptron, ADAM, rng=jax.random.key(0), mesh=make_mesh({"data": 1}, jax.devices()[:1]))
         np.testing.assert_allclose(evaluate(state, placed)["loss"], evaluate(one, batch())["loss"], rtol=1e-6)
 
-    @pytest.mark.parametrize(("axes", "parts"), [({"fsdp": 8}, 8), ({"data": 2, "fsdp": 4}, 4)])
+    @pytest.mark.parametrize(
+        ("axes", "parts"), [pytest.param({"fsdp": 8}, 8, marks=pytest.mark.slow), ({"data": 2, "fsdp": 4}, 4)]
+    )
     def test_fsdp_holds_its_part_before_and_after_a_step(self, axes, parts):
         state = create(axes, min_size=256)
         after, _ = jit_step(make_train_step(squared_error, ADAM), state)(state.copy(), batch())
@@ -527,7 +539,7 @@ class TestTraining:
             assert set(held.values()) == {(whole - replicated) // parts + replicated}
             assert replicated < 0.01 * whole
 
-    @pytest.mark.parametrize("name", ["adafactor", "ema in multi_steps"])
+    @pytest.mark.parametrize("name", ["adafactor", pytest.param("ema in multi_steps", marks=pytest.mark.slow)])
     def test_what_an_optimizer_keeps_besides_changes_no_step(self, name):
         optimizer = {**OPTIMIZERS, "adafactor": (optax.adafactor(1e-3, min_dim_size_to_factor=8), 0)}[name][0]
         step = make_train_step(squared_error, optimizer)

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tests.marks import slow_unless
 from tests.problems import config
 from trainer import (
     ArgumentError,
@@ -120,7 +121,7 @@ def assert_same_course(trainer, alone):
 
 
 class TestTraining:
-    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("layout", slow_unless({"data, fsdp, tensor", "one device"}.__contains__, LAYOUTS))
     def test_the_numbers_are_those_of_one_device(self, layout, alone, tmp_path, compilations):
         trainer = build(tmp_path, layout)
         result = trainer.train(data(), 4, BATCH, data(13, seed=1), val_interval=7)

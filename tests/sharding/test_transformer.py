@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tests.marks import slow_unless
 from trainer import abstract_state, create_sharded, jit_step, make_mesh, make_train_step, plan
 from trainer.compile.hlo import collectives
 from trainer.sharding import shardings_of
@@ -73,7 +74,7 @@ def alone():
     return train({"data": 1, "tensor": 1}, jax.devices()[:1])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", slow_unless({"data x sequence x tensor"}.__contains__, LAYOUTS))
 def test_twenty_steps_are_those_of_one_device(layout, alone):
     losses, params = train(LAYOUTS[layout])
     # Float32: sums over parts round otherwise, and every step builds on the one before.
@@ -91,7 +92,7 @@ def test_a_split_sequence_divides_the_memory_of_activations():
     assert not whole.collectives
 
 
-@pytest.mark.parametrize("layout", ["data x tensor", "data x sequence x tensor"])
+@pytest.mark.parametrize("layout", [pytest.param("data x tensor", marks=pytest.mark.slow), "data x sequence x tensor"])
 def test_it_communicates_what_the_same_step_by_hand_does_and_no_more(layout):
     state, ours = planned(LAYOUTS[layout])
     mesh = jax.tree.leaves(state)[0].sharding.mesh
@@ -137,6 +138,7 @@ def test_it_learns_over_data_sequence_and_tensor():
     assert float(printed.split()[-1]) > 0.99
 
 
+@pytest.mark.slow
 def test_a_plan_runs_nothing():
     printed = run_example("--plan", "64", "--mesh", "data=16,fsdp=2,tensor=2")
     assert printed.startswith("bytes on each of 64 devices (data 16 x fsdp 2 x tensor 2)\nstate ")

@@ -22,8 +22,9 @@ _checked: dict[Any, tuple[int | None, tuple[int, ...]]] = {}
 _MAX_CHECKED = 256
 _MAX_LEAVES_OF_A_KEY = 1000
 
-_WIDE = (np.dtype(np.int64), np.dtype(np.uint64))
-_PLAIN = frozenset(map(np.dtype, ("?", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16")))
+# Type codes of NumPy: those of which nothing is to be said, and among them 64-bit integers.
+_PLAIN = "?bhilqBHILQefdFD"
+_WIDE = "".join(code for code in "ilqILQ" if np.dtype(code).itemsize == 8)
 
 
 def check_batch(batch: Any, name: str = "batch") -> int | None:
@@ -71,7 +72,7 @@ def checked_batch(batch: Any, name: str = "batch") -> tuple[Any, int | None]:
     if type(batch) is dict and all(map(_is_plain, batch.values())):
         lengths = {leaf.shape[0] for leaf in batch.values()}
         if len(lengths) == 1 and 0 not in lengths:
-            if large := [leaf for leaf in batch.values() if leaf.dtype in _WIDE]:
+            if large := [leaf for leaf in batch.values() if _is_wide(leaf)]:
                 _check_range(batch, large, name)
             return batch, lengths.pop()
     batch = _as_known_to_jax(batch)
@@ -198,12 +199,11 @@ def _check_range(batch: Any, wide: list[Any], name: str) -> None:
 
 
 def _fits(leaf: Any) -> bool:
-    if isinstance(leaf, int):
-        return -(2**31) <= leaf < 2**31
-    if not leaf.size:
-        return True
-    low, high = (-(2**31), 2**31) if leaf.dtype.kind == "i" else (0, 2**32)
-    return bool(np.minimum.reduce(leaf, axis=None) >= low and np.maximum.reduce(leaf, axis=None) < high)
+    if not isinstance(leaf, np.ndarray):
+        low, high = (0, 2**32) if isinstance(leaf, np.unsignedinteger) else (-(2**31), 2**31)
+        return low <= int(leaf) < high
+    # The upper halves, of which none may be set; a third of the time of a minimum and a maximum.
+    return not np.count_nonzero((leaf if leaf.dtype.kind == "u" else leaf + 2**31) >> 32)
 
 
 def _wide(leaves: list[Any]) -> tuple[int, ...]:
@@ -211,11 +211,13 @@ def _wide(leaves: list[Any]) -> tuple[int, ...]:
 
 
 def _is_wide(leaf: Any) -> bool:
-    return type(leaf) is int or (isinstance(leaf, np.ndarray | np.generic) and leaf.dtype in _WIDE)
+    return type(leaf) is int or (isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.char in _WIDE)
 
 
 def _is_plain(leaf: Any) -> bool:
-    return ((type(leaf) is np.ndarray and leaf.dtype in _PLAIN) or isinstance(leaf, jax.Array)) and leaf.ndim > 0
+    if type(leaf) is np.ndarray:
+        return leaf.dtype.char in _PLAIN and leaf.dtype.isnative and leaf.ndim > 0
+    return isinstance(leaf, jax.Array) and leaf.ndim > 0
 
 
 def _is_foreign(leaf: Any) -> bool:

@@ -13,11 +13,11 @@ demo: $(READY)
 # file stay together but for a few cuts, and no long file is left over at the end.
 PARALLEL := --numprocesses auto --dist worksteal
 
-# Every kind of test, in at most eight minutes on two quiet cores: all but those marked `slow` or `long`.
+# Every kind of test: all but the further cases, which are marked `slow` or `long`.
 test: $(READY)
 	$(RUN) -m pytest $(PARALLEL) $(ARGS)
 
-# With the further cases that are marked `slow`; what .ci/run runs.
+# With the cases marked `slow`; what .ci/run runs.
 test-all: $(READY)
 	$(RUN) -m pytest $(PARALLEL) -m "not long" $(ARGS)
 

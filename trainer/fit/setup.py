@@ -29,6 +29,7 @@ from trainer.data.memory import InMemoryData, seed_from_key
 from trainer.data.resumable import LoaderPass, LoaderPosition
 from trainer.distributed.agreement import check_agreement, gathered
 from trainer.errors import ArgumentError, ArgumentTypeError, CheckpointError
+from trainer.fit.fingerprint import fingerprint
 from trainer.loggers.base import Logger, MetricsLoggerLike, check_metric_names
 from trainer.loggers.fanout import MetricFanout
 from trainer.loggers.wandb import WandbLogger
@@ -84,6 +85,8 @@ class Setup:
     events: CallbackDispatcher
     fanout: MetricFanout
     checkpointer: Checkpointer
+    is_directory_given: bool
+    fingerprints: dict[str, str]
     step: CompiledStep
     eval_step: Callable[..., Metrics]
     live: Live
@@ -161,6 +164,18 @@ class Setup:
         run, loaders = self._with_positions(run)
         return run, {"info": info, "listeners": self.events.state_dict, "loaders": loaders}
 
+    def without_lost_position(self, run: Run) -> Run:
+        """Returns the run, outside of any data if its loader cannot tell the position: it is over, and worth saving."""
+        position = run.position
+        try:
+            if self.placement.num_processes > 1:
+                self._with_positions(run)  # raises in all processes or in none
+            elif isinstance(position, FromLoader) and isinstance(position.loader, LoaderPass):
+                position.loader.position(position.batch)
+        except CheckpointError:
+            return run.replace(position=None)
+        return run
+
     def _with_positions(self, run: Run) -> tuple[Run, list[Any] | None]:
         """Returns the run, and the positions of the loaders of all processes where there are several."""
         position = run.position
@@ -229,6 +244,7 @@ def assemble(
     check_rng(rng)
     run = _initial_run(model, rng, training_config, optimizer, wrt, extensions, placement)
     live = Live(weakref.ref(trainer), validates=val_data_loader is not None)
+    default_directory = TrainingConfig.checkpoint_dir
     checkpointer = Checkpointer(
         Path(checkpoint_dir or workdir or training_config.checkpoint_dir), training_config.max_checkpoints
     )
@@ -251,12 +267,16 @@ def assemble(
         events=events,
         fanout=_fanout(training_config, placement, log_callback, metrics_logger, logger),
         checkpointer=checkpointer,
+        is_directory_given=any((workdir, checkpoint_dir, training_config.checkpoint_dir != default_directory)),
+        fingerprints=_fingerprints(loss_fn, optimizer, extensions, run),
         step=_compiled_step(
             training_config, optimizer, loss_fn, wrt, extensions, placement, steps_per_call, events, live
         ),
         eval_step=jax.jit(_names_checked(make_eval_step(loss_fn)), out_shardings=placement.replicated),
         live=live,
     )
+    if placement.num_processes > 1:
+        run = run.replace(id=gathered(run.id)[0])
     about = {"mesh": str(mesh and dict(mesh.shape)), "partition_rules": str(partition_rules)}
     setup.agree("Trainer", {"training_config": training_config.to_dict(), "save_interval": save_interval, **about})
     return setup, run.replace(horizon=setup.horizon_of(train_data_loader))
@@ -277,6 +297,26 @@ def _initial_run(
             f"`model` has no parameters: `wrt` = {wrt!r} selects none of its variables, so there is nothing to train."
         )
     return Run.start(state).replace(position=None)
+
+
+def _fingerprints(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation | None,
+    extensions: Mapping[str, ExtensionLike],
+    run: Run,
+) -> dict[str, str]:
+    """Returns hashes by which resume tells an objective, an optimizer, an extension or a model from another."""
+    # Dropout rates and activations are static attributes of the model.
+    attributes = run.peek().graphdef.attributes
+    told = {
+        "loss_fn": fingerprint(loss_fn),
+        "model": fingerprint([(name, getattr(attribute, "value", None)) for name, attribute in attributes]),
+    }
+    if optimizer is not None:
+        told["optimizer"] = fingerprint(tuple(optimizer))
+    return told | {
+        f"extensions.{name}": fingerprint(getattr(type(one), "loss_fn", None)) for name, one in extensions.items()
+    }
 
 
 def build_optimizer(

@@ -157,9 +157,12 @@ class Setup:
 
     def beside(self, run: Run) -> tuple[Run, dict[str, Any]]:
         """Returns the run with what has to be known of its loader, and what is saved beside it: see `snapshot_run`."""
-        info = {"name": self.config.name, "metadata": self.config.to_dict()["metadata"]}
         run, loaders = self._with_positions(run)
-        return run, {"info": info, "listeners": self.events.state_dict, "loaders": loaders}
+        return run, {"info": self._info, "listeners": self.events.state_dict, "loaders": loaders}
+
+    @functools.cached_property
+    def _info(self) -> dict[str, Any]:
+        return {"name": self.config.name, "metadata": self.config.to_dict()["metadata"]}
 
     def _with_positions(self, run: Run) -> tuple[Run, list[Any] | None]:
         """Returns the run, and the positions of the loaders of all processes where there are several."""

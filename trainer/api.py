@@ -192,17 +192,15 @@ class Trainer:
         the number of the epoch only; the last batch may be short. Small steps are fused, many in a call, which gives
         the same numbers. Validation, logging, saving and callbacks change nothing in what is learned.
 
-        SIGTERM and Ctrl-C take effect after the current step (or the current batch of an evaluation): the state is
-        saved, ``on_train_end`` is emitted, the earlier signal handlers are restored, and `TrainingInterrupted` or
-        KeyboardInterrupt is raised. A second signal does not wait, and may cost the state in memory. A state that
-        is not finite is never saved periodically, so that earlier checkpoints are kept. Of several processes all
-        stop at the same step.
+        SIGTERM and Ctrl-C take effect after the current step (or the current batch of an evaluation), the same of all
+        processes: the state is saved, ``on_train_end`` is emitted, and `TrainingInterrupted` or KeyboardInterrupt is
+        raised. A second signal does not wait, and may cost the state in memory. A state that is not finite is never
+        saved periodically, so that earlier checkpoints are kept.
 
         Args:
             train_data: A pytree of arrays of shape ``(num_examples, ...)``: a dict, a tuple, a registered dataclass;
                 or a loader, as ``train_data_loader`` of the constructor. A list is a loader: of batches.
-            num_epochs: How many epochs to train, on top of those finished.
-            batch_size: Examples in a batch.
+            num_epochs, batch_size: How many epochs to train, on top of those finished; the examples in a batch.
             val_data: Data to validate on, in the same forms.
             val_interval: Validate at multiples of this step, and at the end of every epoch.
             resume: Continue an interrupted call with the same arguments at its next batch, to the bit (on other
@@ -211,8 +209,7 @@ class Trainer:
                 averages, and callbacks that have ``state_dict()`` and ``load_state_dict(state)`` are restored.
 
         Returns:
-            The final validation averages where ``val_data`` is given, else the averages of the last epoch. The whole
-            course is in ``history``.
+            The final validation averages where ``val_data`` is given, else the averages of the last epoch.
 
         Raises:
             ArgumentError, BatchError: An argument cannot be used, or differs from that of the interrupted call;
@@ -273,17 +270,15 @@ class Trainer:
         Args:
             path: The name; ``.orbax`` is for a state on a mesh, ``.pkl`` the reference's pickle layout. Without one
                 it is ``checkpoint_<step>.orbax`` for a state on a mesh of several devices, else ``….msgpack``.
-            background: Return as soon as a copy of the arrays is under way, and write beside the training. At most
-                one save is in flight; what it raises is raised by the next step of `train`, the next save or load,
-                or `close`. An interpreter that exits waits for it. A pickle is always written at once.
-                "if_finite", which `train` uses, writes nothing, and warns later, if the model holds NaN or infinity.
+            background: Return as soon as a copy of the arrays is under way, and write beside the training. At most one
+                save is in flight; what it raises is raised by the next step of `train`, save or load, or by `close`.
+                "if_finite", which `train` uses, writes nothing, and warns later, if the state holds NaN or infinity.
 
         Returns:
             The path.
 
         Raises:
-            CheckpointError: It could not be written, in any process, or the loader cannot tell its position; earlier
-                checkpoints are untouched.
+            CheckpointError: It could not be written, in any process; earlier checkpoints are untouched.
         """
         run, beside = self.setup.beside(self.run)
         target = self.setup.checkpointer.save(run, path, background=background, **beside)

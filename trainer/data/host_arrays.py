@@ -17,8 +17,8 @@ _INT64 = np.dtype(np.int64)
 def flat_copy(batch: Any) -> tuple[dict[Any, Any], int] | None:
     """Returns a private copy of a batch and its length, if nothing has to be said of it; None if it is to be looked at.
 
-    Nearly every batch is a flat dict of NumPy arrays. This takes a microsecond or two; `checked_batch` and `private_copy`,
-    which do the same for any batch, several times as long.
+    Nearly every batch is a flat dict of NumPy arrays. This takes a microsecond or two, `checked_batch` and
+    `private_copy`, which do the same for any batch, several times as long.
     """
     if type(batch) is not dict:
         return None

@@ -91,9 +91,9 @@ class InMemoryData:
     def make_source(self) -> None:
         """Makes the source in a thread, if nobody has yet.
 
-        Importing datarax loads Grain and Orbax, a quarter of the time to the first step where compilations are cached.
-        So the first pass asks for it after its first batch, while the device is at work; a pass of a single batch leaves
-        it to the next one.
+        Importing datarax loads Grain and Orbax, a quarter of the time to the first step where compilations are
+        cached. So the first pass asks for it after its first batch, while the device is at work; a pass of a single
+        batch leaves it to the next one.
         """
         if self._source is None:
             maker = ThreadPoolExecutor(1, thread_name_prefix="datarax")

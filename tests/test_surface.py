@@ -187,7 +187,7 @@ class TestLightImport:
         assert import_ratio("import trainer, datarax.sources", repeats=3) > 1.2
 
     def test_in_memory_data_needs_no_tensorflow(self):
-        code = "import trainer, numpy, sys; trainer.InMemoryData({'x': numpy.ones(3)}, 2); print(*sys.modules)"
+        code = "import trainer, numpy, sys; trainer.InMemoryData({'x': numpy.ones(3)}, 2).source; print(*sys.modules)"
         loaded = {module.split(".")[0] for module in fresh_python(code).split()}
         assert "datarax" in loaded
         assert not loaded & {"tensorflow", "tensorflow_datasets"}

@@ -17,7 +17,14 @@ from flax import nnx
 from trainer.batches import batch_length, check_batch
 from trainer.core.checks import check_count
 from trainer.core.mapped_axes import AxisName, average_if_changed, average_over_axis, fold_in_device, per_device
-from trainer.core.nnx_bridge import Flat, lookup, merge_updated, split_variables
+from trainer.core.nnx_bridge import (
+    Flat,
+    lookup,
+    merge_updated,
+    refuse_changed_attributes,
+    split_variables,
+    static_attributes,
+)
 from trainer.core.objective import (
     NOT_REPORTED,
     call_objective,
@@ -25,6 +32,7 @@ from trainer.core.objective import (
     check_loss_fn,
     extension_losses,
     forward,
+    in_evaluation_mode,
     in_training_mode,
     refuse_shadowing,
 )
@@ -53,7 +61,9 @@ def make_train_step(
 
     Assignments that the forward pass makes to variables under ``wrt`` last for that pass only;
     every other variable (batch statistics, RNG counts, extension state) is carried into the
-    next state. An extension whose ``is_enabled()`` is false when the step is traced is left out.
+    next state, and what `nnx.Module.sow` keeps is dropped. Plain Python attributes are part of the compiled
+    program: a forward pass that changes one is refused, except for the flags of `nnx.Module.train`.
+    An extension whose ``is_enabled()`` is false when the step is traced is left out.
 
     Args:
         loss_fn: The objective, see `trainer.LossFn`.
@@ -106,6 +116,7 @@ def make_train_step(
         def objective(params: Any) -> tuple[jax.Array, tuple[Metrics, Flat, dict[str, Flat]]]:
             before = state.replace(params=params)
             model = in_training_mode(before.model())
+            attributes = static_attributes(model)
             loss, metrics, outputs = call_objective(loss_fn, model, batch, step_rng, state.step)
             enabled = {name: e for name, e in extensions.items() if e.is_enabled()}
             if enabled and outputs is NOT_REPORTED:
@@ -113,6 +124,7 @@ def make_train_step(
             context = {"model": model, "rng": step_rng, "step": state.step}
             losses, extension_variables = extension_losses(enabled, state, batch, outputs, context)
             refuse_shadowing(metrics, losses)
+            refuse_changed_attributes(attributes, model, "model")
             _, variables = split_variables(model, wrt)
             return sum(losses.values(), start=loss), ({**metrics, **losses}, variables, extension_variables)
 
@@ -223,8 +235,7 @@ def make_eval_step(loss_fn: LossFn, *, axis_name: AxisName | None = None) -> Cal
         _check_call(state, batch)
         rng = jax.random.fold_in(jax.random.fold_in(state.rng, _EVALUATION), index)
         rng = fold_in_device(rng, axis_name)
-        model = state.model()
-        model.eval()
+        model = in_evaluation_mode(state.model())
         loss, metrics, _ = call_objective(loss_fn, model, batch, rng, state.step)
         _, metrics = average_over_axis((), {**metrics, "loss": loss}, axis_name)
         return {**metrics, "step": state.step}

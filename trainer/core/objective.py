@@ -1,14 +1,16 @@
 """Calling the objective and the extensions, and checking what they return."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 from zlib import crc32
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from trainer.batches import summarize
-from trainer.core.nnx_bridge import Flat, variables_of, with_variables
+from trainer.core.nnx_bridge import Flat, refuse_changed_attributes, static_attributes, variables_of, with_variables
 from trainer.errors import ArgumentError, ArgumentTypeError, ObjectiveError
 from trainer.state import TrainState
 from trainer.types import MODEL_OUTPUTS, Batch, ExtensionLike, LossFn, Metrics
@@ -55,7 +57,21 @@ def call_objective(
 
 def in_training_mode(model: Any) -> Any:
     """Returns the model, switched to training mode."""
-    model.train()
+    return _switch(model, "train")
+
+
+def in_evaluation_mode(model: Any) -> Any:
+    """Returns the model, switched to evaluation mode."""
+    return _switch(model, "eval")
+
+
+def _switch(model: Any, name: str) -> Any:
+    method = getattr(type(model), name, None)
+    try:
+        inspect.signature(method).bind(model)  # type: ignore[arg-type]
+    except TypeError:  # a class attribute or a method of this name that means something else
+        method = getattr(nnx.Module, name)
+    method(model)  # type: ignore[misc]  # not `model.train()`: an attribute of this name may shadow the method
     return model
 
 
@@ -99,9 +115,11 @@ def extension_losses(
         held = state.extensions[name]
         # The variables come from the state; Python attributes are those of the caller's object.
         traced = with_variables(extension, held["variables"])
+        attributes = static_attributes(traced)
         rng = jax.random.fold_in(context["rng"], crc32(name.encode()))
         loss = traced.loss_fn(batch, outputs, **{**context, "rng": rng})
         loss = check_loss(loss, f"`extensions[{name!r}].loss_fn` returned a loss that")
+        refuse_changed_attributes(attributes, traced, f"extensions/{name}")
         losses[f"{name}_loss"] = held["weight"].astype(loss.dtype) * loss
         variables[name] = variables_of(traced)
     return losses, variables

@@ -597,7 +597,7 @@ class TestBatch:
             ),
             (
                 {"input": np.zeros((4, 3)), "label": np.zeros(6)},
-                "`batch/label`: dimension 0 of length 6 is split in 4 over data, fsdp; the nearest lengths are 4 and 8.",
+                "`batch/label`: dimension 0 of length 6 is split in 4 over data, fsdp; the nearest lengths are 4 and",
             ),
             ([1, 2], "`batch` is a list of Python values, not an array"),
         ],

@@ -103,8 +103,8 @@ class InMemoryData:
     def finish_import(self) -> None:
         """Waits for the thread that makes the source, if there is one.
 
-        Whoever raises KeyboardInterrupt calls it first: code that a thread executes while the interpreter ends, as an
-        import does, makes Python report an ordinary error (status 1) in place of Ctrl-C.
+        Call it before KeyboardInterrupt is raised: if another thread executes code (an import) during interpreter
+        shutdown, the process exits with status 1 instead of that of SIGINT.
         """
         if self._source is not None:
             wait([self._source])

@@ -170,7 +170,7 @@ def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
     return _newest(directory, [entry.name for entry in entries_in(Path(directory))], verified)
 
 
-def default_name(step: int, state: TrainState | None = None) -> str:
+def default_name(step: int, state: Any = None) -> str:
     """Returns the name of the checkpoint of a step where the caller gives none.
 
     It ends in ``.orbax`` for a state with arrays on a mesh of several devices, whether they

@@ -198,7 +198,10 @@ class ModelCheckpoint(Callback):
     def _judge_restored(self, trainer: Any) -> None:
         """Judges the state that a run is resumed with, if it was measured and no checkpoint here holds its score."""
         run = getattr(trainer, "run", None)
-        if run is None or run.is_new or self._known().get(run.step) is not None:
+        if run is None or run.is_new:
+            return
+        if self._known().get(run.step) is not None:
+            self._judged_step = run.step
             return
         is_over = run.batch == 0  # the epoch is counted already
         self._epoch = run.epoch - is_over

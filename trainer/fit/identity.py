@@ -56,7 +56,7 @@ def check_same_call(before: Mapping[str, str] | None, now: Mapping[str, str]) ->
             "examples, and other values. Pass the same, or load_checkpoint() and start a new run."
         )
     warnings.warn(
-        f"the run is resumed with other arguments than it was interrupted with, which count from here on: "
+        f"`resume` continues with arguments that differ from those of the interrupted call: "
         f"{'; '.join(_difference(name, before[name], now[name]) for name in differing)}.",
         stacklevel=5,
     )
@@ -64,9 +64,9 @@ def check_same_call(before: Mapping[str, str] | None, now: Mapping[str, str]) ->
 
 def _difference(name: str, before: str, now: str) -> str:
     if before.startswith("python ") and now.startswith("python "):
-        return f"`{name}` is another"
+        return f"`{name}` differs"
     if name == "val_data":
-        return "`val_data` has other values"
+        return "`val_data` differs"
     return f"`{name}` was {before} and is {now}"
 
 

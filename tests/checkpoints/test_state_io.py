@@ -251,10 +251,9 @@ class TestLatest:
         self.save(tmp_path, 1, 2, 3)
         newest = tmp_path / "checkpoint_3.msgpack"
         newest.write_bytes(newest.read_bytes()[:-20])
-        (tmp_path / "checkpoint_2.msgpack").unlink()
-        (tmp_path / "checkpoint_2.msgpack").mkdir()
+        (tmp_path / "checkpoint_2.msgpack").write_bytes(b"")
         with pytest.warns(
-            UserWarning, match=r"checkpoint_1.msgpack`, since .*_3.msgpack` is damaged.*_2.msgpack` could"
+            UserWarning, match=r"checkpoint_1.msgpack`, since .*_3.msgpack` is damaged.*_2.msgpack` is no checkpoint of"
         ):
             assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint_1.msgpack"
 

@@ -8,6 +8,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import optax
+
+from trainer.run import Run
+from trainer.types import ExtensionLike, LossFn
 
 _DEEPEST = 12
 
@@ -16,6 +20,26 @@ def fingerprint(value: Any) -> str:
     """Returns a hash of a value: of bytecode and plain values, the same in every process of one release of Python."""
     text = "\n".join(_parts(value, [], 0))
     return f"python {sys.version_info[0]}.{sys.version_info[1]} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def fingerprints_of(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation | None,
+    extensions: Mapping[str, ExtensionLike],
+    run: Run,
+) -> dict[str, str]:
+    """Returns hashes by which resume tells an objective, an optimizer, an extension or a model from another."""
+    # Dropout rates and activations are static attributes of the model.
+    attributes = run.peek().graphdef.attributes
+    told = {
+        "loss_fn": fingerprint(loss_fn),
+        "model": fingerprint([(name, getattr(attribute, "value", None)) for name, attribute in attributes]),
+    }
+    if optimizer is not None:
+        told["optimizer"] = fingerprint(tuple(optimizer))
+    return told | {
+        f"extensions.{name}": fingerprint(getattr(type(one), "loss_fn", None)) for name, one in extensions.items()
+    }
 
 
 def _parts(value: Any, seen: list[Any], depth: int) -> Iterator[str]:

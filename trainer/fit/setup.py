@@ -30,7 +30,7 @@ from trainer.data.memory import InMemoryData, seed_from_key
 from trainer.data.resumable import LoaderPass, LoaderPosition
 from trainer.distributed.agreement import check_agreement, gathered
 from trainer.errors import ArgumentError, ArgumentTypeError, CheckpointError
-from trainer.fit.fingerprint import fingerprint
+from trainer.fit.fingerprint import fingerprints_of
 from trainer.loggers.base import Logger, MetricsLoggerLike, check_metric_names
 from trainer.loggers.fanout import MetricFanout
 from trainer.loggers.wandb import WandbLogger
@@ -280,7 +280,7 @@ def assemble(
         fanout=_fanout(training_config, placement, log_callback, metrics_logger, logger),
         checkpointer=checkpointer,
         is_directory_given=any((workdir, checkpoint_dir, training_config.checkpoint_dir != default_directory)),
-        fingerprints=_fingerprints(loss_fn, optimizer, extensions, run),
+        fingerprints=fingerprints_of(loss_fn, optimizer, extensions, run),
         step=_compiled_step(
             training_config, optimizer, loss_fn, wrt, extensions, placement, steps_per_call, events, live
         ),
@@ -313,26 +313,6 @@ def _initial_run(
             f"`model` has no parameters: `wrt` = {wrt!r} selects none of its variables, so there is nothing to train."
         )
     return Run.start(state).replace(position=None)
-
-
-def _fingerprints(
-    loss_fn: LossFn,
-    optimizer: optax.GradientTransformation | None,
-    extensions: Mapping[str, ExtensionLike],
-    run: Run,
-) -> dict[str, str]:
-    """Returns hashes by which resume tells an objective, an optimizer, an extension or a model from another."""
-    # Dropout rates and activations are static attributes of the model.
-    attributes = run.peek().graphdef.attributes
-    told = {
-        "loss_fn": fingerprint(loss_fn),
-        "model": fingerprint([(name, getattr(attribute, "value", None)) for name, attribute in attributes]),
-    }
-    if optimizer is not None:
-        told["optimizer"] = fingerprint(tuple(optimizer))
-    return told | {
-        f"extensions.{name}": fingerprint(getattr(type(one), "loss_fn", None)) for name, one in extensions.items()
-    }
 
 
 def build_optimizer(

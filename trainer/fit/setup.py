@@ -22,8 +22,10 @@ from trainer.checkpoints.checkpointer import Checkpointer
 from trainer.compile.dispatch import CompiledStep
 from trainer.config import TrainingConfig, make_optimizer, make_schedule
 from trainer.config.schedules import check_horizon, needs_horizon
+from trainer.core.averaged_params import check_eval_params, with_eval_params
 from trainer.core.checks import check_count
-from trainer.core.objective import check_extensions, check_loss_fn
+from trainer.core.objective import check_extensions, check_loss_fn, check_weight
+from trainer.core.optimizer import adapt_optimizer
 from trainer.data.loaders import check_loader
 from trainer.data.memory import InMemoryData, seed_from_key
 from trainer.data.resumable import LoaderPass, LoaderPosition
@@ -35,9 +37,9 @@ from trainer.loggers.wandb import WandbLogger
 from trainer.metrics.throughput import Throughput
 from trainer.run import FromLoader, Run
 from trainer.sharding.placement import Placement, placement_of
-from trainer.state import check_model, check_optimizer, check_rng
+from trainer.state import TrainState, check_model, check_optimizer, check_rng
 from trainer.steps import make_eval_step, make_train_step
-from trainer.types import Batch, ExtensionLike, LogCallback, LossFn, Metrics
+from trainer.types import Batch, EvalParams, ExtensionLike, LogCallback, LossFn, Metrics
 
 # Stands for the horizon where only the structure of an optimizer's state matters.
 _ANY_HORIZON = 2**31 - 1
@@ -53,6 +55,7 @@ class Live:
         validates: Whether it, or the latest, validates on anything.
         throughput: The speed of the latest epoch.
         has_advised: Whether fusing was recommended.
+        has_warned: Whether it was said that the loss is not finite.
     """
 
     trainer: Callable[[], Any]
@@ -60,6 +63,7 @@ class Live:
     validates: bool = False
     throughput: Throughput | None = None
     has_advised: bool = False
+    has_warned: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,6 +82,7 @@ class Setup:
     handle_signals: bool
     wrt: nnx.filterlib.Filter
     callbacks: Any
+    eval_params: EvalParams | None
     extensions: dict[str, ExtensionLike]
     seed: tuple[int, ...]
     placement: Placement
@@ -116,6 +121,8 @@ class Setup:
         weights = {name: extension.weight for name, extension in self.extensions.items()}
         if weights == run.weights:
             return run
+        for name, weight in weights.items():
+            check_weight(weight, name)
         run = run.with_edits()
         state = run.peek()
         held = {
@@ -196,6 +203,7 @@ def assemble(
     save_interval: int,
     log_callback: LogCallback | None,
     callbacks: Any,
+    eval_params: EvalParams | None,
     extensions: Mapping[str, ExtensionLike] | None,
     wrt: nnx.filterlib.Filter,
     handle_signals: bool,
@@ -228,6 +236,7 @@ def assemble(
     rng = jax.random.PRNGKey(0) if rng is None else rng
     check_rng(rng)
     run = _initial_run(model, rng, training_config, optimizer, wrt, extensions, placement)
+    eval_params = _eval_params(eval_params, training_config, run.peek())
     live = Live(weakref.ref(trainer), validates=val_data_loader is not None)
     checkpointer = Checkpointer(
         Path(checkpoint_dir or workdir or training_config.checkpoint_dir), training_config.max_checkpoints
@@ -245,6 +254,7 @@ def assemble(
         handle_signals=handle_signals,
         wrt=wrt,
         callbacks=callbacks,
+        eval_params=eval_params,
         extensions=extensions,
         seed=seed_from_key(rng),
         placement=placement,
@@ -254,7 +264,9 @@ def assemble(
         step=_compiled_step(
             training_config, optimizer, loss_fn, wrt, extensions, placement, steps_per_call, events, live
         ),
-        eval_step=jax.jit(_names_checked(make_eval_step(loss_fn)), out_shardings=placement.replicated),
+        eval_step=jax.jit(
+            _names_checked(make_eval_step(loss_fn, eval_params=eval_params)), out_shardings=placement.replicated
+        ),
         live=live,
     )
     about = {"mesh": str(mesh and dict(mesh.shape)), "partition_rules": str(partition_rules)}
@@ -299,7 +311,23 @@ def build_optimizer(
         optimizer = make_optimizer(config.optimizer, schedule)
     if config.gradient_clip_norm is None:
         return optimizer
-    return optax.chain(optax.clip_by_global_norm(config.gradient_clip_norm), optimizer)
+    return optax.chain(optax.clip_by_global_norm(config.gradient_clip_norm), adapt_optimizer(optimizer))
+
+
+def _eval_params(eval_params: EvalParams | None, config: TrainingConfig, state: TrainState) -> EvalParams | None:
+    """Returns ``eval_params`` for the state of the optimizer with clipping, once it is known to work."""
+    check_eval_params(eval_params)
+    if eval_params is None:
+        return None
+    given = eval_params
+    if config.gradient_clip_norm is not None:  # then `build_optimizer` made a chain
+
+        def of_the_given(opt_state: Any, params: Any) -> Any:
+            return given(opt_state[1], params)
+
+        eval_params = of_the_given
+    jax.eval_shape(lambda state: with_eval_params(state, eval_params).params, state)
+    return eval_params
 
 
 def _compiled_step(

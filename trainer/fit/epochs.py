@@ -94,11 +94,15 @@ def _run_epochs(
         for epoch in range(trainer.run.epoch, first + plan.num_epochs):
             # A run that was to stop after its last epoch, and is resumed there, stays stopped.
             if trainer.run.batch == 0 and epoch > first and setup.events.should_stop:
+                why = "; ".join(setup.events.stop_reasons())
+                setup.fanout.log_text("training", f"stopped after {epoch} epochs: {why}", trainer.run.step)
                 break
             with rare_collections():
                 _run_epoch(trainer, plan, signals, opening, is_last=epoch + 1 == first + plan.num_epochs)
             opening = contextlib.nullcontext()
         _log_last_step(trainer)
+        trainer.run.average.compute()  # the caller reads it next
+        _warn_if_not_finite(trainer)
         if plan.held_out is not None and _not_validated(trainer.run):
             validate(trainer, plan.held_out, signals.check)
         if plan.caller == "train" and trainer.run.validation is not None and plan.held_out is not None:
@@ -197,8 +201,10 @@ def _after_call(trainer: Trainer, metrics: Metrics, count: int | None, *, defer:
     setup, run = trainer.setup, trainer.run
     report = setup.step.report()
     if report is not None:
-        tell_compilation(trainer, report.name, report.seconds, report.warning)
+        # At the step before the call: the rows of fused steps follow, and some loggers drop a row of an earlier step.
+        tell_compilation(trainer, report.name, report.seconds, report.warning, run.step - (count or 1))
     setup.fanout.flush()
+    _warn_if_not_finite(trainer)
     step, every = run.step, setup.config.log_frequency
     if count is None:
         if step == 1 or step % every == 0:
@@ -214,6 +220,20 @@ def _after_call(trainer: Trainer, metrics: Metrics, count: int | None, *, defer:
     for number, row in rows:
         setup.fanout.defer("train", number, row)
     setup.events.emit("on_call_end", trainer, step, metrics_at(metrics, count - 1))
+
+
+def _warn_if_not_finite(trainer: Trainer) -> None:
+    """Says once that the loss is not finite, as soon as a loss that is not was read for the average."""
+    found, live = trainer.run.average.not_finite, trainer.setup.live
+    if found is None or live.has_warned:
+        return
+    live.has_warned = True
+    warnings.warn(
+        f"the loss is {found[1]} at step {found[0]}, and training continues. A smaller learning rate or "
+        f"`gradient_clip_norm` may help; `jax_debug_nans` finds the operation, and "
+        f"EarlyStopping ends a run whose monitor is not finite.",
+        stacklevel=2,
+    )
 
 
 def _log_last_step(trainer: Trainer) -> None:
@@ -236,7 +256,7 @@ def compile_step(trainer: Trainer, batch: Batch) -> ProgramCost:
     seconds = time.perf_counter() - start
     trainer.hold(run)
     cost = cost_of(compiled, run.leaves, seconds)
-    tell_compilation(trainer, program.name, seconds, None)
+    tell_compilation(trainer, program.name, seconds, None, run.step)
     if not cost.fits:
         warnings.warn(
             f"a step needs {cost.total:,} bytes and the device has {cost.available:,}: it will not "
@@ -246,11 +266,11 @@ def compile_step(trainer: Trainer, batch: Batch) -> ProgramCost:
     return cost
 
 
-def tell_compilation(trainer: Trainer, name: str, seconds: float, warning: str | None) -> None:
-    """Tells callbacks and loggers of a compilation, and warns where it is one too many."""
+def tell_compilation(trainer: Trainer, name: str, seconds: float, warning: str | None, step: int) -> None:
+    """Tells callbacks and loggers of a compilation before ``step``, and warns where it is one too many."""
     setup = trainer.setup
     setup.events.emit("on_compile_end", trainer, name, seconds)
-    setup.fanout.log_text("compilation", f"{name} took {seconds:.1f} s to compile", trainer.run.step)
+    setup.fanout.log_text("compilation", f"{name} took {seconds:.1f} s to compile", step)
     if warning is not None:
         warnings.warn(warning, stacklevel=6)
 

@@ -109,6 +109,11 @@ class EarlyStopping(Callback):
                 stacklevel=2,
             )
 
+    @property
+    def state_key(self) -> str:
+        """The name of its state in a checkpoint, by which another callback of this class and metric finds it."""
+        return f"EarlyStopping({self._monitor.name})"
+
     def state_dict(self) -> dict[str, Any]:
         """Returns the best score, the checks since then, and where it stopped, as plain values."""
         stopped = {"stopped_step": self.stopped_step, "stopped_epoch": self.stopped_epoch, "reason": self.reason}

@@ -12,7 +12,7 @@ from trainer.checkpoints.background import BackgroundSaver
 from trainer.checkpoints.detach import detach
 from trainer.checkpoints.plain_values import to_plain
 from trainer.checkpoints.run_record import Restored, restore, snapshot_run
-from trainer.checkpoints.snapshot import Snapshot, write_snapshot
+from trainer.checkpoints.snapshot import Snapshot, is_in_host_memory, write_snapshot
 from trainer.checkpoints.state_io import default_name, load_latest, load_with_progress, prune
 from trainer.run import Run
 
@@ -60,24 +60,33 @@ class Checkpointer:
             CheckpointError: It could not be written, or the save before failed in the background.
         """
         run = run.with_edits()
-        target = self.directory / default_name(run.step, run.peek()) if path is None else Path(path)
-        finite = run.peek().is_finite() if background == "if_finite" else None
+        target = self.directory / default_name(run.step, run.leaves) if path is None else Path(path)
+        only_finite = background == "if_finite"
         beside: dict[str, Any] = {"info": info, "listeners": listeners, "loaders": loaders}
         write = functools.partial(_write, target, self._max_checkpoints if path is None else None)
         self.wait()
         if not background or target.suffix == ".pkl":
             write(snapshot_run(run, **beside))
         elif target.suffix == ".orbax":
-            if finite is None or finite:
-                self._saver.start(functools.partial(write, snapshot_run(run, **beside).begin(target)))
-            else:
+            if only_finite and not run.peek().is_finite():
                 warn_of_state(run.step)
+            else:
+                self._saver.start(functools.partial(write, snapshot_run(run, **beside).begin(target)))
         else:
             states = list(listeners())
-            to_plain(states, "callbacks")  # refused now, not when they are written
-            run, states = detach(run), copy.deepcopy(states)
+            for name, values in {"info": info or {}, "callbacks": states}.items():
+                to_plain(values, name)  # refused now, not when they are written
+            states = copy.deepcopy(states)
             beside["listeners"] = lambda: states
-            self._saver.start(lambda: write(snapshot_run(run, **beside)) if finite is None or finite else run.step)
+            # From an accelerator it is asked before the copy to the host, and answered while that is under way.
+            finite = run.peek().is_finite() if only_finite and not is_in_host_memory(run.leaves[0]) else None
+            detached = detach(run)
+
+            def write_detached() -> int | None:
+                judged = detached.peek().is_finite() if only_finite and finite is None else finite
+                return detached.step if judged is not None and not judged else write(snapshot_run(detached, **beside))
+
+            self._saver.start(write_detached)
         return target
 
     def load(self, path: str | os.PathLike[str], current: Run) -> Restored:

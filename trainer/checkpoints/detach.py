@@ -4,11 +4,15 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from trainer.checkpoints.snapshot import check_within_process, copied_to_host, is_in_host_memory
 from trainer.core.tree_paths import leaf_path
 from trainer.data.resumable import LoaderPass
 from trainer.run import FromLoader, Run
+
+# A compiled copy takes a seventh of the time of `jax.device_put`, and about 0.7 ms for each array to compile.
+_MOST_COMPILED = 500
 
 
 def detach(run: Run) -> Run:
@@ -38,10 +42,16 @@ def detach(run: Run) -> Run:
 def _copies(run: Run) -> list[Any]:
     leaves = run.leaves
     if all(is_in_host_memory(leaf) and len(leaf.devices()) == 1 for leaf in leaves):
-        # One call for all, and not compiled: a jitted copy of 3,000 arrays takes a second to compile.
-        copies: list[Any] = jax.device_put(leaves, may_alias=False)
+        copies: list[Any] = (
+            _copied(leaves) if len(leaves) <= _MOST_COMPILED else jax.device_put(leaves, may_alias=False)
+        )
         return copies
     for (path, _), leaf in zip(jax.tree.leaves_with_path(run.peek()), leaves, strict=True):
         check_within_process(leaf_path(path), leaf)
         leaf.copy_to_host_async()
     return [copied_to_host(leaf) for leaf in leaves]
+
+
+@jax.jit
+def _copied(leaves: list[Any]) -> list[Any]:
+    return list(map(jnp.copy, leaves))

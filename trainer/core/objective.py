@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from trainer.batches import summarize
+from trainer.core.modes import in_training_mode
 from trainer.core.nnx_bridge import Flat, variables_of, with_variables
 from trainer.errors import ArgumentError, ArgumentTypeError, ObjectiveError
 from trainer.state import TrainState
@@ -51,12 +52,6 @@ def call_objective(
     outputs = metrics.get(MODEL_OUTPUTS, NOT_REPORTED)
     named = {name: value for name, value in metrics.items() if name not in (MODEL_OUTPUTS, "loss")}
     return loss, {name: _metric(name, value) for name, value in named.items()}, outputs
-
-
-def in_training_mode(model: Any) -> Any:
-    """Returns the model, switched to training mode."""
-    model.train()
-    return model
 
 
 def forward(state: TrainState, batch: Batch) -> Any:

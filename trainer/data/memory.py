@@ -91,8 +91,9 @@ class InMemoryData:
     def make_source(self) -> None:
         """Makes the source in a thread, if nobody has yet.
 
-        Importing datarax loads Grain and Orbax, a quarter of the time to the first step where compilations are cached.
-        So the first pass asks for it after its first batch, while the device is at work.
+        Importing datarax loads Grain and Orbax, a quarter of the time to the first step where compilations are
+        cached. So the first pass asks for it after its first batch, while the device is at work; a pass of a single
+        batch leaves it to the next one.
         """
         if self._source is None:
             maker = ThreadPoolExecutor(1, thread_name_prefix="datarax")
@@ -168,7 +169,7 @@ class Epoch(Iterator[Batch]):
         )
 
     def _next(self) -> slice | np.ndarray[Any, Any] | None:
-        if self._position > self._start:
+        if self._start < self._position < self._num_examples:
             self._data.make_source()
         start, end = self._position, min(self._position + self.batch_size, self._num_examples)
         if start >= end:
@@ -177,7 +178,7 @@ class Epoch(Iterator[Batch]):
         return slice(start, end) if self._order is None else self._order[start:end]
 
     def _several(self, count: int) -> np.ndarray[Any, Any]:
-        if self._position > self._start:
+        if self._start < self._position < self._num_examples:
             self._data.make_source()
         start, end = self._position, self._position + count * self.batch_size
         self._position = end

@@ -46,7 +46,8 @@ def fit(trainer: Trainer, plan: FitPlan, resume: bool | str | os.PathLike[str]) 
         run = checked(setup, plan, restored)
         listeners = copy.deepcopy(setup.events.state_dict())
         with put_back(trainer, before, listeners):
-            setup.events.load_state_dict(restored.listeners)
+            if restored.listeners is not None:
+                setup.events.load_state_dict(restored.listeners)
         trainer.hold(run)
         finished = _is_finished(plan, run)
         if finished and plan.caller == "train_epoch":

@@ -24,6 +24,7 @@ from trainer.config import TrainingConfig, make_optimizer, make_schedule
 from trainer.config.schedules import check_horizon, needs_horizon
 from trainer.core.averaged_params import check_eval_params, with_eval_params
 from trainer.core.checks import check_count
+from trainer.core.modes import evaluated_as_a_whole
 from trainer.core.objective import check_extensions, check_loss_fn, check_weight
 from trainer.core.optimizer import adapt_optimizer
 from trainer.data.loaders import check_loader
@@ -38,7 +39,7 @@ from trainer.metrics.throughput import Throughput
 from trainer.run import FromLoader, Run
 from trainer.sharding.placement import Placement, placement_of
 from trainer.state import TrainState, check_model, check_optimizer, check_rng
-from trainer.steps import make_eval_step, make_train_step
+from trainer.steps import make_eval_step, make_predict_step, make_train_step
 from trainer.types import Batch, EvalParams, ExtensionLike, LogCallback, LossFn, Metrics
 
 # Stands for the horizon where only the structure of an optimizer's state matters.
@@ -91,6 +92,7 @@ class Setup:
     checkpointer: Checkpointer
     step: CompiledStep
     eval_step: Callable[..., Metrics]
+    predict_step: Callable[[Any], Callable[..., Any]]
     live: Live
 
     def agree(self, what: str, parts: Mapping[str, Any], **data: InMemoryData | None) -> None:
@@ -132,6 +134,12 @@ class Setup:
         state = self.placement.adopt(state.replace(extensions=held))
         return run.with_state(state, step=run.step).replace(weights=weights)
 
+    def with_learning_rate(self, run: Run, value: float) -> Run:
+        """Returns the run with another learning rate in its state; see `TrainState.with_learning_rate`."""
+        run = run.with_edits()
+        state = self.placement.adopt(run.peek().with_learning_rate(value))
+        return run.with_state(state, step=run.step, keeps_position=True)
+
     def horizon_of(self, loader: Any, num_epochs: int | None = None) -> int | None:
         """Returns the steps of all epochs over a loader, None if its length is not known."""
         steps = self.config.steps_per_epoch
@@ -164,9 +172,12 @@ class Setup:
 
     def beside(self, run: Run) -> tuple[Run, dict[str, Any]]:
         """Returns the run with what has to be known of its loader, and what is saved beside it: see `snapshot_run`."""
-        info = {"name": self.config.name, "metadata": self.config.to_dict()["metadata"]}
         run, loaders = self._with_positions(run)
-        return run, {"info": info, "listeners": self.events.state_dict, "loaders": loaders}
+        return run, {"info": self._info, "listeners": self.events.state_dict, "loaders": loaders}
+
+    @functools.cached_property
+    def _info(self) -> dict[str, Any]:
+        return {"name": self.config.name, "metadata": self.config.to_dict()["metadata"]}
 
     def _with_positions(self, run: Run) -> tuple[Run, list[Any] | None]:
         """Returns the run, and the positions of the loaders of all processes where there are several."""
@@ -237,6 +248,7 @@ def assemble(
     check_rng(rng)
     run = _initial_run(model, rng, training_config, optimizer, wrt, extensions, placement)
     eval_params = _eval_params(eval_params, training_config, run.peek())
+    _warn_of_mode(run.peek().model(), wrt)
     live = Live(weakref.ref(trainer), validates=val_data_loader is not None)
     checkpointer = Checkpointer(
         Path(checkpoint_dir or workdir or training_config.checkpoint_dir), training_config.max_checkpoints
@@ -266,6 +278,10 @@ def assemble(
         ),
         eval_step=jax.jit(
             _names_checked(make_eval_step(loss_fn, eval_params=eval_params)), out_shardings=placement.replicated
+        ),
+        # The same function again finds its compiled step.
+        predict_step=functools.lru_cache(maxsize=8)(
+            lambda fn: jax.jit(make_predict_step(fn, eval_params=eval_params), out_shardings=placement.replicated)
         ),
         live=live,
     )
@@ -422,5 +438,16 @@ def _warn_of_unused_schedule(config: TrainingConfig) -> None:
         warnings.warn(
             "`training_config.scheduler` does nothing, because an `optimizer` was given; put the schedule into "
             "that one, for example with trainer.make_schedule.",
+            stacklevel=4,
+        )
+
+
+def _warn_of_mode(model: nnx.Module, wrt: nnx.filterlib.Filter) -> None:
+    if parts := evaluated_as_a_whole(model, wrt):
+        listed = ", ".join(f"`{part}`" for part in parts[:5]) + (", …" if len(parts) > 5 else "")
+        warnings.warn(
+            f"`model` is in evaluation mode as a whole ({listed}) and stays in it while it is trained: no dropout, and "
+            f"batch statistics do not move. If that is not meant, call model.train() before, or pass "
+            f"`trainer.state.model()` in place of `trainer.model` of another trainer.",
             stacklevel=4,
         )

@@ -118,7 +118,7 @@ class TrainState:
         """
         self.check_alive()
         flat = lookup(self.params, self.model_state, paths=self.graphdef.paths)
-        return nnx.merge(self.graphdef, [flat[path] for path in self.graphdef.paths])
+        return self.graphdef.merge([flat[path] for path in self.graphdef.paths])
 
     def replace(self, **changes: Any) -> Self:
         """Returns a copy with some fields replaced, as ``dataclasses.replace`` does."""

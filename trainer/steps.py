@@ -19,7 +19,14 @@ from trainer.core.averaged_params import check_eval_params, with_eval_params
 from trainer.core.checks import check_count
 from trainer.core.mapped_axes import AxisName, average_if_changed, average_over_axis, fold_in_device, per_device
 from trainer.core.modes import in_evaluation_mode, in_training_mode
-from trainer.core.nnx_bridge import Flat, lookup, merge_updated, split_variables
+from trainer.core.nnx_bridge import (
+    Flat,
+    lookup,
+    merge_updated,
+    refuse_changed_attributes,
+    split_variables,
+    static_attributes,
+)
 from trainer.core.objective import (
     NOT_REPORTED,
     call_objective,
@@ -56,7 +63,9 @@ def make_train_step(
 
     Assignments that the forward pass makes to variables under ``wrt`` last for that pass only;
     every other variable (batch statistics, RNG counts, extension state) is carried into the
-    next state. An extension whose ``is_enabled()`` is false when the step is traced is left out.
+    next state, and what `nnx.Module.sow` keeps is dropped. Plain Python attributes are part of the compiled
+    program: a forward pass that changes one is refused, except for the flags of `nnx.Module.train`.
+    An extension whose ``is_enabled()`` is false when the step is traced is left out.
 
     The model is in training mode, except for the parts that were in evaluation mode when the state was created: their
     dropout stays off, and their batch statistics stay as they are.
@@ -115,6 +124,7 @@ def make_train_step(
         def objective(params: Any) -> tuple[jax.Array, tuple[Metrics, Flat, dict[str, Flat]]]:
             before = state.replace(params=params)
             model = in_training_mode(before.model())
+            attributes = static_attributes(model)
             loss, metrics, outputs = call_objective(loss_fn, model, batch, step_rng, state.step)
             enabled = {name: e for name, e in extensions.items() if e.is_enabled()}
             if enabled and outputs is NOT_REPORTED:
@@ -122,6 +132,7 @@ def make_train_step(
             context = {"model": model, "rng": step_rng, "step": state.step}
             losses, extension_variables = extension_losses(enabled, state, batch, outputs, context)
             refuse_shadowing(metrics, losses)
+            refuse_changed_attributes(attributes, model, "model")
             _, variables = split_variables(model, wrt)
             return sum(losses.values(), start=loss), ({**metrics, **losses}, variables, extension_variables)
 

@@ -51,9 +51,9 @@ class Checkpointer:
             run: The run.
             path: The name. Without one it carries the step, and only the latest of these are kept.
             background: Return when a copy of the arrays is under way, and write it in a thread; nothing waits for the
-                steps under way where the arrays are in memory of the host. "if_finite" writes nothing if a parameter
-                or a variable of the model is NaN or infinite; `check`, `wait` or the next save warns then. A pickle
-                is always written at once.
+                steps under way where the arrays are in memory of the host. "if_finite" writes nothing if the state
+                cannot go on (`TrainState.is_finite`); `check`, `wait` or the next save warns then. A pickle is
+                always written at once.
             info, listeners, loaders: As for `snapshot_run`.
 
         Raises:

@@ -4,6 +4,7 @@ In Flax a mode is two attributes, ``deterministic`` (dropout is off) and ``use_r
 uses its stored statistics), which any module of the tree may have.
 """
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -67,6 +68,11 @@ def _owner(path: Path) -> Path:
 
 
 def _switch(model: Any, name: str) -> None:
-    # Looked up in the class: an attribute of this name may be the model's own. A class may override the method.
+    # Looked up in the class: an attribute of this name may be the model's own. A class may override the method, or have
+    # one of this name that means something else.
     switch = getattr(type(model), name)
-    (switch if callable(switch) else getattr(nnx.Module, name))(model)
+    try:
+        inspect.signature(switch).bind(model)
+    except TypeError:
+        switch = getattr(nnx.Module, name)
+    switch(model)

@@ -308,7 +308,7 @@ class Trainer(ReadOnly):
         Args:
             path: The name; ``.orbax`` is for a state on a mesh, ``.pkl`` the reference's pickle layout. Without one
                 it is ``checkpoint_<step>.orbax`` for a state on a mesh of several devices, else ``….msgpack``.
-            background: Return as soon as a copy of the arrays is under way, and write beside the training. At most one
+            background: Return as soon as a copy of the arrays is dispatched, and write in a thread. At most one
                 save is in flight; what it raises is raised by the next step of `train`, save or load, or by `close`.
                 "if_finite", which `train` uses, writes nothing, and warns later, if the state holds NaN or infinity.
 

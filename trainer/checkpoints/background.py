@@ -1,6 +1,6 @@
 """Saves beside the training: one at a time, and every failure is raised."""
 
-import _thread
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import Any
@@ -32,11 +32,10 @@ class BackgroundSaver:
             except BaseException as error:  # raised in the thread that waits
                 pending.set_exception(error)
 
-        # A thread of its own, which is gone afterwards; the interpreter waits for the save before it exits. Not a
-        # `threading.Thread`, whose start waits for the new thread, which then keeps the interpreter for 5 ms.
+        # A thread of its own, which is gone afterwards; the interpreter waits for the save before it exits.
         _in_flight.add(pending)
         pending.add_done_callback(_in_flight.discard)
-        _thread.start_new_thread(run, ())
+        threading.Thread(target=run, name="checkpoint").start()
 
     def check(self) -> Any:
         """Returns or raises what a finished save returned or raised, once; does not wait for a save in flight."""

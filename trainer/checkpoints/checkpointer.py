@@ -50,8 +50,8 @@ class Checkpointer:
         Args:
             run: The run.
             path: The name. Without one it carries the step, and only the latest of these are kept.
-            background: Return when a copy of the arrays is under way, and write it in a thread; nothing waits for the
-                steps under way where the arrays are in memory of the host. "if_finite" writes nothing if the state
+            background: Return when a copy of the arrays is dispatched, and write it in a thread. Where the arrays are
+                in host memory, the call does not block on steps in flight. "if_finite" writes nothing if the state
                 cannot go on (`TrainState.is_finite`); `check`, `wait` or the next save warns then. A pickle is
                 always written at once.
             info, listeners, loaders: As for `snapshot_run`.
@@ -78,13 +78,15 @@ class Checkpointer:
                 to_plain(values, name)  # refused now, not when they are written
             states = copy.deepcopy(states)
             beside["listeners"] = lambda: states
-            # From an accelerator it is asked before the copy to the host, and answered while that is under way.
+            # On an accelerator the check is dispatched before the copy, after which no device has the arrays.
             finite = run.peek().is_finite() if only_finite and not is_in_host_memory(run.leaves[0]) else None
             detached = detach(run)
 
             def write_detached() -> int | None:
-                judged = detached.peek().is_finite() if only_finite and finite is None else finite
-                return detached.step if judged is not None and not judged else write(snapshot_run(detached, **beside))
+                if only_finite and not (detached.peek().is_finite() if finite is None else finite):
+                    return detached.step
+                write(snapshot_run(detached, **beside))
+                return None
 
             self._saver.start(write_detached)
         return target

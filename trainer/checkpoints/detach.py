@@ -18,9 +18,9 @@ _MOST_COMPILED = 500
 def detach(run: Run) -> Run:
     """Returns an equal run with arrays, averages and a position of its own.
 
-    Where the arrays are in memory of the host, as on the CPU, the copies are made on the device: the device may still
-    be computing the arrays, and nothing waits for it. From an accelerator they are copied to the host, which waits
-    for the steps under way but takes no memory of the device.
+    Where the arrays are in host memory, as on the CPU, the copies are dispatched to the device and the call does not
+    block, even if the arrays are still being computed. From an accelerator they are copied to the host, which blocks
+    on the steps in flight but takes no device memory.
 
     Raises:
         CheckpointError: An array is on devices of several processes, or the loader cannot tell its position.

@@ -4,7 +4,7 @@ import math
 from typing import ClassVar
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import pytest
 
 from tests.callbacks.test_model_checkpoint import build, run
@@ -167,13 +167,13 @@ def test_loggers_hear_why_a_run_ends_early(tmp_path):
 
     class Enough(Callback):
         def on_epoch_end(self, trainer, epoch, logs):
-            self.should_stop = True
+            self.should_stop = epoch == 1
 
     stopping = EarlyStopping(monitor="loss", patience=1, min_delta=1e9)
     trainer = build(tmp_path, stopping, Enough(), logger=Texts())
     trainer.train(regression(20), 10, 4)
     ((_, text, step),) = [said for said in Texts.said if "stopped" in said[1]]
-    assert text == f"stopped after 2 epochs: {stopping.reason}; Enough asked for it"
+    assert text == f"stopped after 2 of 10 epochs: {stopping.reason}; Enough asked for it"
     assert (step, stopping.stopped_epoch, stopping.best_step) == (10, 1, 5)
 
 
@@ -183,16 +183,16 @@ def test_the_best_params_come_back(tmp_path):
 
     class Keep(Callback):
         def on_validation_end(self, trainer, logs):
-            kept.append(jax.tree.map(np.asarray, (trainer.state.params, trainer.state.model_state)))
+            kept.append(jax.tree.map(jnp.copy, (trainer.state.params, trainer.state.model_state)))
 
     stopping = EarlyStopping(patience=2, min_delta=1e9, restore_best=True)
     trainer = build(tmp_path, Keep(), stopping)
     run(trainer, epochs=10)
     assert (trainer.epoch, stopping.best_step) == (3, 5)
-    jax.tree.map(np.testing.assert_array_equal, (trainer.state.params, trainer.state.model_state), kept[0])
+    assert_same_bits((trainer.state.params, trainer.state.model_state), kept[0])
     other = build(tmp_path, EarlyStopping(patience=2, min_delta=1e9))
     run(other, epochs=10)
-    jax.tree.map(np.testing.assert_array_equal, (other.state.params, other.state.model_state), kept[-1])
+    assert_same_bits((other.state.params, other.state.model_state), kept[-1])
 
 
 def test_best_params_that_are_not_in_a_checkpoint_are_not_restored_in_silence(tmp_path):

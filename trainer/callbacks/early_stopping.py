@@ -74,6 +74,7 @@ class EarlyStopping(Callback):
         self._divergence_threshold = _threshold(divergence_threshold, "divergence_threshold")
         self._restore_best = restore_best
         self._is_restored = False
+        self._epoch: int | None = None
         self._start()
 
     def on_train_begin(self, trainer: Any) -> None:
@@ -82,6 +83,10 @@ class EarlyStopping(Callback):
         if getattr(trainer, "is_new_run", True) and not self._is_restored:
             self._start()
         self._is_restored = False
+
+    def on_epoch_begin(self, trainer: Any, epoch: int) -> None:
+        del trainer
+        self._epoch = epoch
 
     def on_call_end(self, trainer: Any, step: int, logs: Mapping[str, Any]) -> None:
         del step
@@ -157,11 +162,8 @@ class EarlyStopping(Callback):
         if self._divergence_threshold is not None and rank < self._monitor.rank(self._divergence_threshold):
             why = f"is worse than {self._divergence_threshold:g}"
         if why is not None and not self.should_stop:
-            self.should_stop, self.stopped_step, self.stopped_epoch = (
-                True,
-                trainer.step,
-                getattr(trainer, "epoch", None),
-            )
+            self.should_stop = True
+            self.stopped_step, self.stopped_epoch = trainer.step, self._epoch
             best_of_all = "none" if self.best_score is None else f"{self.best_score:.6g} at step {self.best_step}"
             self.reason = f"{self._monitor.name} = {score:.6g} {why}; best: {best_of_all}"
 

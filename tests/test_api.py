@@ -604,7 +604,8 @@ class TestLogging:
             return jnp.mean(model(batch["input"])) * jnp.nan, {}
 
         trainer = build(loss_fn=nan)
-        assert np.isnan(trainer.train(regression(16), 1, 8)["loss"])
+        with pytest.warns(UserWarning, match="the loss is nan at step 1, and training continues"):
+            assert np.isnan(trainer.train(regression(16), 1, 8)["loss"])
         assert np.isnan(trainer.history.series("loss")[1]).all()
 
     def test_nothing_is_read_from_the_device_while_nobody_asks(self, monkeypatch):

@@ -30,6 +30,14 @@ def test_it_is_said_once(steps_per_call, val_data, tmp_path):
     trainer.train(regression(40), 1, 4, val_data)  # warnings are errors here
 
 
+def test_short_epochs_say_it_an_epoch_later(tmp_path):
+    """Nothing waits for the device at the end of an epoch, so each reads the last loss of the epoch before."""
+    trainer = build(tmp_path)
+    with pytest.raises(UserWarning, match=MESSAGE):  # warnings are errors here
+        trainer.train(regression(40), 9, 4)
+    assert trainer.step == 20
+
+
 def test_train_epoch_says_it(tmp_path):
     batches = [regression(4, seed=seed) for seed in range(5)]
     trainer = build(tmp_path, train_data_loader=batches)

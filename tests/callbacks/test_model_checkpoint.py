@@ -246,7 +246,10 @@ class TestInARun:
             return loss * jnp.where(step >= 7, jnp.nan, 1.0), metrics
 
         best = ModelCheckpoint(tmp_path / "best")
-        with pytest.warns(UserWarning, match=r"the state is not finite at step 1[05]; .* keeps what it has"):
+        with (
+            pytest.warns(UserWarning, match=r"the state is not finite at step 1[05]; .* keeps what it has"),
+            pytest.warns(UserWarning, match="the loss is nan at step 8"),
+        ):
             run(build(tmp_path, best, loss_fn=explode))
         assert steps_in(tmp_path / "best") == [5]
         assert best.best_model_path == tmp_path / "best" / "5"

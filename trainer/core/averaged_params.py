@@ -38,6 +38,30 @@ def check_eval_params(eval_params: Any) -> None:
         )
 
 
+def resolve_eval_params(eval_params: EvalParams | None, state: TrainState, *, has_clipping: bool) -> EvalParams | None:
+    """Returns ``eval_params`` as a function of the state of the trainer's optimizer, once it is known to work.
+
+    Args:
+        eval_params: The caller's, for the state of the optimizer that the caller made.
+        state: The initial state; nothing is computed.
+        has_clipping: Whether the trainer's optimizer is a chain of clipping and the caller's.
+
+    Raises:
+        ArgumentTypeError: It is no callable.
+        ArgumentError: It returns no params.
+    """
+    check_eval_params(eval_params)
+    if eval_params is None:
+        return None
+
+    def after_clipping(opt_state: Any, params: Any) -> Any:
+        return eval_params(opt_state[1], params)
+
+    resolved = after_clipping if has_clipping else eval_params
+    jax.eval_shape(lambda state: with_eval_params(state, resolved).params, state)
+    return resolved
+
+
 def _check_same_shapes(wanted: Any, came: Any) -> None:
     want, have = (
         {leaf_path(path): jnp.shape(leaf) for path, leaf in jax.tree.leaves_with_path(tree)} for tree in (wanted, came)

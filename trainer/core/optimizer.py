@@ -16,7 +16,7 @@ from trainer.errors import ArgumentError
 if TYPE_CHECKING:  # for annotations only: importing chex takes a tenth of the time of `import trainer`
     import chex
 
-_UNEXPECTED = re.compile(r"[Uu]nexpected keyword argument")
+_REFUSED = re.compile(r"[Uu]nexpected keyword argument|multiple values for argument")
 
 
 class LookaheadOptState(NamedTuple):
@@ -82,7 +82,7 @@ def adapt_optimizer(optimizer: optax.GradientTransformation) -> optax.GradientTr
             if not _has_lookahead(opt_state):
                 return opt_state
             return LookaheadOptState(optimizer.init(optax.LookaheadParams.init_synced(params)), params)
-        except Exception as error:
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise ArgumentError(
                 f"`optimizer` cannot be initialized: {type(error).__name__}: {error!s:.600} — it is given the params "
                 f"as nested plain dicts of arrays, along the attributes of the module. A mask or labels made from an "
@@ -110,10 +110,11 @@ def _call(update: Callable[..., Any], arguments: tuple[Any, ...], extra: dict[st
         try:
             return update(*arguments, **extra)
         except TypeError as error:
-            # A chain hands everything to everyone, but a member may have no `**extra_args` (`optax.contrib.sam`). Its
-            # signature cannot be asked: `inject_hyperparams` makes its members inside `update`.
+            # A chain hands everything to everyone, but a member may have no `**extra_args` (`optax.contrib.sam`), or
+            # call its first parameter `grad`. Its signature cannot be asked: `inject_hyperparams` makes its members
+            # inside `update`.
             text = str(error)
-            refused = [name for name in extra if _UNEXPECTED.search(text) and f"'{name}'" in text]
+            refused = [name for name in extra if _REFUSED.search(text) and f"'{name}'" in text]
             if not refused:
                 if extra:
                     error.add_note(f"raised in `optimizer.update`, which was given {', '.join(sorted(extra))}")

@@ -22,7 +22,7 @@ from trainer.checkpoints.checkpointer import Checkpointer
 from trainer.compile.dispatch import CompiledStep
 from trainer.config import TrainingConfig, make_optimizer, make_schedule
 from trainer.config.schedules import check_horizon, needs_horizon
-from trainer.core.averaged_params import check_eval_params, with_eval_params
+from trainer.core.averaged_params import resolve_eval_params
 from trainer.core.checks import check_count
 from trainer.core.modes import evaluated_as_a_whole
 from trainer.core.objective import check_extensions, check_loss_fn, check_weight
@@ -38,7 +38,7 @@ from trainer.loggers.wandb import WandbLogger
 from trainer.metrics.throughput import Throughput
 from trainer.run import FromLoader, Run
 from trainer.sharding.placement import Placement, placement_of
-from trainer.state import TrainState, check_model, check_optimizer, check_rng
+from trainer.state import check_model, check_optimizer, check_rng
 from trainer.steps import make_eval_step, make_predict_step, make_train_step
 from trainer.types import Batch, EvalParams, ExtensionLike, LogCallback, LossFn, Metrics
 
@@ -247,7 +247,8 @@ def assemble(
     rng = jax.random.PRNGKey(0) if rng is None else rng
     check_rng(rng)
     run = _initial_run(model, rng, training_config, optimizer, wrt, extensions, placement)
-    eval_params = _eval_params(eval_params, training_config, run.peek())
+    has_clipping = training_config.gradient_clip_norm is not None
+    eval_params = resolve_eval_params(eval_params, run.peek(), has_clipping=has_clipping)
     _warn_of_mode(run.peek().model(), wrt)
     live = Live(weakref.ref(trainer), validates=val_data_loader is not None)
     checkpointer = Checkpointer(
@@ -328,22 +329,6 @@ def build_optimizer(
     if config.gradient_clip_norm is None:
         return optimizer
     return optax.chain(optax.clip_by_global_norm(config.gradient_clip_norm), adapt_optimizer(optimizer))
-
-
-def _eval_params(eval_params: EvalParams | None, config: TrainingConfig, state: TrainState) -> EvalParams | None:
-    """Returns ``eval_params`` for the state of the optimizer with clipping, once it is known to work."""
-    check_eval_params(eval_params)
-    if eval_params is None:
-        return None
-    given = eval_params
-    if config.gradient_clip_norm is not None:  # then `build_optimizer` made a chain
-
-        def of_the_given(opt_state: Any, params: Any) -> Any:
-            return given(opt_state[1], params)
-
-        eval_params = of_the_given
-    jax.eval_shape(lambda state: with_eval_params(state, eval_params).params, state)
-    return eval_params
 
 
 def _compiled_step(

@@ -11,6 +11,7 @@ from tests.callbacks.test_model_checkpoint import build, run
 from tests.marks import slow_unless
 from tests.problems import regression
 from tests.test_api import assert_same_bits
+from tests.test_eval_params import CASES
 from trainer import ArgumentError, Callback, EarlyStopping, Logger
 
 nan, inf = math.nan, math.inf
@@ -193,6 +194,16 @@ def test_the_best_params_come_back(tmp_path):
     other = build(tmp_path, EarlyStopping(patience=2, min_delta=1e9))
     run(other, epochs=10)
     assert_same_bits((other.state.params, other.state.model_state), kept[-1])
+
+
+def test_the_best_averaged_params_come_back(tmp_path):
+    """They are computed from the state of the optimizer, so that comes back too."""
+    make, eval_params = CASES["ema"]
+    stopping = EarlyStopping(patience=2, min_delta=1e9, restore_best=True)
+    trainer = build(tmp_path, stopping, optimizer=make(), eval_params=eval_params)
+    run(trainer, epochs=10)
+    assert trainer.epoch == 3
+    assert trainer.evaluate(regression(8, seed=1), 4)["loss"] == pytest.approx(stopping.best_score)
 
 
 def test_best_params_that_are_not_in_a_checkpoint_are_not_restored_in_silence(tmp_path):

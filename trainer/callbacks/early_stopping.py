@@ -29,9 +29,10 @@ class EarlyStopping(Callback):
         check_finite: Whether a value that is NaN or infinite ends the run. If not, NaN is no improvement.
         stopping_threshold: A value at least as good as this ends the run.
         divergence_threshold: A value worse than this ends the run.
-        restore_best: Whether the params and the model state of the best score come back when it ends the run; the
-            state of the optimizer stays the latest, and what `train` returns is of the latest. It keeps a copy of
-            them. That copy is not in checkpoints: a resumed run that finds nothing better warns, and restores nothing.
+        restore_best: Whether the params and the model state of the best score come back when it ends the run, and
+            with ``eval_params`` the state of the optimizer, from which those are computed. The rest stays the latest,
+            as does what `train` returns. It keeps a copy of them. That copy is not in checkpoints: a resumed run that
+            finds nothing better warns, and restores nothing.
 
     Attributes:
         best_score: The best value so far; None before the first one that is a number.
@@ -50,7 +51,7 @@ class EarlyStopping(Callback):
     stopped_step: int | None
     stopped_epoch: int | None
     reason: str | None
-    _best: tuple[Any, Any] | None  # params and model state
+    _best: dict[str, Any] | None  # the parts of the state that come back
 
     def __init__(
         self,
@@ -106,7 +107,7 @@ class EarlyStopping(Callback):
             return
         best, self._best = self._best, None
         if best is not None:
-            trainer.state = trainer.state.replace(params=best[0], model_state=best[1])
+            trainer.state = trainer.state.replace(**best)
         elif self.best_score is not None:
             warnings.warn(
                 f"EarlyStopping cannot restore the best params, those of step {self.best_step}: the run was resumed "
@@ -151,8 +152,7 @@ class EarlyStopping(Callback):
         elif rank > best + (self._min_delta if best > -math.inf else 0.0):
             self.best_score, self.best_step, self._waited = score, trainer.step, 0
             if self._restore_best:
-                state = trainer.state
-                self._best = jax.tree.map(jnp.copy, (state.params, state.model_state))
+                self._best = jax.tree.map(jnp.copy, _evaluated_parts(trainer))
         else:
             self._waited += 1
             if self._waited >= self._patience:
@@ -166,6 +166,13 @@ class EarlyStopping(Callback):
             self.stopped_step, self.stopped_epoch = trainer.step, self._epoch
             best_of_all = "none" if self.best_score is None else f"{self.best_score:.6g} at step {self.best_step}"
             self.reason = f"{self._monitor.name} = {score:.6g} {why}; best: {best_of_all}"
+
+
+def _evaluated_parts(trainer: Any) -> dict[str, Any]:
+    """Returns the parts of the state that a validation depends on, by name."""
+    state = trainer.state
+    parts = {"params": state.params, "model_state": state.model_state}
+    return parts if trainer.setup.eval_params is None else {**parts, "opt_state": state.opt_state}
 
 
 def _threshold(value: float | None, name: str) -> float | None:

@@ -157,6 +157,7 @@ def as_optax_expects():
         yield
 
 
+@pytest.mark.filterwarnings("ignore:`optimistic_adam` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("name", slow_unless(FAST.__contains__, OPTIMIZERS))
 def test_an_optimizer_trains_as_in_the_loop_of_optax(name, compilations, tmp_path):
     make, asked = OPTIMIZERS[name]

@@ -57,8 +57,8 @@ class Trainer(ReadOnly):
         callbacks: A `trainer.CallbackList`, or any sequence of callbacks.
         extensions: By name, extensions that contribute losses or handle events.
         wrt: Which variables of the model are trained, an nnx filter.
-        eval_params: ``eval_params(opt_state, params)`` returns the params for validation, `evaluate` and `model`,
-            such as ``optax.contrib.schedule_free_eval_params``; see `make_eval_step`.
+        eval_params: ``eval_params(opt_state, params)`` returns the params for validation, `evaluate`,
+            `predict` and `model`, such as ``optax.contrib.schedule_free_eval_params``; see `make_eval_step`.
         handle_signals: Whether SIGTERM and Ctrl-C end a run in order, saved.
         steps_per_call: How many steps to fuse into one call where the host does not need the state in between.
             "auto" fuses steps that compute little (`trainer.compile.FusionPolicy`); 1 never does.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +15,7 @@ from trainer.errors import ArgumentError
 if TYPE_CHECKING:  # for annotations only: importing chex takes a tenth of the time of `import trainer`
     import chex
 
-_REFUSED = re.compile(r"[Uu]nexpected keyword argument|multiple values for argument")
+_REFUSALS = ("unexpected keyword argument", "multiple values for argument")
 
 
 class LookaheadOptState(NamedTuple):
@@ -114,7 +113,8 @@ def _call(update: Callable[..., Any], arguments: tuple[Any, ...], extra: dict[st
             # call its first parameter `grad`. Its signature cannot be asked: `inject_hyperparams` makes its members
             # inside `update`.
             text = str(error)
-            refused = [name for name in extra if _REFUSED.search(text) and f"'{name}'" in text]
+            is_refusal = any(refusal in text.lower() for refusal in _REFUSALS)
+            refused = [name for name in extra if is_refusal and f"'{name}'" in text]
             if not refused:
                 if extra:
                     error.add_note(f"raised in `optimizer.update`, which was given {', '.join(sorted(extra))}")

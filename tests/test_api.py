@@ -581,7 +581,7 @@ class TestLogging:
         trainer.save_checkpoint()
         assert spy.rows[0][1]["name"] == "run"
         assert spy.rows[1] == (0, "training", "1 epochs of 2 steps, batch size 8")
-        assert spy.rows[2][:2] == (2, "compilation")
+        assert spy.rows[2][:2] == (0, "compilation")
         assert spy.rows[3][0] == 1
         assert set(spy.rows[3][1]) == {"train/loss", "train/mean_error"}
         assert {"speed/steps_per_second", "speed/waiting_for_data"} < set(spy.rows[4][1])
@@ -604,7 +604,8 @@ class TestLogging:
             return jnp.mean(model(batch["input"])) * jnp.nan, {}
 
         trainer = build(loss_fn=nan)
-        assert np.isnan(trainer.train(regression(16), 1, 8)["loss"])
+        with pytest.warns(UserWarning, match="the loss is nan at step 1, and training continues"):
+            assert np.isnan(trainer.train(regression(16), 1, 8)["loss"])
         assert np.isnan(trainer.history.series("loss")[1]).all()
 
     def test_nothing_is_read_from_the_device_while_nobody_asks(self, monkeypatch):
@@ -643,7 +644,8 @@ class TestSchedules:
         trainer = build(settings=self.settings())
         with pytest.raises(ConfigError, match=r"`SchedulerConfig.total_steps` is left out and the length of the run"):
             trainer.train_step(regression())
-        trainer.train(regression(20), 4, 8)
+        with pytest.warns(UserWarning, match="the loss is inf at step 7"):
+            trainer.train(regression(20), 4, 8)
         assert [self.rate(trainer, step) for step in (0, 6, 12)] == [1.0, 0.5, 0.0]
 
     @pytest.mark.parametrize("known_by", ["steps_per_epoch", "len"])

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from tests.problems import Busy, config, regression, squared_error
-from trainer import ArgumentTypeError, ConfigError, Extension, ExtensionConfig, Trainer
+from tests.problems import Busy, Linear, config, regression, squared_error
+from trainer import ArgumentError, ArgumentTypeError, ConfigError, Extension, ExtensionConfig, Trainer
 
 
 def test_it_is_enabled_with_weight_one_and_no_loss():
@@ -62,3 +62,29 @@ def test_random_variables_of_an_extension_advance_in_the_state():
     draws = [float(trainer.train_step(regression())["noise_loss"]) for _ in range(3)]
     assert len(set(draws)) == 3
     assert trainer.state.extensions["noise"]["variables"]["rngs"]["noise"]["count"] == jnp.uint32(3)
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -1.0])
+def test_a_weight_that_is_no_weight_is_refused(weight, tmp_path):
+    with pytest.raises(ConfigError, match=r"`ExtensionConfig.weight` is .*; it must be zero or more, and finite"):
+        ExtensionConfig(weight=weight)
+
+    class Plain:
+        def __init__(self, weight):
+            self.weight = weight
+
+        def is_enabled(self):
+            return True
+
+        def loss_fn(self, batch, model_outputs, **kwargs):
+            return jnp.zeros(())
+
+    with pytest.raises(ArgumentError, match=r"`extensions\['e'\].weight` is .*; it must be zero or more, and finite"):
+        Trainer(Linear(4), config(), loss_fn=squared_error, extensions={"e": Plain(weight)}, workdir=tmp_path)
+    extension = Plain(1.0)
+    trainer = Trainer(Linear(4), config(), loss_fn=squared_error, extensions={"e": extension}, workdir=tmp_path)
+    trainer.train_step(regression(4))
+    extension.weight = weight
+    with pytest.raises(ArgumentError, match=r"`extensions\['e'\].weight` is"):
+        trainer.train_step(regression(4))
+    assert trainer.step == 1

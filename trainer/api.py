@@ -15,6 +15,7 @@ from trainer.checkpoints.run_record import snapshot_run
 from trainer.checkpoints.snapshot import Snapshot
 from trainer.compile.cost import ProgramCost
 from trainer.config import TrainingConfig
+from trainer.core.averaged_params import with_eval_params
 from trainer.core.checks import check_count
 from trainer.core.modes import in_evaluation_mode
 from trainer.errors import ArgumentTypeError
@@ -26,7 +27,7 @@ from trainer.loggers.base import Logger, MetricsLoggerLike, prefixed
 from trainer.loop import evaluate, evaluate_batch, predict
 from trainer.run import Run
 from trainer.state import TrainState
-from trainer.types import Batch, ExtensionLike, LogCallback, LossFn, Metrics
+from trainer.types import Batch, EvalParams, ExtensionLike, LogCallback, LossFn, Metrics
 
 
 class Trainer(ReadOnly):
@@ -56,6 +57,8 @@ class Trainer(ReadOnly):
         callbacks: A `trainer.CallbackList`, or any sequence of callbacks.
         extensions: By name, extensions that contribute losses or handle events.
         wrt: Which variables of the model are trained, an nnx filter.
+        eval_params: ``eval_params(opt_state, params)`` returns the params for validation, `evaluate`,
+            `predict` and `model`, such as ``optax.contrib.schedule_free_eval_params``; see `make_eval_step`.
         handle_signals: Whether SIGTERM and Ctrl-C end a run in order, saved.
         steps_per_call: How many steps to fuse into one call where the host does not need the state in between.
             "auto" fuses steps that compute little (`trainer.compile.FusionPolicy`); 1 never does.
@@ -92,6 +95,7 @@ class Trainer(ReadOnly):
         callbacks: CallbackList | Iterable[Any] | None = None,
         extensions: Mapping[str, ExtensionLike] | None = None,
         wrt: nnx.filterlib.Filter = nnx.Param,
+        eval_params: EvalParams | None = None,
         handle_signals: bool = True,
         steps_per_call: int | Literal["auto"] = "auto",
         mesh: Mesh | None = None,
@@ -373,5 +377,5 @@ class Trainer(ReadOnly):
     @property
     def model(self) -> Any:
         """A new module in evaluation mode with a copy of the current values; `state` has one in its first modes."""
-        state = self.run.state_with_edits()
+        state = with_eval_params(self.run.state_with_edits(), self.setup.eval_params)
         return in_evaluation_mode(state.replace(opt_state=(), extensions={}).copy().model())

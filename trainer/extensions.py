@@ -1,6 +1,7 @@
 """Extensions: objects that add a loss to the objective, handle events of the run, or both."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -18,12 +19,16 @@ class ExtensionConfig(Config):
 
     Attributes:
         name: A name for people; its loss is reported under its key in ``extensions``.
-        weight: The factor of its loss. Changing it compiles nothing.
+        weight: The factor of its loss, zero or more. Changing it compiles nothing.
         enabled: Whether its loss takes part. Switching it compiles the step once for each setting.
     """
 
     weight: float = 1.0
     enabled: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("weight", "zero or more, and finite", 0 <= self.weight < math.inf)
 
 
 class Extension(nnx.Module, Callback):

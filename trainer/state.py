@@ -19,6 +19,7 @@ from flax import nnx
 
 from trainer.core.learning_rate import with_learning_rate
 from trainer.core.nnx_bridge import Flat, GraphDef, Path, lookup, nest, split_module, variables_of
+from trainer.core.optimizer import adapt_optimizer
 from trainer.core.tree_paths import join_path, leaf_path
 from trainer.errors import ArgumentError, ArgumentTypeError, StateError
 from trainer.types import ExtensionLike
@@ -240,7 +241,8 @@ def _init_optimizer(optimizer: optax.GradientTransformation, params: chex.ArrayT
     before the next is copied, so the copies cost time but not a second state: for Adam on 100 MB of params the peak is
     200 MB of optimizer state and one leaf, not 400 MB.
     """
-    leaves, treedef = jax.tree.flatten(optimizer.init(params))  # holds the only reference that we have to each leaf
+    # `leaves` holds the only reference that we have to each leaf.
+    leaves, treedef = jax.tree.flatten(adapt_optimizer(optimizer).init(params))
     for index in range(len(leaves)):
         leaves[index] = _own(leaves[index])
     return jax.tree.unflatten(treedef, leaves)

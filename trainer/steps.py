@@ -15,6 +15,7 @@ import optax
 from flax import nnx
 
 from trainer.batches import batch_length, check_batch
+from trainer.core.averaged_params import check_eval_params, with_eval_params
 from trainer.core.checks import check_count
 from trainer.core.mapped_axes import AxisName, average_if_changed, average_over_axis, fold_in_device, per_device
 from trainer.core.modes import in_evaluation_mode, in_training_mode
@@ -35,10 +36,11 @@ from trainer.core.objective import (
     forward,
     refuse_shadowing,
 )
+from trainer.core.optimizer import adapt_optimizer, extra_arguments
 from trainer.core.prediction import call_on_input, check_outputs
 from trainer.errors import ArgumentError, ArgumentTypeError, BatchError
 from trainer.state import TrainState, check_optimizer
-from trainer.types import Batch, ExtensionLike, LossFn, Metrics
+from trainer.types import Batch, EvalParams, ExtensionLike, LossFn, Metrics
 
 _EVALUATION = crc32(b"evaluation")
 
@@ -70,7 +72,9 @@ def make_train_step(
 
     Args:
         loss_fn: The objective, see `trainer.LossFn`.
-        optimizer: The optax transformation with which the state was created.
+        optimizer: The optax transformation with which the state was created. Its ``update`` is given what it accepts
+            of ``value`` (the total loss), ``grad``, ``value_fn`` and ``obj_fn`` (params to the loss of this batch,
+            with the key and the model state of the step) and ``grad_fn`` (params and an index to the gradient).
         wrt: The filter with which the state was created.
         extensions: The extensions with which the state was created, by name. A key of its own is
             folded from the step's key, so that adding one leaves the objective's draws alone.
@@ -105,6 +109,7 @@ def make_train_step(
     """
     check_loss_fn(loss_fn)
     check_optimizer(optimizer)
+    optimizer = adapt_optimizer(optimizer)
     extensions = check_extensions(extensions)
     reduce = average_if_changed(axis_name)
 
@@ -135,7 +140,8 @@ def make_train_step(
         (loss, (metrics, variables, extension_variables)), grads = evaluate(per_device(state.params, axis_name))
         grads, metrics = average_over_axis(grads, {**metrics, "loss": loss}, axis_name)
 
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        extra = extra_arguments(objective, metrics["loss"], grads, axis_name)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **extra)
         next_state = state.replace(
             params=optax.apply_updates(state.params, updates),
             model_state=merge_updated(state.model_state, variables, "model_state", reduce),
@@ -216,7 +222,9 @@ def fuse_steps(
     return fused
 
 
-def make_eval_step(loss_fn: LossFn, *, axis_name: AxisName | None = None) -> Callable[..., Metrics]:
+def make_eval_step(
+    loss_fn: LossFn, *, eval_params: EvalParams | None = None, axis_name: AxisName | None = None
+) -> Callable[..., Metrics]:
     """Makes the function that evaluates the objective with the model in evaluation mode.
 
     Every part is, whatever its mode when the state was created, since a part that was put into training mode cannot be
@@ -225,6 +233,9 @@ def make_eval_step(loss_fn: LossFn, *, axis_name: AxisName | None = None) -> Cal
 
     Args:
         loss_fn: The objective, as for `make_train_step`. Extensions take no part in evaluation.
+        eval_params: From the state of the optimizer and the params to the params to evaluate, see
+            `trainer.types.EvalParams`; the params themselves if left out. The other variables of the model, such as
+            batch statistics, stay those of training.
         axis_name: The mapped axis over which metrics are averaged, as for `make_train_step`.
 
     Returns:
@@ -234,15 +245,16 @@ def make_eval_step(loss_fn: LossFn, *, axis_name: AxisName | None = None) -> Cal
         the objective reports, ``loss``, and ``step`` (the updates finished).
 
     Raises:
-        ArgumentTypeError: ``loss_fn`` is something else.
+        ArgumentTypeError: ``loss_fn`` or ``eval_params`` is something else.
     """
     check_loss_fn(loss_fn)
+    check_eval_params(eval_params)
 
     def eval_step(state: TrainState, batch: Batch, index: jax.typing.ArrayLike = 0) -> Metrics:
         _check_call(state, batch)
         rng = jax.random.fold_in(jax.random.fold_in(state.rng, _EVALUATION), index)
         rng = fold_in_device(rng, axis_name)
-        model = in_evaluation_mode(state.model())
+        model = in_evaluation_mode(with_eval_params(state, eval_params).model())
         loss, metrics, _ = call_objective(loss_fn, model, batch, rng, state.step)
         _, metrics = average_over_axis((), {**metrics, "loss": loss}, axis_name)
         return {**metrics, "step": state.step}
@@ -250,13 +262,16 @@ def make_eval_step(loss_fn: LossFn, *, axis_name: AxisName | None = None) -> Cal
     return eval_step
 
 
-def make_predict_step(fn: Callable[[Any, Batch], Any] | None = None) -> Callable[[TrainState, Batch], Any]:
+def make_predict_step(
+    fn: Callable[[Any, Batch], Any] | None = None, *, eval_params: EvalParams | None = None
+) -> Callable[[TrainState, Batch], Any]:
     """Makes the function that computes what the model, in evaluation mode, predicts for a batch.
 
     Args:
         fn: ``fn(model, batch) -> outputs``, a pytree of arrays of shape ``(batch_size, ...)``. By default the model is
             called on the batch, if that is an array; on its only entry; or on the entry ``input`` or ``x`` of a mapping
             whose other entries are targets by their names (``y``, ``label``, ``target``, and plurals of these).
+        eval_params: As for `make_eval_step`.
 
     Returns:
         A pure ``(state, batch) -> outputs``. The state does not change, RNG counts included, so a model that draws in
@@ -277,10 +292,11 @@ def make_predict_step(fn: Callable[[Any, Batch], Any] | None = None) -> Callable
         raise ArgumentTypeError(
             f"`fn` is of type {type(fn).__name__}; it must be a callable fn(model, batch) -> outputs."
         )
+    check_eval_params(eval_params)
 
     def predict_step(state: TrainState, batch: Batch) -> Any:
         _check_call(state, batch)
-        model = in_evaluation_mode(state.model())
+        model = in_evaluation_mode(with_eval_params(state, eval_params).model())
         outputs = (call_on_input if fn is None else fn)(model, batch)
         check_outputs(outputs, batch)
         return outputs

@@ -43,6 +43,21 @@ class LossFn(Protocol):
         ...
 
 
+class EvalParams(Protocol):
+    """Returns the params to evaluate: ``optax.contrib.schedule_free_eval_params``, an average, slow params."""
+
+    def __call__(self, opt_state: Any, params: Any, /) -> Any:
+        """Returns a tree like ``params``.
+
+        It is traced in an evaluation step, and called as it is for ``trainer.model``.
+
+        Args:
+            opt_state: The state of the optimizer that you made.
+            params: What it updates, as nested plain dicts.
+        """
+        ...
+
+
 class LogCallback(Protocol):
     """Called with plain floats, ``prefix="train"`` or ``prefix="val"``."""
 

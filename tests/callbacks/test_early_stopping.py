@@ -1,14 +1,18 @@
 """Early stopping: when it ends a run, and what a resumed run remembers."""
 
 import math
+from typing import ClassVar
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from tests.callbacks.test_model_checkpoint import build, run
 from tests.marks import slow_unless
 from tests.problems import regression
 from tests.test_api import assert_same_bits
-from trainer import ArgumentError, EarlyStopping
+from tests.test_eval_params import CASES
+from trainer import ArgumentError, Callback, EarlyStopping, Logger
 
 nan, inf = math.nan, math.inf
 
@@ -138,3 +142,96 @@ def test_a_state_that_was_loaded_outlives_the_start_of_the_next_run_only(tmp_pat
 def test_a_missing_monitor(tmp_path):
     with pytest.raises(ArgumentError, match="`monitor` is 'val_los', which nothing measured; did you mean"):
         run(build(tmp_path, EarlyStopping("val_los")))
+
+
+@pytest.mark.parametrize(
+    ("scores", "options", "reason"),
+    [
+        ([1, 2, 3], {"patience": 2}, "val_loss = 3 has not improved in 2 checks; best: 1 at step 1"),
+        ([1, nan], {}, "val_loss = nan is not finite; best: 1 at step 1"),
+        ([nan], {}, "val_loss = nan is not finite; best: none"),
+        ([3, 0.5], {"stopping_threshold": 1}, "val_loss = 0.5 has reached 1; best: 0.5 at step 2"),
+        ([3, 10], {"divergence_threshold": 9}, "val_loss = 10 is worse than 9; best: 3 at step 1"),
+        ([3, 2], {}, None),
+    ],
+)
+def test_it_says_why_and_what_was_best(scores, options, reason):
+    assert play(scores, **options).reason == reason
+
+
+def test_loggers_hear_why_a_run_ends_early(tmp_path):
+    class Texts(Logger):
+        said: ClassVar = []
+
+        def log_text(self, name, text, step=None):
+            self.said.append((name, text, step))
+
+    class Enough(Callback):
+        def on_epoch_end(self, trainer, epoch, logs):
+            self.should_stop = epoch == 1
+
+    stopping = EarlyStopping(monitor="loss", patience=1, min_delta=1e9)
+    trainer = build(tmp_path, stopping, Enough(), logger=Texts())
+    trainer.train(regression(20), 10, 4)
+    ((_, text, step),) = [said for said in Texts.said if "stopped" in said[1]]
+    assert text == f"stopped after 2 of 10 epochs: {stopping.reason}; Enough asked for it"
+    assert (step, stopping.stopped_epoch, stopping.best_step) == (10, 1, 5)
+
+
+def test_the_best_params_come_back(tmp_path):
+    """The objective gets worse from the first epoch on, so the first is the best."""
+    kept = []
+
+    class Keep(Callback):
+        def on_validation_end(self, trainer, logs):
+            kept.append(jax.tree.map(jnp.copy, (trainer.state.params, trainer.state.model_state)))
+
+    stopping = EarlyStopping(patience=2, min_delta=1e9, restore_best=True)
+    trainer = build(tmp_path, Keep(), stopping)
+    run(trainer, epochs=10)
+    assert (trainer.epoch, stopping.best_step) == (3, 5)
+    assert_same_bits((trainer.state.params, trainer.state.model_state), kept[0])
+    other = build(tmp_path, EarlyStopping(patience=2, min_delta=1e9))
+    run(other, epochs=10)
+    assert_same_bits((other.state.params, other.state.model_state), kept[-1])
+
+
+def test_the_best_averaged_params_come_back(tmp_path):
+    """They are computed from the state of the optimizer, so that comes back too."""
+    make, eval_params = CASES["ema"]
+    stopping = EarlyStopping(patience=2, min_delta=1e9, restore_best=True)
+    trainer = build(tmp_path, stopping, optimizer=make(), eval_params=eval_params)
+    run(trainer, epochs=10)
+    assert trainer.epoch == 3
+    assert trainer.evaluate(regression(8, seed=1), 4)["loss"] == pytest.approx(stopping.best_score)
+
+
+def test_best_params_that_are_not_in_a_checkpoint_are_not_restored_in_silence(tmp_path):
+    def fresh():
+        return EarlyStopping(patience=2, min_delta=1e9, restore_best=True)
+
+    trainer = build(tmp_path, fresh())
+    run(trainer, epochs=1)
+    path = trainer.save_checkpoint()
+    resumed = build(tmp_path, fresh())
+    resumed.load_checkpoint(path)
+    with pytest.warns(UserWarning, match=r"cannot restore the best params, those of step 5: the run was resumed"):
+        run(resumed, epochs=10)
+
+
+def test_a_metric_that_no_step_reports_is_refused_at_the_first_call(tmp_path):
+    trainer = build(tmp_path, EarlyStopping(monitor="acuracy"))
+    with pytest.raises(ArgumentError, match=r"`monitor` is 'acuracy', which nothing measured; .*`?loss"):
+        trainer.train(regression(20), 10, 4)
+    assert trainer.epoch == 0
+
+
+def test_a_metric_that_a_callback_adds_is_fine(tmp_path):
+    class Adds(Callback):
+        def on_epoch_end(self, trainer, epoch, logs):
+            logs["added"] = float(epoch)
+
+    stopping = EarlyStopping(monitor="added", patience=2)
+    trainer = build(tmp_path, Adds(), stopping)
+    trainer.train(regression(20), 10, 4)
+    assert (trainer.epoch, stopping.best_score) == (3, 0.0)

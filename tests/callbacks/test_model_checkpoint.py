@@ -247,9 +247,11 @@ class TestInARun:
             return loss * jnp.where(step >= 7, jnp.nan, 1.0), metrics
 
         best = ModelCheckpoint(tmp_path / "best")
-        at_the_end = pytest.warns(UserWarning, match="the state is not finite any more at step 15")
-        of_the_best = pytest.warns(UserWarning, match=r"the state is not finite at step 1[05]; .* keeps what it has")
-        with at_the_end, of_the_best:
+        with (
+            pytest.warns(UserWarning, match="the loss is nan at step 8"),
+            pytest.warns(UserWarning, match="the state is not finite any more at step 15"),
+            pytest.warns(UserWarning, match=r"the state is not finite at step 1[05]; .* keeps what it has"),
+        ):
             run(build(tmp_path, best, loss_fn=explode))
         assert steps_in(tmp_path / "best") == [5]
         assert best.best_model_path == tmp_path / "best" / "5"

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from trainer import Logger, MetricsLogger, Throughput
+from tests.problems import Linear, config, regression, squared_error
+from trainer import Logger, MetricsLogger, Throughput, Trainer
 from trainer.loggers.fanout import MetricFanout
 
 
@@ -131,3 +132,33 @@ def test_a_row_at_which_a_destination_raises_is_not_sent_again():
         fanout.flush()
     fanout.flush()
     assert rows == [1, 2]
+
+
+@pytest.mark.parametrize("steps_per_call", [1, "auto"])
+def test_rows_and_texts_of_a_run_come_in_ascending_order(steps_per_call, tmp_path):
+    """Compilations, fused steps, validations, saves, speeds: some loggers drop a row of an earlier step."""
+    spy = Spy()
+    options = {"steps_per_call": steps_per_call, "save_interval": 7, "workdir": tmp_path}
+    settings = config(log_frequency=3)
+    trainer = Trainer(Linear(4), settings, loss_fn=squared_error, logger=spy, **options)
+    for _ in range(2):
+        trainer.train(regression(40), 2, 4, regression(8), 5)
+    trainer.close()
+    steps = [row[0] for row in spy.rows if isinstance(row[0], int)]
+    assert steps == sorted(steps)
+    assert steps[-1] == 40
+
+
+def test_a_metrics_logger_takes_the_step_by_position():
+    spy = Spy()
+    logger = MetricsLogger(spy)
+    logger.log_training_metrics({"loss": 1.0}, 3)
+    logger.log_validation_metrics({"loss": 2.0}, 4)
+    logger.log_test_metrics({"loss": 3.0}, 5)
+    logger.log_training_metrics({"loss": 4.0}, step=6)
+    assert spy.rows == [
+        (3, {"train/loss": 1.0}),
+        (4, {"val/loss": 2.0}),
+        (5, {"test/loss": 3.0}),
+        (6, {"train/loss": 4.0}),
+    ]

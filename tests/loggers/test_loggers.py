@@ -163,11 +163,14 @@ def test_names_of_validation_averages_are_refused():
 
 class FakeRun:
     def __init__(self):
-        self.calls = []
+        self.calls, self.axes = [], {}
         self.config = SimpleNamespace(update=lambda params: self.calls.append(("config", params)))
 
-    def log(self, row, step):
-        self.calls.append(("log", row, step))
+    def define_metric(self, name, step_metric=None):
+        self.axes[name] = step_metric
+
+    def log(self, row):
+        self.calls.append(("log", row))
 
     def finish(self):
         self.calls.append(("finish",))
@@ -190,10 +193,12 @@ def test_wandb_gets_every_event(wandb):
     logger.log_hyperparams({"rate": 1e-3})
     logger.close()
     assert wandb.started == [{"project": "project", "name": "name"}]
+    # Its own step must never go back, and a resumed run does: ours is a metric.
+    assert wandb.run.axes == {"step": None, "*": "step"}
     assert wandb.run.calls == [
-        ("log", {"loss": 1.0}, 3),
-        ("log", {"a": 1.0, "b": 2.0}, None),
-        ("log", {"note": "text"}, 4),
+        ("log", {"loss": 1.0, "step": 3}),
+        ("log", {"a": 1.0, "b": 2.0}),
+        ("log", {"note": "text", "step": 4}),
         ("config", {"rate": 1e-3}),
         ("finish",),
     ]
@@ -202,9 +207,9 @@ def test_wandb_gets_every_event(wandb):
 @pytest.mark.parametrize(("method", "kind"), [("log_image", "image"), ("log_histogram", "histogram")])
 def test_wandb_gets_arrays_of_the_host(wandb, method, kind):
     getattr(WandbLogger(), method)("x", jnp.asarray(IMAGE), 5)
-    ((_, row, step),) = wandb.run.calls
+    ((_, row),) = wandb.run.calls
     made, array = row["x"]
-    assert (made, type(array), step) == (kind, np.ndarray, 5)
+    assert (made, type(array), row["step"]) == (kind, np.ndarray, 5)
     np.testing.assert_array_equal(array, IMAGE)
 
 

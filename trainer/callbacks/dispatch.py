@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainer.callbacks.base import CallbackList, emit, flatten, handles
+from trainer.callbacks.base import CallbackList, asks_to_stop, emit, flatten, handles
 from trainer.errors import CheckpointError
 
 
@@ -44,6 +44,11 @@ class CallbackDispatcher:
     def should_stop(self) -> bool:
         """Whether any callback or extension asks to end the run."""
         return self._all.should_stop
+
+    def stop_reasons(self) -> list[str]:
+        """Returns why callbacks ask to end the run: their ``reason``, or their class."""
+        asking = [one for one in self._all.in_order() if asks_to_stop(one)]
+        return [getattr(one, "reason", None) or f"{type(one).__name__} asked for it" for one in asking]
 
     def state_dict(self) -> list[dict[str, Any]]:
         """Returns the states of the callbacks and extensions that have ``state_dict`` and ``load_state_dict``.

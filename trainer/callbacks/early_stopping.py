@@ -1,8 +1,12 @@
 """`EarlyStopping`: ends a run that no longer improves."""
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
 
 from trainer.callbacks.base import Callback
 from trainer.callbacks.monitor import Monitor
@@ -25,10 +29,17 @@ class EarlyStopping(Callback):
         check_finite: Whether a value that is NaN or infinite ends the run. If not, NaN is no improvement.
         stopping_threshold: A value at least as good as this ends the run.
         divergence_threshold: A value worse than this ends the run.
+        restore_best: Whether the params and the model state of the best score come back when it ends the run, and
+            with ``eval_params`` the state of the optimizer, from which those are computed. The rest stays the latest,
+            as does what `train` returns. It keeps a copy of them. That copy is not in checkpoints: a resumed run that
+            finds nothing better warns, and restores nothing.
 
     Attributes:
         best_score: The best value so far; None before the first one that is a number.
+        best_step: The updates finished at the best value, or None.
         stopped_step: The updates finished when it decided to end the run; None if it has not.
+        stopped_epoch: The number of the epoch in which it decided that, from 0, or None.
+        reason: Why, and what was best, in words, or None. The trainer's loggers get it as a text.
 
     Raises:
         ArgumentError: An argument cannot be used; at the start of a run, if the run validates on nothing and the
@@ -36,7 +47,11 @@ class EarlyStopping(Callback):
     """
 
     best_score: float | None
+    best_step: int | None
     stopped_step: int | None
+    stopped_epoch: int | None
+    reason: str | None
+    _best: dict[str, Any] | None  # the parts of the state that come back
 
     def __init__(
         self,
@@ -48,6 +63,7 @@ class EarlyStopping(Callback):
         check_finite: bool = True,
         stopping_threshold: float | None = None,
         divergence_threshold: float | None = None,
+        restore_best: bool = False,
     ) -> None:
         self._monitor = Monitor(monitor, mode)
         self._patience = check_count(patience, "patience")
@@ -57,7 +73,9 @@ class EarlyStopping(Callback):
         self._check_finite = check_finite
         self._stopping_threshold = _threshold(stopping_threshold, "stopping_threshold")
         self._divergence_threshold = _threshold(divergence_threshold, "divergence_threshold")
+        self._restore_best = restore_best
         self._is_restored = False
+        self._epoch: int | None = None
         self._start()
 
     def on_train_begin(self, trainer: Any) -> None:
@@ -66,6 +84,14 @@ class EarlyStopping(Callback):
         if getattr(trainer, "is_new_run", True) and not self._is_restored:
             self._start()
         self._is_restored = False
+
+    def on_epoch_begin(self, trainer: Any, epoch: int) -> None:
+        del trainer
+        self._epoch = epoch
+
+    def on_call_end(self, trainer: Any, step: int, logs: Mapping[str, Any]) -> None:
+        del step
+        self._monitor.check_call(trainer, logs)
 
     def on_validation_end(self, trainer: Any, logs: dict[str, float]) -> None:
         if self._monitor.of_validation:
@@ -76,6 +102,19 @@ class EarlyStopping(Callback):
         if not self._monitor.of_validation:
             self._check(trainer, logs)
 
+    def on_train_end(self, trainer: Any) -> None:
+        if not (self._restore_best and self.should_stop):
+            return
+        best, self._best = self._best, None
+        if best is not None:
+            trainer.state = trainer.state.replace(**best)
+        elif self.best_score is not None:
+            warnings.warn(
+                f"EarlyStopping cannot restore the best params, those of step {self.best_step}: the run was resumed "
+                f"after them, and checkpoints do not hold them. trainer.ModelCheckpoint keeps the best on disk.",
+                stacklevel=2,
+            )
+
     @property
     def state_key(self) -> str:
         """The name of its state in a checkpoint, by which another callback of this class and metric finds it."""
@@ -83,37 +122,57 @@ class EarlyStopping(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the best score, the checks since then, and where it stopped, as plain values."""
-        return {"best_score": self.best_score, "waited": self._waited, "stopped_step": self.stopped_step}
+        stopped = {"stopped_step": self.stopped_step, "stopped_epoch": self.stopped_epoch, "reason": self.reason}
+        return {"best_score": self.best_score, "best_step": self.best_step, "waited": self._waited, **stopped}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from what `state_dict` returned."""
         self.best_score, self._waited = state["best_score"], state["waited"]
         self.stopped_step = state["stopped_step"]
+        # Checkpoints of earlier versions lack these.
+        self.best_step, self.stopped_epoch = state.get("best_step"), state.get("stopped_epoch")
+        self.reason = state.get("reason")
+        self._best = None
         self.should_stop = self.stopped_step is not None
         self._is_restored = True
 
     def _start(self) -> None:
-        self.best_score = self.stopped_step = None
+        self.best_score = self.best_step = self.stopped_step = self.stopped_epoch = self.reason = None
         self.should_stop = False
+        self._best = None
         self._waited = 0
 
     def _check(self, trainer: Any, logs: Mapping[str, float]) -> None:
         score = self._monitor.read(logs)
         rank = self._monitor.rank(score)
         best = -math.inf if self.best_score is None else self._monitor.rank(self.best_score)
+        why = None
         if self._check_finite and not math.isfinite(score):
-            stops = True
+            why = "is not finite"
         elif rank > best + (self._min_delta if best > -math.inf else 0.0):
-            self.best_score, self._waited, stops = score, 0, False
+            self.best_score, self.best_step, self._waited = score, trainer.step, 0
+            if self._restore_best:
+                self._best = jax.tree.map(jnp.copy, _evaluated_parts(trainer))
         else:
             self._waited += 1
-            stops = self._waited >= self._patience
-        if self._stopping_threshold is not None:
-            stops = stops or rank >= self._monitor.rank(self._stopping_threshold)
-        if self._divergence_threshold is not None:
-            stops = stops or rank < self._monitor.rank(self._divergence_threshold)
-        if stops and not self.should_stop:
-            self.should_stop, self.stopped_step = True, trainer.step
+            if self._waited >= self._patience:
+                why = f"has not improved in {self._waited} checks"
+        if self._stopping_threshold is not None and rank >= self._monitor.rank(self._stopping_threshold):
+            why = f"has reached {self._stopping_threshold:g}"
+        if self._divergence_threshold is not None and rank < self._monitor.rank(self._divergence_threshold):
+            why = f"is worse than {self._divergence_threshold:g}"
+        if why is not None and not self.should_stop:
+            self.should_stop = True
+            self.stopped_step, self.stopped_epoch = trainer.step, self._epoch
+            best_of_all = "none" if self.best_score is None else f"{self.best_score:.6g} at step {self.best_step}"
+            self.reason = f"{self._monitor.name} = {score:.6g} {why}; best: {best_of_all}"
+
+
+def _evaluated_parts(trainer: Any) -> dict[str, Any]:
+    """Returns the parts of the state that a validation depends on, by name."""
+    state = trainer.state
+    parts = {"params": state.params, "model_state": state.model_state}
+    return parts if trainer.setup.eval_params is None else {**parts, "opt_state": state.opt_state}
 
 
 def _threshold(value: float | None, name: str) -> float | None:

@@ -160,6 +160,10 @@ class ModelCheckpoint(Callback):
         self._save_as_last(trainer)
         self._epoch = epoch
 
+    def on_call_end(self, trainer: Any, step: int, logs: Mapping[str, Any]) -> None:
+        del step
+        self._monitor.check_call(trainer, logs)
+
     def on_validation_end(self, trainer: Any, logs: dict[str, float]) -> None:
         if self._monitor.of_validation:
             self._judge(trainer, logs)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from trainer.callbacks.base import flatten, handles
 from trainer.core.checks import did_you_mean
 from trainer.errors import ArgumentError
 from trainer.loggers.base import prefixed
@@ -32,6 +33,7 @@ class Monitor:
         self.name = name
         self.mode = mode
         self.of_validation = name.startswith("val_")
+        self._is_known = self.of_validation
 
     def check_run(self, trainer: Any) -> None:
         """Checks, before a run trains, that it can measure the metric.
@@ -45,6 +47,18 @@ class Monitor:
                 f"an average of training."
             )
 
+    def check_call(self, trainer: Any, logs: Mapping[str, Any]) -> None:
+        """Checks at the first ``on_call_end``, not after an epoch, that a metric of training is measured.
+
+        Raises:
+            ArgumentError: The step does not report it, and no callback may add it to the logs of the epoch.
+        """
+        if self._is_known:
+            return
+        self._is_known = True
+        if self.name not in logs and not _adds_to_logs(trainer):
+            raise self._unknown(logs)
+
     def read(self, logs: Mapping[str, Any]) -> float:
         """Returns the value, from the logs of ``on_validation_end`` or ``on_epoch_end``.
 
@@ -53,9 +67,7 @@ class Monitor:
         """
         known = prefixed("val_", logs) if self.of_validation else logs
         if self.name not in known:
-            raise ArgumentError(
-                f"`monitor` is {self.name!r}, which nothing measured; {did_you_mean(self.name, set(known) - {'step'})}"
-            )
+            raise self._unknown(known)
         return float(known[self.name])
 
     def rank(self, value: float) -> float:
@@ -63,3 +75,13 @@ class Monitor:
         if math.isnan(value):
             return -math.inf
         return -value if self.mode == "min" else value
+
+    def _unknown(self, known: Mapping[str, Any]) -> ArgumentError:
+        near = did_you_mean(self.name, set(known) - {"step"})
+        return ArgumentError(f"`monitor` is {self.name!r}, which nothing measured; {near}")
+
+
+def _adds_to_logs(trainer: Any) -> bool:
+    given = (getattr(trainer, "callbacks", ()), *getattr(trainer, "extensions", {}).values())
+    ours = __name__.rpartition(".")[0]
+    return any(handles(one, "on_epoch_end") and not type(one).__module__.startswith(ours) for one in flatten(given))

@@ -166,7 +166,7 @@ def check_extensions(extensions: Mapping[str, ExtensionLike] | None) -> dict[str
 
     Raises:
         ArgumentTypeError: One lacks a method or attribute of `trainer.types.ExtensionLike`; all that it lacks is named.
-        ArgumentError: Two have the same name.
+        ArgumentError: Two have the same name, or a weight is negative or not finite.
     """
     if extensions is None:
         return {}
@@ -190,6 +190,7 @@ def check_extensions(extensions: Mapping[str, ExtensionLike] | None) -> dict[str
                 f"`extensions[{key!r}]` is of type {type(extension).__name__} and has no "
                 f"{', no '.join(lacks)}; derive it from trainer.Extension or add what is missing."
             )
+        check_weight(extension.weight, key)
         name = getattr(getattr(extension, "config", None), "name", None) or key
         if name in names:
             raise ArgumentError(
@@ -198,3 +199,9 @@ def check_extensions(extensions: Mapping[str, ExtensionLike] | None) -> dict[str
             )
         names[name] = key
     return dict(extensions)
+
+
+def check_weight(weight: Any, key: str) -> None:
+    """Raises `ArgumentError` where the weight of an extension is known to be negative or not finite."""
+    if not isinstance(weight, jax.core.Tracer) and not 0 <= float(weight) < float("inf"):
+        raise ArgumentError(f"`extensions[{key!r}].weight` is {weight!r}; it must be zero or more, and finite.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import os
 import time
 import warnings
@@ -24,7 +25,7 @@ from trainer.fit.resume import checked, find, planned_end, put_back
 from trainer.fit.setup import Setup
 from trainer.loggers.base import prefixed
 from trainer.loop import evaluate, open_pass, plan_dispatch, rare_collections, run_epoch
-from trainer.metrics.average import metrics_at
+from trainer.metrics.average import WeightedAverage, metrics_at, read
 from trainer.metrics.throughput import Meter
 from trainer.run import Position, Run
 from trainer.types import Batch, Metrics
@@ -99,14 +100,26 @@ def _run_epochs(
         if trainer.run.is_new or plan.caller == "train":
             setup.fanout.log_text("training", plan.about, trainer.run.step)
         first = plan.position.first_epoch if restored is None else _position(trainer.run).first_epoch
+        last_loss, average = None, trainer.run.average
         for epoch in range(trainer.run.epoch, first + plan.num_epochs):
             # A run that was to stop after its last epoch, and is resumed there, stays stopped.
             if trainer.run.batch == 0 and epoch > first and setup.events.should_stop:
+                why = "; ".join(setup.events.stop_reasons())
+                done = f"stopped after {epoch - first} of {plan.num_epochs} epochs"
+                setup.fanout.log_text("training", f"{done}: {why}", trainer.run.step)
                 break
             with rare_collections():
                 _run_epoch(trainer, plan, signals, opening, is_last=epoch + 1 == first + plan.num_epochs)
             opening = contextlib.nullcontext()
+            # Of the epoch before: the device has finished it, so reading waits for nothing. After a loss that is not
+            # finite the params are not either, so the last loss tells of all.
+            if last_loss is not None and not math.isfinite(read(last_loss)):
+                average.compute()
+                _warn_if_not_finite(trainer, average)
+            last_loss, average = trainer.run.metrics.get("loss"), trainer.run.average
         _log_last_step(trainer)
+        trainer.run.average.compute()  # the caller reads it next
+        _warn_if_not_finite(trainer, trainer.run.average)
         if plan.held_out is not None and _not_validated(trainer.run):
             validate(trainer, plan.held_out, signals.check)
         if plan.caller == "train" and trainer.run.validation is not None and plan.held_out is not None:
@@ -210,8 +223,10 @@ def _after_call(trainer: Trainer, metrics: Metrics, count: int | None, *, defer:
     setup, run = trainer.setup, trainer.run
     report = setup.step.report()
     if report is not None:
-        tell_compilation(trainer, report.name, report.seconds, report.warning)
+        # At the step before the call: the rows of fused steps follow, and some loggers drop a row of an earlier step.
+        tell_compilation(trainer, report.name, report.seconds, report.warning, run.step - (count or 1))
     setup.fanout.flush()
+    _warn_if_not_finite(trainer, run.average)
     step, every = run.step, setup.config.log_frequency
     if count is None:
         if step == 1 or step % every == 0:
@@ -227,6 +242,20 @@ def _after_call(trainer: Trainer, metrics: Metrics, count: int | None, *, defer:
     for number, row in rows:
         setup.fanout.defer("train", number, row)
     setup.events.emit("on_call_end", trainer, step, metrics_at(metrics, count - 1))
+
+
+def _warn_if_not_finite(trainer: Trainer, average: WeightedAverage) -> None:
+    """Says once that the loss is not finite, as soon as a loss that is not was read for an average."""
+    found = average.not_finite
+    if found is None or trainer.setup.live.has_warned:
+        return
+    trainer.setup.live.has_warned = True
+    warnings.warn(
+        f"the loss is {found[1]} at step {found[0]}, and training continues. A smaller learning rate or "
+        f"`gradient_clip_norm` may help; `jax_debug_nans` finds the operation, and "
+        f"EarlyStopping ends a run whose monitor is not finite.",
+        stacklevel=2,
+    )
 
 
 def _log_last_step(trainer: Trainer) -> None:
@@ -249,7 +278,7 @@ def compile_step(trainer: Trainer, batch: Batch) -> ProgramCost:
     seconds = time.perf_counter() - start
     trainer.hold(run)
     cost = cost_of(compiled, run.leaves, seconds)
-    tell_compilation(trainer, program.name, seconds, None)
+    tell_compilation(trainer, program.name, seconds, None, run.step)
     if not cost.fits:
         warnings.warn(
             f"a step needs {cost.total:,} bytes and the device has {cost.available:,}: it will not "
@@ -259,11 +288,11 @@ def compile_step(trainer: Trainer, batch: Batch) -> ProgramCost:
     return cost
 
 
-def tell_compilation(trainer: Trainer, name: str, seconds: float, warning: str | None) -> None:
-    """Tells callbacks and loggers of a compilation, and warns where it is one too many."""
+def tell_compilation(trainer: Trainer, name: str, seconds: float, warning: str | None, step: int) -> None:
+    """Tells callbacks and loggers of a compilation before ``step``, and warns where it is one too many."""
     setup = trainer.setup
     setup.events.emit("on_compile_end", trainer, name, seconds)
-    setup.fanout.log_text("compilation", f"{name} took {seconds:.1f} s to compile", trainer.run.step)
+    setup.fanout.log_text("compilation", f"{name} took {seconds:.1f} s to compile", step)
     if warning is not None:
         warnings.warn(warning, stacklevel=6)
 

@@ -22,9 +22,11 @@ from trainer.checkpoints.checkpointer import Checkpointer
 from trainer.compile.dispatch import CompiledStep
 from trainer.config import TrainingConfig, make_optimizer, make_schedule
 from trainer.config.schedules import check_horizon, needs_horizon
+from trainer.core.averaged_params import resolve_eval_params
 from trainer.core.checks import check_count
 from trainer.core.modes import evaluated_as_a_whole
-from trainer.core.objective import check_extensions, check_loss_fn
+from trainer.core.objective import check_extensions, check_loss_fn, check_weight
+from trainer.core.optimizer import adapt_optimizer
 from trainer.data.loaders import check_loader
 from trainer.data.memory import InMemoryData, seed_from_key
 from trainer.data.resumable import LoaderPass, LoaderPosition
@@ -39,7 +41,7 @@ from trainer.run import FromLoader, Run
 from trainer.sharding.placement import Placement, placement_of
 from trainer.state import check_model, check_optimizer, check_rng
 from trainer.steps import make_eval_step, make_predict_step, make_train_step
-from trainer.types import Batch, ExtensionLike, LogCallback, LossFn, Metrics
+from trainer.types import Batch, EvalParams, ExtensionLike, LogCallback, LossFn, Metrics
 
 # Stands for the horizon where only the structure of an optimizer's state matters.
 _ANY_HORIZON = 2**31 - 1
@@ -55,6 +57,7 @@ class Live:
         validates: Whether it, or the latest, validates on anything.
         throughput: The speed of the latest epoch.
         has_advised: Whether fusing was recommended.
+        has_warned: Whether it was said that the loss is not finite.
     """
 
     trainer: Callable[[], Any]
@@ -62,6 +65,7 @@ class Live:
     validates: bool = False
     throughput: Throughput | None = None
     has_advised: bool = False
+    has_warned: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,6 +84,7 @@ class Setup:
     handle_signals: bool
     wrt: nnx.filterlib.Filter
     callbacks: Any
+    eval_params: EvalParams | None
     extensions: dict[str, ExtensionLike]
     seed: tuple[int, ...]
     placement: Placement
@@ -121,6 +126,8 @@ class Setup:
         weights = {name: extension.weight for name, extension in self.extensions.items()}
         if weights == run.weights:
             return run
+        for name, weight in weights.items():
+            check_weight(weight, name)
         run = run.with_edits()
         state = run.peek()
         held = {
@@ -222,6 +229,7 @@ def assemble(
     save_interval: int,
     log_callback: LogCallback | None,
     callbacks: Any,
+    eval_params: EvalParams | None,
     extensions: Mapping[str, ExtensionLike] | None,
     wrt: nnx.filterlib.Filter,
     handle_signals: bool,
@@ -254,6 +262,8 @@ def assemble(
     rng = jax.random.PRNGKey(0) if rng is None else rng
     check_rng(rng)
     run = _initial_run(model, rng, training_config, optimizer, wrt, extensions, placement)
+    has_clipping = training_config.gradient_clip_norm is not None
+    eval_params = resolve_eval_params(eval_params, run.peek(), has_clipping=has_clipping)
     _warn_of_mode(run.peek().model(), wrt)
     live = Live(weakref.ref(trainer), validates=val_data_loader is not None)
     default_directory = TrainingConfig.checkpoint_dir
@@ -273,6 +283,7 @@ def assemble(
         handle_signals=handle_signals,
         wrt=wrt,
         callbacks=callbacks,
+        eval_params=eval_params,
         extensions=extensions,
         seed=seed_from_key(rng),
         placement=placement,
@@ -284,10 +295,12 @@ def assemble(
         step=_compiled_step(
             training_config, optimizer, loss_fn, wrt, extensions, placement, steps_per_call, events, live
         ),
-        eval_step=jax.jit(_names_checked(make_eval_step(loss_fn)), out_shardings=placement.replicated),
+        eval_step=jax.jit(
+            _names_checked(make_eval_step(loss_fn, eval_params=eval_params)), out_shardings=placement.replicated
+        ),
         # The same function again finds its compiled step.
         predict_step=functools.lru_cache(maxsize=8)(
-            lambda fn: jax.jit(make_predict_step(fn), out_shardings=placement.replicated)
+            lambda fn: jax.jit(make_predict_step(fn, eval_params=eval_params), out_shardings=placement.replicated)
         ),
         live=live,
     )
@@ -335,7 +348,7 @@ def build_optimizer(
         optimizer = make_optimizer(config.optimizer, schedule)
     if config.gradient_clip_norm is None:
         return optimizer
-    return optax.chain(optax.clip_by_global_norm(config.gradient_clip_norm), optimizer)
+    return optax.chain(optax.clip_by_global_norm(config.gradient_clip_norm), adapt_optimizer(optimizer))
 
 
 def _compiled_step(

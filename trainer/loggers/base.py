@@ -51,17 +51,17 @@ class MetricsLogger:
         """Wraps a logger, which stays the caller's to close."""
         self.logger = logger
 
-    def log_training_metrics(self, metrics: Mapping[str, float], *, step: int | None = None) -> None:
+    def log_training_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Records the metrics of a training step."""
         self.logger.log_scalars(prefixed("train/", metrics), step)
 
-    def log_validation_metrics(self, metrics: Mapping[str, float], *, step: int | None = None) -> None:
+    def log_validation_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Records the averages of a validation."""
         self.logger.log_scalars(prefixed("val/", metrics), step)
 
-    def log_test_metrics(self, metrics: Mapping[str, float]) -> None:
+    def log_test_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Records the averages at the end of a run."""
-        self.logger.log_scalars(prefixed("test/", metrics), None)
+        self.logger.log_scalars(prefixed("test/", metrics), step)
 
 
 def prefixed(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:

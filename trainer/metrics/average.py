@@ -1,5 +1,6 @@
 """Weighted averages of metrics that are read from the device late."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -54,7 +55,8 @@ class WeightedAverage:
 
     The weight of a batch is its number of examples, or the metric ``batch_weight`` where the objective reports it;
     ``batch_weight`` itself is reported as its sum. A batch of weight zero counts for nothing. The sums are float64 on
-    the host. The metrics of the latest calls stay on the device until `compute`; those of older calls are read as new
+    the host. ``not_finite`` is the step and the value of the first loss read that was not finite, or None. The metrics
+    of the latest calls stay on the device until `compute`; those of older calls are read as new
     ones are added.
 
     A copy costs nothing: the two share their parts, which are replaced and never mutated.
@@ -67,7 +69,7 @@ class WeightedAverage:
         {'loss': 2.0}
     """
 
-    __slots__ = ("_pending", "_read_at_once", "_sums", "_weights")
+    __slots__ = ("_pending", "_read_at_once", "_sums", "_weights", "not_finite")
 
     def __init__(self) -> None:
         # (metrics, examples in a batch, number of batches or None for a single one) of every call.
@@ -75,6 +77,7 @@ class WeightedAverage:
         self._sums: dict[str, float] = {}
         self._weights: dict[str, float] = {}
         self._read_at_once: int | None = None
+        self.not_finite: tuple[int, float] | None = None
 
     def add(self, metrics: Mapping[str, Any], examples: int, count: int | None = None) -> None:
         """Adds the metrics of a batch, or of several.
@@ -105,7 +108,7 @@ class WeightedAverage:
         """Returns an equal average that is added to independently."""
         copied = type(self)()
         copied._pending, copied._sums, copied._weights = self._pending, self._sums, self._weights
-        copied._read_at_once = self._read_at_once
+        copied._read_at_once, copied.not_finite = self._read_at_once, self.not_finite
         return copied
 
     def to_dict(self) -> dict[str, dict[str, float]]:
@@ -129,6 +132,8 @@ class WeightedAverage:
         for metrics, (_, examples, batches) in zip(read([first for first, *_ in pending]), pending, strict=True):
             columns = {name: [value] if batches is None else value[:batches] for name, value in metrics.items()}
             weights = columns.get(BATCH_WEIGHT, [float(examples)] * (batches or 1))
+            if self.not_finite is None and not all(map(math.isfinite, columns.get("loss", ()))):
+                self.not_finite = _first_not_finite(columns, weights)
             for name, column in columns.items():
                 if name != "step":
                     self._sum(name, column, weights)
@@ -143,3 +148,11 @@ class WeightedAverage:
             elif weight != 0:  # a batch of padding alone counts for nothing, and 0 * nan is nan
                 total, norm = total + value * weight, norm + weight
         self._sums[name], self._weights[name] = total, norm
+
+
+def _first_not_finite(columns: Mapping[str, Sequence[float]], weights: Sequence[float]) -> tuple[int, float] | None:
+    steps = columns.get("step", [0] * len(weights))
+    for loss, step, weight in zip(columns["loss"], steps, weights, strict=True):
+        if weight and not math.isfinite(loss):
+            return int(step), loss
+    return None

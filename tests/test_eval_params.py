@@ -1,0 +1,115 @@
+"""Params for evaluation that an optimizer keeps: schedule-free, a moving average; slow params are in the table."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from optax import contrib
+
+from tests.problems import Busy, Linear, config, regression, squared_error
+from trainer import ArgumentError, ArgumentTypeError, Trainer, TrainState, evaluate, make_eval_step
+
+
+class EmaState(NamedTuple):
+    average: Any
+
+
+def ema_of_params(decay=0.5):
+    """The last of a chain: keeps an exponential moving average of the params after each update."""
+
+    def init(params):
+        return EmaState(params)
+
+    def update(updates, state, params):
+        after = optax.apply_updates(params, updates)
+        return updates, EmaState(optax.incremental_update(after, state.average, 1 - decay))
+
+    return optax.GradientTransformation(init, update)
+
+
+def ema(opt_state, params):
+    del params
+    return opt_state[-1].average
+
+
+CASES = {
+    "schedule_free": (lambda: contrib.schedule_free_sgd(0.1), contrib.schedule_free_eval_params),
+    "ema": (lambda: optax.chain(optax.sgd(0.1), ema_of_params()), ema),
+}
+
+
+def build(tmp_path, optimizer, eval_params, **settings):
+    return Trainer(
+        Linear(4), config(**settings), optimizer, loss_fn=squared_error, eval_params=eval_params, workdir=tmp_path
+    )
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.parametrize("name", CASES)
+def test_everything_that_evaluates_uses_them(name, clip, tmp_path):
+    make, eval_params = CASES[name]
+    trainer = build(tmp_path, make(), eval_params, gradient_clip_norm=clip)
+    held_out = regression(8, seed=1)
+    validation = trainer.train(regression(40), 2, 8, held_out)
+
+    own = trainer.opt_state if clip is None else trainer.opt_state[1]
+    averaged = eval_params(own, trainer.state.params)
+    state = trainer.state.replace(params=averaged, opt_state=())
+    wanted = evaluate(jax.jit(make_eval_step(squared_error)), state, [held_out])
+    raw = evaluate(jax.jit(make_eval_step(squared_error)), trainer.state, [held_out])
+    assert abs(wanted["loss"] - raw["loss"]) > 1e-3  # else the test shows nothing
+    assert validation == trainer.evaluate(held_out, 8) == pytest.approx(wanted)
+    assert float(trainer.validate_step(held_out)["loss"]) == pytest.approx(wanted["loss"])
+    jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(trainer.model, nnx.Param)), averaged)
+
+
+def test_training_is_not_changed_by_it(tmp_path):
+    make, eval_params = CASES["ema"]
+    states = []
+    for fn in (None, eval_params):
+        trainer = build(tmp_path, make(), fn)
+        trainer.train(regression(40), 2, 8, regression(8))
+        states.append(trainer.state.params)
+    jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def test_the_pure_step_takes_the_same_name():
+    make, eval_params = CASES["ema"]
+    state = TrainState.create(Busy(), make(), rng=jax.random.key(0))
+    state = state.replace(params=jax.tree.map(jnp.zeros_like, state.params))
+    batch = regression(8)
+    metrics = jax.jit(make_eval_step(squared_error, eval_params=eval_params))(state, batch)
+    plain = jax.jit(make_eval_step(squared_error))(state.replace(params=state.opt_state[-1].average), batch)
+    assert float(metrics["loss"]) == float(plain["loss"])
+
+
+@pytest.mark.parametrize(
+    ("eval_params", "kind", "message"),
+    [
+        (
+            "ema",
+            ArgumentTypeError,
+            r"`eval_params` is of type str; it must be a callable eval_params\(opt_state, params",
+        ),
+        (lambda opt_state, params: {}, ArgumentError, r"`eval_params` returned no `layer/bias`, no `layer/kernel`; it"),
+        (
+            lambda opt_state, params: jax.tree.map(lambda leaf: leaf[None], params),
+            ArgumentError,
+            r"`eval_params` returned `layer/bias` of shape \(1, 1\)",
+        ),
+    ],
+)
+def test_what_cannot_be_params_is_refused_at_once(eval_params, kind, message, tmp_path):
+    with pytest.raises(kind, match=message):
+        build(tmp_path, optax.sgd(0.1), eval_params)
+
+
+def test_an_error_in_it_says_what_it_was_given(tmp_path):
+    with pytest.raises(AttributeError) as caught:
+        build(tmp_path, optax.chain(optax.sgd(0.1)), lambda opt_state, params: opt_state.average)
+    note = "raised in `eval_params(opt_state, params)`, where `opt_state` is of type tuple"
+    assert note in caught.value.__notes__

@@ -1,0 +1,77 @@
+"""Params for evaluation that are not those that are trained: averages that an optimizer keeps."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from trainer.core.tree_paths import leaf_path
+from trainer.errors import ArgumentError, ArgumentTypeError
+from trainer.state import TrainState
+from trainer.types import EvalParams
+
+
+def with_eval_params(state: TrainState, eval_params: EvalParams | None) -> TrainState:
+    """Returns the state with the params to evaluate, ``eval_params(state.opt_state, state.params)``.
+
+    Raises:
+        ArgumentError: They are another tree than the params, or have other shapes.
+    """
+    if eval_params is None:
+        return state
+    try:
+        params = eval_params(state.opt_state, state.params)
+    except Exception as error:
+        kind = type(state.opt_state).__name__
+        error.add_note(f"raised in `eval_params(opt_state, params)`, where `opt_state` is of type {kind}")
+        raise
+    _check_same_shapes(state.params, params)
+    return state.replace(params=params)
+
+
+def check_eval_params(eval_params: Any) -> None:
+    """Raises `ArgumentTypeError` unless ``eval_params`` is callable or None."""
+    if eval_params is not None and not callable(eval_params):
+        raise ArgumentTypeError(
+            f"`eval_params` is of type {type(eval_params).__name__}; it must be a callable "
+            f"eval_params(opt_state, params) -> params, such as optax.contrib.schedule_free_eval_params."
+        )
+
+
+def resolve_eval_params(eval_params: EvalParams | None, state: TrainState, *, has_clipping: bool) -> EvalParams | None:
+    """Returns ``eval_params`` as a function of the state of the trainer's optimizer, once it is known to work.
+
+    Args:
+        eval_params: The caller's, for the state of the optimizer that the caller made.
+        state: The initial state; nothing is computed.
+        has_clipping: Whether the trainer's optimizer is a chain of clipping and the caller's.
+
+    Raises:
+        ArgumentTypeError: It is no callable.
+        ArgumentError: It returns no params.
+    """
+    check_eval_params(eval_params)
+    if eval_params is None:
+        return None
+
+    def after_clipping(opt_state: Any, params: Any) -> Any:
+        return eval_params(opt_state[1], params)
+
+    resolved = after_clipping if has_clipping else eval_params
+    jax.eval_shape(lambda state: with_eval_params(state, resolved).params, state)
+    return resolved
+
+
+def _check_same_shapes(wanted: Any, came: Any) -> None:
+    want, have = (
+        {leaf_path(path): jnp.shape(leaf) for path, leaf in jax.tree.leaves_with_path(tree)} for tree in (wanted, came)
+    )
+    wrong = [f"`{path}` of shape {shape}" for path, shape in have.items() if want.get(path) != shape]
+    wrong += [f"no `{path}`" for path in want if path not in have]
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (wanted, came)]
+    if wrong or structures[0] != structures[1]:
+        listed = ", ".join(wrong[:5]) or f"a tree of another kind ({type(came).__name__})"
+        raise ArgumentError(
+            f"`eval_params` returned {listed}; it must return a tree like the params, nested plain dicts with arrays "
+            f"of the same shapes."
+        )

@@ -1,0 +1,161 @@
+"""What optax transformations ask for beyond gradients and params, and how they get it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import optax
+
+from trainer.core.mapped_axes import AxisName, average_over_axis, per_device
+from trainer.errors import ArgumentError
+
+if TYPE_CHECKING:  # for annotations only: importing chex takes a tenth of the time of `import trainer`
+    import chex
+
+_REFUSALS = ("unexpected keyword argument", "multiple values for argument")
+
+
+class LookaheadOptState(NamedTuple):
+    """The state of an optimizer that contains ``optax.lookahead``.
+
+    Attributes:
+        inner: The state of the optax transformation.
+        slow: The slow params, a tree like ``state.params``. The params of the training state are the fast ones.
+    """
+
+    inner: Any
+    slow: Any
+
+
+def extra_arguments(
+    objective: Callable[[chex.ArrayTree], tuple[jax.Array, Any]],
+    value: jax.Array,
+    grads: chex.ArrayTree,
+    axis_name: AxisName | None,
+) -> dict[str, Any]:
+    """Returns what a transformation may ask for by keyword, under the names that optax uses.
+
+    Args:
+        objective: From params to the total loss and a pair of metrics and other values, for the batch, the key and
+            the model state of the step.
+        value: The loss of the step, averaged over the axis.
+        grads: Its gradient, averaged over the axis.
+        axis_name: The mapped axis. The functions average over it as the step does.
+
+    Returns:
+        ``value`` (Polyak steps, Momo, reduce-on-plateau), ``grad``, ``value_fn`` (line searches, L-BFGS: params to
+        the loss), ``obj_fn`` (Sophia: the same) and ``grad_fn`` (opaque SAM: params and an index to the gradient).
+    """
+
+    # Line searches refuse an argument that neither they nor their `value_fn` name, hence these two names here.
+    def value_fn(params: chex.ArrayTree, *, obj_fn: Any = None, grad_fn: Any = None) -> jax.Array:
+        del obj_fn, grad_fn
+        return value_at(params)
+
+    def grad_fn(params: chex.ArrayTree, index: Any = 0) -> chex.ArrayTree:
+        del index
+        return jax.grad(value_at)(params)
+
+    value_at = _averaged(objective, axis_name)
+    return {"value": value, "grad": grads, "value_fn": value_fn, "obj_fn": value_at, "grad_fn": grad_fn}
+
+
+def adapt_optimizer(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Returns the transformation, taking any extra argument and plain params.
+
+    It passes on the extra arguments that the transformation accepts: those that the signature of its ``update``
+    names, or all where that has ``**extra_args``, as ``optax.chain`` and ``MultiSteps`` have. One that a member of a
+    chain refuses is left out.
+
+    ``optax.lookahead`` wants its params as a pair of fast and slow ones. It gets that pair; the state keeps the slow
+    ones beside the transformation's own, as `LookaheadOptState`.
+    """
+    accepted = _accepted(optimizer.update)
+
+    def init(params: chex.ArrayTree) -> Any:
+        try:
+            opt_state = optimizer.init(params)
+            if not _has_lookahead(opt_state):
+                return opt_state
+            return LookaheadOptState(optimizer.init(optax.LookaheadParams.init_synced(params)), params)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ArgumentError(
+                f"`optimizer` cannot be initialized: {type(error).__name__}: {error!s:.600} — it is given the params "
+                f"as nested plain dicts of arrays, along the attributes of the module. A mask or labels made from an "
+                f"nnx.State become such dicts by `flax.nnx.to_pure_dict(mask)`; a function of params is called "
+                f"with them."
+            ) from error
+
+    def update(
+        updates: chex.ArrayTree, opt_state: Any, params: chex.ArrayTree | None = None, **extra: Any
+    ) -> tuple[Any, Any]:
+        given = {name: value for name, value in extra.items() if accepted is None or name in accepted}
+        if not isinstance(opt_state, LookaheadOptState):
+            result: tuple[Any, Any] = _call(optimizer.update, (updates, opt_state, params), given)
+            return result
+        pair = optax.LookaheadParams(params, opt_state.slow)
+        updates, inner = _call(optimizer.update, (updates, opt_state.inner, pair), given)
+        return updates.fast, LookaheadOptState(inner, optax.apply_updates(opt_state.slow, updates.slow))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _call(update: Callable[..., Any], arguments: tuple[Any, ...], extra: dict[str, Any]) -> Any:
+    """Calls ``update`` without the extra arguments that a member of it refuses."""
+    while True:
+        try:
+            return update(*arguments, **extra)
+        except TypeError as error:
+            # A chain hands everything to everyone, but a member may have no `**extra_args` (`optax.contrib.sam`), or
+            # call its first parameter `grad`. Its signature cannot be asked: `inject_hyperparams` makes its members
+            # inside `update`.
+            text = str(error)
+            is_refusal = any(refusal in text.lower() for refusal in _REFUSALS)
+            refused = [name for name in extra if is_refusal and f"'{name}'" in text]
+            if not refused:
+                if extra:
+                    error.add_note(f"raised in `optimizer.update`, which was given {', '.join(sorted(extra))}")
+                raise
+            extra = {name: value for name, value in extra.items() if name not in refused}
+
+
+def _accepted(update: Callable[..., Any]) -> frozenset[str] | None:
+    """Returns the names of the parameters of a function; None if it takes any keyword."""
+    try:
+        parameters = inspect.signature(update).parameters.values()
+    except (TypeError, ValueError):  # a callable without a signature
+        return frozenset()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    return frozenset(parameter.name for parameter in parameters)
+
+
+def _has_lookahead(opt_state: Any) -> bool:
+    def stops(node: Any) -> bool:
+        return isinstance(node, optax.LookaheadState | LookaheadOptState)
+
+    return any(isinstance(node, optax.LookaheadState) for node in jax.tree.leaves(opt_state, is_leaf=stops))
+
+
+def _averaged(
+    objective: Callable[[chex.ArrayTree], tuple[jax.Array, Any]], axis_name: AxisName | None
+) -> Callable[[chex.ArrayTree], jax.Array]:
+    """Returns the loss as a function of params; over an axis both it and its gradient are averaged."""
+    if axis_name is None:
+        return lambda params: objective(params)[0]
+
+    def forward(params: chex.ArrayTree) -> tuple[jax.Array, chex.ArrayTree]:
+        (loss, (metrics, *_)), grads = jax.value_and_grad(objective, has_aux=True)(per_device(params, axis_name))
+        grads, metrics = average_over_axis(grads, {**metrics, "loss": loss}, axis_name)
+        return metrics["loss"], grads
+
+    def backward(grads: chex.ArrayTree, cotangent: jax.Array) -> tuple[chex.ArrayTree]:
+        return (jax.tree.map(lambda leaf: cotangent.astype(leaf.dtype) * leaf, grads),)
+
+    # JAX differentiates an average over an axis into the gradient of the own part only.
+    averaged = jax.custom_vjp(lambda params: forward(params)[0])
+    averaged.defvjp(forward, backward)
+    return averaged

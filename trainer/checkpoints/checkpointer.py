@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 
 from trainer.checkpoints.background import BackgroundSaver
 from trainer.checkpoints.detach import detach
+from trainer.checkpoints.names import refuse_foreign, suffix_of
 from trainer.checkpoints.plain_values import to_plain
 from trainer.checkpoints.run_record import Restored, restore, snapshot_run
 from trainer.checkpoints.snapshot import Snapshot, write_snapshot
@@ -53,10 +54,11 @@ class Checkpointer:
             background: Return when a copy of the arrays is under way, and write it in a thread; nothing waits for the
                 steps under way where the arrays are in memory of the host. "if_finite" writes nothing if a parameter
                 or a variable of the model is NaN or infinite; `check`, `wait` or the next save warns then. A pickle
-                is always written at once.
+                or a ``.safetensors`` file is always written at once.
             info, listeners, loaders: As for `snapshot_run`.
 
         Raises:
+            ArgumentError: The name promises the format of another program.
             CheckpointError: It could not be written, or the save before failed in the background.
         """
         run = run.with_edits()
@@ -64,10 +66,12 @@ class Checkpointer:
         finite = run.peek().is_finite() if background == "if_finite" else None
         beside: dict[str, Any] = {"info": info, "listeners": listeners, "loaders": loaders}
         write = functools.partial(_write, target, self._max_checkpoints if path is None else None)
+        refuse_foreign(target)  # now, not in the background
+        suffix = suffix_of(target)
         self.wait()
-        if not background or target.suffix == ".pkl":
+        if not background or suffix in (".pkl", ".safetensors"):
             write(snapshot_run(run, **beside))
-        elif target.suffix == ".orbax":
+        elif suffix == ".orbax":
             if finite is None or finite:
                 self._saver.start(functools.partial(write, snapshot_run(run, **beside).begin(target)))
             else:

@@ -189,20 +189,18 @@ class Trainer:
                     trainer.state, metrics = step(trainer.state, batch)
 
         Every example of data in memory comes exactly once an epoch, in an order that depends on the initial key and
-        the number of the epoch only; the last batch may be short. Small steps are fused, many in a call, which gives
-        the same numbers. Validation, logging, saving and callbacks change nothing in what is learned.
+        the number of the epoch only; the last batch may be short. Small steps are fused, many in a call. Validation,
+        logging, saving and callbacks change nothing in what is learned.
 
-        SIGTERM and Ctrl-C take effect after the current step (or the current batch of an evaluation): the state is
-        saved, ``on_train_end`` is emitted, the earlier signal handlers are restored, and `TrainingInterrupted` or
-        KeyboardInterrupt is raised. A second signal does not wait, and may cost the state in memory. A state that
-        is not finite is never saved periodically, so that earlier checkpoints are kept. Of several processes all
-        stop at the same step.
+        SIGTERM and Ctrl-C take effect after the current step (or the current batch of an evaluation), the same of all
+        processes: the state is saved, ``on_train_end`` is emitted, and `TrainingInterrupted` or KeyboardInterrupt is
+        raised. A second signal does not wait, and may cost the state in memory. A state that is not finite is never
+        saved periodically, so that earlier checkpoints are kept.
 
         Args:
             train_data: A pytree of arrays of shape ``(num_examples, ...)``: a dict, a tuple, a registered dataclass;
                 or a loader, as ``train_data_loader`` of the constructor. A list is a loader: of batches.
-            num_epochs: How many epochs to train, on top of those finished.
-            batch_size: Examples in a batch.
+            num_epochs, batch_size: How many epochs to train, on top of those finished; the examples in a batch.
             val_data: Data to validate on, in the same forms.
             val_interval: Validate at multiples of this step, and at the end of every epoch.
             resume: Continue an interrupted call with the same arguments at its next batch, to the bit (on other
@@ -211,8 +209,7 @@ class Trainer:
                 averages, and callbacks that have ``state_dict()`` and ``load_state_dict(state)`` are restored.
 
         Returns:
-            The final validation averages where ``val_data`` is given, else the averages of the last epoch. The whole
-            course is in ``history``.
+            The final validation averages where ``val_data`` is given, else the averages of the last epoch.
 
         Raises:
             ArgumentError, BatchError: An argument cannot be used, or differs from that of the interrupted call;
@@ -221,7 +218,6 @@ class Trainer:
             ObjectiveError: As for `train_step`.
         """
         counts = {"num_epochs": num_epochs, "batch_size": batch_size, "val_interval": val_interval}
-        counts = {name: check_count(value, name) for name, value in counts.items()}
         plan = plan_run(self.setup, self.run, train_data, val_data, resume, **counts)
         run = epochs.fit(self, plan, resume)
         return dict(run.validation.averages) if plan.held_out and run.validation else run.average.compute()
@@ -271,19 +267,17 @@ class Trainer:
         callbacks behind it in the list it holds the states before the event.
 
         Args:
-            path: The name; ``.orbax`` is for a state on a mesh, ``.pkl`` the reference's pickle layout. Without one
-                it is ``checkpoint_<step>.orbax`` for a state on a mesh of several devices, else ``….msgpack``.
-            background: Return as soon as a copy of the arrays is under way, and write beside the training. At most
-                one save is in flight; what it raises is raised by the next step of `train`, the next save or load,
-                or `close`. An interpreter that exits waits for it. A pickle is always written at once.
+            path: The name; its ending decides the format, see `trainer.save_state`. Without one it is
+                ``checkpoint_<step>.orbax`` for a state on a mesh of several devices, else ``….msgpack``.
+            background: Return as soon as a copy of the arrays is under way, and write beside the training. At most one
+                save is in flight; what it raises is raised by the next step of `train`, save or load, or by `close`.
                 "if_finite", which `train` uses, writes nothing, and warns later, if the model holds NaN or infinity.
 
         Returns:
             The path.
 
         Raises:
-            CheckpointError: It could not be written, in any process, or the loader cannot tell its position; earlier
-                checkpoints are untouched.
+            CheckpointError, ArgumentError: It could not be written, in any process; earlier ones are untouched.
         """
         run, beside = self.setup.beside(self.run)
         target = self.setup.checkpointer.save(run, path, background=background, **beside)
@@ -298,10 +292,9 @@ class Trainer:
     def load_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Restores what `save_checkpoint` wrote: it is ``trainer.run = load_run(path, trainer.run)``.
 
-        State, number of epochs, history and the states of callbacks come back; weights of extensions stay as set. A
-        file that does not hold these (a pickle, or one of `save_state`) leaves them as they are, except for rows of
-        the history after its step. The next run starts with an epoch of its own; to continue an interrupted epoch
-        see ``resume`` of `train` and `train_epoch`.
+        State, number of epochs, history and the states of callbacks come back; weights of extensions stay as set. What
+        a file does not hold (a pickle, weights, one of `save_state`) stays as it is, except for rows of the history
+        after its step. The next run starts with an epoch of its own; to continue an interrupted one see ``resume``.
 
         Raises:
             CheckpointError: The file is damaged or does not fit; the trainer is as it was.
@@ -350,11 +343,13 @@ class Trainer:
     step = property(lambda self: self.run.step, doc="The number of updates finished.")
     epoch = property(lambda self: self.run.epoch, doc="The number of epochs finished.")
     history = property(lambda self: self.run.history, doc="What was logged so far, see `trainer.History`.")
+    train_metrics = property(lambda self: self.history.of_training(), doc="See `History.of_training`.")
+    val_metrics = property(lambda self: self.history.of_validation(), doc="See `History.of_validation`.")
     rng = property(lambda self: self.state.rng, doc="The key from which every step draws its own.")
     opt_state = property(lambda self: self.state.opt_state, doc="The state of the optimizer.")
     is_new_run = property(lambda self: self.run.is_new, doc="Whether the run is neither resumed nor continued.")
 
-    # What was given, or made of it; read-only, since it is compiled into the step.
+    # Read-only, since it is compiled into the step.
     training_config = property(lambda self: self.setup.config)
     loss_fn = property(lambda self: self.setup.loss_fn)
     train_data_loader = property(lambda self: self.setup.train_data_loader)
@@ -365,6 +360,7 @@ class Trainer:
     callbacks = property(lambda self: self.setup.callbacks)
     extensions = property(lambda self: self.setup.extensions)
     save_interval = property(lambda self: self.setup.save_interval)
+    workdir = property(lambda self: self.setup.workdir)
     checkpoint_dir = property(lambda self: self.setup.checkpointer.directory)
     is_primary_process = property(lambda self: self.setup.placement.is_primary_process)
 

@@ -27,6 +27,7 @@ from trainer.core.objective import (
     forward,
     in_training_mode,
     refuse_shadowing,
+    with_losses,
 )
 from trainer.errors import ArgumentError, ArgumentTypeError, BatchError
 from trainer.state import TrainState, check_optimizer
@@ -92,7 +93,7 @@ def make_train_step(
     """
     check_loss_fn(loss_fn)
     check_optimizer(optimizer)
-    extensions = check_extensions(extensions)
+    extensions = with_losses(check_extensions(extensions))
     reduce = average_if_changed(axis_name)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:

@@ -10,6 +10,7 @@ import os
 import re
 import types
 import typing
+import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -128,9 +129,12 @@ class Config:
             others = sorted(name for name, fields in readers.items() if field.name in fields)
             if not others or chosen in others or value in (field.default, (harmless or {}).get(field.name)):
                 continue
+            unread = f"`{self._path(field.name)}` is {value!r}, but {chosen!r} does not read it"
+            if chosen == "none":  # switched off, and what it was set to is left in the file
+                warnings.warn(f"{unread}, so it does nothing.", stacklevel=5)
+                continue
             raise ConfigError(
-                f"`{self._path(field.name)}` is {value!r}, but {chosen!r} does not read it, "
-                f"so it would do nothing; remove it, or choose one that does: {', '.join(others)}."
+                f"{unread}, so it would do nothing; remove it, or choose one that does: {', '.join(others)}."
             )
 
 
@@ -156,6 +160,8 @@ def _from_mapping(cls: type[Any], data: Any, path: str) -> Any:
         raise ConfigError(" ".join(problems))
     values = {}
     for name, value in data.items():
+        if value is None and name in ("name", *_LABELS):
+            continue  # a label that is empty
         nested = _config_class(hints[name])
         if nested is not None and isinstance(value, Mapping):
             value = _from_mapping(nested, value, f"{path}.{name}")
@@ -231,5 +237,14 @@ def _loader() -> type[Any]:
 
     Loader.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
+
+    def sequence(loader: Any, *about: Any) -> Any:
+        return loader.construct_sequence(about[-1], deep=True)
+
+    # How PyYAML dumps the tuples and paths of a configuration that is no plain data, as the reference's.
+    Loader.add_constructor("tag:yaml.org,2002:python/tuple", sequence)
+    Loader.add_multi_constructor(
+        "tag:yaml.org,2002:python/object/apply:pathlib.", lambda *about: os.path.join("", *sequence(*about))
     )
     return Loader

@@ -23,7 +23,7 @@ from trainer.compile.dispatch import CompiledStep
 from trainer.config import TrainingConfig, make_optimizer, make_schedule
 from trainer.config.schedules import check_horizon, needs_horizon
 from trainer.core.checks import check_count
-from trainer.core.objective import check_extensions, check_loss_fn
+from trainer.core.objective import check_extensions, check_loss_fn, with_losses
 from trainer.data.loaders import check_loader
 from trainer.data.memory import InMemoryData, seed_from_key
 from trainer.data.resumable import LoaderPass, LoaderPosition
@@ -75,6 +75,7 @@ class Setup:
     logger: Logger | None
     log_callback: LogCallback | None
     save_interval: int
+    workdir: str | os.PathLike[str] | None
     handle_signals: bool
     wrt: nnx.filterlib.Filter
     callbacks: Any
@@ -113,7 +114,7 @@ class Setup:
         """Returns the run with the weights that the extension objects have now."""
         if not self.extensions:
             return run
-        weights = {name: extension.weight for name, extension in self.extensions.items()}
+        weights = {name: extension.weight for name, extension in with_losses(self.extensions).items()}
         if weights == run.weights:
             return run
         run = run.with_edits()
@@ -213,7 +214,7 @@ def assemble(
     _check_config(training_config)
     if optimizer is not None:
         check_optimizer(optimizer)
-        _warn_of_unused_schedule(training_config)
+        _warn_of_unused_settings(training_config)
     for name, loader in {"train_data_loader": train_data_loader, "val_data_loader": val_data_loader}.items():
         if loader is not None:
             check_loader(loader, name)
@@ -227,7 +228,8 @@ def assemble(
     placement = placement_of(mesh, partition_rules)
     rng = jax.random.PRNGKey(0) if rng is None else rng
     check_rng(rng)
-    run = _initial_run(model, rng, training_config, optimizer, wrt, extensions, placement)
+    losses = with_losses(extensions)
+    run = _initial_run(model, rng, training_config, optimizer, wrt, losses, placement)
     live = Live(weakref.ref(trainer), validates=val_data_loader is not None)
     checkpointer = Checkpointer(
         Path(checkpoint_dir or workdir or training_config.checkpoint_dir), training_config.max_checkpoints
@@ -242,6 +244,7 @@ def assemble(
         logger=logger,
         log_callback=log_callback,
         save_interval=save_interval,
+        workdir=workdir,
         handle_signals=handle_signals,
         wrt=wrt,
         callbacks=callbacks,
@@ -251,9 +254,7 @@ def assemble(
         events=events,
         fanout=_fanout(training_config, placement, log_callback, metrics_logger, logger),
         checkpointer=checkpointer,
-        step=_compiled_step(
-            training_config, optimizer, loss_fn, wrt, extensions, placement, steps_per_call, events, live
-        ),
+        step=_compiled_step(training_config, optimizer, loss_fn, wrt, losses, placement, steps_per_call, events, live),
         eval_step=jax.jit(_names_checked(make_eval_step(loss_fn)), out_shardings=placement.replicated),
         live=live,
     )
@@ -389,10 +390,19 @@ def _check_config(config: Any) -> None:
         )
 
 
-def _warn_of_unused_schedule(config: TrainingConfig) -> None:
+def _warn_of_unused_settings(config: TrainingConfig) -> None:
+    """Warns of what an `optimizer` replaces. Its name and rate are required, so they may be there for no reason."""
     if config.scheduler is not None:
         warnings.warn(
             "`training_config.scheduler` does nothing, because an `optimizer` was given; put the schedule into "
             "that one, for example with trainer.make_schedule.",
+            stacklevel=4,
+        )
+    unused = config.optimizer.hyperparameters()
+    if unused:
+        names = ", ".join(f"`{name}` ({value!r})" for name, value in unused.items())
+        warnings.warn(
+            f"in `training_config.optimizer` {names} {'does' if len(unused) == 1 else 'do'} nothing, because an "
+            f"`optimizer` was given, which has its own.",
             stacklevel=4,
         )

@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all kills lint types format bench clean
+.PHONY: demo test test-all third-party kills lint types format bench clean
 
 demo: $(READY)
 	$(RUN) examples/digits.py
@@ -19,7 +19,13 @@ test: $(READY)
 
 # With the cases marked `slow`; what .ci/run runs.
 test-all: $(READY)
-	$(RUN) -m pytest $(PARALLEL) -m "not long" $(ARGS)
+	$(RUN) -m pytest $(PARALLEL) -m "not long and not third_party" $(ARGS)
+
+# Models of packages that nothing else needs. They go to a folder of their own, and not into the environment.
+third-party: $(READY)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .third-party \
+		bijx==1.3.2 jax-autovmap==0.3.0 diffrax==0.7.2 equinox==0.13.8 lineax==0.1.1 optimistix==0.1.0 einops==0.8.2
+	PYTHONPATH=.third-party $(RUN) -m pytest -m third_party tests/third_party $(ARGS)
 
 # A hundred kills, a process for every step to resume from, an array of 4 GiB; minutes, and 10 GiB of memory.
 kills: $(READY)
@@ -43,7 +49,7 @@ bench: $(READY)
 	for name in $(BENCHMARKS); do $(RUN) benchmarks/$$name.py --json .bench/$$name.json $(ARGS) || exit 1; done
 
 clean:
-	rm -rf $(VENV) .bench runs .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf $(VENV) .bench .third-party runs .pytest_cache .mypy_cache .ruff_cache .coverage
 
 # The list is complete, so pip need not resolve anything, and never hears that datarax on Python 3.11
 # would like TensorFlow (1.8 GB) for data sources that are not used here. See README, "Installation".

@@ -33,6 +33,8 @@ class StoppedError(Exception):
 class Watching(Callback):
     """Counts batches, keeps what it is told at the end of epochs, and may interrupt."""
 
+    state_key = "Watching"  # of its subclasses too
+
     def __init__(self, stop_at=None):
         self.stop_at, self.batches, self.epochs = stop_at, 0, []
 

@@ -103,12 +103,6 @@ class TestCarrying:
         assert int(after.model_state["dropout"]["rngs"]["count"]) == 1
         assert int(after.model_state["calls"]) == 1
 
-    def test_the_step_trains_a_model_that_was_left_in_evaluation_mode(self):
-        model = Busy()
-        model.eval()
-        after, _ = make_train_step(squared_error, SGD)(create(model), regression())
-        assert not np.array_equal(after.model_state["norm"]["mean"], np.zeros(8))
-
     def test_sown_values_are_dropped(self):
         def sowing(model, batch, rng, step):
             model.seen = nnx.Intermediate(batch["input"])

@@ -6,10 +6,12 @@ __version__ = "0.1.0"
 from trainer.state import TrainState as TrainState
 from trainer.steps import make_train_step as make_train_step
 from trainer.steps import make_eval_step as make_eval_step
+from trainer.steps import make_predict_step as make_predict_step
 from trainer.steps import fuse_steps as fuse_steps
 from trainer.run import Run as Run
 from trainer.loop import run_epoch as run_epoch
 from trainer.loop import evaluate as evaluate
+from trainer.loop import predict as predict
 from trainer.loop import open_pass as open_pass
 from trainer.loop import Tick as Tick
 from trainer.api import Trainer as Trainer

@@ -16,18 +16,20 @@ from trainer.checkpoints.snapshot import Snapshot
 from trainer.compile.cost import ProgramCost
 from trainer.config import TrainingConfig
 from trainer.core.checks import check_count
+from trainer.core.modes import in_evaluation_mode
 from trainer.errors import ArgumentTypeError
 from trainer.fit import epochs, setup
 from trainer.fit import resume as resuming
-from trainer.fit.plan import plan_epoch, plan_run
+from trainer.fit.plan import plan_epoch, plan_prediction, plan_run
+from trainer.fit.read_only import ReadOnly
 from trainer.loggers.base import Logger, MetricsLoggerLike, prefixed
-from trainer.loop import evaluate, evaluate_batch
+from trainer.loop import evaluate, evaluate_batch, predict
 from trainer.run import Run
 from trainer.state import TrainState
 from trainer.types import Batch, ExtensionLike, LogCallback, LossFn, Metrics
 
 
-class Trainer:
+class Trainer(ReadOnly):
     """Trains an NNX model on the caller's own objective.
 
     Everything it does is a pure function of the run that it holds; the docstring of each method shows the lines that
@@ -35,7 +37,8 @@ class Trainer:
     caller, by a logger, or for an average. Events are emitted in the order given in `trainer.callbacks`.
 
     Args:
-        model: The module to train. It is copied, and never touched again. With a ``mesh`` it may be a callable that
+        model: The module to train. It is copied, and never touched again. Parts in evaluation mode stay in it (frozen
+            batch statistics, dropout that is off); a warning says if all are. With a ``mesh`` it may be a callable that
             makes the module, ``lambda rngs: Model(rngs=rngs)``: then no device ever holds all of it.
         training_config: How to train.
         optimizer: Any optax transformation; if left out, it is built from ``training_config``.
@@ -245,6 +248,37 @@ class Trainer:
         state = self.run.state_with_edits()
         return evaluate(self.setup.eval_step, state, held.in_order(), placement=self.setup.placement)
 
+    def predict(self, data: Any, batch_size: int, fn: Callable[[Any, Batch], Any] | None = None) -> Any:
+        """Returns what the model, in evaluation mode, predicts for every example, in their order.
+
+        It changes nothing and emits no event. For data in memory it is::
+
+            predict(jax.jit(make_predict_step(fn)), trainer.state, InMemoryData(data, batch_size).in_order())
+
+        Args:
+            data: Data in memory or a loader, as ``train_data`` of `train`.
+            batch_size: Examples in a batch; the last may be short.
+            fn: ``fn(model, batch) -> outputs``, traced like ``loss_fn``. If it is left out, the model is called on the
+                batch, on its only entry, or on its ``input`` or ``x``, see `trainer.make_predict_step`. Each function
+                compiles once for each shape of a batch, so pass the same one again, not a new lambda.
+
+        Returns:
+            The outputs of all processes, a pytree of NumPy arrays of shape ``(num_examples, ...)``.
+
+        Raises:
+            ArgumentError, BatchError: An argument cannot be used, or ``fn`` returned no row for each example.
+        """
+        batches = plan_prediction(self.setup, self.run, data, check_count(batch_size, "batch_size"))
+        state = self.run.state_with_edits()
+        return predict(self.setup.predict_step(fn), state, batches, placement=self.setup.placement)
+
+    def set_learning_rate(self, value: float) -> None:
+        """Sets the learning rate from the next step on; any callback may do so, and a checkpoint holds it.
+
+        It is ``trainer.state = trainer.state.with_learning_rate(value)``, and raises as that does.
+        """
+        self.hold(self.setup.with_learning_rate(self.run, value))
+
     def compile(self, batch: Batch) -> ProgramCost:
         """Compiles `train_step` for batches like this one, without running it, and returns what it costs.
 
@@ -269,15 +303,16 @@ class Trainer:
         Args:
             path: The name; its ending decides the format, see `trainer.save_state`. Without one it is
                 ``checkpoint_<step>.orbax`` for a state on a mesh of several devices, else ``….msgpack``.
-            background: Return as soon as a copy of the arrays is under way, and write beside the training. At most one
+            background: Return as soon as a copy of the arrays is dispatched, and write in a thread. At most one
                 save is in flight; what it raises is raised by the next step of `train`, save or load, or by `close`.
-                "if_finite", which `train` uses, writes nothing, and warns later, if the model holds NaN or infinity.
+                "if_finite", which `train` uses, writes nothing, and warns later, if the state holds NaN or infinity.
 
         Returns:
             The path.
 
         Raises:
-            CheckpointError, ArgumentError: It could not be written, in any process; earlier ones are untouched.
+            ArgumentError: The name promises the format of another program.
+            CheckpointError: It could not be written, in any process; earlier checkpoints are untouched.
         """
         run, beside = self.setup.beside(self.run)
         target = self.setup.checkpointer.save(run, path, background=background, **beside)
@@ -336,44 +371,6 @@ class Trainer:
 
     @property
     def model(self) -> Any:
-        """A new module with a copy of the current values. The module that was passed in stays as it was."""
+        """A new module in evaluation mode with a copy of the current values; `state` has one in its first modes."""
         state = self.run.state_with_edits()
-        return state.replace(opt_state=(), extensions={}).copy().model()
-
-    step = property(lambda self: self.run.step, doc="The number of updates finished.")
-    epoch = property(lambda self: self.run.epoch, doc="The number of epochs finished.")
-    history = property(lambda self: self.run.history, doc="What was logged so far, see `trainer.History`.")
-    train_metrics = property(lambda self: self.history.of_training(), doc="See `History.of_training`.")
-    val_metrics = property(lambda self: self.history.of_validation(), doc="See `History.of_validation`.")
-    rng = property(lambda self: self.state.rng, doc="The key from which every step draws its own.")
-    opt_state = property(lambda self: self.state.opt_state, doc="The state of the optimizer.")
-    is_new_run = property(lambda self: self.run.is_new, doc="Whether the run is neither resumed nor continued.")
-
-    # Read-only, since it is compiled into the step.
-    training_config = property(lambda self: self.setup.config)
-    loss_fn = property(lambda self: self.setup.loss_fn)
-    train_data_loader = property(lambda self: self.setup.train_data_loader)
-    val_data_loader = property(lambda self: self.setup.val_data_loader)
-    metrics_logger = property(lambda self: self.setup.metrics_logger)
-    logger = property(lambda self: self.setup.logger)
-    log_callback = property(lambda self: self.setup.log_callback)
-    callbacks = property(lambda self: self.setup.callbacks)
-    extensions = property(lambda self: self.setup.extensions)
-    save_interval = property(lambda self: self.setup.save_interval)
-    workdir = property(lambda self: self.setup.workdir)
-    checkpoint_dir = property(lambda self: self.setup.checkpointer.directory)
-    is_primary_process = property(lambda self: self.setup.placement.is_primary_process)
-
-    # What is known of the call in progress, or of the latest.
-    should_stop = property(lambda self: self.setup.events.should_stop, doc="Whether a callback wants the run to end.")
-    throughput = property(lambda self: self.setup.live.throughput, doc="`trainer.Throughput` of the latest epoch.")
-    validates = property(lambda self: self.setup.live.validates, doc="Whether the run validates on anything.")
-
-    @property
-    def optimizer(self) -> optax.GradientTransformation:
-        """The given or configured optimizer, with gradient clipping.
-
-        Raises:
-            ConfigError: Its schedule ends with the run, and the length of the run is not known yet.
-        """
-        return setup.build_optimizer(self.setup.config, self.setup.given_optimizer, self.run.horizon)
+        return in_evaluation_mode(state.replace(opt_state=(), extensions={}).copy().model())

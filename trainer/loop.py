@@ -1,4 +1,6 @@
-"""The loop: `run_epoch` advances a run over batches, `evaluate` averages an objective. Both work without a `Trainer`.
+"""The loop: `run_epoch` advances a run over batches, `evaluate` averages an objective, `predict` stacks outputs.
+
+All work without a `Trainer`.
 
 `Trainer.train`, `Trainer.train_epoch` and your own loop are the same loop::
 
@@ -14,11 +16,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from trainer.compile.dispatch import CompiledStep, DispatchPlan, explain_lost_state
+from trainer.data.loaders import no_batch
 from trainer.data.memory import Epoch
 from trainer.data.resumable import LoaderPass, LoaderPosition
-from trainer.errors import BatchError
+from trainer.errors import ArgumentError, BatchError
 from trainer.metrics.average import WeightedAverage
 from trainer.metrics.throughput import Meter
 from trainer.run import FromLoader, Run
@@ -220,12 +224,70 @@ def evaluate_batch(
     eval_step: Callable[..., Metrics], state: TrainState, batch: Batch, index: int, placement: Placement
 ) -> Metrics:
     """Returns the metrics of one batch; ``index`` tells the batches of an evaluation apart."""
+    metrics: Metrics = _called(eval_step, placement, state, batch, placement.replicated_int(index))
+    return metrics
+
+
+def predict(
+    predict_step: Callable[[TrainState, Batch], Any],
+    state: TrainState,
+    batches: Iterable[Batch],
+    *,
+    placement: Placement | None = None,
+) -> Any:
+    """Returns what the model predicts for all examples, in their order. Changes nothing.
+
+    It equals::
+
+        outputs = [predict_step(state, batch) for batch in batches]
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *outputs)
+
+    Args:
+        predict_step: ``jax.jit(make_predict_step(fn))``. Over a mesh of several processes its outputs must be
+            replicated (``out_shardings``).
+        state: The state. It is not donated.
+        batches: An iterable of batches; the last may be short.
+        placement: Where batches are put; JAX's default device if left out.
+
+    Returns:
+        The outputs, as NumPy arrays of shape ``(num_examples, ...)``: they need memory of the host, and of the device
+        that of a few batches.
+
+    Raises:
+        ArgumentError: There was no batch, an output has no row for each example, or batches give outputs of
+            shapes that differ in more than the examples.
+    """
+    placement = SingleDevice() if placement is None else placement
+    batches = iter(batches)
+    parts: list[Any] = []
+    in_flight: collections.deque[Any] = collections.deque()
+    while (taken := _next_batch(batches, len(parts) + len(in_flight), placement)) is not None:
+        in_flight.append(_called(predict_step, placement, state, taken[0]))
+        if len(in_flight) > MAX_IN_FLIGHT:
+            parts.append(jax.device_get(in_flight.popleft()))
+    parts.extend(jax.device_get(list(in_flight)))
+    if not parts:
+        raise no_batch("batches")
+    return jax.tree.map(_joined, *parts)
+
+
+def _called(step: Callable[..., Any], placement: Placement, state: TrainState, *arguments: Any) -> Any:
     try:
-        metrics = eval_step(state, batch, placement.replicated_int(index))
-        return jax.block_until_ready(metrics) if placement.one_call_at_a_time else metrics
+        result = step(state, *arguments)
+        return jax.block_until_ready(result) if placement.one_call_at_a_time else result
     except Exception as error:
         explain_lost_state(state, error)
         raise
+
+
+def _joined(*parts: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    shapes = {part.shape[1:]: part.shape for part in parts}
+    if len(shapes) > 1:
+        raise ArgumentError(
+            f"`fn` returned outputs of shapes {' and '.join(map(str, list(shapes.values())[:2]))} for two batches, "
+            f"which cannot be put together; pad them to one size."
+        )
+    return np.concatenate(parts)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from trainer.core.learning_rate import with_learning_rate
 from trainer.core.nnx_bridge import Flat, GraphDef, Path, lookup, nest, split_module, variables_of
 from trainer.core.tree_paths import join_path, leaf_path
 from trainer.errors import ArgumentError, ArgumentTypeError, StateError
@@ -117,11 +118,28 @@ class TrainState:
         """
         self.check_alive()
         flat = lookup(self.params, self.model_state, paths=self.graphdef.paths)
-        return nnx.merge(self.graphdef, [flat[path] for path in self.graphdef.paths])
+        return self.graphdef.merge([flat[path] for path in self.graphdef.paths])
 
     def replace(self, **changes: Any) -> Self:
         """Returns a copy with some fields replaced, as ``dataclasses.replace`` does."""
         return dataclasses.replace(self, **changes)
+
+    def with_learning_rate(self, value: float) -> Self:
+        """Returns a copy with another learning rate, where the optimizer keeps one in its state.
+
+        That of `optax.inject_hyperparams` does, alone or inside ``optax.chain``, ``optax.MultiSteps`` and others. The
+        optimizer of a configuration becomes one by ``optax.inject_hyperparams(make_optimizer)(optimizer_config,
+        learning_rate=1e-3)``. Any other has its rate compiled into the step. (Further hyperparameters that are kept
+        are entries of ``opt_state.hyperparams``, which a `Trainer` lets you assign.)
+
+        Args:
+            value: The rate from the next step on, until it is set again. It compiles nothing.
+
+        Raises:
+            ArgumentError: ``value`` is no number, negative or not finite; or the state holds no rate, several, or one
+                that a schedule sets anew in every step.
+        """
+        return self.replace(opt_state=with_learning_rate(self.opt_state, value))
 
     def copy(self) -> Self:
         """Returns an equal state with buffers of its own, which outlives a donation of this one.

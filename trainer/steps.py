@@ -17,7 +17,15 @@ from flax import nnx
 from trainer.batches import batch_length, check_batch
 from trainer.core.checks import check_count
 from trainer.core.mapped_axes import AxisName, average_if_changed, average_over_axis, fold_in_device, per_device
-from trainer.core.nnx_bridge import Flat, lookup, merge_updated, split_variables
+from trainer.core.modes import in_evaluation_mode, in_training_mode
+from trainer.core.nnx_bridge import (
+    Flat,
+    lookup,
+    merge_updated,
+    refuse_changed_attributes,
+    split_variables,
+    static_attributes,
+)
 from trainer.core.objective import (
     NOT_REPORTED,
     call_objective,
@@ -25,10 +33,10 @@ from trainer.core.objective import (
     check_loss_fn,
     extension_losses,
     forward,
-    in_training_mode,
     refuse_shadowing,
     with_losses,
 )
+from trainer.core.prediction import call_on_input, check_outputs
 from trainer.errors import ArgumentError, ArgumentTypeError, BatchError
 from trainer.state import TrainState, check_optimizer
 from trainer.types import Batch, ExtensionLike, LossFn, Metrics
@@ -54,7 +62,12 @@ def make_train_step(
 
     Assignments that the forward pass makes to variables under ``wrt`` last for that pass only;
     every other variable (batch statistics, RNG counts, extension state) is carried into the
-    next state. An extension whose ``is_enabled()`` is false when the step is traced is left out.
+    next state, and what `nnx.Module.sow` keeps is dropped. Plain Python attributes are part of the compiled
+    program: a forward pass that changes one is refused, except for the flags of `nnx.Module.train`.
+    An extension whose ``is_enabled()`` is false when the step is traced is left out.
+
+    The model is in training mode, except for the parts that were in evaluation mode when the state was created: their
+    dropout stays off, and their batch statistics stay as they are.
 
     Args:
         loss_fn: The objective, see `trainer.LossFn`.
@@ -107,6 +120,7 @@ def make_train_step(
         def objective(params: Any) -> tuple[jax.Array, tuple[Metrics, Flat, dict[str, Flat]]]:
             before = state.replace(params=params)
             model = in_training_mode(before.model())
+            attributes = static_attributes(model)
             loss, metrics, outputs = call_objective(loss_fn, model, batch, step_rng, state.step)
             enabled = {name: e for name, e in extensions.items() if e.is_enabled()}
             if enabled and outputs is NOT_REPORTED:
@@ -114,6 +128,7 @@ def make_train_step(
             context = {"model": model, "rng": step_rng, "step": state.step}
             losses, extension_variables = extension_losses(enabled, state, batch, outputs, context)
             refuse_shadowing(metrics, losses)
+            refuse_changed_attributes(attributes, model, "model")
             _, variables = split_variables(model, wrt)
             return sum(losses.values(), start=loss), ({**metrics, **losses}, variables, extension_variables)
 
@@ -205,6 +220,10 @@ def fuse_steps(
 def make_eval_step(loss_fn: LossFn, *, axis_name: AxisName | None = None) -> Callable[..., Metrics]:
     """Makes the function that evaluates the objective with the model in evaluation mode.
 
+    Every part is, whatever its mode when the state was created, since a part that was put into training mode cannot be
+    told from one that is so by default. Dropout that shall draw in evaluation too (Monte Carlo dropout) says so where
+    it is called: ``self.dropout(x, deterministic=False)``.
+
     Args:
         loss_fn: The objective, as for `make_train_step`. Extensions take no part in evaluation.
         axis_name: The mapped axis over which metrics are averaged, as for `make_train_step`.
@@ -224,13 +243,50 @@ def make_eval_step(loss_fn: LossFn, *, axis_name: AxisName | None = None) -> Cal
         _check_call(state, batch)
         rng = jax.random.fold_in(jax.random.fold_in(state.rng, _EVALUATION), index)
         rng = fold_in_device(rng, axis_name)
-        model = state.model()
-        model.eval()
+        model = in_evaluation_mode(state.model())
         loss, metrics, _ = call_objective(loss_fn, model, batch, rng, state.step)
         _, metrics = average_over_axis((), {**metrics, "loss": loss}, axis_name)
         return {**metrics, "step": state.step}
 
     return eval_step
+
+
+def make_predict_step(fn: Callable[[Any, Batch], Any] | None = None) -> Callable[[TrainState, Batch], Any]:
+    """Makes the function that computes what the model, in evaluation mode, predicts for a batch.
+
+    Args:
+        fn: ``fn(model, batch) -> outputs``, a pytree of arrays of shape ``(batch_size, ...)``. By default the model is
+            called on the batch, if that is an array; on its only entry; or on the entry ``input`` or ``x`` of a mapping
+            whose other entries are targets by their names (``y``, ``label``, ``target``, and plurals of these).
+
+    Returns:
+        A pure ``(state, batch) -> outputs``. The state does not change, RNG counts included, so a model that draws in
+        evaluation mode draws the same for every batch; make a key for each example a part of the data where that
+        matters.
+
+    Raises:
+        ArgumentTypeError: ``fn`` is not callable. The returned function raises `ArgumentError` while it is traced: an
+            output has no row for each example, or ``fn`` was left out and the input of the model cannot be told.
+
+    Example:
+        >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+        >>> state = TrainState.create(model, optax.sgd(0.5), rng=jax.random.key(0))
+        >>> jax.jit(make_predict_step())(state, jnp.ones((4, 2))).shape
+        (4, 1)
+    """
+    if fn is not None and not callable(fn):
+        raise ArgumentTypeError(
+            f"`fn` is of type {type(fn).__name__}; it must be a callable fn(model, batch) -> outputs."
+        )
+
+    def predict_step(state: TrainState, batch: Batch) -> Any:
+        _check_call(state, batch)
+        model = in_evaluation_mode(state.model())
+        outputs = (call_on_input if fn is None else fn)(model, batch)
+        check_outputs(outputs, batch)
+        return outputs
+
+    return predict_step
 
 
 def _check_call(state: Any, batch: Any) -> None:

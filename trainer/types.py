@@ -24,7 +24,8 @@ class LossFn(Protocol):
         the variables of ``model`` (batch statistics, random counts): the step carries them on.
 
         Args:
-            model: The module, in training mode under a train step, in evaluation mode otherwise.
+            model: The module. In a train step it is in training mode, but for the parts that were handed over in
+                evaluation mode; otherwise all of it is in evaluation mode.
             batch: The batch as it was given: a pytree of arrays, mostly each of shape ``(batch_size, ...)``.
             rng: A key for this step and no other.
             step: The number of updates before this one, an int32 scalar.

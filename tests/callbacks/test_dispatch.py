@@ -124,14 +124,80 @@ def test_an_extension_can_ask_to_stop():
     assert dispatcher.should_stop
 
 
-def test_states_come_in_list_order_and_go_back_to_their_positions():
-    def make(*states):
-        return build([Last(states[0]), Callback(), CallbackList([Stateful(states[1])])], extension=Stateful(states[2]))
+def stop(monitor="val_loss", **options):
+    return EarlyStopping(monitor, **options)
 
-    source, target = make("last", "nested", "extension"), make(1, 2, 3)
-    assert source.state_dict() == ["last", "nested", "extension"]
-    target.load_state_dict(source.state_dict())
-    assert target.state_dict() == source.state_dict()
+
+class TestStates:
+    def test_they_come_in_list_order_and_go_back_to_their_owners(self):
+        def make(*states):
+            return build([Last(states[0]), Callback(), CallbackList([Stateful(states[1])])], one=Stateful(states[2]))
+
+        source, target = make("last", "nested", "extension"), make(1, 2, 3)
+        names = ["Last", "Stateful", "extensions/one"]
+        states = ["last", "nested", "extension"]
+        saved = [{"callback": name, "state": state} for name, state in zip(names, states, strict=True)]
+        assert source.state_dict() == saved
+        target.load_state_dict(source.state_dict())
+        assert target.state_dict() == source.state_dict()
+
+    def test_they_find_their_owners_in_another_order(self):
+        a, b, last = Stateful("a"), stop("val_b"), Last("last")
+        b.load_state_dict({"best_score": 0.5, "waited": 1, "stopped_step": None})
+        saved = build([a, CallbackList([b]), last], x=Stateful("x"), y=Stateful("y")).state_dict()
+        a2, b2, last2, x2, y2 = Stateful(0), stop("val_b", patience=3), Last(0), Stateful(0), Stateful(0)
+        build([last2, b2, a2], y=y2, x=x2).load_state_dict(saved)
+        assert (a2.state, last2.state, x2.state, y2.state) == ("a", "last", "x", "y")
+        assert b2.state_dict() == b.state_dict()
+
+    def test_an_owner_without_a_state_starts_without_one_and_a_state_without_an_owner_is_said(self):
+        saved = build([old := stop("val_a")], one=Stateful(1)).state_dict()
+        old.best_score = 0.25
+        new = stop("val_b")
+        fresh = new.state_dict()
+        with pytest.warns(UserWarning, match="the checkpoint holds, of the states of callbacks: ") as said:
+            build([new], two=(two := Stateful(2))).load_state_dict(saved)
+        (text,) = [str(one.message) for one in said]
+        assert "no state for 'EarlyStopping(val_b)', which starts without one" in text
+        assert "no state for 'extensions/two'" in text
+        assert "a state of 'EarlyStopping(val_a)', which this trainer does not have" in text
+        assert "a state of 'extensions/one'" in text
+        assert (new.state_dict(), two.state) == (fresh, 2)
+
+    def test_several_of_one_name_keep_their_order(self):
+        saved = build([Stateful(1), Last(0), Stateful(2)]).state_dict()
+        build([first := Stateful(0), second := Stateful(0), Last(9)]).load_state_dict(saved)
+        assert (first.state, second.state) == (1, 2)
+
+    @pytest.mark.parametrize(("before", "after"), [([1], [8, 9]), ([1, 2], [9])])
+    def test_which_of_several_was_meant_is_not_guessed(self, before, after):
+        saved = build([*map(Stateful, before), Last(0)]).state_dict()
+        callbacks = [*map(Stateful, after), Last(9)]
+        with pytest.warns(UserWarning, match=rf"{len(before)} for the {len(after)} callbacks named 'Stateful', none"):
+            build(callbacks).load_state_dict(saved)
+        assert [one.state for one in callbacks] == [*after, 0]
+
+    def test_a_key_tells_members_of_a_class_apart(self):
+        def keyed(key, state):
+            callback = Stateful(state)
+            callback.state_key = key
+            return callback
+
+        saved = build([keyed("a", 1), keyed("b", 2)]).state_dict()
+        assert [one["callback"] for one in saved] == ["a", "b"]
+        build([b := keyed("b", 0), a := keyed("a", 0)]).load_state_dict(saved)
+        assert (a.state, b.state) == (1, 2)
+
+    def test_states_without_names_go_by_position_as_they_were_saved(self):
+        build([Last(0), a := Stateful(0)], one=(one := Stateful(0))).load_state_dict(["last", "a", "one"])
+        assert (a.state, one.state) == ("a", "one")
+        with pytest.warns(UserWarning, match="1 states without names, which 2 callbacks get by position"):
+            build([a, one]).load_state_dict([7])
+        assert (a.state, one.state) == (7, "one")
+
+    def test_states_of_which_some_have_names_are_refused(self):
+        with pytest.raises(CheckpointError, match="some have a name and some have none"):
+            build([Stateful(0), Last(0)]).load_state_dict([{"callback": "Stateful", "state": 1}, 5])
 
 
 def test_a_state_that_is_refused_names_the_callback():

@@ -234,7 +234,7 @@ class TestInARun:
             run(build(tmp_path, best, Watching(stop_at=12), save_interval=4))
         assert steps_in(tmp_path / "best") == [5, 10]
         again = ModelCheckpoint(tmp_path / "best", save_top_k=-1)
-        resumed = build(tmp_path, again, save_interval=4)
+        resumed = build(tmp_path, again, Watching(), save_interval=4)
         with pytest.warns(UserWarning, match=r"holds checkpoints up to step 10, later than this run's step 8"):
             run(resumed, resume=tmp_path / "files" / "checkpoint_8.msgpack")
         assert steps_in(tmp_path / "best") == [5, 10, 15]

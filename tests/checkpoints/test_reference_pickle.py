@@ -483,7 +483,7 @@ class TestAttacks:
             read_pickle(path, like)
         seconds = time.process_time() - start
         sys.settrace(tracing)
-        assert seconds < 1
+        assert seconds < 5  # 0.3 on a quiet machine; an attack that works takes minutes
         tracemalloc.start()
         with pytest.raises(CheckpointError):
             read_pickle(path, like)

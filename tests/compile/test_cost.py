@@ -64,7 +64,7 @@ def test_it_says_what_will_not_fit():
 
 
 def test_bad_input():
-    with pytest.raises(BatchError, match="`batch` is of type list"):
+    with pytest.raises(BatchError, match="`batch` is a list of Python values"):
         build().compile([1, 2])
 
 

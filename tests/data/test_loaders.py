@@ -224,7 +224,7 @@ class Sized:
 @pytest.mark.parametrize(
     ("make", "setting"),
     [
-        (lambda loader, limit: one_pass(loader, 2, "val_data", limit, bound="VALIDATION"), "VALIDATION"),
+        (lambda loader, limit: one_pass(loader, 2, "val_data", limit, bound="set `VALIDATION`"), "VALIDATION"),
         (opened, "TrainingConfig.steps_per_epoch"),
     ],
 )

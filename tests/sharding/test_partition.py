@@ -595,8 +595,11 @@ class TestBatch:
                 {"input": np.zeros((3, 3))},
                 "of length 3 is split in 4 over data, fsdp; the nearest length is 4.",
             ),
-            ({"input": np.zeros((4, 3)), "label": np.zeros(8)}, "`batch` has leading dimensions that differ"),
-            ([1, 2], "`batch` is of type list; it must be a mapping"),
+            (
+                {"input": np.zeros((4, 3)), "label": np.zeros(6)},
+                "`batch/label`: dimension 0 of length 6 is split in 4 over data, fsdp; the nearest lengths are 4 and",
+            ),
+            ([1, 2], "`batch` is a list of Python values, not an array"),
         ],
     )
     def test_one_that_does_not_is_refused(self, found, message):

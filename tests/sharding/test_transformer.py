@@ -141,5 +141,5 @@ def test_it_learns_over_data_sequence_and_tensor():
 @pytest.mark.slow
 def test_a_plan_runs_nothing():
     printed = run_example("--plan", "64", "--mesh", "data=16,fsdp=2,tensor=2")
-    assert printed.startswith("bytes on each of 64 devices (data 16 x fsdp 2 x tensor 2)\nstate ")
+    assert printed.startswith("on each of 64 devices (data 16 x fsdp 2 x tensor 2)\nstate ")
     assert "loss" not in printed

@@ -50,7 +50,9 @@ EVENTS = (
 class Callback:
     """A callback that ignores every event: override the methods that you need.
 
-    Any object with one of these methods is a callback too; deriving from this class is optional.
+    Any object with one of these methods is a callback too; deriving from this class is optional. A callback with
+    ``state_dict()`` and ``load_state_dict(state)`` has a state in checkpoints. The state finds the callback again by
+    its ``state_key``, a text, or by the name of its class if it has none.
 
     Attributes:
         should_stop: Set it to end the run after the current epoch.

@@ -1,6 +1,7 @@
 """`CallbackDispatcher`: the events and saved states of a trainer's callbacks and extensions."""
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainer.callbacks.base import CallbackList, emit, flatten, handles
@@ -18,6 +19,7 @@ class CallbackDispatcher:
 
     def __init__(self, callbacks: Any, extensions: Mapping[str, Any]) -> None:
         self._callbacks = callbacks
+        self._extensions = extensions
         self._all = CallbackList((callbacks, *extensions.values()))
 
     def emit(self, event: str, *args: Any) -> None:
@@ -43,27 +45,82 @@ class CallbackDispatcher:
         """Whether any callback or extension asks to end the run."""
         return self._all.should_stop
 
-    def state_dict(self) -> list[Any]:
+    def state_dict(self) -> list[dict[str, Any]]:
         """Returns the states of the callbacks and extensions that have ``state_dict`` and ``load_state_dict``.
 
-        They come in list order, whatever ``runs_last`` says, so that the position identifies the owner.
+        Each is ``{"callback": name, "state": state}``. The name is the ``state_key`` of a callback, else the name of
+        its class; an extension is ``extensions/<name>``.
         """
-        return [callback.state_dict() for callback in self._stateful()]
+        return [{"callback": name, "state": one.state_dict()} for name, one in self._stateful()]
 
-    def load_state_dict(self, states: Iterable[Any]) -> None:
-        """Gives each state to the callback or extension at its position.
+    def load_state_dict(self, states: Sequence[Any]) -> None:
+        """Gives each state to the callback or extension that it is named for.
+
+        Several of one name get theirs in list order. If there are more or fewer of them than when the states were
+        saved, none gets one, since any of them may be the owner. Whatever finds no owner or no state is named in a
+        warning. States of an older format have no names, and are given out by position.
 
         Raises:
-            CheckpointError: A callback or an extension cannot use its state.
+            CheckpointError: A callback or an extension cannot use its state, or some states have names and some none.
         """
-        for callback, state in zip(self._stateful(), states, strict=False):
-            try:
-                callback.load_state_dict(state)
-            except Exception as error:
-                raise CheckpointError(
-                    f"{type(callback).__name__}.load_state_dict raised {error!r} at the state in the checkpoint."
-                ) from error
+        present = self._stateful()
+        named = [_is_named(entry) for entry in states]
+        if any(named) and not all(named):
+            raise CheckpointError("of the states of callbacks in the checkpoint, some have a name and some have none.")
+        if not all(named):
+            if len(states) != len(present):
+                _warn([f"{len(states)} states without names, which {len(present)} callbacks get by position"])
+            for (_, callback), state in zip(present, states, strict=False):
+                _load(callback, state)
+            return
+        problems = []
+        for name in dict.fromkeys([*(name for name, _ in present), *(entry["callback"] for entry in states)]):
+            owners = [callback for known, callback in present if known == name]
+            found = [entry["state"] for entry in states if entry["callback"] == name]
+            if not found:
+                problems.append(f"no state for {name!r}, which starts without one")
+            elif not owners:
+                problems.append(f"a state of {name!r}, which this trainer does not have")
+            elif len(owners) != len(found):
+                problems.append(
+                    f"{len(found)} for the {len(owners)} callbacks named {name!r}, none of which gets one (give each "
+                    f"callback a `state_key` of its own)"
+                )
+            else:
+                for callback, state in zip(owners, found, strict=True):
+                    _load(callback, state)
+        if problems:
+            _warn(problems)
 
-    def _stateful(self) -> list[Any]:
-        found = flatten(self._all.callbacks)
-        return [one for one in found if hasattr(one, "state_dict") and hasattr(one, "load_state_dict")]
+    @property
+    def has_states(self) -> bool:
+        """Whether any callback or extension has a state to save."""
+        return bool(self._stateful())
+
+    def _stateful(self) -> list[tuple[str, Any]]:
+        """Returns the callbacks and extensions that have a state, by name, in list order whatever ``runs_last`` is."""
+        named = [(_name_of(callback), callback) for callback in flatten([self._callbacks])]
+        named += [(f"extensions/{name}", extension) for name, extension in self._extensions.items()]
+        return [(name, one) for name, one in named if hasattr(one, "state_dict") and hasattr(one, "load_state_dict")]
+
+
+def _name_of(callback: Any) -> str:
+    key = getattr(callback, "state_key", None)
+    return key if isinstance(key, str) and key else type(callback).__name__
+
+
+def _is_named(entry: Any) -> bool:
+    return isinstance(entry, Mapping) and entry.keys() == {"callback", "state"} and isinstance(entry["callback"], str)
+
+
+def _load(callback: Any, state: Any) -> None:
+    try:
+        callback.load_state_dict(state)
+    except Exception as error:
+        raise CheckpointError(
+            f"{type(callback).__name__}.load_state_dict raised {error!r} at the state in the checkpoint."
+        ) from error
+
+
+def _warn(problems: list[str]) -> None:
+    warnings.warn(f"the checkpoint holds, of the states of callbacks: {'; '.join(problems)}.", stacklevel=5)

@@ -76,6 +76,11 @@ class EarlyStopping(Callback):
         if not self._monitor.of_validation:
             self._check(trainer, logs)
 
+    @property
+    def state_key(self) -> str:
+        """The name of its state in a checkpoint, by which another callback of this class and metric finds it."""
+        return f"EarlyStopping({self._monitor.name})"
+
     def state_dict(self) -> dict[str, Any]:
         """Returns the best score, the checks since then, and where it stopped, as plain values."""
         return {"best_score": self.best_score, "waited": self._waited, "stopped_step": self.stopped_step}

@@ -32,7 +32,7 @@ class BackgroundSaver:
             except BaseException as error:  # raised in the thread that waits
                 pending.set_exception(error)
 
-        # A thread of its own, which is gone afterwards; the interpreter waits for it before it exits.
+        # A thread of its own, which is gone afterwards; the interpreter waits for the save before it exits.
         _in_flight.add(pending)
         pending.add_done_callback(_in_flight.discard)
         threading.Thread(target=run, name="checkpoint").start()

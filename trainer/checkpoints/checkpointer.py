@@ -13,7 +13,7 @@ from trainer.checkpoints.detach import detach
 from trainer.checkpoints.names import refuse_foreign, suffix_of
 from trainer.checkpoints.plain_values import to_plain
 from trainer.checkpoints.run_record import Restored, restore, snapshot_run
-from trainer.checkpoints.snapshot import Snapshot, write_snapshot
+from trainer.checkpoints.snapshot import Snapshot, is_in_host_memory, write_snapshot
 from trainer.checkpoints.state_io import default_name, load_latest, load_with_progress, prune
 from trainer.run import Run
 
@@ -51,10 +51,10 @@ class Checkpointer:
         Args:
             run: The run.
             path: The name. Without one it carries the step, and only the latest of these are kept.
-            background: Return when a copy of the arrays is under way, and write it in a thread; nothing waits for the
-                steps under way where the arrays are in memory of the host. "if_finite" writes nothing if a parameter
-                or a variable of the model is NaN or infinite; `check`, `wait` or the next save warns then. A pickle
-                or a ``.safetensors`` file is always written at once.
+            background: Return when a copy of the arrays is dispatched, and write it in a thread. Where the arrays are
+                in host memory, the call does not block on steps in flight. "if_finite" writes nothing if the state
+                cannot go on (`TrainState.is_finite`); `check`, `wait` or the next save warns then. A pickle or a
+                ``.safetensors`` file is always written at once.
             info, listeners, loaders: As for `snapshot_run`.
 
         Raises:
@@ -62,8 +62,8 @@ class Checkpointer:
             CheckpointError: It could not be written, or the save before failed in the background.
         """
         run = run.with_edits()
-        target = self.directory / default_name(run.step, run.peek()) if path is None else Path(path)
-        finite = run.peek().is_finite() if background == "if_finite" else None
+        target = self.directory / default_name(run.step, run.leaves) if path is None else Path(path)
+        only_finite = background == "if_finite"
         beside: dict[str, Any] = {"info": info, "listeners": listeners, "loaders": loaders}
         write = functools.partial(_write, target, self._max_checkpoints if path is None else None)
         refuse_foreign(target)  # now, not in the background
@@ -72,16 +72,27 @@ class Checkpointer:
         if not background or suffix in (".pkl", ".safetensors"):
             write(snapshot_run(run, **beside))
         elif suffix == ".orbax":
-            if finite is None or finite:
-                self._saver.start(functools.partial(write, snapshot_run(run, **beside).begin(target)))
-            else:
+            if only_finite and not run.peek().is_finite():
                 warn_of_state(run.step)
+            else:
+                self._saver.start(functools.partial(write, snapshot_run(run, **beside).begin(target)))
         else:
             states = list(listeners())
-            to_plain(states, "callbacks")  # refused now, not when they are written
-            run, states = detach(run), copy.deepcopy(states)
+            for name, values in {"info": info or {}, "callbacks": states}.items():
+                to_plain(values, name)  # refused now, not when they are written
+            states = copy.deepcopy(states)
             beside["listeners"] = lambda: states
-            self._saver.start(lambda: write(snapshot_run(run, **beside)) if finite is None or finite else run.step)
+            # On an accelerator the check is dispatched before the copy, after which no device has the arrays.
+            finite = run.peek().is_finite() if only_finite and not is_in_host_memory(run.leaves[0]) else None
+            detached = detach(run)
+
+            def write_detached() -> int | None:
+                if only_finite and not (detached.peek().is_finite() if finite is None else finite):
+                    return detached.step
+                write(snapshot_run(detached, **beside))
+                return None
+
+            self._saver.start(write_detached)
         return target
 
     def load(self, path: str | os.PathLike[str], current: Run) -> Restored:

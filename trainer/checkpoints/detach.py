@@ -4,19 +4,23 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from trainer.checkpoints.snapshot import check_within_process, copied_to_host, is_in_host_memory
 from trainer.core.tree_paths import leaf_path
 from trainer.data.resumable import LoaderPass
 from trainer.run import FromLoader, Run
 
+# A compiled copy takes a seventh of the time of `jax.device_put`, and about 0.7 ms for each array to compile.
+_MOST_COMPILED = 500
+
 
 def detach(run: Run) -> Run:
     """Returns an equal run with arrays, averages and a position of its own.
 
-    Where the arrays are in memory of the host, as on the CPU, the copies are made on the device: the device may still
-    be computing the arrays, and nothing waits for it. From an accelerator they are copied to the host, which waits
-    for the steps under way but takes no memory of the device.
+    Where the arrays are in host memory, as on the CPU, the copies are dispatched to the device and the call does not
+    block, even if the arrays are still being computed. From an accelerator they are copied to the host, which blocks
+    on the steps in flight but takes no device memory.
 
     Raises:
         CheckpointError: An array is on devices of several processes, or the loader cannot tell its position.
@@ -38,10 +42,16 @@ def detach(run: Run) -> Run:
 def _copies(run: Run) -> list[Any]:
     leaves = run.leaves
     if all(is_in_host_memory(leaf) and len(leaf.devices()) == 1 for leaf in leaves):
-        # One call for all, and not compiled: a jitted copy of 3,000 arrays takes a second to compile.
-        copies: list[Any] = jax.device_put(leaves, may_alias=False)
+        copies: list[Any] = (
+            _copied(leaves) if len(leaves) <= _MOST_COMPILED else jax.device_put(leaves, may_alias=False)
+        )
         return copies
     for (path, _), leaf in zip(jax.tree.leaves_with_path(run.peek()), leaves, strict=True):
         check_within_process(leaf_path(path), leaf)
         leaf.copy_to_host_async()
     return [copied_to_host(leaf) for leaf in leaves]
+
+
+@jax.jit
+def _copied(leaves: list[Any]) -> list[Any]:
+    return list(map(jnp.copy, leaves))

@@ -122,9 +122,12 @@ def read_progress(source: Source) -> dict[str, Any] | None:
 def describe(path: LeafPath, leaf: jax.Array) -> Leaf:
     """Returns what a file would say of an array: of a key, its words and its implementation."""
     if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return Leaf(path, str(leaf.dtype), tuple(leaf.shape))
+        return Leaf(path, _name_of(leaf.dtype), tuple(leaf.shape))
     words = _words_of(leaf.dtype)
     return Leaf(path, str(words.dtype), (*leaf.shape, *words.shape), str(jax.random.key_impl(leaf)))
+
+
+_name_of = functools.cache(str)  # a dtype writes its name anew each time
 
 
 class _File:

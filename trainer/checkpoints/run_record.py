@@ -34,13 +34,13 @@ class Restored:
     Attributes:
         path: The checkpoint.
         run: The run that was saved. Its position is None if it was saved outside a run.
-        listeners: The states of callbacks and extensions.
+        listeners: The states of callbacks and extensions; None if the checkpoint does not tell.
         loaders: The positions of the loaders of all processes, where there were several; else None.
     """
 
     path: Path
     run: Run
-    listeners: list[Any]
+    listeners: list[Any] | None
     loaders: list[Any] | None
 
 
@@ -237,15 +237,15 @@ def _with_record(run: Run, plain: Any, epoch: int | None) -> Run:
 
 def _checked(
     plain: Mapping[str, Any],
-) -> tuple[int | None, list[dict[str, Any]] | None, list[Any], list[Any] | None, int | None]:
+) -> tuple[int | None, list[dict[str, Any]] | None, list[Any] | None, list[Any] | None, int | None]:
     """Returns what is beside the run, None for what the checkpoint does not hold; unknown names are left alone."""
     epoch, rows, horizon = (plain.get(name) for name in ("epoch", "history", "horizon"))
-    listeners, loaders = plain.get("listeners", []), plain.get("loaders")
+    listeners, loaders = plain.get("listeners"), plain.get("loaders")
     for name, value in (("epoch", epoch), ("horizon", horizon)):
         if value is not None:
             _check_count(name, value)
-    for name, value in (("listeners", listeners), ("loaders", loaders or [])):
-        if not isinstance(value, list):
+    for name, value in (("listeners", listeners), ("loaders", loaders)):
+        if value is not None and not isinstance(value, list):
             raise ValueError(f"`{name}` is of type {type(value).__name__}, not a list")
     if rows is not None:
         if not isinstance(rows, list):

@@ -190,7 +190,7 @@ def prune(directory: Path, keep: int) -> None:
             remove_directory(directory / name)
 
 
-def default_name(step: int, state: TrainState | None = None) -> str:
+def default_name(step: int, state: Any = None) -> str:
     """Returns the name of the checkpoint of a step where the caller gives none.
 
     It ends in ``.orbax`` for a state with arrays on a mesh of several devices, whether they

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from flax.nnx import graphlib
+from flax.typing import HashableMapping
 
+from trainer.core.static_values import copy_containers, token
 from trainer.core.tree_paths import join_path, leaf_path
-from trainer.errors import ArgumentError, ObjectiveError
+from trainer.errors import ObjectiveError
 
 if TYPE_CHECKING:  # for annotations only: importing chex takes a tenth of the time of `import trainer`
     import chex
@@ -25,31 +30,35 @@ Flat = dict[Path, Any]
 
 
 class GraphDef(nnx.GraphDef[Any]):
-    """An interned `nnx.GraphDef` with a cached hash: equal graphdefs are one object.
+    """An interned `nnx.GraphDef` that can be hashed whatever it holds: equal graphdefs are one object.
 
-    ``jax.jit`` hashes and compares the static part of its arguments on every call. Flax recomputes
-    the hash each time (76 µs for four layers); here it is computed once, and interning makes the
-    comparison an identity. ``nnx.merge(state.graphdef, state.params, state.model_state)`` works.
+    ``jax.jit`` hashes and compares the static part of its arguments on every call. Flax recomputes the hash each time
+    (76 µs for four layers), and cannot where an attribute is a list. Here the token that stands for the values is made
+    once, and interning makes the comparison an identity. It equals the `nnx.GraphDef` that it was made of, whose hash
+    is another. ``nnx.merge(state.graphdef, state.params, state.model_state)`` works.
     """
 
-    __slots__ = ("__weakref__", "_hash", "paths")
+    __slots__ = ("__weakref__", "_hash", "_token", "paths")
 
     _hash: int
+    _token: Hashable
     paths: tuple[Path, ...]
     """The path of each variable, in the order in which ``nnx.merge`` takes their values."""
 
     def __new__(cls, graphdef: nnx.GraphDef[Any], paths: Iterable[Path]) -> GraphDef:
-        code = _hash(graphdef)
-        known = _interned.get(code)
-        if known is not None and known == graphdef:
+        graphdef = _with_own_values(graphdef)
+        identity = _token(graphdef)
+        known = interned.get(identity)
+        if known is not None:
             return known
         self = object.__new__(cls)
         object.__setattr__(self, "nodes", graphdef.nodes)
         object.__setattr__(self, "attributes", graphdef.attributes)
         object.__setattr__(self, "num_leaves", graphdef.num_leaves)
         object.__setattr__(self, "paths", tuple(paths))
-        object.__setattr__(self, "_hash", code)
-        _interned[code] = self
+        object.__setattr__(self, "_token", identity)
+        object.__setattr__(self, "_hash", hash(identity))
+        interned[identity] = self
         return self
 
     def __init__(self, graphdef: nnx.GraphDef[Any], paths: Iterable[Path]) -> None:
@@ -63,24 +72,26 @@ class GraphDef(nnx.GraphDef[Any]):
             return True
         if not isinstance(other, nnx.GraphDef):
             return NotImplemented
-        same = self.nodes == other.nodes and self.attributes == other.attributes
-        # In Python 1 == 1.0 == True, but modules with one or the other need not compute the same.
-        return same and self.num_leaves == other.num_leaves and _kinds(self) == _kinds(other)
+        return self._token == (other._token if isinstance(other, GraphDef) else _token(other))
+
+    def __deepcopy__(self, memo: Any) -> GraphDef:
+        return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         plain: nnx.GraphDef[Any] = nnx.GraphDef(self.nodes, self.attributes, self.num_leaves)
         return GraphDef, (plain, self.paths)
 
+    def merge(self, values: list[Any]) -> Any:
+        """Returns a module with ``values`` in the order of `paths`; its lists and other containers are its own."""
+        return nnx.merge(_with_own_values(self), values)
 
-_interned: weakref.WeakValueDictionary[int, GraphDef] = weakref.WeakValueDictionary()
+
+interned: weakref.WeakValueDictionary[Hashable, GraphDef] = weakref.WeakValueDictionary()
+"""The graphdefs in use, by token."""
 
 
 def split_module(module: nnx.Module, wrt: nnx.filterlib.Filter) -> tuple[GraphDef, Flat, Flat]:
-    """Returns the static structure of a module, the values of its variables under ``wrt``, and those of all others.
-
-    Raises:
-        ArgumentError: It has an attribute that cannot be hashed, named.
-    """
+    """Returns the static structure of a module, the values of its variables under ``wrt``, and those of all others."""
     graphdef, flat = _flatten(module)
     selected, rest = flat.split(wrt, ...)
     return GraphDef(graphdef, flat.paths), _values(selected), _values(rest)
@@ -103,7 +114,7 @@ def with_variables(module: Any, variables: chex.ArrayTree) -> Any:
         return module
     graphdef, flat = _flatten(module)
     values = lookup(variables, paths=flat.paths)
-    return nnx.merge(graphdef, [values[path] for path in flat.paths])
+    return nnx.merge(_with_own_values(graphdef), [values[path] for path in flat.paths])
 
 
 def merge_updated(
@@ -147,6 +158,53 @@ def merge_updated(
     return result
 
 
+def static_attributes(module: Any) -> Flat:
+    """Returns copies of a module's plain Python attributes by path, without the flags of `nnx.Module.train`."""
+    if not isinstance(module, nnx.Module):
+        return {}
+    graphdef = _with_own_values(_flatten(module)[0])
+    return {
+        path: attribute.value
+        for path, (_, attribute) in zip(_attribute_paths(graphdef), graphdef.attributes, strict=True)
+        if isinstance(attribute, graphlib.Static) and path[-1] not in _MODES and "_pytree__nodes" not in path
+    }
+
+
+def refuse_changed_attributes(before: Flat, module: Any, where: str) -> None:
+    """Checks that a forward pass left the plain Python attributes of a module alone.
+
+    They are part of the compiled program, which would have to be compiled anew after every change, as ``nnx.jit`` does.
+    Arrays that are attributes are values like those of variables, and are carried.
+
+    Args:
+        before: What `static_attributes` returned before the forward pass.
+        module: The module after it.
+        where: What the module is in error messages, such as ``model``.
+
+    Raises:
+        ObjectiveError: Naming the attributes that were set, changed or deleted.
+    """
+    after = static_attributes(module)
+    changed = [
+        f"`{join_path(where, path)}` {_change(before.get(path, _ABSENT), after.get(path, _ABSENT))}"
+        for path in {**before, **after}
+        if path not in before or path not in after or token(before[path]) != token(after[path])
+    ]
+    if changed:
+        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+        raise ObjectiveError(
+            f"The forward pass changed plain Python attributes: {'; '.join(changed[:5])}{more}. They are part of the "
+            f"compiled program, so the change would be lost. Hold what a step changes in an nnx.Variable "
+            f"(`self.calls = nnx.Variable(jnp.array(0))`, `self.calls[...] += 1`), and set the rest in the constructor."
+        )
+
+
+def _change(before: Any, after: Any) -> str:
+    if before is _ABSENT:
+        return f"was set to {after!r:.60}"
+    return "was deleted" if after is _ABSENT else f"was {before!r:.60} and became {after!r:.60}"
+
+
 def nest(flat: Flat) -> dict[Any, Any]:
     """Turns ``{("a", 0): x}`` into ``{"a": {0: x}}``."""
     tree: dict[Any, Any] = {}
@@ -160,6 +218,7 @@ def nest(flat: Flat) -> dict[Any, Any]:
 
 
 _ABSENT = object()
+_MODES = ("deterministic", "use_running_average")
 
 
 def lookup(*trees: Any, paths: Iterable[Path], missing: Any = None) -> Flat:
@@ -182,35 +241,69 @@ def _flatten(module: nnx.Module) -> tuple[nnx.GraphDef[Any], Any]:
     Sown values grow with every call, so a state that keeps its type cannot hold them. Flattening takes half as long as
     copying all arrays, so each caller flattens once.
     """
-    graphdef, flat = nnx.flatten(module)
+    graphdef, flat = nnx.flatten(module, graph=True)
     if any(isinstance(leaf, nnx.Intermediate) for leaf in flat.leaves):
-        module = nnx.clone(module)  # the caller's module keeps them
+        module = nnx.clone(module, graph=True)  # the caller's module keeps them
         nnx.pop(module, nnx.Intermediate)
-        graphdef, flat = nnx.flatten(module)
-    return graphdef, flat
+        graphdef, flat = nnx.flatten(module, graph=True)
+    return _with_static_constants(_with_ordinary_variables(graphdef), flat)
 
 
-def _kinds(graphdef: nnx.GraphDef[Any]) -> list[type]:
-    return [type(getattr(attribute, "value", None)) for _, attribute in graphdef.attributes]
+def _with_static_constants(graphdef: nnx.GraphDef[Any], flat: Any) -> tuple[nnx.GraphDef[Any], Any]:
+    """Moves NumPy arrays that no device can hold (names, dates, objects) from the values into the static structure."""
+    constants = {path: leaf for path, leaf in flat if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "OSTUMmV"}
+    constants = {path: leaf for path, leaf in constants.items() if not jnp.issubdtype(leaf.dtype, jnp.number)}
+    if not constants:
+        return graphdef, flat
+    attributes = [
+        (name, graphlib.Static(constants[path]) if path in constants else attribute)
+        for path, (name, attribute) in zip(_attribute_paths(graphdef), graphdef.attributes, strict=True)
+    ]
+    values = nnx.FlatState(((path, leaf) for path, leaf in flat if path not in constants), sort=False)
+    return nnx.GraphDef(graphdef.nodes, attributes, len(values)), values
 
 
-def _hash(graphdef: nnx.GraphDef[Any]) -> int:
-    try:
-        return hash(graphdef)
-    except TypeError as error:
-        for name, attribute in graphdef.attributes:
-            value = getattr(attribute, "value", None)
-            try:
-                hash(value)
-            except TypeError:
-                raise ArgumentError(
-                    f"`model` has the attribute `{name}` = {value!r:.60}, a plain Python {type(value).__name__} "
-                    f"that cannot be part of a compiled program's identity. Use a tuple, nnx.List or "
-                    f"nnx.Dict, or keep it outside the module."
-                ) from None
-        raise ArgumentError(
-            f"`model` has a variable whose metadata cannot be hashed ({error}); use tuples and names there."
-        ) from error
+def _with_ordinary_variables(graphdef: nnx.GraphDef[Any]) -> nnx.GraphDef[Any]:
+    """Returns the graphdef of the same module with variables that are not hijax types.
+
+    JAX cannot differentiate the creation of a hijax variable, and a step creates the module while it differentiates.
+    Ordinary variables compute the same.
+    """
+
+    def ordinary(node: Any) -> Any:
+        metadata = getattr(node, "metadata", None)
+        if not isinstance(metadata, HashableMapping) or not metadata.get("hijax"):
+            return node
+        return dataclasses.replace(node, metadata=metadata.update(HashableMapping({"hijax": False})))
+
+    return nnx.GraphDef([ordinary(node) for node in graphdef.nodes], graphdef.attributes, graphdef.num_leaves)
+
+
+def _attribute_paths(graphdef: nnx.GraphDef[Any]) -> list[Path]:
+    """Returns the path of each attribute, in the order of ``graphdef.attributes``: depth first."""
+    nodes, attributes = iter(graphdef.nodes), iter(graphdef.attributes)
+    paths: list[Path] = []
+
+    def visit(node: Any, path: Path) -> None:
+        for _ in range(getattr(node, "num_attributes", 0)):  # variables, and modules seen before, have none
+            name, attribute = next(attributes)
+            paths.append((*path, name))
+            if isinstance(attribute, graphlib.NodeAttr):
+                visit(next(nodes), (*path, name))
+
+    visit(next(nodes), ())
+    return paths
+
+
+def _token(graphdef: nnx.GraphDef[Any]) -> Hashable:
+    return token((graphdef.nodes, graphdef.attributes, graphdef.num_leaves))
+
+
+def _with_own_values(graphdef: nnx.GraphDef[Any]) -> nnx.GraphDef[Any]:
+    """Returns an equal graphdef whose static values no edit of the given one's reaches."""
+    memo: dict[int, Any] = {}
+    nodes = copy_containers(graphdef.nodes, memo)
+    return nnx.GraphDef(nodes, copy_containers(graphdef.attributes, memo), graphdef.num_leaves)
 
 
 def _values(variables: Iterable[tuple[Path, Any]]) -> Flat:

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from trainer.batches import summarize
-from trainer.core.nnx_bridge import Flat, variables_of, with_variables
+from trainer.core.modes import in_training_mode
+from trainer.core.nnx_bridge import Flat, refuse_changed_attributes, static_attributes, variables_of, with_variables
 from trainer.errors import ArgumentError, ArgumentTypeError, ObjectiveError
 from trainer.state import TrainState
 from trainer.types import MODEL_OUTPUTS, Batch, ExtensionLike, LossFn, Metrics
@@ -54,12 +55,6 @@ def call_objective(
     return loss, {name: _metric(name, value) for name, value in named.items()}, outputs
 
 
-def in_training_mode(model: Any) -> Any:
-    """Returns the model, switched to training mode."""
-    model.train()
-    return model
-
-
 def forward(state: TrainState, batch: Batch) -> Any:
     """Returns ``model(batch["input"])`` where that can be called, else None.
 
@@ -100,9 +95,11 @@ def extension_losses(
         held = state.extensions[name]
         # The variables come from the state; Python attributes are those of the caller's object.
         traced = with_variables(extension, held["variables"])
+        attributes = static_attributes(traced)
         rng = jax.random.fold_in(context["rng"], crc32(name.encode()))
         loss = traced.loss_fn(batch, outputs, **_taken(traced.loss_fn, {**context, "rng": rng}))
         loss = check_loss(loss, f"`extensions[{name!r}].loss_fn` returned a loss that")
+        refuse_changed_attributes(attributes, traced, f"extensions/{name}")
         losses[f"{name}_loss"] = held["weight"].astype(loss.dtype) * loss
         variables[name] = variables_of(traced)
     return losses, variables

@@ -6,8 +6,38 @@ from typing import Any
 import jax
 import numpy as np
 
-# JAX copies a smaller array during the call in any case, whatever its alignment.
+# Bytes below which JAX copies an unaligned array during the call anyway, so alignment saves nothing. (It aliases an
+# aligned array of any size, so every array is copied here.)
 _COPIED_BY_JAX = 100 * 1024
+
+
+_NARROW = frozenset(np.dtype(code) for code in "?bhiBHIefdFD")
+_INT64 = np.dtype(np.int64)
+
+
+def flat_copy(batch: Any) -> tuple[dict[Any, Any], int] | None:
+    """Returns a private copy of a batch and its length, if nothing has to be said of it; None if it is to be looked at.
+
+    Nearly every batch is a flat dict of NumPy arrays. This takes a microsecond or two, `checked_batch` and
+    `private_copy`, which do the same for any batch, several times as long.
+    """
+    if type(batch) is not dict:
+        return None
+    copies, length = {}, 0
+    for name, leaf in batch.items():
+        if type(leaf) is not np.ndarray or not leaf.shape or leaf.shape[0] != (length or leaf.shape[0]):
+            return None
+        length = leaf.shape[0]
+        if leaf.dtype in _NARROW:
+            copies[name] = leaf.copy() if leaf.nbytes < _COPIED_BY_JAX else _aligned_copy(leaf)
+        elif leaf.dtype == _INT64 and not jax.config.read("jax_enable_x64"):
+            narrow = leaf.astype(np.int32)  # as JAX would
+            if (narrow != leaf).any():
+                return None
+            copies[name] = narrow
+        else:
+            return None
+    return (copies, length) if length else None
 
 
 def private_copy(batch: Any) -> Any:
@@ -24,8 +54,10 @@ def private_copy(batch: Any) -> Any:
 def _copied(leaf: Any) -> Any:
     if not isinstance(leaf, np.ndarray):
         return leaf if isinstance(leaf, jax.Array) or jax.tree_util.all_leaves([leaf]) else private_copy(leaf)
-    if leaf.nbytes < _COPIED_BY_JAX:
-        return leaf.copy()
+    return leaf.copy() if leaf.nbytes < _COPIED_BY_JAX else _aligned_copy(leaf)
+
+
+def _aligned_copy(leaf: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     # Aligned memory spares the copy that JAX makes of any other, so this one costs next to nothing.
     copied = aligned_empty(leaf.shape, leaf.dtype)
     np.copyto(copied, leaf)

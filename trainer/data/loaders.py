@@ -72,7 +72,7 @@ def one_pass(loader: Any, batch_size: int, name: str, limit: int | None, *, boun
         batch_size: As for `open_loader`.
         name: As for `open_loader`.
         limit: The most batches; None for all.
-        bound: The name of the setting that holds the limit, for the warning about an endless loader.
+        bound: What to do about an endless loader, for the warning.
 
     Raises:
         ArgumentError: There was no batch.
@@ -108,7 +108,7 @@ def check_drawn(batch: Any, drawn: int, loader: Any, name: str, limit: int | Non
     if drawn == WARN_AFTER and limit is None and not isinstance(loader, Sized):
         warnings.warn(
             f"`{name}` has yielded {drawn:,} batches in this pass and has no length, so the pass may never end. If the "
-            f"loader is endless, set `{bound}`; if it is only long, there is nothing to do.",
+            f"loader is endless, {bound}; if it is only long, there is nothing to do.",
             stacklevel=2,
         )
 

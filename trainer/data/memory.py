@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Self
 
 import jax
@@ -91,13 +91,23 @@ class InMemoryData:
     def make_source(self) -> None:
         """Makes the source in a thread, if nobody has yet.
 
-        Importing datarax loads Grain and Orbax, a quarter of the time to the first step where compilations are cached.
-        So the first pass asks for it after its first batch, while the device is at work.
+        Importing datarax loads Grain and Orbax, a quarter of the time to the first step where compilations are
+        cached. So the first pass asks for it after its first batch, while the device is at work; a pass of a single
+        batch leaves it to the next one.
         """
         if self._source is None:
             maker = ThreadPoolExecutor(1, thread_name_prefix="datarax")
             self._source = maker.submit(_memory_source, self._columns)
             maker.shutdown(wait=False)
+
+    def finish_import(self) -> None:
+        """Waits for the thread that makes the source, if there is one.
+
+        Call it before KeyboardInterrupt is raised: if another thread executes code (an import) during interpreter
+        shutdown, the process exits with status 1 instead of that of SIGINT.
+        """
+        if self._source is not None:
+            wait([self._source])
 
 
 class Epoch(Iterator[Batch]):
@@ -168,7 +178,7 @@ class Epoch(Iterator[Batch]):
         )
 
     def _next(self) -> slice | np.ndarray[Any, Any] | None:
-        if self._position > self._start:
+        if self._start < self._position < self._num_examples:
             self._data.make_source()
         start, end = self._position, min(self._position + self.batch_size, self._num_examples)
         if start >= end:
@@ -177,7 +187,7 @@ class Epoch(Iterator[Batch]):
         return slice(start, end) if self._order is None else self._order[start:end]
 
     def _several(self, count: int) -> np.ndarray[Any, Any]:
-        if self._position > self._start:
+        if self._start < self._position < self._num_examples:
             self._data.make_source()
         start, end = self._position, self._position + count * self.batch_size
         self._position = end
@@ -213,8 +223,9 @@ def seed_from_key(rng: jax.Array) -> tuple[int, ...]:
 def _memory_source(columns: list[Any]) -> Any:
     from datarax.sources import MemorySource, MemorySourceConfig
 
-    # A source knows flat dicts only.
-    return MemorySource(MemorySourceConfig(shuffle=False), {str(i): column for i, column in enumerate(columns)})
+    # A source knows flat dicts only. It makes a counter on the device, which a caller's transfer guard would refuse.
+    with jax.transfer_guard("allow"):
+        return MemorySource(MemorySourceConfig(shuffle=False), {str(i): column for i, column in enumerate(columns)})
 
 
 def _on_host(leaf: Any) -> Any:

@@ -124,7 +124,7 @@ class LoaderPass:
                 raise no_batch(self._name) from None
             self.over = self._exhausted = True
             raise
-        check_drawn(batch, self.drawn, self._loader, self._name, self._limit, BOUND)
+        check_drawn(batch, self.drawn, self._loader, self._name, self._limit, f"set `{BOUND}`")
         self.drawn += 1
         return batch
 

@@ -21,7 +21,7 @@ POLL_SECONDS = 1.0
 
 
 def write_once(key: str, text: str) -> bool:
-    """Writes a key that nobody has written yet. Returns False, and changes nothing, if somebody has."""
+    """Writes a key if it does not exist. Returns False, and changes nothing, if it does."""
     try:
         coordination_client().key_value_set(key, text)
     except jax.errors.JaxRuntimeError as error:

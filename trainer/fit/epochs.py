@@ -46,7 +46,8 @@ def fit(trainer: Trainer, plan: FitPlan, resume: bool | str | os.PathLike[str]) 
         run = checked(setup, plan, restored)
         listeners = copy.deepcopy(setup.events.state_dict())
         with put_back(trainer, before, listeners):
-            setup.events.load_state_dict(restored.listeners)
+            if restored.listeners is not None:
+                setup.events.load_state_dict(restored.listeners)
         trainer.hold(run)
         finished = _is_finished(plan, run)
         if finished and plan.caller == "train_epoch":
@@ -54,7 +55,12 @@ def fit(trainer: Trainer, plan: FitPlan, resume: bool | str | os.PathLike[str]) 
         if not finished and plan.loader is not None:
             # The loader may refuse its position when it is opened.
             opening = put_back(trainer, before, listeners)
-    return _run_epochs(trainer, plan, restored, opening)
+    try:
+        return _run_epochs(trainer, plan, restored, opening)
+    except BaseException:
+        if plan.data is not None:
+            plan.data.finish_import()
+        raise
 
 
 def train_step(trainer: Trainer, batch: Batch) -> Metrics:

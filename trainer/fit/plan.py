@@ -150,6 +150,17 @@ def plan_epoch(setup: Setup, run: Run, resume: Any) -> FitPlan:
     )
 
 
+def plan_prediction(setup: Setup, run: Run, data: Any, batch_size: int) -> Iterator[Batch]:
+    """Returns the batches of a call of ``predict``, on which all processes agree."""
+    if _is_loader(data):
+        check_loader(data, "data")
+        setup.agree_on_run("predict", run, {"batch_size": batch_size})
+        return one_pass(data, batch_size, "data", None, bound="pass itertools.islice(data, num_batches)")
+    held = setup.in_memory(data, batch_size, "data")
+    setup.agree_on_run("predict", run, {"batch_size": batch_size}, data=held)
+    return held.in_order()
+
+
 def _over_loader(
     run: Run, loader: Any, name: str, *, batch_size: int, num_epochs: int, first_step: int, **more: Any
 ) -> FitPlan:
@@ -186,7 +197,7 @@ def _passes_over(setup: Setup, loader: Any, batch_size: int, name: str) -> Calla
     """Returns a function that opens a pass over a validation loader, of ``validation_steps`` batches at most."""
     check_loader(loader, name)
     limit = setup.config.validation_steps
-    return functools.partial(one_pass, loader, batch_size, name, limit, bound="TrainingConfig.validation_steps")
+    return functools.partial(one_pass, loader, batch_size, name, limit, bound="set `TrainingConfig.validation_steps`")
 
 
 def _held_out(

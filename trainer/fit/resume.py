@@ -26,8 +26,10 @@ def load(trainer: Trainer, path: str | os.PathLike[str]) -> None:
     """Restores a checkpoint; see `Trainer.load_checkpoint`."""
     setup = trainer.setup
     restored = setup.checkpointer.load(path, trainer.run)
-    with put_back(trainer, trainer.run, copy.deepcopy(setup.events.state_dict())):
-        setup.events.load_state_dict(restored.listeners)
+    # A trainer without callbacks, which loads to evaluate, misses nothing.
+    if restored.listeners is not None and setup.events.has_states:
+        with put_back(trainer, trainer.run, copy.deepcopy(setup.events.state_dict())):
+            setup.events.load_state_dict(restored.listeners)
     run = restored.run.replace(position=None, validation=None, logged_step=0, average=trainer.run.average)
     if setup.live.is_running:
         # A callback rolls the state back: the run goes through its data as before.

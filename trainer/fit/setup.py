@@ -23,6 +23,7 @@ from trainer.compile.dispatch import CompiledStep
 from trainer.config import TrainingConfig, make_optimizer, make_schedule
 from trainer.config.schedules import check_horizon, needs_horizon
 from trainer.core.checks import check_count
+from trainer.core.modes import evaluated_as_a_whole
 from trainer.core.objective import check_extensions, check_loss_fn, with_losses
 from trainer.data.loaders import check_loader
 from trainer.data.memory import InMemoryData, seed_from_key
@@ -36,7 +37,7 @@ from trainer.metrics.throughput import Throughput
 from trainer.run import FromLoader, Run
 from trainer.sharding.placement import Placement, placement_of
 from trainer.state import check_model, check_optimizer, check_rng
-from trainer.steps import make_eval_step, make_train_step
+from trainer.steps import make_eval_step, make_predict_step, make_train_step
 from trainer.types import Batch, ExtensionLike, LogCallback, LossFn, Metrics
 
 # Stands for the horizon where only the structure of an optimizer's state matters.
@@ -87,6 +88,7 @@ class Setup:
     checkpointer: Checkpointer
     step: CompiledStep
     eval_step: Callable[..., Metrics]
+    predict_step: Callable[[Any], Callable[..., Any]]
     live: Live
 
     def agree(self, what: str, parts: Mapping[str, Any], **data: InMemoryData | None) -> None:
@@ -126,6 +128,12 @@ class Setup:
         state = self.placement.adopt(state.replace(extensions=held))
         return run.with_state(state, step=run.step).replace(weights=weights)
 
+    def with_learning_rate(self, run: Run, value: float) -> Run:
+        """Returns the run with another learning rate in its state; see `TrainState.with_learning_rate`."""
+        run = run.with_edits()
+        state = self.placement.adopt(run.peek().with_learning_rate(value))
+        return run.with_state(state, step=run.step, keeps_position=True)
+
     def horizon_of(self, loader: Any, num_epochs: int | None = None) -> int | None:
         """Returns the steps of all epochs over a loader, None if its length is not known."""
         steps = self.config.steps_per_epoch
@@ -158,9 +166,12 @@ class Setup:
 
     def beside(self, run: Run) -> tuple[Run, dict[str, Any]]:
         """Returns the run with what has to be known of its loader, and what is saved beside it: see `snapshot_run`."""
-        info = {"name": self.config.name, "metadata": self.config.to_dict()["metadata"]}
         run, loaders = self._with_positions(run)
-        return run, {"info": info, "listeners": self.events.state_dict, "loaders": loaders}
+        return run, {"info": self._info, "listeners": self.events.state_dict, "loaders": loaders}
+
+    @functools.cached_property
+    def _info(self) -> dict[str, Any]:
+        return {"name": self.config.name, "metadata": self.config.to_dict()["metadata"]}
 
     def _with_positions(self, run: Run) -> tuple[Run, list[Any] | None]:
         """Returns the run, and the positions of the loaders of all processes where there are several."""
@@ -230,6 +241,7 @@ def assemble(
     check_rng(rng)
     losses = with_losses(extensions)
     run = _initial_run(model, rng, training_config, optimizer, wrt, losses, placement)
+    _warn_of_mode(run.peek().model(), wrt)
     live = Live(weakref.ref(trainer), validates=val_data_loader is not None)
     checkpointer = Checkpointer(
         Path(checkpoint_dir or workdir or training_config.checkpoint_dir), training_config.max_checkpoints
@@ -256,6 +268,10 @@ def assemble(
         checkpointer=checkpointer,
         step=_compiled_step(training_config, optimizer, loss_fn, wrt, losses, placement, steps_per_call, events, live),
         eval_step=jax.jit(_names_checked(make_eval_step(loss_fn)), out_shardings=placement.replicated),
+        # The same function again finds its compiled step.
+        predict_step=functools.lru_cache(maxsize=8)(
+            lambda fn: jax.jit(make_predict_step(fn), out_shardings=placement.replicated)
+        ),
         live=live,
     )
     about = {"mesh": str(mesh and dict(mesh.shape)), "partition_rules": str(partition_rules)}
@@ -404,5 +420,16 @@ def _warn_of_unused_settings(config: TrainingConfig) -> None:
         warnings.warn(
             f"in `training_config.optimizer` {names} {'does' if len(unused) == 1 else 'do'} nothing, because an "
             f"`optimizer` was given, which has its own.",
+            stacklevel=4,
+        )
+
+
+def _warn_of_mode(model: nnx.Module, wrt: nnx.filterlib.Filter) -> None:
+    if parts := evaluated_as_a_whole(model, wrt):
+        listed = ", ".join(f"`{part}`" for part in parts[:5]) + (", …" if len(parts) > 5 else "")
+        warnings.warn(
+            f"`model` is in evaluation mode as a whole ({listed}) and stays in it while it is trained: no dropout, and "
+            f"batch statistics do not move. If that is not meant, call model.train() before, or pass "
+            f"`trainer.state.model()` in place of `trainer.model` of another trainer.",
             stacklevel=4,
         )

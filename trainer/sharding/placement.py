@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from trainer.batches import checked_batch, summarize
-from trainer.data.host_arrays import private_copy
+from trainer.data.host_arrays import flat_copy, private_copy
 from trainer.data.memory import Epoch, dtype_in_jax
 from trainer.errors import ArgumentError, ArgumentTypeError, BatchError
 from trainer.sharding.arrays import gather_rows, to_global
@@ -161,6 +161,9 @@ class SingleDevice:
         self, batch: Any, *, may_be_short: bool = True, at_once: bool = False, is_private: bool = False
     ) -> tuple[Batch, int]:
         del may_be_short
+        known = None if is_private else flat_copy(batch)
+        if known is not None:
+            return known if at_once else (jax.device_put(known[0]), known[1])
         batch, length = checked_batch(batch)
         batch = batch if is_private else private_copy(batch)
         return batch if at_once else jax.device_put(batch), _examples(length)

@@ -1,0 +1,186 @@
+"""Setting the learning rate between steps: it counts, it is saved, it compiles nothing; where it cannot, it is said."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests.problems import Linear, config, regression, squared_error
+from tests.test_api import assert_same_bits, build
+from trainer import (
+    ArgumentError,
+    ArgumentTypeError,
+    Callback,
+    InMemoryData,
+    OptimizerConfig,
+    Trainer,
+    TrainState,
+    make_mesh,
+    make_optimizer,
+    make_train_step,
+)
+
+BATCH = regression()
+
+
+def injected(rate=0.1, make=optax.sgd):
+    return optax.inject_hyperparams(make)(learning_rate=rate)
+
+
+def kernel(trainer):
+    return np.asarray(trainer.state.params["layer"]["kernel"])
+
+
+def linear(optimizer, tmp_path=None, **options):
+    return build(tmp_path, model=Linear(features=4), optimizer=optimizer, **options)
+
+
+HOLDERS = {
+    "alone": injected,
+    "chain": lambda rate=0.1: optax.chain(optax.clip_by_global_norm(1.0), injected(rate)),
+    "MultiSteps": lambda rate=0.1: optax.MultiSteps(injected(rate), 2),
+    "masked": lambda rate=0.1: optax.masked(injected(rate), True),
+    "configured": lambda rate=0.1: optax.inject_hyperparams(make_optimizer)(
+        OptimizerConfig(optimizer_type="adamw", learning_rate=7.0, weight_decay=0.1, gradient_clip_norm=1.0),
+        learning_rate=rate,
+    ),
+}
+
+
+class TestSetting:
+    @pytest.mark.parametrize("name", HOLDERS)
+    def test_it_is_the_rate_from_the_next_step_on(self, name):
+        changed, other = linear(HOLDERS[name](0.1)), linear(HOLDERS[name](0.01))
+        changed.set_learning_rate(0.01)
+        for _ in range(3):
+            changed.train_step(BATCH)
+            other.train_step(BATCH)
+        assert_same_bits(changed.state, other.state)
+
+    def test_zero_moves_nothing(self):
+        trainer = linear(injected())
+        trainer.train_step(BATCH)
+        before = kernel(trainer)
+        trainer.set_learning_rate(0)
+        trainer.train_step(BATCH)
+        np.testing.assert_array_equal(kernel(trainer), before)
+
+    def test_it_equals_the_functional_code(self):
+        trainer, optimizer = linear(injected()), injected()
+        state = TrainState.create(Linear(features=4), optimizer, rng=jax.random.PRNGKey(0))
+        step = jax.jit(make_train_step(squared_error, optimizer))
+        for rate in (0.1, 0.05, jnp.float32(0.025)):
+            trainer.set_learning_rate(rate)
+            trainer.train_step(BATCH)
+            state, _ = step(state.with_learning_rate(rate), BATCH)
+        assert_same_bits(trainer.state, state)
+
+    def test_edits_before_it_count_too(self):
+        trainer = linear(injected())
+        trainer.state.params["layer"]["kernel"] = jnp.zeros((4, 1))
+        trainer.set_learning_rate(0.0)
+        trainer.train_step(BATCH)
+        assert not kernel(trainer).any()
+
+    def test_it_compiles_nothing(self, compilations):
+        trainer = linear(injected())
+        for rate in (0.1, 0.2, 0.3):
+            trainer.set_learning_rate(rate)
+            trainer.train_step(BATCH)
+        assert compilations["jit(train_step)"] == 1
+
+    def test_over_a_mesh(self, tmp_path):
+        mesh = make_mesh({"data": 8})
+        trainer = Trainer(Linear(features=4), config(), injected(), loss_fn=squared_error, workdir=tmp_path, mesh=mesh)
+        before = kernel(trainer)
+        trainer.set_learning_rate(0.0)
+        trainer.train_step(BATCH)
+        np.testing.assert_array_equal(kernel(trainer), before)
+
+    def test_a_whole_ensemble_takes_it(self):
+        make = lambda seed: TrainState.create(Linear(features=4), injected(), rng=jax.random.key(seed))  # noqa: E731
+        states = jax.vmap(make)(jnp.arange(3)).with_learning_rate(0.5)
+        np.testing.assert_array_equal(states.opt_state.hyperparams["learning_rate"], np.full(3, 0.5, np.float32))
+        assert (
+            float(jax.jit(lambda state: state.with_learning_rate(0.5))(make(0)).opt_state.hyperparams["learning_rate"])
+            == 0.5
+        )
+
+
+class Halving(Callback):
+    """Halves the rate with each epoch. An epoch that is resumed begins again."""
+
+    def on_epoch_begin(self, trainer, epoch):
+        trainer.set_learning_rate(0.08 / 2**epoch)
+
+
+class TestInARun:
+    @pytest.mark.parametrize("steps_per_call", [1, 4])
+    def test_a_callback_sets_it_and_a_run_resumes_with_it(self, tmp_path, steps_per_call):
+        def make():
+            options = {"callbacks": [Halving()], "save_interval": 12, "steps_per_call": steps_per_call}
+            return linear(injected(0.08), tmp_path, **options)
+
+        trainer = make()
+        trainer.train(BATCH, 3, 8)
+        assert float(trainer.opt_state.hyperparams["learning_rate"]) == np.float32(0.02)
+
+        optimizer, rate, data = injected(0.08), 0.08, InMemoryData(BATCH, 8)
+        state = TrainState.create(Linear(features=4), optimizer, rng=jax.random.PRNGKey(0))
+        step = jax.jit(make_train_step(squared_error, optimizer))
+        for epoch in range(3):
+            state = state.with_learning_rate(rate / 2**epoch)
+            for batch in data.shuffled(trainer.setup.seed, epoch):
+                state, _ = step(state, batch)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), trainer.state.params, state.params)
+
+        resumed = make()
+        resumed.train(BATCH, 3, 8, resume=tmp_path / "checkpoint_12.msgpack")  # in the second epoch
+        assert_same_bits(resumed.state, trainer.state)
+
+    def test_a_checkpoint_holds_it(self, tmp_path):
+        trainer, other = linear(injected(), tmp_path), linear(injected(), tmp_path)
+        trainer.set_learning_rate(0.02)
+        other.load_checkpoint(trainer.save_checkpoint())
+        assert other.opt_state.hyperparams["learning_rate"] == np.float32(0.02)
+        for each in (trainer, other):
+            each.train_step(BATCH)
+        assert_same_bits(trainer.state, other.state)
+
+
+class TestWhereItCannot:
+    @pytest.mark.parametrize("optimizer", [None, optax.adam(1e-3), optax.chain(optax.clip(1.0), optax.sgd(0.1))])
+    def test_no_rate_in_the_state(self, optimizer):
+        trainer = linear(optimizer)
+        with pytest.raises(
+            ArgumentError, match=r"keeps none in its state: it is compiled into the step. Pass an optimizer"
+        ):
+            trainer.set_learning_rate(0.1)
+        trainer.train_step(BATCH)  # nothing has happened
+
+    def test_a_schedule_would_replace_it(self):
+        with pytest.raises(ArgumentError, match=r"follows a schedule, which sets it anew in every step"):
+            linear(injected(optax.linear_schedule(0.1, 0.0, 10))).set_learning_rate(0.1)
+
+    def test_another_hyperparameter_may_follow_one(self):
+        optimizer = optax.inject_hyperparams(optax.adam)(learning_rate=0.1, b1=optax.linear_schedule(0.9, 0.8, 10))
+        trainer = linear(optimizer)
+        trainer.set_learning_rate(0.5)
+        assert float(trainer.opt_state.hyperparams["learning_rate"]) == 0.5
+
+    def test_several_are_not_set_to_one_value(self):
+        labels = lambda params: {"layer": {"kernel": "a", "bias": "b"}}  # noqa: E731
+        trainer = linear(optax.partition({"a": injected(0.1), "b": injected(0.2)}, labels))
+        with pytest.raises(ArgumentError, match=r"holds 2 learning rates .*hyperparams/learning_rate.*assign each one"):
+            trainer.set_learning_rate(0.1)
+
+    @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
+    def test_a_value_that_is_no_rate(self, value):
+        with pytest.raises(ArgumentError, match=r"`value` is .*; a learning rate must be zero or more, and finite"):
+            linear(injected()).set_learning_rate(value)
+
+    @pytest.mark.parametrize("value", ["fast", None, optax.constant_schedule(0.1)])
+    def test_one_that_is_no_number(self, value):
+        with pytest.raises(ArgumentTypeError, match=r"`value` is .*; a learning rate must be a number"):
+            linear(injected()).set_learning_rate(value)

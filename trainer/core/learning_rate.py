@@ -1,0 +1,62 @@
+"""The learning rate in the state of an optimizer of `optax.inject_hyperparams`."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from trainer.core.tree_paths import leaf_path
+from trainer.errors import ArgumentError, ArgumentTypeError
+
+_RATE = "hyperparams/learning_rate"
+_SCHEDULED = "hyperparams_states/learning_rate"
+
+
+def with_learning_rate(opt_state: Any, value: Any) -> Any:
+    """Returns the state of an optimizer with another learning rate; see `trainer.TrainState.with_learning_rate`."""
+    rate = _checked(value)
+    leaves, structure = jax.tree.flatten(opt_state)
+    paths = [leaf_path(path) for path, _ in jax.tree.leaves_with_path(opt_state)]
+    rates = [index for index, path in enumerate(paths) if f"/{path}".endswith(f"/{_RATE}")]
+    if not rates:
+        raise ArgumentError(
+            "no learning rate can be set, because the optimizer keeps none in its state: it is compiled into the step. "
+            "Pass an optimizer that keeps it, such as optax.inject_hyperparams(optax.adam)(learning_rate=1e-3), or "
+            "optax.inject_hyperparams(make_optimizer)(optimizer_config, learning_rate=1e-3) for a configured one."
+        )
+    if len(rates) > 1:
+        listed = ", ".join(f"`{paths[index]}`" for index in rates[:5])
+        raise ArgumentError(
+            f"the state of the optimizer holds {len(rates)} learning rates ({listed}), and which is meant is not "
+            f"known; assign each one in `opt_state`, as in hyperparams['learning_rate'] = 1e-3."
+        )
+    (index,) = rates
+    scheduled = paths[index].removesuffix(_RATE) + _SCHEDULED
+    if any(path == scheduled or path.startswith(f"{scheduled}/") for path in paths):
+        raise ArgumentError(
+            "the learning rate follows a schedule, which sets it anew in every step, so what is set would be lost; "
+            "give optax.inject_hyperparams a number for it and not a schedule."
+        )
+    leaves[index] = _like(rate, leaves[index])
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _checked(value: Any) -> float:
+    try:
+        rate = float(value)
+    except (TypeError, ValueError) as error:
+        raise ArgumentTypeError(
+            f"`value` is {value!r:.60}, of type {type(value).__name__}; a learning rate must be a number."
+        ) from error
+    if not 0 <= rate < float("inf"):
+        raise ArgumentError(f"`value` is {rate}; a learning rate must be zero or more, and finite.")
+    return rate
+
+
+def _like(value: float, old: jax.Array) -> jax.Array:
+    array = jnp.full(old.shape, value, old.dtype)
+    # An uncommitted array must stay so, or the compiled step sees another kind of argument.
+    if isinstance(old, jax.core.Tracer) or not old.committed:
+        return array
+    placed: jax.Array = jax.device_put(array, old.sharding)
+    return placed

@@ -1,0 +1,51 @@
+"""What a `Trainer` is made of and where it is, to be read by its caller, its callbacks and its loggers."""
+
+import optax
+
+from trainer.fit.setup import Setup, build_optimizer
+from trainer.run import Run
+
+
+class ReadOnly:
+    """The attributes of a `trainer.Trainer` that are read and never assigned."""
+
+    setup: Setup
+    run: Run
+
+    step = property(lambda self: self.run.step, doc="The number of updates finished.")
+    epoch = property(lambda self: self.run.epoch, doc="The number of epochs finished.")
+    history = property(lambda self: self.run.history, doc="What was logged so far, see `trainer.History`.")
+    train_metrics = property(lambda self: self.history.of_training(), doc="See `trainer.History.of_training`.")
+    val_metrics = property(lambda self: self.history.of_validation(), doc="See `trainer.History.of_validation`.")
+    rng = property(lambda self: self.run.state.rng, doc="The key from which every step draws its own.")
+    opt_state = property(lambda self: self.run.state.opt_state, doc="The state of the optimizer.")
+    is_new_run = property(lambda self: self.run.is_new, doc="Whether the run is neither resumed nor continued.")
+
+    # What was given, or made of it; read-only, since it is compiled into the step.
+    training_config = property(lambda self: self.setup.config)
+    loss_fn = property(lambda self: self.setup.loss_fn)
+    train_data_loader = property(lambda self: self.setup.train_data_loader)
+    val_data_loader = property(lambda self: self.setup.val_data_loader)
+    metrics_logger = property(lambda self: self.setup.metrics_logger)
+    logger = property(lambda self: self.setup.logger)
+    log_callback = property(lambda self: self.setup.log_callback)
+    callbacks = property(lambda self: self.setup.callbacks)
+    extensions = property(lambda self: self.setup.extensions)
+    save_interval = property(lambda self: self.setup.save_interval)
+    workdir = property(lambda self: self.setup.workdir)
+    checkpoint_dir = property(lambda self: self.setup.checkpointer.directory)
+    is_primary_process = property(lambda self: self.setup.placement.is_primary_process)
+
+    # What is known of the call in progress, or of the latest.
+    should_stop = property(lambda self: self.setup.events.should_stop, doc="Whether a callback wants the run to end.")
+    throughput = property(lambda self: self.setup.live.throughput, doc="`trainer.Throughput` of the latest epoch.")
+    validates = property(lambda self: self.setup.live.validates, doc="Whether the run validates on anything.")
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        """The given or configured optimizer, with gradient clipping.
+
+        Raises:
+            ConfigError: Its schedule ends with the run, and the length of the run is not known yet.
+        """
+        return build_optimizer(self.setup.config, self.setup.given_optimizer, self.run.horizon)

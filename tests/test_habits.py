@@ -141,6 +141,13 @@ class TestExtensionsOfTheReference:
         metrics = trainer.train_step(regression())
         assert float(metrics["plain_loss"]) > 0
 
+    def test_a_hook_may_draw_losses(self, tmp_path):
+        class Drawing(Hooks):
+            def plot_losses(self, path):
+                raise NotImplementedError
+
+        make(tmp_path, extensions={"a": Drawing()})
+
 
 class TestAttributesOfTheReference:
     def test_workdir_and_metrics_by_kind(self, tmp_path):

@@ -66,6 +66,9 @@ class WeightsFile:
                     self._arrays = {name: file[name] for name in file.files}
         except Exception as error:  # safetensors raises its own errors, from Rust; zipfile and NumPy many
             raise UnreadableError(f"`{path}` could not be read: {error}") from error
+        for name, array in self._arrays.items():
+            if not isinstance(array, np.ndarray):  # NumPy returns the bytes of what is no array
+                raise UnreadableError(f"`{path}` is an archive of other things than arrays: `{name}` is none.")
         known = {} if like is None else _known_names(like)
         self.leaves: dict[LeafPath, Leaf] = {}
         self._names: dict[LeafPath, str] = {}

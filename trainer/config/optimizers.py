@@ -138,7 +138,7 @@ class OptimizerConfig(Config):
         plain = {*(field.name for field in dataclasses.fields(Config)), "optimizer_type", "learning_rate"}
         return {
             field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
+            for field in dataclasses.fields(OptimizerConfig)  # a caller reads those of a subclass
             if field.name not in plain
             and getattr(self, field.name) not in (field.default, _REFERENCE_DEFAULTS.get(field.name))
         }

@@ -166,10 +166,20 @@ def _describe_result(result: Any) -> str:
 
 
 def _handles_events_only(extension: Any) -> bool:
-    kind = type(extension)
-    methods = [name for name in dir(kind) if callable(getattr(kind, name, None))]
-    # A loss under another name, as `compute_loss`, is a mistake.
-    return any(name.startswith("on_") for name in methods) and not any("loss" in name.lower() for name in methods)
+    kind = type(extension)  # asked of the class, so that no property is evaluated
+    names = {name for name in dir(kind) if callable(getattr(kind, name, None))}
+    hooks = {name for name in names if name.startswith("on_")}
+    # A loss under another name, as `compute_loss(batch, outputs)`, is a mistake.
+    losses = (name for name in names - hooks if "loss" in name.lower())
+    return bool(hooks) and not any(_takes_two(getattr(extension, name)) for name in losses)
+
+
+def _takes_two(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind(None, None)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def check_loss_fn(loss_fn: Any) -> None:

@@ -66,10 +66,13 @@ class TestConfigurationsOfTheReference:
             TrainingConfig.from_yaml(path)
 
     def test_a_schedule_that_is_switched_off_says_what_does_nothing(self):
-        with pytest.warns(
-            UserWarning, match=r"`SchedulerConfig.warmup_steps` is 5, but 'none' does not read it, so it d"
-        ):
-            off = SchedulerConfig(scheduler_type="none", warmup_steps=5)
+        with pytest.warns(UserWarning, match="SchedulerConfig") as warned:
+            off = SchedulerConfig(scheduler_type="none", warmup_steps=5, power=2.0, gamma=0.1)
+        assert [str(one.message) for one in warned] == [
+            "`SchedulerConfig.warmup_steps` (5), `SchedulerConfig.power` (2.0) do nothing, because `scheduler_type` is "
+            "'none'."
+        ]
+        assert warned[0].filename == __file__
         assert off.warmup_steps == 5
         with pytest.raises(ConfigError, match="remove it, or choose one that does: multistep"):
             SchedulerConfig(scheduler_type="cosine", milestones=(5,))
@@ -267,7 +270,8 @@ class TestSettingsThatDoNothing:
     def test_the_required_fields_beside_an_optimizer_are_no_settings(self, tmp_path):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            make(tmp_path, config(gradient_clip_norm=1.0), optax.sgd(0.1))
+            off = SchedulerConfig(scheduler_type="none")
+            make(tmp_path, config(gradient_clip_norm=1.0, scheduler=off), optax.sgd(0.1))
 
     def test_arguments_of_train(self, tmp_path):
         settings = config(batch_size=8, num_epochs=7, save_frequency=5, steps_per_epoch=2)

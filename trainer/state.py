@@ -103,7 +103,7 @@ class TrainState:
                     "variables": nest(_own_all(variables_of(extension), f"extensions/{name}")),
                 }
                 for name, extension in (extensions or {}).items()
-                if hasattr(extension, "loss_fn")  # the others handle events only
+                if hasattr(extension, "weight")  # the others handle events only
             },
             graphdef=graphdef,
         )

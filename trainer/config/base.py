@@ -116,7 +116,7 @@ class Config:
     def _refuse_unread(
         self, kind: str, readers: Mapping[str, Collection[str]], harmless: Mapping[str, Any] | None = None
     ) -> None:
-        """Refuses a field that ``readers`` gives to other choices of ``kind`` than the chosen.
+        """Refuses a field that ``readers`` gives to other choices of ``kind`` than the chosen; warns if that is "none".
 
         A field that no choice reads is a label, or a subclass added it: both are kept. So are the
         default of the field and its value in ``harmless``.
@@ -124,18 +124,21 @@ class Config:
         chosen = getattr(self, kind)
         if chosen not in readers:
             raise ConfigError(f"`{self._path(kind)}` is {chosen!r}; {did_you_mean(chosen, readers)}")
+        unread = []
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             others = sorted(name for name, fields in readers.items() if field.name in fields)
             if not others or chosen in others or value in (field.default, (harmless or {}).get(field.name)):
                 continue
-            unread = f"`{self._path(field.name)}` is {value!r}, but {chosen!r} does not read it"
-            if chosen == "none":  # switched off, and what it was set to is left in the file
-                warnings.warn(f"{unread}, so it does nothing.", stacklevel=5)
-                continue
-            raise ConfigError(
-                f"{unread}, so it would do nothing; remove it, or choose one that does: {', '.join(others)}."
-            )
+            if chosen != "none":
+                raise ConfigError(
+                    f"`{self._path(field.name)}` is {value!r}, but {chosen!r} does not read it, "
+                    f"so it would do nothing; remove it, or choose one that does: {', '.join(others)}."
+                )
+            unread.append(f"`{self._path(field.name)}` ({value!r})")
+        if unread:  # switched off, and what it was set to is left in the file
+            verb = "does" if len(unread) == 1 else "do"
+            warnings.warn(f"{', '.join(unread)} {verb} nothing, because `{kind}` is 'none'.", stacklevel=4)
 
 
 def _arguments(cls: type[Any]) -> list[dataclasses.Field[Any]]:

@@ -408,7 +408,7 @@ def _check_config(config: Any) -> None:
 
 def _warn_of_unused_settings(config: TrainingConfig) -> None:
     """Warns of what an `optimizer` replaces. Its name and rate are required, so they may be there for no reason."""
-    if config.scheduler is not None:
+    if config.scheduler is not None and config.scheduler.scheduler_type != "none":
         warnings.warn(
             "`training_config.scheduler` does nothing, because an `optimizer` was given; put the schedule into "
             "that one, for example with trainer.make_schedule.",

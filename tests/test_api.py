@@ -619,7 +619,7 @@ class TestLogging:
 
     def test_use_wandb_logs_there_too(self, monkeypatch):
         spy = Spy()
-        monkeypatch.setattr("trainer.fit.setup.WandbLogger", lambda project, name: spy if project == "p" else None)
+        monkeypatch.setattr("trainer.fit.assemble.WandbLogger", lambda project, name: spy if project == "p" else None)
         build(settings=config(use_wandb=True, wandb_project="p")).train_step(regression())
         assert spy.rows[-1][0] == 1
 
@@ -911,7 +911,7 @@ class TestNamesOfMetrics:
 
     def test_names_are_checked_when_a_step_is_traced_and_not_again(self, monkeypatch):
         checked = []
-        monkeypatch.setattr("trainer.fit.setup.check_metric_names", checked.append)
+        monkeypatch.setattr("trainer.fit.assemble.check_metric_names", checked.append)
         trainer = build()
         for _ in range(3):
             trainer.train_step(regression(8))

@@ -1,6 +1,7 @@
 """The command: what it prints, and how it ends."""
 
 import io
+import os
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+import trainer
 from tests.problems import Linear
 from trainer import TrainState, save_state
 from trainer.checkpoints.file_format import Leaf, write_bundle
@@ -85,3 +87,54 @@ def test_inspect_of_deep_names_and_of_keys_that_json_lacks(tmp_path):
     assert status == 0
     assert 'classes   {"$pairs": [[0, "cat"], [{"$tuple": [1, 2]}, "dog"]]}' in printed
     assert len(printed) < 40_000
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.npz"])
+def test_what_convert_writes_and_reads_is_inspected(name, checkpoint, tmp_path, capsys):
+    assert run("convert", checkpoint, tmp_path / name)[0] == 0
+    assert f"{name}` cannot hold and left out: rng, step" in capsys.readouterr().err
+    status, printed = run("inspect", tmp_path / name)
+    assert status == 0
+    assert "    kernel  (3, 1) float32  12 B\n" in printed
+    assert printed.endswith("2 arrays, 16 B\n")
+    assert run("convert", tmp_path / name, tmp_path / "back.msgpack") == (0, "")
+    assert run("inspect", tmp_path / name, "--verify")[0] == 1
+    assert "has no checksums" in capsys.readouterr().err
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"nnx-trainer {trainer.__version__}\n"
+
+
+def test_control_characters_are_shown_escaped(tmp_path, capsys):
+    leaf = Leaf(("params", "a\x1b[31mb\n", "ü"), "int8", (1,))
+    write_bundle(tmp_path / "a", {"note": "\x1b]0;title\x07", "n\rm": 1}, [(leaf, lambda: np.zeros(1, np.int8))])
+    _, printed = run("inspect", tmp_path / "a")
+    assert "  a\\x1b[31mb\\n\n    ü  (1,) int8  1 B\n" in printed
+    assert "note      \\x1b]0;title\\x07\n" in printed
+    assert all(line.isprintable() for line in printed.splitlines())
+    assert run("inspect", tmp_path / "b\x1b[2J")[0] == 1
+    assert "b\\x1b[2J" in capsys.readouterr().err
+
+
+def test_a_broken_pipe_is_quiet(tmp_path):
+    leaves = [(Leaf(("params", "x" * 100, i), "int8", (1,)), lambda: np.zeros(1, np.int8)) for i in range(20_000)]
+    write_bundle(tmp_path / "a", {}, leaves)
+    command = [sys.executable, "-m", "trainer", "inspect", str(tmp_path / "a")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 141
+
+
+def test_a_terminal_that_lacks_letters_gets_escapes(tmp_path):
+    leaf = Leaf(("params", "größe"), "int8", (1,))
+    write_bundle(tmp_path / "a", {}, [(leaf, lambda: np.zeros(1, np.int8))])
+    command = [sys.executable, "-m", "trainer", "inspect", str(tmp_path / "a")]
+    done = subprocess.run(command, capture_output=True, check=False, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"gr\\xf6\\xdfe  (1,) int8" in done.stdout

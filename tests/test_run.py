@@ -251,7 +251,7 @@ class TestOwnership:
                 self.closed += 1
 
         own, given = Closing(), Closing()
-        monkeypatch.setattr("trainer.fit.setup.WandbLogger", lambda project, name: own)
+        monkeypatch.setattr("trainer.fit.assemble.WandbLogger", lambda project, name: own)
         with build(tmp_path, settings=config(use_wandb=True), logger=given) as trainer:
             trainer.train_step(DATA)
             path = trainer.save_checkpoint(background=True)

@@ -508,6 +508,25 @@ class TestFusedSteps:
         assert metrics["loss"].shape == (3, 5)
         assert (metrics["loss"][:, -1] < metrics["loss"][:, 0]).all()
 
+    def test_hyperparameters_in_the_state_differ_in_the_last_place_at_most(self):
+        """XLA's CPU backend may round the other product of ``(1 - b1) * gradient + b1 * moment`` in a loop."""
+        optimizer = optax.inject_hyperparams(optax.adamw)(1e-2)
+        state = TrainState.create(Linear(4), optimizer, rng=jax.random.key(0))
+        step = make_train_step(squared_error, optimizer)
+        single, fused = jax.jit(step), jax.jit(fuse_steps(step, 20))
+        batches = self.batches(20)
+        for index in range(20):
+            batch = {name: column[index] for name, column in batches.items()}
+            after, _ = single(state, batch)
+            found, _ = fused(
+                state, {name: np.broadcast_to(column, (20, *column.shape)) for name, column in batch.items()}, 1
+            )
+            chex.assert_trees_all_equal(after.opt_state.hyperparams, found.opt_state.hyperparams)
+            moments = [one.opt_state.inner_state[0] for one in (after, found)]
+            chex.assert_trees_all_close(*moments, rtol=0, atol=2 * np.finfo(np.float32).eps)
+            chex.assert_trees_all_close(after.params, found.params, rtol=0, atol=2 * np.finfo(np.float32).eps)
+            state = after
+
     def test_a_convolution_differs_in_rounding_only(self):
         """XLA's CPU backend has other code for it inside of loops."""
 

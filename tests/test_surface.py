@@ -77,7 +77,7 @@ def test_every_package_has_its_arrows():
 def test_the_core_touches_no_files_clocks_or_loggers(name):
     allowed = {"__future__", "jax", "flax", "optax", "chex", "numpy", "trainer"}
     allowed |= {"collections", "copy", "dataclasses", "difflib", "functools", "hashlib", "inspect", "operator"}
-    allowed |= {"types", "typing", "weakref", "zlib"}
+    allowed |= {"reprlib", "types", "typing", "weakref", "zlib"}
     allowed |= {"pathlib", "signal"} if name == "errors" else set()  # for types and numbers only
     allowed |= {"atexit", "concurrent", "threading"} if name == "core" else set()  # core/private_api.py wraps them
     assert {module.split(".")[0] for path in files_of(name) for module in imports_of(path)} <= allowed

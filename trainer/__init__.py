@@ -1,5 +1,7 @@
 """A functional training core for Flax NNX models, and a thin Trainer around it."""
 
+__version__ = "0.1.0"
+
 # In reading order: the state, the steps, the run, the loop, the trainer; then what each package adds.
 from trainer.state import TrainState as TrainState
 from trainer.steps import make_train_step as make_train_step

@@ -19,8 +19,9 @@ from trainer.core.averaged_params import with_eval_params
 from trainer.core.checks import check_count
 from trainer.core.modes import in_evaluation_mode
 from trainer.errors import ArgumentTypeError
-from trainer.fit import epochs, setup
+from trainer.fit import epochs
 from trainer.fit import resume as resuming
+from trainer.fit.assemble import assemble
 from trainer.fit.plan import plan_epoch, plan_prediction, plan_run
 from trainer.fit.read_only import ReadOnly
 from trainer.loggers.base import Logger, MetricsLoggerLike, prefixed
@@ -102,7 +103,7 @@ class Trainer(ReadOnly):
         partition_rules: Mapping[str, PartitionSpec] | None = None,
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name != "self"}
-        self.setup, self.run = setup.assemble(self, **arguments)
+        self.setup, self.run = assemble(self, **arguments)
 
     def train_step(self, batch: Batch) -> Metrics:
         """Runs one update.
@@ -196,8 +197,8 @@ class Trainer(ReadOnly):
                     trainer.state, metrics = step(trainer.state, batch)
 
         Every example of data in memory comes exactly once an epoch, in an order that depends on the initial key and
-        the number of the epoch only; the last batch may be short. Small steps are fused, many in a call, which gives
-        the same numbers. Validation, logging, saving and callbacks change nothing in what is learned.
+        the number of the epoch only; the last batch may be short. Small steps are fused, many in a call. Validation,
+        logging, saving and callbacks change nothing in what is learned.
 
         SIGTERM and Ctrl-C take effect after the current step (or the current batch of an evaluation), the same of all
         processes: the state is saved, ``on_train_end`` is emitted, and `TrainingInterrupted` or KeyboardInterrupt is
@@ -225,7 +226,6 @@ class Trainer(ReadOnly):
             ObjectiveError: As for `train_step`.
         """
         counts = {"num_epochs": num_epochs, "batch_size": batch_size, "val_interval": val_interval}
-        counts = {name: check_count(value, name) for name, value in counts.items()}
         plan = plan_run(self.setup, self.run, train_data, val_data, resume, **counts)
         run = epochs.fit(self, plan, resume)
         return dict(run.validation.averages) if plan.held_out and run.validation else run.average.compute()
@@ -306,8 +306,8 @@ class Trainer(ReadOnly):
         of the callbacks behind it in the list it holds the states before the event.
 
         Args:
-            path: The name; ``.orbax`` is for a state on a mesh, ``.pkl`` the reference's pickle layout. Without one
-                it is ``checkpoint_<step>.orbax`` for a state on a mesh of several devices, else ``….msgpack``.
+            path: The name; its ending decides the format, see `trainer.save_state`. Without one it is
+                ``checkpoint_<step>.orbax`` for a state on a mesh of several devices, else ``….msgpack``.
             background: Return as soon as a copy of the arrays is dispatched, and write in a thread. At most one
                 save is in flight; what it raises is raised by the next step of `train`, save or load, or by `close`.
                 "if_finite", which `train` uses, writes nothing, and warns later, if the state holds NaN or infinity.
@@ -316,6 +316,7 @@ class Trainer(ReadOnly):
             The path.
 
         Raises:
+            ArgumentError: The name promises the format of another program.
             CheckpointError: It could not be written, in any process; earlier checkpoints are untouched.
         """
         run, beside = self.setup.beside(self.run)
@@ -331,10 +332,9 @@ class Trainer(ReadOnly):
     def load_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Restores what `save_checkpoint` wrote: it is ``trainer.run = load_run(path, trainer.run)``.
 
-        State, number of epochs, history and the states of callbacks come back; weights of extensions stay as set. A
-        file that does not hold these (a pickle, or one of `save_state`) leaves them as they are, except for rows of
-        the history after its step. The next run starts with an epoch of its own; to continue an interrupted epoch
-        see ``resume`` of `train` and `train_epoch`.
+        State, number of epochs, history and the states of callbacks come back; weights of extensions stay as set. What
+        a file does not hold (a pickle, weights, one of `save_state`) stays as it is, except for rows of the history
+        after its step. The next run starts with an epoch of its own; to continue an interrupted one see ``resume``.
 
         Raises:
             CheckpointError: The file is damaged or does not fit; the trainer is as it was.

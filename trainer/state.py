@@ -104,6 +104,7 @@ class TrainState:
                     "variables": nest(_own_all(variables_of(extension), f"extensions/{name}")),
                 }
                 for name, extension in (extensions or {}).items()
+                if hasattr(extension, "weight")  # the others handle events only
             },
             graphdef=graphdef,
         )

@@ -35,6 +35,7 @@ from trainer.core.objective import (
     extension_losses,
     forward,
     refuse_shadowing,
+    with_losses,
 )
 from trainer.core.optimizer import adapt_optimizer, extra_arguments
 from trainer.core.prediction import call_on_input, check_outputs
@@ -110,7 +111,7 @@ def make_train_step(
     check_loss_fn(loss_fn)
     check_optimizer(optimizer)
     optimizer = adapt_optimizer(optimizer)
-    extensions = check_extensions(extensions)
+    extensions = with_losses(check_extensions(extensions))
     reduce = average_if_changed(axis_name)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -164,9 +165,14 @@ def fuse_steps(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Makes one function of up to ``n`` steps, for one call where the host needs no state in between.
 
-    The steps run in a loop whose body is compiled once, for any ``n`` and any ``count``. The operations are
-    those of single steps, so XLA mostly gives the same bits; on the CPU it does not for convolutions, which
-    run other code inside loops, several times slower.
+    The steps run in a loop whose body is compiled once, for any ``n`` and any ``count``. The operations are those of
+    single steps, in their order. Their bits are as well, except where the compiler chooses another rounding for the
+    loop, as XLA on the CPU does in two cases:
+
+    * In ``a * b + c * d`` it rounds one product and not the other (a fused multiply-add), and not always the same one.
+      Entries then differ in the last place, as moments of ``optax.inject_hyperparams(optax.adamw)`` do. With
+      ``XLA_FLAGS=--xla_cpu_max_isa=AVX``, which has no such instruction, they do not.
+    * Convolutions run other code inside loops, several times slower.
 
     Args:
         step: A step of `make_train_step`, or any other ``(state, batch) -> (state, metrics)``.

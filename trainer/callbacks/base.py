@@ -259,6 +259,13 @@ def as_callback_list(callbacks: Any) -> Any:
         if isinstance(callbacks, CallbackList):
             _check_members(callbacks)
         return callbacks
+    inside = getattr(callbacks, "callbacks", None)
+    if isinstance(inside, list | tuple) and not isinstance(callbacks, type):
+        # A list of another library that leaves the events to its trainer; what it adds later counts.
+        made = CallbackList()
+        made.callbacks = inside  # type: ignore[assignment]
+        _check_members(made)
+        return made
     if not isinstance(callbacks, Iterable) or isinstance(callbacks, str | bytes | type):
         raise ArgumentTypeError(
             f"`callbacks` {_what_came(callbacks)}; it must be a trainer.CallbackList or a sequence of callbacks."

@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 from trainer.checkpoints.background import BackgroundSaver
 from trainer.checkpoints.detach import detach
 from trainer.checkpoints.listing import Written, entries_in, names_in, run_of
+from trainer.checkpoints.names import refuse_foreign, suffix_of
 from trainer.checkpoints.plain_values import to_plain
 from trainer.checkpoints.run_record import Restored, restore, snapshot_run
 from trainer.checkpoints.snapshot import Snapshot, is_in_host_memory, write_snapshot
@@ -62,11 +63,12 @@ class Checkpointer:
             path: The name. Without one it carries the step, and only those that the run wrote last are kept.
             background: Return when a copy of the arrays is dispatched, and write it in a thread. Where the arrays are
                 in host memory, the call does not block on steps in flight. "if_finite" writes nothing if the state
-                cannot go on (`TrainState.is_finite`); `check`, `wait` or the next save warns then. A pickle is
-                always written at once.
+                cannot go on (`TrainState.is_finite`); `check`, `wait` or the next save warns then. A pickle or a
+                ``.safetensors`` file is always written at once.
             info, listeners, loaders: As for `snapshot_run`.
 
         Raises:
+            ArgumentError: The name promises the format of another program.
             CheckpointError: It could not be written, or the save before failed in the background; or what has the name
                 was not written by this library.
         """
@@ -75,13 +77,15 @@ class Checkpointer:
         only_finite = background == "if_finite"
         beside: dict[str, Any] = {"info": info, "listeners": listeners, "loaders": loaders}
         write = functools.partial(self._write, target, run.id if path is None else None)
+        refuse_foreign(target)  # now, not in the background
+        suffix = suffix_of(target)
         self.wait()
         if path is None:
             self._check_name(target, run)
             self._saved = run.id, run.step
-        if not background or target.suffix == ".pkl":
+        if not background or suffix in (".pkl", ".safetensors"):
             write(snapshot_run(run, **beside))
-        elif target.suffix == ".orbax":
+        elif suffix == ".orbax":
             if only_finite and not run.peek().is_finite():
                 warn_of_state(run.step)
             else:

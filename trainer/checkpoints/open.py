@@ -1,4 +1,4 @@
-"""A checkpoint of any kind, opened: a file of ours, a pickle in the reference's layout, an Orbax directory.
+"""A checkpoint of any kind, opened: a file of ours, a pickle in the reference's layout, an Orbax directory, or weights.
 
 What is inside tells the kind, not the name.
 """
@@ -21,6 +21,7 @@ from trainer.checkpoints.file_format import Bundle, Leaf
 from trainer.checkpoints.orbax_directory import OrbaxDirectory
 from trainer.checkpoints.plain_values import unpack
 from trainer.checkpoints.reference_pickle import read_pickle
+from trainer.checkpoints.weights_files import WeightsFile, weights_kind
 from trainer.core.tree_paths import LeafPath, parts_of
 from trainer.distributed.agreement import AllOrNone
 from trainer.errors import CheckpointError
@@ -82,8 +83,8 @@ def open_source(
 
     Args:
         path: A file or directory.
-        like: A state of the same structure. Only a pickle needs it, which neither tells the
-            parameters from other variables nor knows what the optimizer calls its fields.
+        like: A state of the same structure. A pickle needs it, which neither tells the parameters from other
+            variables nor knows what the optimizer calls its fields; and a file of weights by another program.
         agreement: Where several processes load it together, see `OrbaxDirectory`.
 
     Raises:
@@ -92,7 +93,10 @@ def open_source(
     path = Path(path)
     if path.is_dir():
         return OrbaxDirectory(path, agreement)
-    return _Pickle(path, like) if is_pickle(path) else _File(path)
+    if is_pickle(path):
+        return _Pickle(path, like)
+    kind = weights_kind(path)
+    return _File(path) if kind is None else WeightsFile(path, kind, like)
 
 
 def read_progress(source: Source) -> dict[str, Any] | None:

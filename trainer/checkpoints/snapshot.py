@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import functools
 import importlib.metadata
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -13,13 +14,15 @@ import numpy as np
 
 from trainer.checkpoints.atomic import replacing
 from trainer.checkpoints.file_format import DTYPES, Leaf, write_bundle
+from trainer.checkpoints.names import refuse_foreign, suffix_of
 from trainer.checkpoints.open import PROGRESS, describe
 from trainer.checkpoints.orbax_directory import begin_directory
 from trainer.checkpoints.plain_values import pack, to_plain
 from trainer.checkpoints.reference_pickle import write_pickle
+from trainer.checkpoints.weights_files import write_safetensors
 from trainer.core.tree_paths import parts_of
 from trainer.distributed.agreement import AllOrNone
-from trainer.errors import CheckpointError
+from trainer.errors import ArgumentError, CheckpointError
 from trainer.sharding.arrays import is_multiprocess
 from trainer.state import TrainState
 
@@ -97,11 +100,16 @@ def _snapshot(state: TrainState, info: Mapping[str, Any] | None, progress: Progr
 def write_snapshot(path: Path, snapshot: Snapshot) -> None:
     """Writes a snapshot in the format that the name asks for, see `save_state`.
 
+    A name in ``.safetensors`` warns of what the file leaves out.
+
     Raises:
+        ArgumentError: The name promises the format of another program.
         CheckpointError: It could not be written; what was there before is untouched. Or an array is
             spread over processes, which only a name that ends in ``.orbax`` can hold.
     """
-    if path.suffix == ".orbax":
+    refuse_foreign(path)
+    suffix = suffix_of(path)
+    if suffix == ".orbax":
         finish = snapshot.finish or begin_directory(path, snapshot.info, snapshot.leaves)
         finish()
         return
@@ -109,13 +117,22 @@ def write_snapshot(path: Path, snapshot: Snapshot) -> None:
         check_within_process(leaf.name, array)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".pkl":
+        leaves = [(leaf, functools.partial(_to_host, array)) for leaf, array in snapshot.leaves]
+        if suffix == ".pkl":
             with replacing(path, 0) as file:
                 write_pickle(cast(BinaryIO, file), snapshot.state)
+        elif suffix == ".safetensors":
+            write_safetensors(path, snapshot.info, leaves)
+            warnings.warn(
+                f"`{path}` holds the params and the model state of step {snapshot.info['step']}, and nothing to "
+                f"continue a run with; save a name in .msgpack as well for that.",
+                stacklevel=3,
+            )
         else:
-            leaves = [(leaf, functools.partial(_to_host, array)) for leaf, array in snapshot.leaves]
             write_bundle(path, snapshot.info, leaves)
     except (OSError, ValueError, TypeError) as error:
+        if isinstance(error, ArgumentError | CheckpointError):
+            raise
         raise CheckpointError(f"`{path}` could not be written: {error}") from error
 
 

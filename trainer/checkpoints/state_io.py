@@ -15,6 +15,7 @@ from trainer.checkpoints.listing import entries_in
 from trainer.checkpoints.open import Source, describe, open_source, read_progress
 from trainer.checkpoints.orbax_directory import OrbaxDirectory
 from trainer.checkpoints.snapshot import is_multiprocess_state, take_snapshot, write_snapshot
+from trainer.checkpoints.weights_files import WEIGHTS, WeightsFile
 from trainer.core.checks import did_you_mean
 from trainer.core.tree_paths import LeafPath, parts_of
 from trainer.distributed.agreement import AllOrNone
@@ -44,6 +45,9 @@ def save_state(
     * ``.orbax``: a directory of Orbax (`trainer.checkpoints.orbax_directory`), for states on a mesh. Each array is
       written from its devices. Where there are several processes, all of them save, at the same point.
     * ``.pkl``: a pickle in the reference's layout (`trainer.checkpoints.reference_pickle`).
+    * ``.safetensors``: the params and the model state alone, for other programs; a warning says so. Needs the extra
+      ``safetensors``.
+    * an ending that promises the format of another program (``.pt``, ``.h5``, ``.npz``, ``.zip``, …): refused.
     * any other: one file of ours (`trainer.checkpoints.file_format`). One array at a time is on the host.
 
     The write is atomic, after a crash as well (`trainer.checkpoints.atomic`).
@@ -58,6 +62,7 @@ def save_state(
         The path.
 
     Raises:
+        ArgumentError: The name promises the format of another program, or safetensors is missing.
         CheckpointError: It could not be written, in any process; what was there before is untouched.
         StateError: The state was donated to a step.
     """
@@ -79,7 +84,8 @@ def load_state(
 
     Args:
         path: What `save_state` wrote, a directory written by `trainer.ModelCheckpoint`, or a pickle of
-            the reference implementation. What is inside tells which, not the name.
+            the reference implementation, or a file of weights (``.safetensors``, ``.npz``). What is inside tells
+            which, not the name. Weights leave the other fields as in ``like``, and a warning names these.
             Of a pickle nothing is executed, but it has no checksums; save it again in
             our format.
         like: A state of the same model, optimizer and extensions. Its values matter only where the
@@ -103,7 +109,7 @@ def load_state(
 
     def load(agreement: AllOrNone | None) -> tuple[TrainState, str]:
         with open_source(path, like, agreement) as source:
-            return _fitted(source, like, fields, strict=strict)
+            return _fitted(source, like, _held(source, fields, only is None), strict=strict)
 
     state, problems = _together(path, load, like)
     if problems:
@@ -122,7 +128,7 @@ def load_with_progress(path: str | os.PathLike[str], like: TrainState) -> Loaded
 
     def load(agreement: AllOrNone | None) -> Loaded:
         with open_source(path, like, agreement) as source:
-            state, _ = _fitted(source, like, _fields_to_load(None))
+            state, _ = _fitted(source, like, _held(source, _fields_to_load(None), True))
             return Loaded(path, state, read_progress(source))
 
     return _together(path, load, like)
@@ -226,6 +232,17 @@ def _fields_to_load(only: Iterable[str] | None) -> set[str]:
     for name in sorted(chosen - fields):
         raise ArgumentError(f"`only` names {name!r}, which is no field of a state; {did_you_mean(name, fields)}")
     return chosen
+
+
+def _held(source: Source, fields: set[str], everything: bool) -> set[str]:
+    """Returns which of the fields a source can hold; warns of the others where everything is asked for."""
+    if not isinstance(source, WeightsFile):
+        return fields
+    if everything:
+        left = ", ".join(sorted(fields.difference(WEIGHTS)))
+        warnings.warn(f"`{source.path}` holds weights only; not loaded: {left}. They stay as they were.", stacklevel=5)
+        return fields.intersection(WEIGHTS)
+    return fields
 
 
 def _fitted(source: Source, like: TrainState, fields: set[str], *, strict: bool = True) -> tuple[TrainState, str]:

@@ -10,6 +10,7 @@ import os
 import re
 import types
 import typing
+import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -115,7 +116,7 @@ class Config:
     def _refuse_unread(
         self, kind: str, readers: Mapping[str, Collection[str]], harmless: Mapping[str, Any] | None = None
     ) -> None:
-        """Refuses a field that ``readers`` gives to other choices of ``kind`` than the chosen.
+        """Refuses a field that ``readers`` gives to other choices of ``kind`` than the chosen; warns if that is "none".
 
         A field that no choice reads is a label, or a subclass added it: both are kept. So are the
         default of the field and its value in ``harmless``.
@@ -123,15 +124,21 @@ class Config:
         chosen = getattr(self, kind)
         if chosen not in readers:
             raise ConfigError(f"`{self._path(kind)}` is {chosen!r}; {did_you_mean(chosen, readers)}")
+        unread = []
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             others = sorted(name for name, fields in readers.items() if field.name in fields)
             if not others or chosen in others or value in (field.default, (harmless or {}).get(field.name)):
                 continue
-            raise ConfigError(
-                f"`{self._path(field.name)}` is {value!r}, but {chosen!r} does not read it, "
-                f"so it would do nothing; remove it, or choose one that does: {', '.join(others)}."
-            )
+            if chosen != "none":
+                raise ConfigError(
+                    f"`{self._path(field.name)}` is {value!r}, but {chosen!r} does not read it, "
+                    f"so it would do nothing; remove it, or choose one that does: {', '.join(others)}."
+                )
+            unread.append(f"`{self._path(field.name)}` ({value!r})")
+        if unread:  # switched off, and what it was set to is left in the file
+            verb = "does" if len(unread) == 1 else "do"
+            warnings.warn(f"{', '.join(unread)} {verb} nothing, because `{kind}` is 'none'.", stacklevel=4)
 
 
 def _arguments(cls: type[Any]) -> list[dataclasses.Field[Any]]:
@@ -156,6 +163,8 @@ def _from_mapping(cls: type[Any], data: Any, path: str) -> Any:
         raise ConfigError(" ".join(problems))
     values = {}
     for name, value in data.items():
+        if value is None and name in ("name", *_LABELS):
+            continue  # a label that is empty
         nested = _config_class(hints[name])
         if nested is not None and isinstance(value, Mapping):
             value = _from_mapping(nested, value, f"{path}.{name}")
@@ -231,5 +240,14 @@ def _loader() -> type[Any]:
 
     Loader.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
+
+    def sequence(loader: Any, *about: Any) -> Any:
+        return loader.construct_sequence(about[-1], deep=True)
+
+    # How PyYAML dumps the tuples and paths of a configuration that is no plain data, as the reference's.
+    Loader.add_constructor("tag:yaml.org,2002:python/tuple", sequence)
+    Loader.add_multi_constructor(
+        "tag:yaml.org,2002:python/object/apply:pathlib.", lambda *about: os.path.join("", *sequence(*about))
     )
     return Loader

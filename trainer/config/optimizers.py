@@ -133,6 +133,16 @@ class OptimizerConfig(Config):
         self._require("decay_mask", "False while `weight_decay` is 0", not self.decay_mask or self.weight_decay > 0)
         self._require("nesterov", "False while `momentum` is 0", not self.nesterov or bool(self.momentum))
 
+    def hyperparameters(self) -> dict[str, Any]:
+        """Returns what is set beyond the name and the rate: neither our default, nor that of the reference."""
+        plain = {*(field.name for field in dataclasses.fields(Config)), "optimizer_type", "learning_rate"}
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(OptimizerConfig)  # a caller reads those of a subclass
+            if field.name not in plain
+            and getattr(self, field.name) not in (field.default, _REFERENCE_DEFAULTS.get(field.name))
+        }
+
 
 def make_optimizer(
     config: OptimizerConfig, learning_rate: optax.ScalarOrSchedule | None = None

@@ -149,6 +149,8 @@ class SchedulerConfig(Config):
         self._within("decay_rate", 0, 1)
         self._within("gamma", 0, 1)
         self._refuse_unread("scheduler_type", SCHEDULER_FIELDS)
+        if self.scheduler_type == "none":
+            return  # nothing is read, so nothing has to agree
         ascending = all(a < b for a, b in zip(self.milestones, self.milestones[1:], strict=False))
         late = all(milestone > self.warmup_steps for milestone in self.milestones)
         self._require("milestones", "ascending, and later than `warmup_steps`", ascending and late)
@@ -168,7 +170,7 @@ def make_schedule(
 ) -> optax.Schedule:
     """Returns the schedule: a linear warm-up from 0, then, with t steps since and peak η::
 
-        constant     η                                 (also `none`, which allows no warm-up)
+        constant     η                                 (also `none`, which reads nothing)
         linear       η → ηr over the horizon           (r = min_lr_ratio)
         cosine       ηr + η(1-r)·(1 + cos(πt/T))/2
         polynomial   ηr + η(1-r)·(1 - t/T)^power
@@ -195,7 +197,9 @@ def make_schedule(
     """
     if not isinstance(total_steps, jax.Array):
         check_horizon(config, total_steps)
-    build, _ = _SCHEDULES[config.scheduler_type]
+    build, read = _SCHEDULES[config.scheduler_type]
+    if not read:
+        return build(config, learning_rate, 0.0, 0)
     peak, floor, warmup = learning_rate, learning_rate * config.min_lr_ratio, config.warmup_steps
     # The `cycle_length` of cyclic repeats; it ends nothing.
     given = config.total_steps or (None if config.scheduler_type == "cyclic" else config.cycle_length)

@@ -1,5 +1,6 @@
 """Checks of arguments, and hints for messages, that several modules share."""
 
+import reprlib
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
@@ -14,8 +15,16 @@ def check_count(value: Any, name: str) -> int:
         ArgumentTypeError: ``value`` is not an integer.
         ArgumentError: ``value`` is not positive.
     """
+    shape = getattr(value, "shape", ())
+    if shape:  # `train(x, y, 1, 64)`
+        raise ArgumentTypeError(
+            f"`{name}` is an array of shape {tuple(shape)}; it must be a positive integer. All arrays of the data are "
+            f"one argument, the first: {{'x': x, 'y': y}}, or (x, y)."
+        )
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise ArgumentTypeError(f"`{name}` is {value!r} of type {type(value).__name__}; it must be a positive integer.")
+        raise ArgumentTypeError(
+            f"`{name}` is {reprlib.repr(value)} of type {type(value).__name__}; it must be a positive integer."
+        )
     if int(value) <= 0:
         raise ArgumentError(f"`{name}` is {value!r}; it must be a positive integer.")
     return int(value)
@@ -24,5 +33,11 @@ def check_count(value: Any, name: str) -> int:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns the end of a message about an unknown ``name``: the closest known name, or all known names."""
     known = sorted(known)
-    near = get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}."
+    # "AdamW" is adamw, and "one-cycle" one_cycle: letters alone would find adam.
+    plain = {_plain(candidate): candidate for candidate in known}
+    near = get_close_matches(_plain(name), plain, n=1)
+    return f"did you mean {plain[near[0]]!r}?" if near else f"known: {', '.join(known) or 'none'}."
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "").replace(" ", "")

@@ -1,6 +1,7 @@
 """Calling the objective and the extensions, and checking what they return."""
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 from zlib import crc32
 
@@ -96,12 +97,24 @@ def extension_losses(
         traced = with_variables(extension, held["variables"])
         attributes = static_attributes(traced)
         rng = jax.random.fold_in(context["rng"], crc32(name.encode()))
-        loss = traced.loss_fn(batch, outputs, **{**context, "rng": rng})
+        loss = traced.loss_fn(batch, outputs, **_taken(traced.loss_fn, {**context, "rng": rng}))
         loss = check_loss(loss, f"`extensions[{name!r}].loss_fn` returned a loss that")
         refuse_changed_attributes(attributes, traced, f"extensions/{name}")
         losses[f"{name}_loss"] = held["weight"].astype(loss.dtype) * loss
         variables[name] = variables_of(traced)
     return losses, variables
+
+
+def _taken(function: Callable[..., Any], offered: dict[str, Any]) -> dict[str, Any]:
+    """Returns those of the offered keyword arguments that a function takes beside its first two arguments."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # of a function without a signature
+        return offered
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return offered
+    named = {one.name for one in parameters[2:] if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)}
+    return {name: value for name, value in offered.items() if name in named}
 
 
 def refuse_shadowing(metrics: Metrics, losses: Metrics) -> None:
@@ -152,6 +165,23 @@ def _describe_result(result: Any) -> str:
     return "a bare loss" if getattr(result, "shape", None) == () else type(result).__name__
 
 
+def _handles_events_only(extension: Any) -> bool:
+    kind = type(extension)  # asked of the class, so that no property is evaluated
+    names = {name for name in dir(kind) if callable(getattr(kind, name, None))}
+    hooks = {name for name in names if name.startswith("on_")}
+    # A loss under another name, as `compute_loss(batch, outputs)`, is a mistake.
+    losses = (name for name in names - hooks if "loss" in name.lower())
+    return bool(hooks) and not any(_takes_two(getattr(extension, name)) for name in losses)
+
+
+def _takes_two(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind(None, None)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 def check_loss_fn(loss_fn: Any) -> None:
     """Raises `ArgumentTypeError` unless ``loss_fn`` is callable."""
     if not callable(loss_fn):
@@ -161,8 +191,13 @@ def check_loss_fn(loss_fn: Any) -> None:
         )
 
 
+def with_losses(extensions: Mapping[str, Any]) -> dict[str, ExtensionLike]:
+    """Returns the extensions that have a loss; the others handle events only, and leave no trace in the state."""
+    return {name: extension for name, extension in extensions.items() if hasattr(extension, "loss_fn")}
+
+
 def check_extensions(extensions: Mapping[str, ExtensionLike] | None) -> dict[str, ExtensionLike]:
-    """Returns the extensions as a dict.
+    """Returns the extensions as a dict. One that has a method for an event needs no loss.
 
     Raises:
         ArgumentTypeError: One lacks a method or attribute of `trainer.types.ExtensionLike`; all that it lacks is named.
@@ -185,7 +220,7 @@ def check_extensions(extensions: Mapping[str, ExtensionLike] | None) -> dict[str
             )
             if not present
         ]
-        if lacks:
+        if lacks and not _handles_events_only(extension):
             raise ArgumentTypeError(
                 f"`extensions[{key!r}]` is of type {type(extension).__name__} and has no "
                 f"{', no '.join(lacks)}; derive it from trainer.Extension or add what is missing."

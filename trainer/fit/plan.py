@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from trainer.core.checks import check_count
 from trainer.data.loaders import check_loader, one_pass, takes_batch_size
 from trainer.data.memory import InMemoryData
 from trainer.errors import ArgumentError
@@ -63,12 +64,11 @@ def plan_run(
     train_data: Any,
     val_data: Any,
     resume: Any,
-    *,
-    num_epochs: int,
-    batch_size: int,
-    val_interval: int,
+    **counts: Any,
 ) -> FitPlan:
-    """Returns the plan of a call of ``train``, on which all processes agree."""
+    """Returns the plan of a call of ``train``, on which all processes agree; ``counts`` are its other arguments."""
+    counts = {name: check_count(value, name) for name, value in counts.items()}
+    num_epochs, batch_size, val_interval = counts["num_epochs"], counts["batch_size"], counts["val_interval"]
     held_out, val_in_memory = _held_out(setup, val_data, batch_size)
     common: dict[str, Any] = {
         "caller": "train",
@@ -78,7 +78,8 @@ def plan_run(
         "validate_every": None if held_out is None else val_interval,
         "held_out": held_out,
     }
-    counts = {"num_epochs": num_epochs, "batch_size": batch_size, "val_interval": val_interval, "resume": str(resume)}
+    _warn_of_overridden(setup, num_epochs, batch_size, in_memory=not _is_loader(train_data))
+    counts["resume"] = str(resume)
     told = {"num_epochs": num_epochs, "val_interval": common["validate_every"]}
     if _is_loader(train_data):
         common["arguments"] = describe_call(setup, told, val_data=val_in_memory)
@@ -103,6 +104,27 @@ def plan_run(
         about=f"{num_epochs} epochs of {len(data)} steps, batch size {batch_size}",
         **common,
     )
+
+
+def _warn_of_overridden(setup: Setup, num_epochs: int, batch_size: int, *, in_memory: bool) -> None:
+    """Warns of what the configuration says and `train` does not do, because an argument says otherwise."""
+    if setup.train_data_loader is not None:
+        return  # `train_epoch` obeys the configuration
+    config, fields = setup.config, {field.name: field.default for field in dataclasses.fields(setup.config)}
+    decided: dict[str, tuple[int, str]] = {
+        "num_epochs": (num_epochs, "the argument of train()"),
+        "batch_size": (batch_size, "the argument of train()"),
+        "save_frequency": (setup.save_interval, "`save_interval` of the Trainer"),
+    }
+    said = [
+        f"`{name}` = {getattr(config, name)} ({by} is {value})"
+        for name, (value, by) in decided.items()
+        if getattr(config, name) not in (fields[name], value)
+    ]
+    if in_memory and config.steps_per_epoch is not None:
+        said.append(f"`steps_per_epoch` = {config.steps_per_epoch} (data in memory are used whole)")
+    if said:
+        warnings.warn(f"train() does not use of `training_config`: {', '.join(said)}.", stacklevel=4)
 
 
 def plan_epoch(setup: Setup, run: Run, resume: Any) -> FitPlan:

@@ -2,7 +2,8 @@
 
 import optax
 
-from trainer.fit.setup import Setup, build_optimizer
+from trainer.fit.assemble import build_optimizer
+from trainer.fit.setup import Setup
 from trainer.run import Run
 
 
@@ -15,6 +16,8 @@ class ReadOnly:
     step = property(lambda self: self.run.step, doc="The number of updates finished.")
     epoch = property(lambda self: self.run.epoch, doc="The number of epochs finished.")
     history = property(lambda self: self.run.history, doc="What was logged so far, see `trainer.History`.")
+    train_metrics = property(lambda self: self.history.of_training(), doc="See `trainer.History.of_training`.")
+    val_metrics = property(lambda self: self.history.of_validation(), doc="See `trainer.History.of_validation`.")
     rng = property(lambda self: self.run.state.rng, doc="The key from which every step draws its own.")
     opt_state = property(lambda self: self.run.state.opt_state, doc="The state of the optimizer.")
     is_new_run = property(lambda self: self.run.is_new, doc="Whether the run is neither resumed nor continued.")
@@ -30,6 +33,7 @@ class ReadOnly:
     callbacks = property(lambda self: self.setup.callbacks)
     extensions = property(lambda self: self.setup.extensions)
     save_interval = property(lambda self: self.setup.save_interval)
+    workdir = property(lambda self: self.setup.workdir)
     checkpoint_dir = property(lambda self: self.setup.checkpointer.directory)
     is_primary_process = property(lambda self: self.setup.placement.is_primary_process)
 

@@ -129,6 +129,19 @@ class History(Sequence[Row]):
             raise KeyError(f"nothing was logged as {name!r}; there is {', '.join(known) or 'nothing'}")
         return [row["step"] for row in rows], [row[name] for row in rows]
 
+    def of_training(self) -> list[Row]:
+        """Returns rows of training metrics alone: ``step``, and what does not begin with ``val_``."""
+        rows = ({name: row[name] for name in row if not name.startswith("val_")} for row in self._rows())
+        return [row for row in rows if len(row) > 1]
+
+    def of_validation(self) -> list[Row]:
+        """Returns rows of validation averages alone: ``step``, and the averages without ``val_``."""
+        rows = (
+            {name.removeprefix("val_"): row[name] for name in row if name == "step" or name.startswith("val_")}
+            for row in self._rows()
+        )
+        return [row for row in rows if len(row) > 1]
+
     def packed(self) -> tuple[int, list[bytes]]:
         """Returns the number of rows, and their MessagePack bytes in pieces. Only recent rows are packed anew."""
         self._read()

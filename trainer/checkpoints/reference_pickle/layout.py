@@ -1,6 +1,10 @@
 """What a pickle in the reference's layout holds, shared by the reader and the writer.
 
 A pickle is a dict with the keys ``step`` (an int), ``opt_state``, ``model_state``, ``rng`` and ``extensions_state``.
+The reference does not continue a run from a pickle of ours. It needs the named tuples of optax and the variables of
+nnx, by reference to the classes of the versions that are installed; ours has plain tuples and dicts, which any program
+of any version reads. We continue from what the reference writes.
+
 We write it with dicts, tuples, lists, strings, ints, None and NumPy arrays only, so that ``pickle.load`` needs nothing
 but NumPy. An array that NumPy has no dtype for is written as a dict:
 

@@ -1,0 +1,296 @@
+"""Habits from elsewhere, the reference and Keras among them: taken as they are meant, or answered in one sentence."""
+
+import pickle
+import warnings
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import yaml
+
+from tests.problems import Busy, Linear, config, regression, squared_error
+from trainer import (
+    ArgumentTypeError,
+    Callback,
+    ConfigError,
+    OptimizerConfig,
+    SchedulerConfig,
+    Trainer,
+    TrainingConfig,
+    save_state,
+)
+from trainer.core.checks import check_count, did_you_mean
+
+LABELS = {"name": "a", "description": "b", "tags": ["c"], "metadata": {"d": 1}}
+
+
+def make(tmp_path, settings=None, optimizer=None, **options):
+    options = {"loss_fn": squared_error, "workdir": tmp_path, **options}
+    return Trainer(options.pop("model", None) or Linear(4), settings or config(), optimizer, **options)
+
+
+class TestConfigurationsOfTheReference:
+    plain = {
+        **LABELS,
+        "optimizer": {**LABELS, "optimizer_type": "adam", "learning_rate": 1e-3, "momentum": 0.0, "beta1": 0.9},
+        "scheduler": {**LABELS, "scheduler_type": "none", "warmup_steps": 0, "milestones": []},
+        "batch_size": 8,
+        "num_epochs": 2,
+        "checkpoint_dir": "checkpoints",
+    }
+
+    def test_labels_on_every_level_are_kept_and_written_back(self):
+        read = TrainingConfig.from_dict(self.plain)
+        for level in (read, read.optimizer, read.scheduler):
+            assert (level.description, level.tags, level.metadata) == ("b", ("c",), {"d": 1})
+        again = read.to_dict()
+        assert {name: again["scheduler"][name] for name in LABELS} == LABELS
+        assert TrainingConfig.from_dict(again) == read
+
+    def test_labels_that_are_null_are_empty(self):
+        none = dict.fromkeys(LABELS)
+        read = OptimizerConfig.from_dict({**none, "optimizer_type": "adam", "learning_rate": 1e-3})
+        assert (read.name, read.description, read.tags, read.metadata) == ("", "", (), {})
+
+    def test_a_dump_with_tuples_and_paths_is_read_and_nothing_else_is_made(self, tmp_path):
+        from pathlib import Path
+
+        path = tmp_path / "c.yaml"
+        path.write_text(yaml.dump({**self.plain, "tags": ("c", "e"), "checkpoint_dir": Path("/runs/one")}))
+        assert "!!python/tuple" in path.read_text()
+        read = TrainingConfig.from_yaml(path)
+        assert (read.tags, str(read.checkpoint_dir)) == (("c", "e"), "/runs/one")
+        path.write_text("name: !!python/object/apply:os.getcwd []\n")
+        with pytest.raises(yaml.constructor.ConstructorError):
+            TrainingConfig.from_yaml(path)
+
+    def test_a_schedule_that_is_switched_off_says_what_does_nothing(self):
+        with pytest.warns(UserWarning, match="SchedulerConfig") as warned:
+            off = SchedulerConfig(scheduler_type="none", warmup_steps=5, power=2.0, gamma=0.1)
+        assert [str(one.message) for one in warned] == [
+            "`SchedulerConfig.warmup_steps` (5), `SchedulerConfig.power` (2.0) do nothing, because `scheduler_type` is "
+            "'none'."
+        ]
+        assert warned[0].filename == __file__
+        assert off.warmup_steps == 5
+        with pytest.raises(ConfigError, match="remove it, or choose one that does: multistep"):
+            SchedulerConfig(scheduler_type="cosine", milestones=(5,))
+
+    def test_none_trains_at_a_constant_rate(self, tmp_path):
+        trained = []
+        for scheduler in ({"scheduler_type": "none"}, None):
+            settings = TrainingConfig.from_dict(
+                {"optimizer": {"optimizer_type": "sgd", "learning_rate": 0.1}, "scheduler": scheduler}
+            )
+            trainer = make(tmp_path, settings)
+            trainer.train(regression(), 1, 16)
+            trained.append(np.asarray(trainer.state.params["layer"]["kernel"]))
+        np.testing.assert_array_equal(*trained)
+
+
+class Hooks:
+    """An extension of the reference that has hooks alone."""
+
+    def __init__(self):
+        self.epochs = 0
+
+    def is_enabled(self):
+        return True
+
+    def on_epoch_end(self, trainer, epoch, logs):
+        self.epochs += 1
+
+
+class TestExtensionsOfTheReference:
+    def test_hooks_alone_are_enough(self, tmp_path):
+        hooks = Hooks()
+        trainer = make(tmp_path, extensions={"hooks": hooks})
+        trainer.train(regression(), 2, 16)
+        assert hooks.epochs == 2
+        assert trainer.extensions == {"hooks": hooks}
+        assert trainer.state.extensions == {}
+        assert "hooks_loss" not in trainer.history[-1]
+        # It leaves no trace in a checkpoint, so one without it fits.
+        make(tmp_path).load_checkpoint(trainer.save_checkpoint(tmp_path / "a.msgpack"))
+
+    def test_a_loss_under_another_name_is_no_hook(self, tmp_path):
+        class Misspelt(Hooks):
+            def loss_func(self, batch, outputs):
+                return 0.0
+
+        with pytest.raises(ArgumentTypeError, match=r"has no weight, no loss_fn\(batch, model_outputs, \*\*kwargs\)"):
+            make(tmp_path, extensions={"a": Misspelt()})
+
+    @pytest.mark.parametrize(
+        "loss_fn",
+        [
+            lambda batch, model_outputs: jnp.mean(model_outputs**2),
+            lambda batch, outputs, step: jnp.mean(outputs**2) + 0 * step,
+            lambda batch, outputs, *, model: jnp.mean(outputs**2) + 0 * model.outer.bias.sum(),
+            lambda data, model: jnp.mean(model**2),  # the second argument, whatever its name
+            lambda batch, outputs, **kwargs: jnp.mean(outputs**2) + 0 * kwargs["step"],
+        ],
+    )
+    def test_a_loss_gets_the_arguments_that_it_has(self, loss_fn, tmp_path):
+        class Plain:
+            weight = 0.5
+
+            def is_enabled(self):
+                return True
+
+        Plain.loss_fn = staticmethod(loss_fn)
+        trainer = make(tmp_path, model=Busy(), extensions={"plain": Plain()})
+        metrics = trainer.train_step(regression())
+        assert float(metrics["plain_loss"]) > 0
+
+    def test_a_hook_may_draw_losses(self, tmp_path):
+        class Drawing(Hooks):
+            def plot_losses(self, path):
+                raise NotImplementedError
+
+        make(tmp_path, extensions={"a": Drawing()})
+
+
+class TestAttributesOfTheReference:
+    def test_workdir_and_metrics_by_kind(self, tmp_path):
+        trainer = make(tmp_path, config(log_frequency=1))
+        assert trainer.workdir == tmp_path
+        assert (trainer.train_metrics, trainer.val_metrics) == ([], [])
+        trainer.train(regression(), 2, 32, regression(32, seed=1))
+        assert [row["step"] for row in trainer.train_metrics] == [1, 2, 3, 4]
+        assert all({"step", "loss", "mean_error"} <= set(row) for row in trainer.train_metrics)
+        assert not any(name.startswith("val_") for row in trainer.train_metrics for name in row)
+        assert [row["step"] for row in trainer.val_metrics] == [2, 4]
+        assert trainer.val_metrics[-1]["loss"] == trainer.history[-1]["val_loss"]
+        assert make(tmp_path, workdir=None).workdir is None
+
+    @pytest.mark.parametrize("dispatches", [True, False])
+    def test_a_list_of_callbacks_of_its_own_class(self, dispatches, tmp_path):
+        class Epochs(Callback):
+            seen = 0
+
+            def on_epoch_end(self, trainer, epoch, logs):
+                self.seen += 1
+                self.should_stop = self.seen == 2
+
+        class Holding:
+            def __init__(self, callbacks):
+                self.callbacks = callbacks
+
+        class Dispatching(Holding):
+            def on_epoch_end(self, trainer, epoch, logs):
+                for callback in self.callbacks:
+                    callback.on_epoch_end(trainer, epoch, logs)
+
+        first, later = Epochs(), Epochs()
+        held = (Dispatching if dispatches else Holding)([first])
+        trainer = make(tmp_path, callbacks=held)
+        held.callbacks.append(later)
+        trainer.train(regression(), 3, 32)
+        assert (first.seen, later.seen) == (2, 2)
+
+    def test_what_is_no_callback_in_such_a_list_is_refused(self, tmp_path):
+        class Holding:
+            callbacks = (3,)
+
+        with pytest.raises(ArgumentTypeError, match=r"`callbacks\[0\]` is of type int, which is no callback"):
+            make(tmp_path, callbacks=Holding())
+
+
+def test_a_pickle_of_ours_needs_no_class_and_is_documented_as_no_continuation(tmp_path):
+    from trainer.checkpoints.reference_pickle import layout
+
+    trainer = make(tmp_path)
+    held = pickle.loads(save_state(tmp_path / "a.pkl", trainer.state).read_bytes())
+    assert type(held["opt_state"]) is tuple
+    assert type(held["model_state"]["layer"]) is dict
+    assert "The reference does not continue a run from a pickle of ours." in layout.__doc__
+
+
+class TestKeras:
+    @pytest.mark.parametrize("as_array", [np.asarray, jnp.asarray])
+    def test_arrays_by_position(self, as_array, tmp_path):
+        data = regression()
+        with pytest.raises(ArgumentTypeError) as raised:
+            make(tmp_path).train(as_array(data["input"]), as_array(data["target"]), 1, 64)
+        assert str(raised.value) == (
+            "`num_epochs` is an array of shape (64,); it must be a positive integer. All arrays of the data are one "
+            "argument, the first: {'x': x, 'y': y}, or (x, y)."
+        )
+
+    def test_evaluate_says_the_same(self, tmp_path):
+        data = regression()
+        with pytest.raises(ArgumentTypeError, match=r"`batch_size` is an array of shape \(64,\); .* or \(x, y\)"):
+            make(tmp_path).evaluate(data["input"], data["target"])
+
+    def test_a_long_list_costs_a_short_message(self):
+        with pytest.raises(ArgumentTypeError) as raised:
+            check_count(list(range(10_000)), "num_epochs")
+        assert len(str(raised.value)) < 150
+
+    def test_an_array_without_dimensions_is_a_count(self):
+        assert check_count(jnp.asarray(3), "n") == check_count(np.int64(3), "n") == 3
+
+
+class TestNamesInAnotherCase:
+    @pytest.mark.parametrize(
+        ("name", "meant"),
+        [("AdamW", "adamw"), ("Adam", "adam"), ("SGD", "sgd"), ("RMSProp", "rmsprop"), ("N-Adam", "nadam")],
+    )
+    def test_of_optimizers(self, name, meant):
+        with pytest.raises(ConfigError, match=f"is '{name}'; did you mean '{meant}'"):
+            OptimizerConfig(optimizer_type=name, learning_rate=1e-3)
+
+    @pytest.mark.parametrize(
+        ("name", "meant"), [("One-Cycle", "one_cycle"), ("OneCycle", "one_cycle"), ("COSINE", "cosine")]
+    )
+    def test_of_schedules(self, name, meant):
+        with pytest.raises(ConfigError, match=f"is '{name}'; did you mean '{meant}'"):
+            SchedulerConfig(scheduler_type=name)
+
+    def test_of_fields(self):
+        with pytest.raises(ConfigError, match=r"learningRate` is no field; did you mean 'learning_rate'"):
+            OptimizerConfig.from_dict({"optimizer_type": "adam", "learning_rate": 1e-3, "learningRate": 1})
+
+    def test_nothing_near_lists_all(self):
+        assert did_you_mean("xyz", ["b", "a"]) == "known: a, b."
+
+
+class TestSettingsThatDoNothing:
+    def test_hyperparameters_beside_an_optimizer(self, tmp_path):
+        settings = config(optimizer={"weight_decay": 0.1, "gradient_clip_norm": 1.0, "momentum": 0.0})
+        with pytest.warns(UserWarning, match="training_config") as warned:
+            make(tmp_path, settings, optax.sgd(0.1))
+        assert [str(one.message) for one in warned] == [
+            "in `training_config.optimizer` `weight_decay` (0.1), `gradient_clip_norm` (1.0) do nothing, because an "
+            "`optimizer` was given, which has its own."
+        ]
+
+    def test_the_required_fields_beside_an_optimizer_are_no_settings(self, tmp_path):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            off = SchedulerConfig(scheduler_type="none")
+            make(tmp_path, config(gradient_clip_norm=1.0, scheduler=off), optax.sgd(0.1))
+
+    def test_arguments_of_train(self, tmp_path):
+        settings = config(batch_size=8, num_epochs=7, save_frequency=5, steps_per_epoch=2)
+        with pytest.warns(UserWarning, match="training_config") as warned:
+            make(tmp_path, settings).train(regression(), 1, 16)
+        assert [str(one.message) for one in warned] == [
+            "train() does not use of `training_config`: `num_epochs` = 7 (the argument of train() is 1), `batch_size` "
+            "= 8 (the argument of train() is 16), `save_frequency` = 5 (`save_interval` of the Trainer is 1000), "
+            "`steps_per_epoch` = 2 (data in memory are used whole)."
+        ]
+
+    def test_settings_that_agree_or_are_defaults_are_not_said(self, tmp_path):
+        settings = config(batch_size=16, num_epochs=1, save_frequency=50)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            make(tmp_path, settings, save_interval=50).train(regression(), 1, 16)
+            make(tmp_path).train(regression(), 1, 16)
+
+    def test_what_train_epoch_reads_is_not_said(self, tmp_path):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            make(tmp_path, config(batch_size=8), train_data_loader=[regression(8)]).train(regression(), 1, 16)

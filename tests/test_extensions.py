@@ -64,9 +64,20 @@ def test_random_variables_of_an_extension_advance_in_the_state():
     assert trainer.state.extensions["noise"]["variables"]["rngs"]["noise"]["count"] == jnp.uint32(3)
 
 
-@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -1.0])
+def test_a_bonus_has_a_negative_weight():
+    class Bonus(Extension):
+        def loss_fn(self, batch, model_outputs, **kwargs):
+            return jnp.float32(3.0)
+
+    bonus = Bonus(ExtensionConfig(weight=-2.0))
+    trainer = Trainer(Linear(4), config(), loss_fn=squared_error, extensions={"bonus": bonus})
+    metrics = trainer.train_step(regression(4))
+    assert metrics["bonus_loss"] == -6.0
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -float("inf")])
 def test_a_weight_that_is_no_weight_is_refused(weight, tmp_path):
-    with pytest.raises(ConfigError, match=r"`ExtensionConfig.weight` is .*; it must be zero or more, and finite"):
+    with pytest.raises(ConfigError, match=r"`ExtensionConfig.weight` is .*; it must be finite"):
         ExtensionConfig(weight=weight)
 
     class Plain:
@@ -79,7 +90,7 @@ def test_a_weight_that_is_no_weight_is_refused(weight, tmp_path):
         def loss_fn(self, batch, model_outputs, **kwargs):
             return jnp.zeros(())
 
-    with pytest.raises(ArgumentError, match=r"`extensions\['e'\].weight` is .*; it must be zero or more, and finite"):
+    with pytest.raises(ArgumentError, match=r"`extensions\['e'\].weight` is .*; it must be finite"):
         Trainer(Linear(4), config(), loss_fn=squared_error, extensions={"e": Plain(weight)}, workdir=tmp_path)
     extension = Plain(1.0)
     trainer = Trainer(Linear(4), config(), loss_fn=squared_error, extensions={"e": extension}, workdir=tmp_path)

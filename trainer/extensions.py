@@ -19,7 +19,7 @@ class ExtensionConfig(Config):
 
     Attributes:
         name: A name for people; its loss is reported under its key in ``extensions``.
-        weight: The factor of its loss, zero or more. Changing it compiles nothing.
+        weight: The factor of its loss, any finite number; a bonus has a negative one. Changing it compiles nothing.
         enabled: Whether its loss takes part. Switching it compiles the step once for each setting.
     """
 
@@ -28,7 +28,7 @@ class ExtensionConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require("weight", "zero or more, and finite", 0 <= self.weight < math.inf)
+        self._require("weight", "finite", math.isfinite(self.weight))
 
 
 class Extension(nnx.Module, Callback):

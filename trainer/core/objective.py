@@ -1,6 +1,7 @@
 """Calling the objective and the extensions, and checking what they return."""
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 from zlib import crc32
@@ -201,7 +202,7 @@ def check_extensions(extensions: Mapping[str, ExtensionLike] | None) -> dict[str
 
     Raises:
         ArgumentTypeError: One lacks a method or attribute of `trainer.types.ExtensionLike`; all that it lacks is named.
-        ArgumentError: Two have the same name, or a weight is negative or not finite.
+        ArgumentError: Two have the same name, or a weight is not finite.
     """
     if extensions is None:
         return {}
@@ -225,7 +226,8 @@ def check_extensions(extensions: Mapping[str, ExtensionLike] | None) -> dict[str
                 f"`extensions[{key!r}]` is of type {type(extension).__name__} and has no "
                 f"{', no '.join(lacks)}; derive it from trainer.Extension or add what is missing."
             )
-        check_weight(extension.weight, key)
+        if hasattr(extension, "weight"):
+            check_weight(extension.weight, key)
         name = getattr(getattr(extension, "config", None), "name", None) or key
         if name in names:
             raise ArgumentError(
@@ -237,6 +239,6 @@ def check_extensions(extensions: Mapping[str, ExtensionLike] | None) -> dict[str
 
 
 def check_weight(weight: Any, key: str) -> None:
-    """Raises `ArgumentError` where the weight of an extension is known to be negative or not finite."""
-    if not isinstance(weight, jax.core.Tracer) and not 0 <= float(weight) < float("inf"):
-        raise ArgumentError(f"`extensions[{key!r}].weight` is {weight!r}; it must be zero or more, and finite.")
+    """Raises `ArgumentError` where the weight of an extension is known not to be finite; a bonus has a negative one."""
+    if not isinstance(weight, jax.core.Tracer) and not math.isfinite(float(weight)):
+        raise ArgumentError(f"`extensions[{key!r}].weight` is {weight!r}; it must be finite.")

@@ -1,7 +1,6 @@
 """Calling the objective and the extensions, and checking what they return."""
 
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 from zlib import crc32
@@ -240,5 +239,5 @@ def check_extensions(extensions: Mapping[str, ExtensionLike] | None) -> dict[str
 
 def check_weight(weight: Any, key: str) -> None:
     """Raises `ArgumentError` where the weight of an extension is known not to be finite; a bonus has a negative one."""
-    if not isinstance(weight, jax.core.Tracer) and not math.isfinite(float(weight)):
+    if not isinstance(weight, jax.core.Tracer) and not abs(float(weight)) < float("inf"):
         raise ArgumentError(f"`extensions[{key!r}].weight` is {weight!r}; it must be finite.")

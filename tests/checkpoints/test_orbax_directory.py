@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tests.problems import Busy, Counting, regression, squared_error
 from tests.test_api import assert_same_bits
 from trainer import CheckpointError, TrainState, UnreadableError, load_state, make_train_step, save_state
-from trainer.checkpoints import device_checksums
+from trainer.core import checksums
 from trainer.checkpoints.file_format import DTYPES
 from trainer.checkpoints.orbax_directory import OrbaxDirectory, write_directory
 from trainer.checkpoints.snapshot import take_snapshot
@@ -163,7 +163,7 @@ class TestSharded:
         state = self.spread(saved[1], "data").replace(model_state={**saved[1].model_state, "large": large})
         monkeypatch.setattr(type(state.step), "__array__", _refuse_to_gather(type(state.step).__array__))
         hashed = []
-        monkeypatch.setattr(device_checksums, "digest_on_host", _recording(device_checksums.digest_on_host, hashed))
+        monkeypatch.setattr(checksums, "digest_on_host", _recording(checksums.digest_on_host, hashed))
         path = save(tmp_path / "3", state)
         load_state(path, like=self.spread(busy_state(), "data").replace(model_state=state.model_state))
         assert max(hashed) <= 2**20

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from trainer.checkpoints.device_checksums import as_text, bits, digest, digest_on_host, digests_as_text, from_bits
+from trainer.core.checksums import as_text, bits, digest, digest_on_host, digests_as_text, from_bits
 from trainer.checkpoints.file_format import DTYPES
 
 WIDE = {"int64", "uint64", "float64", "complex128"}

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from trainer.core.checksums import as_text, bits, digest, digest_on_host, digests_as_text, from_bits
 from trainer.checkpoints.file_format import DTYPES
+from trainer.core.checksums import as_text, bits, digest, digest_on_host, digests_as_text, from_bits
 
 WIDE = {"int64", "uint64", "float64", "complex128"}
 

@@ -16,11 +16,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tests.problems import Busy, Counting, regression, squared_error
 from tests.test_api import assert_same_bits
 from trainer import CheckpointError, TrainState, UnreadableError, load_state, make_train_step, save_state
-from trainer.core import checksums
 from trainer.checkpoints.file_format import DTYPES
 from trainer.checkpoints.orbax_directory import OrbaxDirectory, write_directory
 from trainer.checkpoints.snapshot import take_snapshot
 from trainer.checkpoints.state_io import load_latest, load_with_progress
+from trainer.core import checksums
 
 MESH = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 

@@ -32,10 +32,10 @@ import numpy as np
 import xxhash
 
 from trainer.checkpoints.atomic import NewDirectory
-from trainer.core.checksums import bits, digests_as_text, from_bits
 from trainer.checkpoints.file_format import DTYPES, Leaf, leaf_from_record, leaf_to_record
 from trainer.checkpoints.orbax_checks import check_files, check_stored
 from trainer.checkpoints.plain_values import bytes_to_json, from_plain, to_plain
+from trainer.core.checksums import bits, digests_as_text, from_bits
 from trainer.core.tree_paths import LeafPath
 from trainer.distributed.agreement import AllOrNone
 from trainer.errors import CheckpointError, UnreadableError

@@ -15,6 +15,7 @@ from trainer.data.host_arrays import aligned_empty
 from trainer.types import Batch
 
 _ROWS_OF_FINGERPRINT = 64
+_ROWS_AT_ONCE = 4096
 
 
 class InMemoryData:
@@ -61,15 +62,23 @@ class InMemoryData:
         order = np.random.default_rng([*seed, epoch]).permutation(self.num_examples)
         return Epoch(self, order, skip)
 
-    def fingerprint(self) -> str:
-        """Returns a line that identifies the data: shapes, dtypes, and a hash of rows spread over all of it."""
-        columns, _ = self.columns()
-        rows = np.linspace(0, self.num_examples - 1, min(self.num_examples, _ROWS_OF_FINGERPRINT)).astype(np.intp)
-        content = hashlib.sha256()
-        for column in columns:
-            content.update(repr((self.num_examples, column.shape[1:], str(column.dtype))).encode())
-            words = jax.random.key_data(column) if jnp.issubdtype(column.dtype, jax.dtypes.prng_key) else column
-            content.update(np.ascontiguousarray(words[rows]).tobytes())
+    def fingerprint(self, most_bytes: int = 0) -> str:
+        """Returns a line that identifies the data: shapes, dtypes, and a hash of rows spread over all of it.
+
+        Args:
+            most_bytes: How much to hash, if that is more than 64 rows; all rows where they are fewer bytes.
+        """
+        columns = [
+            jax.random.key_data(column) if jnp.issubdtype(column.dtype, jax.dtypes.prng_key) else column
+            for column in self.columns()[0]
+        ]
+        bytes_of_row = max(1, sum(column.nbytes for column in columns) // self.num_examples)
+        count = min(self.num_examples, max(_ROWS_OF_FINGERPRINT, most_bytes // bytes_of_row))
+        rows = np.linspace(0, self.num_examples - 1, count).astype(np.intp)
+        content = hashlib.sha256(repr([(column.shape, str(column.dtype)) for column in columns]).encode())
+        for start in range(0, count, _ROWS_AT_ONCE):
+            for column in columns:
+                content.update(np.ascontiguousarray(column[rows[start : start + _ROWS_AT_ONCE]]))
         return (
             f"{describe(self.in_order().specification())} of {self.num_examples} with hash {content.hexdigest()[:16]}"
         )

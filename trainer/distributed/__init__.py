@@ -2,6 +2,7 @@
 
 from trainer.distributed.agreement import AllOrNone as AllOrNone
 from trainer.distributed.agreement import check_agreement as check_agreement
+from trainer.distributed.replicas import check_replicas as check_replicas
 from trainer.distributed.agreement import gathered as gathered
 from trainer.distributed.agreement import barrier as barrier
 from trainer.distributed.signals import Signals as Signals

@@ -55,7 +55,7 @@ def check_agreement(parts: Mapping[str, Any], *, timeout_seconds: float = 300.0)
     differences = [
         f"`{name}` is {found}"
         for name in sorted(set().union(*held.values()))
-        if (found := _who_holds_what({process: entries.get(name) for process, entries in held.items()}))
+        if (found := who_holds_what({process: entries.get(name) for process, entries in held.items()}))
     ]
     if differences:
         raise DistributedError(
@@ -185,7 +185,7 @@ def _entries(name: str, value: Any) -> Iterator[tuple[str, str]]:
     yield name, text
 
 
-def _who_holds_what(values: Mapping[int, str | None]) -> str:
+def who_holds_what(values: Mapping[int, str | None]) -> str:
     """Returns ``0.1 in processes 0, 2 and 0.2 in process 1``, or nothing where all hold the same."""
     holders: dict[str | None, list[int]] = {}
     for process, value in sorted(values.items()):

@@ -58,6 +58,9 @@ class Signals:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if self._stop is not None and isinstance(error, SystemExit) and not isinstance(error, TrainingInterrupted):
+            # Python reports it to nobody, and the others may be in a collective that waits for this process.
+            end_others(f"left its run by {type(error).__name__}({error.code!r})", grace=True)
         self._exits.__exit__(kind, error, trace)
         if error is None and self._own is not None and self.received is None:
             # It came after all processes had agreed that there was none, so the earlier handler gets it.

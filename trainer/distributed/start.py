@@ -22,6 +22,7 @@ from trainer.distributed.rounds import announce_end
 from trainer.errors import ArgumentError, ArgumentTypeError
 
 _FAILURE = "trainer/failure"
+_GRACE_SECONDS = 3.0
 
 
 def initialize(
@@ -110,14 +111,16 @@ def initialize(
     _end_with_the_others()
 
 
-def end_others(reason: str) -> None:
+def end_others(reason: str, *, grace: bool = False) -> None:
     """Ends the other processes, which may be waiting for this one, with a message; this one continues.
 
     Args:
         reason: The message without its subject, which is this process.
+        grace: Whether they get a few seconds to end by themselves, as all do where all call `sys.exit`.
     """
     try:
-        write_once(_FAILURE, f"process {jax.process_index()} {reason}"[:2000])  # the first one counts
+        message = f"process {jax.process_index()} {reason}"[:2000]
+        write_once(_FAILURE, f"{int(grace)} {message}")  # the first one counts
     except jax.errors.JaxRuntimeError:
         return  # the coordinator is gone, which ends the others as well
 
@@ -156,8 +159,11 @@ def _end_with_the_others() -> None:
                 return  # the coordinator is gone
             if message is None:
                 continue
+            grace, _, message = message.partition(" ")
             if message.startswith(f"process {process} "):
                 return  # it ends the others
+            if grace == "1" and ending.wait(_GRACE_SECONDS):
+                return
             print(f"process {process} ends, since {message}", file=sys.stderr, flush=True)
             sys.stdout.flush()
             # The main thread may be in a collective, which no exception can reach.

@@ -44,9 +44,11 @@ def fit(trainer: Trainer, plan: FitPlan, resume: bool | str | os.PathLike[str]) 
         run = before.replace(position=plan.position, arguments=plan.arguments)
         if run.is_new:
             setup.checkpointer.warn_of_later(run)
+        setup.agree_on_state(run)
         trainer.hold(setup.with_horizon(run, planned_end(run.step, plan)))
     else:
         run = checked(setup, plan, restored)
+        setup.agree_on_state(run)
         listeners = copy.deepcopy(setup.events.state_dict())
         with put_back(trainer, before, listeners):
             if restored.listeners is not None:

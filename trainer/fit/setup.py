@@ -21,6 +21,7 @@ from trainer.core.objective import check_weight, with_losses
 from trainer.data.memory import InMemoryData
 from trainer.data.resumable import LoaderPass, LoaderPosition
 from trainer.distributed.agreement import check_agreement, gathered
+from trainer.distributed.replicas import check_replicas
 from trainer.errors import CheckpointError
 from trainer.loggers.base import Logger, MetricsLoggerLike
 from trainer.loggers.fanout import MetricFanout
@@ -28,6 +29,9 @@ from trainer.metrics.throughput import Throughput
 from trainer.run import FromLoader, Run
 from trainer.sharding.placement import Placement
 from trainer.types import EvalParams, ExtensionLike, LogCallback, LossFn, Metrics
+
+_BYTES_COMPARED = 256 * 2**20
+"""How much of data in memory the processes compare: a quarter of a second's work. Of more, rows spread over all."""
 
 
 @dataclasses.dataclass
@@ -89,12 +93,21 @@ class Setup:
             DistributedError: In all processes, if one is about to do something else.
         """
         if self.placement.num_processes > 1:
-            prints = {name: None if held is None else held.fingerprint() for name, held in data.items()}
+            prints = {name: None if held is None else held.fingerprint(_BYTES_COMPARED) for name, held in data.items()}
             check_agreement({what: {**parts, **prints}})
 
     def agree_on_run(self, what: str, run: Run, arguments: Mapping[str, Any], **data: InMemoryData | None) -> None:
         """Compares the arguments of a call, the data and where the run is, before the call does anything."""
         self.agree(what, {**arguments, "step": run.step, "epoch": run.epoch, "rng": list(self.seed)}, **data)
+
+    def agree_on_state(self, run: Run) -> None:
+        """Compares the values of the state with those of the other processes, before a run trains on it.
+
+        Raises:
+            DistributedError: In all processes, if arrays that several hold differ.
+        """
+        if self.placement.num_processes > 1:
+            check_replicas(run.with_edits().peek())
 
     def in_memory(self, data: Any, batch_size: int, name: str) -> InMemoryData:
         """Returns data in memory, if it can be used and its full batches can be shared by the devices."""

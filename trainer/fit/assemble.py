@@ -1,0 +1,298 @@
+"""`assemble`: checks the arguments of a trainer, and makes its parts and its initial run."""
+
+import functools
+import os
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import optax
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+
+from trainer.callbacks.base import as_callback_list
+from trainer.callbacks.dispatch import CallbackDispatcher
+from trainer.checkpoints.checkpointer import Checkpointer
+from trainer.compile.dispatch import CompiledStep
+from trainer.config import TrainingConfig, make_optimizer, make_schedule
+from trainer.config.schedules import check_horizon, needs_horizon
+from trainer.core.averaged_params import resolve_eval_params
+from trainer.core.checks import check_count
+from trainer.core.modes import evaluated_as_a_whole
+from trainer.core.objective import check_extensions, check_loss_fn, with_losses
+from trainer.core.optimizer import adapt_optimizer
+from trainer.data.loaders import check_loader
+from trainer.data.memory import seed_from_key
+from trainer.distributed.agreement import check_agreement, gathered
+from trainer.errors import ArgumentError, ArgumentTypeError
+from trainer.fit.fingerprint import fingerprints_of
+from trainer.fit.setup import Live, Setup
+from trainer.loggers.base import Logger, MetricsLoggerLike, check_metric_names
+from trainer.loggers.fanout import MetricFanout
+from trainer.loggers.wandb import WandbLogger
+from trainer.run import Run
+from trainer.sharding.placement import Placement, placement_of
+from trainer.state import check_model, check_optimizer, check_rng
+from trainer.steps import make_eval_step, make_predict_step, make_train_step
+from trainer.types import Batch, EvalParams, ExtensionLike, LogCallback, LossFn
+
+# Stands for the horizon where only the structure of an optimizer's state matters.
+_ANY_HORIZON = 2**31 - 1
+
+
+def assemble(
+    trainer: Any,
+    *,
+    model: Any,
+    training_config: TrainingConfig,
+    optimizer: optax.GradientTransformation | None,
+    train_data_loader: Callable[..., Any] | Iterable[Batch] | None,
+    val_data_loader: Callable[..., Any] | Iterable[Batch] | None,
+    workdir: str | os.PathLike[str] | None,
+    rng: jax.Array | None,
+    loss_fn: LossFn,
+    metrics_logger: MetricsLoggerLike | None,
+    logger: Logger | None,
+    checkpoint_dir: str | os.PathLike[str] | None,
+    save_interval: int,
+    log_callback: LogCallback | None,
+    callbacks: Any,
+    eval_params: EvalParams | None,
+    extensions: Mapping[str, ExtensionLike] | None,
+    wrt: nnx.filterlib.Filter,
+    handle_signals: bool,
+    steps_per_call: int | Literal["auto"],
+    mesh: Mesh | None,
+    partition_rules: Mapping[str, PartitionSpec] | None,
+) -> tuple[Setup, Run]:
+    """Checks the arguments of `trainer.Trainer`, and returns its parts and its initial run.
+
+    Raises:
+        ArgumentError: An argument cannot be used; nothing has happened then.
+    """
+    if mesh is None or not callable(model):
+        check_model(model)
+    _check_config(training_config)
+    if optimizer is not None:
+        check_optimizer(optimizer)
+        _warn_of_unused_settings(training_config)
+    for name, loader in {"train_data_loader": train_data_loader, "val_data_loader": val_data_loader}.items():
+        if loader is not None:
+            check_loader(loader, name)
+    check_loss_fn(loss_fn)
+    if log_callback is not None and not callable(log_callback):
+        raise ArgumentTypeError(f"`log_callback` is of type {type(log_callback).__name__}; it must be callable.")
+    save_interval = check_count(save_interval, "save_interval")
+    extensions = check_extensions(extensions)
+    callbacks = as_callback_list(callbacks)
+    events = CallbackDispatcher(callbacks, extensions)
+    placement = placement_of(mesh, partition_rules)
+    rng = jax.random.PRNGKey(0) if rng is None else rng
+    check_rng(rng)
+    losses = with_losses(extensions)
+    run = _initial_run(model, rng, training_config, optimizer, wrt, losses, placement)
+    has_clipping = training_config.gradient_clip_norm is not None
+    eval_params = resolve_eval_params(eval_params, run.peek(), has_clipping=has_clipping)
+    _warn_of_mode(run.peek().model(), wrt)
+    live = Live(weakref.ref(trainer), validates=val_data_loader is not None)
+    default_directory = TrainingConfig.checkpoint_dir
+    checkpointer = Checkpointer(
+        Path(checkpoint_dir or workdir or training_config.checkpoint_dir), training_config.max_checkpoints
+    )
+    setup = Setup(
+        config=training_config,
+        loss_fn=loss_fn,
+        given_optimizer=optimizer,
+        train_data_loader=train_data_loader,
+        val_data_loader=val_data_loader,
+        metrics_logger=metrics_logger,
+        logger=logger,
+        log_callback=log_callback,
+        save_interval=save_interval,
+        workdir=workdir,
+        handle_signals=handle_signals,
+        wrt=wrt,
+        callbacks=callbacks,
+        eval_params=eval_params,
+        extensions=extensions,
+        seed=seed_from_key(rng),
+        placement=placement,
+        events=events,
+        fanout=_fanout(training_config, placement, log_callback, metrics_logger, logger),
+        checkpointer=checkpointer,
+        is_directory_given=any((workdir, checkpoint_dir, training_config.checkpoint_dir != default_directory)),
+        fingerprints=fingerprints_of(loss_fn, optimizer, losses, run),
+        step=_compiled_step(training_config, optimizer, loss_fn, wrt, losses, placement, steps_per_call, events, live),
+        eval_step=jax.jit(
+            _names_checked(make_eval_step(loss_fn, eval_params=eval_params)), out_shardings=placement.replicated
+        ),
+        # The same function again finds its compiled step.
+        predict_step=functools.lru_cache(maxsize=8)(
+            lambda fn: jax.jit(make_predict_step(fn, eval_params=eval_params), out_shardings=placement.replicated)
+        ),
+        live=live,
+    )
+    if placement.num_processes > 1:
+        run = run.replace(id=gathered(run.id)[0])
+    about = {"mesh": str(mesh and dict(mesh.shape)), "partition_rules": str(partition_rules)}
+    setup.agree("Trainer", {"training_config": training_config.to_dict(), "save_interval": save_interval, **about})
+    return setup, run.replace(horizon=setup.horizon_of(train_data_loader))
+
+
+def _initial_run(
+    model: Any,
+    rng: jax.Array,
+    config: TrainingConfig,
+    optimizer: optax.GradientTransformation | None,
+    wrt: nnx.filterlib.Filter,
+    extensions: dict[str, ExtensionLike],
+    placement: Placement,
+) -> Run:
+    state = placement.create(model, build_optimizer(config, optimizer, _ANY_HORIZON), rng, wrt, extensions)
+    if not jax.tree.leaves(state.params):
+        raise ArgumentError(
+            f"`model` has no parameters: `wrt` = {wrt!r} selects none of its variables, so there is nothing to train."
+        )
+    return Run.start(state).replace(position=None)
+
+
+def build_optimizer(
+    config: TrainingConfig, given: optax.GradientTransformation | None, horizon: Any
+) -> optax.GradientTransformation:
+    """Returns the given or configured optimizer, with gradient clipping.
+
+    Args:
+        config: The configuration.
+        given: The caller's optimizer.
+        horizon: The step at which a computed schedule ends; it may be traced, so that a longer run compiles nothing.
+
+    Raises:
+        ConfigError: The schedule needs a horizon and none is known.
+    """
+    optimizer = given
+    if optimizer is None:
+        rate, scheduler = config.optimizer.learning_rate, config.scheduler
+        schedule = None if scheduler is None else make_schedule(scheduler, rate, horizon)
+        optimizer = make_optimizer(config.optimizer, schedule)
+    if config.gradient_clip_norm is None:
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(config.gradient_clip_norm), adapt_optimizer(optimizer))
+
+
+def _compiled_step(
+    config: TrainingConfig,
+    optimizer: optax.GradientTransformation | None,
+    loss_fn: LossFn,
+    wrt: nnx.filterlib.Filter,
+    extensions: dict[str, ExtensionLike],
+    placement: Placement,
+    steps_per_call: int | Literal["auto"],
+    events: CallbackDispatcher,
+    live: Live,
+) -> CompiledStep:
+    make = functools.partial(make_train_step, loss_fn, wrt=wrt, extensions=extensions)
+    scheduler = config.scheduler
+    step: Any
+    arguments: Callable[[Run], tuple[Any, ...]] | None = None
+    if optimizer is None and scheduler is not None and needs_horizon(scheduler):
+
+        def step_until(state: Any, batch: Any, horizon: Any) -> Any:
+            return make(build_optimizer(config, None, horizon))(state, batch)
+
+        def horizon_of(run: Run) -> tuple[Any, ...]:
+            if run.horizon is None:
+                check_horizon(scheduler, None)  # raises
+            return (placement.replicated_int(run.horizon or 0),)
+
+        step, arguments = step_until, horizon_of
+
+    else:
+        step = make(build_optimizer(config, optimizer, None))
+
+    def enabled() -> tuple[str, ...]:
+        return tuple(name for name, extension in extensions.items() if extension.is_enabled())
+
+    def before_compile(name: str, text: Callable[[], str]) -> None:
+        events.emit("on_compile_begin", live.trainer(), name)
+        if placement.num_processes > 1:
+            check_agreement({name: {"program": text()}})
+
+    return CompiledStep(
+        _names_checked(step),
+        steps_per_call=steps_per_call,
+        variant=enabled if extensions else None,
+        arguments=arguments,
+        replicated=placement.replicated,
+        one_call_at_a_time=placement.one_call_at_a_time,
+        before_compile=before_compile,
+    )
+
+
+def _names_checked(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a train step or an eval step that refuses metrics whose names belong to a validation.
+
+    Names are known while the step is traced, so the check costs nothing later and comes before a state is donated.
+    """
+
+    @functools.wraps(step)
+    def checked(*arguments: Any) -> Any:
+        result = step(*arguments)
+        check_metric_names(result[1] if isinstance(result, tuple) else result)
+        return result
+
+    return checked
+
+
+def _fanout(
+    config: TrainingConfig,
+    placement: Placement,
+    log_callback: LogCallback | None,
+    metrics_logger: MetricsLoggerLike | None,
+    logger: Logger | None,
+) -> MetricFanout:
+    """Returns the destinations of metrics: none in any process but the first."""
+    if not placement.is_primary_process:
+        return MetricFanout(None, None, ())
+    loggers = [] if logger is None else [logger]
+    owned = [WandbLogger(config.wandb_project, config.name)] if config.use_wandb else []
+    return MetricFanout(log_callback, metrics_logger, [*loggers, *owned], owned)
+
+
+def _check_config(config: Any) -> None:
+    if not isinstance(config, TrainingConfig):
+        hint = " TrainingConfig.from_dict makes one." if isinstance(config, Mapping) else ""
+        raise ArgumentTypeError(
+            f"`training_config` is of type {type(config).__name__}; it must be a trainer.TrainingConfig.{hint}"
+        )
+
+
+def _warn_of_unused_settings(config: TrainingConfig) -> None:
+    """Warns of what an `optimizer` replaces. Its name and rate are required, so they may be there for no reason."""
+    if config.scheduler is not None and config.scheduler.scheduler_type != "none":
+        warnings.warn(
+            "`training_config.scheduler` does nothing, because an `optimizer` was given; put the schedule into "
+            "that one, for example with trainer.make_schedule.",
+            stacklevel=4,
+        )
+    unused = config.optimizer.hyperparameters()
+    if unused:
+        names = ", ".join(f"`{name}` ({value!r})" for name, value in unused.items())
+        warnings.warn(
+            f"in `training_config.optimizer` {names} {'does' if len(unused) == 1 else 'do'} nothing, because an "
+            f"`optimizer` was given, which has its own.",
+            stacklevel=4,
+        )
+
+
+def _warn_of_mode(model: nnx.Module, wrt: nnx.filterlib.Filter) -> None:
+    if parts := evaluated_as_a_whole(model, wrt):
+        listed = ", ".join(f"`{part}`" for part in parts[:5]) + (", …" if len(parts) > 5 else "")
+        warnings.warn(
+            f"`model` is in evaluation mode as a whole ({listed}) and stays in it while it is trained: no dropout, and "
+            f"batch statistics do not move. If that is not meant, call model.train() before, or pass "
+            f"`trainer.state.model()` in place of `trainer.model` of another trainer.",
+            stacklevel=4,
+        )

@@ -78,7 +78,7 @@ class InMemoryData:
         content = hashlib.sha256(repr([(column.shape, str(column.dtype)) for column in columns]).encode())
         for start in range(0, count, _ROWS_AT_ONCE):
             for column in columns:
-                content.update(np.ascontiguousarray(column[rows[start : start + _ROWS_AT_ONCE]]))
+                content.update(np.ascontiguousarray(column[rows[start : start + _ROWS_AT_ONCE]]).tobytes())
         return (
             f"{describe(self.in_order().specification())} of {self.num_examples} with hash {content.hexdigest()[:16]}"
         )

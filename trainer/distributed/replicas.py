@@ -93,10 +93,12 @@ def _shared_parts(tree: Any) -> dict[str, dict[str, str]]:
 
 def _processes_by_part(array: jax.Array) -> dict[str, set[int]]:
     """Returns, for every part of an array, the processes that hold it."""
-    holders: dict[str, set[int]] = {}
+    devices: Iterable[Any] = array.sharding.device_set
     if array.is_fully_replicated:  # thousands of devices may hold it
-        return {"": {device.process_index for device in array.sharding.device_set}}
-    for device, index in array.sharding.devices_indices_map(array.shape).items():
+        return {"": {device.process_index for device in devices}}
+    holders: dict[str, set[int]] = {}
+    held: Mapping[Any, Any] = array.sharding.devices_indices_map(array.shape)
+    for device, index in held.items():
         holders.setdefault(_text(index, array), set()).add(device.process_index)
     return holders
 

@@ -23,6 +23,7 @@ from trainer.errors import ArgumentError, ArgumentTypeError
 
 _FAILURE = "trainer/failure"
 _GRACE_SECONDS = 3.0
+_leaving = threading.Event()  # set where this process ends by itself, in a way that it has told the others
 
 
 def initialize(
@@ -118,6 +119,8 @@ def end_others(reason: str, *, grace: bool = False) -> None:
         reason: The message without its subject, which is this process.
         grace: Whether they get a few seconds to end by themselves, as all do where all call `sys.exit`.
     """
+    if grace:
+        _leaving.set()
     try:
         message = f"process {jax.process_index()} {reason}"[:2000]
         write_once(_FAILURE, f"{int(grace)} {message}")  # the first one counts
@@ -162,7 +165,7 @@ def _end_with_the_others() -> None:
             grace, _, message = message.partition(" ")
             if message.startswith(f"process {process} "):
                 return  # it ends the others
-            if grace == "1" and ending.wait(_GRACE_SECONDS):
+            if grace == "1" and _leaving.wait(_GRACE_SECONDS):
                 return
             print(f"process {process} ends, since {message}", file=sys.stderr, flush=True)
             sys.stdout.flush()

@@ -718,8 +718,8 @@ class TestCheckpoints:
         (tmp_path / "checkpoint_notes.txt").write_text("mine")
         trainer.train(regression(64), 2, 8)
         assert sorted(p.name for p in tmp_path.iterdir()) == [
-            "checkpoint_12.msgpack",
             "checkpoint_15.msgpack",
+            "checkpoint_16.msgpack",  # the end
             "checkpoint_notes.txt",
         ]
 
@@ -911,7 +911,7 @@ class TestNamesOfMetrics:
 
     def test_names_are_checked_when_a_step_is_traced_and_not_again(self, monkeypatch):
         checked = []
-        monkeypatch.setattr("trainer.fit.setup.check_metric_names", checked.append)
+        monkeypatch.setattr("trainer.loggers.base.check_metric_names", checked.append)
         trainer = build()
         for _ in range(3):
             trainer.train_step(regression(8))

@@ -11,6 +11,7 @@ import jax
 from trainer.data.loaders import check_loader, one_pass, takes_batch_size
 from trainer.data.memory import InMemoryData
 from trainer.errors import ArgumentError
+from trainer.fit.identity import describe_call
 from trainer.fit.setup import Setup
 from trainer.run import FromLoader, InMemory, Position, Run
 from trainer.types import Batch
@@ -33,6 +34,7 @@ class FitPlan:
         validate_every: Validate at multiples of this step, beside the end of every epoch; None for no other.
         held_out: Opens the validation data; None where nothing is validated.
         about: The plan in words.
+        arguments: What the call was made with, see `trainer.fit.identity`.
     """
 
     caller: str
@@ -47,6 +49,7 @@ class FitPlan:
     validate_every: int | None
     held_out: Callable[[], Iterator[Batch]] | None
     about: str
+    arguments: dict[str, str]
 
     @property
     def sync_every(self) -> list[int]:
@@ -76,7 +79,9 @@ def plan_run(
         "held_out": held_out,
     }
     counts = {"num_epochs": num_epochs, "batch_size": batch_size, "val_interval": val_interval, "resume": str(resume)}
+    told = {"num_epochs": num_epochs, "val_interval": common["validate_every"]}
     if _is_loader(train_data):
+        common["arguments"] = describe_call(setup, told, val_data=val_in_memory)
         setup.agree_on_run("train", run, counts, val_data=val_in_memory)
         horizon = setup.horizon_of(train_data, num_epochs)
         return _over_loader(run, train_data, "train_data", horizon=horizon, first_step=run.step, **common)
@@ -88,6 +93,7 @@ def plan_run(
             stacklevel=3,
         )
     setup.agree_on_run("train", run, counts, train_data=data, val_data=val_in_memory)
+    common["arguments"] = describe_call(setup, told, data, val_in_memory)
     return FitPlan(
         position=InMemory(setup.seed, data.num_examples, batch_size, run.epoch, run.step),
         data=data,
@@ -125,6 +131,7 @@ def plan_epoch(setup: Setup, run: Run, resume: Any) -> FitPlan:
         save_every=setup.config.save_frequency,
         validate_every=None,
         held_out=held_out,
+        arguments=describe_call(setup, {}),
     )
 
 

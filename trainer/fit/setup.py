@@ -32,7 +32,8 @@ from trainer.data.memory import InMemoryData, seed_from_key
 from trainer.data.resumable import LoaderPass, LoaderPosition
 from trainer.distributed.agreement import check_agreement, gathered
 from trainer.errors import ArgumentError, ArgumentTypeError, CheckpointError
-from trainer.loggers.base import Logger, MetricsLoggerLike, check_metric_names
+from trainer.fit.fingerprint import fingerprints_of
+from trainer.loggers.base import Logger, MetricsLoggerLike, names_checked
 from trainer.loggers.fanout import MetricFanout
 from trainer.loggers.wandb import WandbLogger
 from trainer.metrics.throughput import Throughput
@@ -90,6 +91,8 @@ class Setup:
     events: CallbackDispatcher
     fanout: MetricFanout
     checkpointer: Checkpointer
+    is_directory_given: bool
+    fingerprints: dict[str, str]
     step: CompiledStep
     eval_step: Callable[..., Metrics]
     predict_step: Callable[[Any], Callable[..., Any]]
@@ -179,6 +182,18 @@ class Setup:
     def _info(self) -> dict[str, Any]:
         return {"name": self.config.name, "metadata": self.config.to_dict()["metadata"]}
 
+    def without_lost_position(self, run: Run) -> Run:
+        """Returns the run, outside of any data if its loader cannot tell the position: it is over, and worth saving."""
+        position = run.position
+        try:
+            if self.placement.num_processes > 1:
+                self._with_positions(run)  # raises in all processes or in none
+            elif isinstance(position, FromLoader) and isinstance(position.loader, LoaderPass):
+                position.loader.position(position.batch)
+        except CheckpointError:
+            return run.replace(position=None)
+        return run
+
     def _with_positions(self, run: Run) -> tuple[Run, list[Any] | None]:
         """Returns the run, and the positions of the loaders of all processes where there are several."""
         position = run.position
@@ -251,6 +266,7 @@ def assemble(
     eval_params = resolve_eval_params(eval_params, run.peek(), has_clipping=has_clipping)
     _warn_of_mode(run.peek().model(), wrt)
     live = Live(weakref.ref(trainer), validates=val_data_loader is not None)
+    default_directory = TrainingConfig.checkpoint_dir
     checkpointer = Checkpointer(
         Path(checkpoint_dir or workdir or training_config.checkpoint_dir), training_config.max_checkpoints
     )
@@ -274,11 +290,13 @@ def assemble(
         events=events,
         fanout=_fanout(training_config, placement, log_callback, metrics_logger, logger),
         checkpointer=checkpointer,
+        is_directory_given=any((workdir, checkpoint_dir, training_config.checkpoint_dir != default_directory)),
+        fingerprints=fingerprints_of(loss_fn, optimizer, extensions, run),
         step=_compiled_step(
             training_config, optimizer, loss_fn, wrt, extensions, placement, steps_per_call, events, live
         ),
         eval_step=jax.jit(
-            _names_checked(make_eval_step(loss_fn, eval_params=eval_params)), out_shardings=placement.replicated
+            names_checked(make_eval_step(loss_fn, eval_params=eval_params)), out_shardings=placement.replicated
         ),
         # The same function again finds its compiled step.
         predict_step=functools.lru_cache(maxsize=8)(
@@ -286,6 +304,8 @@ def assemble(
         ),
         live=live,
     )
+    if placement.num_processes > 1:
+        run = run.replace(id=gathered(run.id)[0])
     about = {"mesh": str(mesh and dict(mesh.shape)), "partition_rules": str(partition_rules)}
     setup.agree("Trainer", {"training_config": training_config.to_dict(), "save_interval": save_interval, **about})
     return setup, run.replace(horizon=setup.horizon_of(train_data_loader))
@@ -370,7 +390,7 @@ def _compiled_step(
             check_agreement({name: {"program": text()}})
 
     return CompiledStep(
-        _names_checked(step),
+        names_checked(step),
         steps_per_call=steps_per_call,
         variant=enabled if extensions else None,
         arguments=arguments,
@@ -378,21 +398,6 @@ def _compiled_step(
         one_call_at_a_time=placement.one_call_at_a_time,
         before_compile=before_compile,
     )
-
-
-def _names_checked(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a train step or an eval step that refuses metrics whose names belong to a validation.
-
-    Names are known while the step is traced, so the check costs nothing later and comes before a state is donated.
-    """
-
-    @functools.wraps(step)
-    def checked(*arguments: Any) -> Any:
-        result = step(*arguments)
-        check_metric_names(result[1] if isinstance(result, tuple) else result)
-        return result
-
-    return checked
 
 
 def _fanout(

@@ -911,7 +911,7 @@ class TestNamesOfMetrics:
 
     def test_names_are_checked_when_a_step_is_traced_and_not_again(self, monkeypatch):
         checked = []
-        monkeypatch.setattr("trainer.fit.assemble.check_metric_names", checked.append)
+        monkeypatch.setattr("trainer.loggers.base.check_metric_names", checked.append)
         trainer = build()
         for _ in range(3):
             trainer.train_step(regression(8))

@@ -191,7 +191,7 @@ def test_the_best_params_come_back(tmp_path):
     run(trainer, epochs=10)
     assert (trainer.epoch, stopping.best_step) == (3, 5)
     assert_same_bits((trainer.state.params, trainer.state.model_state), kept[0])
-    other = build(tmp_path, EarlyStopping(patience=2, min_delta=1e9))
+    other = build(tmp_path / "other", EarlyStopping(patience=2, min_delta=1e9))
     run(other, epochs=10)
     assert_same_bits((other.state.params, other.state.model_state), kept[-1])
 

@@ -247,11 +247,10 @@ class TestInARun:
             return loss * jnp.where(step >= 7, jnp.nan, 1.0), metrics
 
         best = ModelCheckpoint(tmp_path / "best")
-        with (
-            pytest.warns(UserWarning, match="the loss is nan at step 8"),
-            pytest.warns(UserWarning, match="the state is not finite any more at step 15"),
-            pytest.warns(UserWarning, match=r"the state is not finite at step 1[05]; .* keeps what it has"),
-        ):
+        of_the_loss = pytest.warns(UserWarning, match="the loss is nan at step 8")
+        at_the_end = pytest.warns(UserWarning, match="the state is not finite any more at step 15")
+        of_the_best = pytest.warns(UserWarning, match=r"the state is not finite at step 1[05]; .* keeps what it has")
+        with of_the_loss, at_the_end, of_the_best:
             run(build(tmp_path, best, loss_fn=explode))
         assert steps_in(tmp_path / "best") == [5]
         assert best.best_model_path == tmp_path / "best" / "5"

@@ -151,7 +151,8 @@ class TestTheEndOfARun:
         assert list(tmp_path.iterdir()) == []
 
     def test_a_state_that_is_not_finite_is_not_saved(self, tmp_path):
-        with pytest.warns(UserWarning, match="the state is not finite any more at step 6"):
+        of_the_loss = pytest.warns(UserWarning, match="the loss is nan at step 1")
+        with of_the_loss, pytest.warns(UserWarning, match="the state is not finite any more at step 6"):
             build(tmp_path, loss_fn=lambda *_: (jnp.nan * squared_error(*_)[0], {})).train(regression(24), 1, 4)
         assert latest_checkpoint(tmp_path) is None
 

@@ -31,8 +31,8 @@ class EarlyStopping(Callback):
         divergence_threshold: A value worse than this ends the run.
         restore_best: Whether the params and the model state of the best score come back when it ends the run, and
             with ``eval_params`` the state of the optimizer, from which those are computed. The rest stays the latest,
-            as does what `train` returns. It keeps a copy of them. That copy is not in checkpoints: a resumed run that
-            finds nothing better warns, and restores nothing.
+            as do what `train` returns and the checkpoint at the end of the run. It keeps a copy of them. That copy is
+            not in checkpoints: a resumed run that finds nothing better warns, and restores nothing.
 
     Attributes:
         best_score: The best value so far; None before the first one that is a number.

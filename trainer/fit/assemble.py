@@ -30,7 +30,7 @@ from trainer.distributed.agreement import check_agreement, gathered
 from trainer.errors import ArgumentError, ArgumentTypeError
 from trainer.fit.fingerprint import fingerprints_of
 from trainer.fit.setup import Live, Setup
-from trainer.loggers.base import Logger, MetricsLoggerLike, check_metric_names
+from trainer.loggers.base import Logger, MetricsLoggerLike, names_checked
 from trainer.loggers.fanout import MetricFanout
 from trainer.loggers.wandb import WandbLogger
 from trainer.run import Run
@@ -127,7 +127,7 @@ def assemble(
         fingerprints=fingerprints_of(loss_fn, optimizer, losses, run),
         step=_compiled_step(training_config, optimizer, loss_fn, wrt, losses, placement, steps_per_call, events, live),
         eval_step=jax.jit(
-            _names_checked(make_eval_step(loss_fn, eval_params=eval_params)), out_shardings=placement.replicated
+            names_checked(make_eval_step(loss_fn, eval_params=eval_params)), out_shardings=placement.replicated
         ),
         # The same function again finds its compiled step.
         predict_step=functools.lru_cache(maxsize=8)(
@@ -221,7 +221,7 @@ def _compiled_step(
             check_agreement({name: {"program": text()}})
 
     return CompiledStep(
-        _names_checked(step),
+        names_checked(step),
         steps_per_call=steps_per_call,
         variant=enabled if extensions else None,
         arguments=arguments,
@@ -229,21 +229,6 @@ def _compiled_step(
         one_call_at_a_time=placement.one_call_at_a_time,
         before_compile=before_compile,
     )
-
-
-def _names_checked(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a train step or an eval step that refuses metrics whose names belong to a validation.
-
-    Names are known while the step is traced, so the check costs nothing later and comes before a state is donated.
-    """
-
-    @functools.wraps(step)
-    def checked(*arguments: Any) -> Any:
-        result = step(*arguments)
-        check_metric_names(result[1] if isinstance(result, tuple) else result)
-        return result
-
-    return checked
 
 
 def _fanout(

@@ -1,6 +1,7 @@
 """The methods of a logger, and of a metrics logger. Compiled code calls none of them."""
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -104,3 +105,18 @@ def summary(values: Any) -> dict[str, float]:
         "mean": float(array.mean()),
         "max": float(array.max()),
     }
+
+
+def names_checked(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a train step or an eval step that refuses metrics whose names belong to a validation.
+
+    Names are known while the step is traced, so the check costs nothing later and comes before a state is donated.
+    """
+
+    @functools.wraps(step)
+    def checked(*arguments: Any) -> Any:
+        result = step(*arguments)
+        check_metric_names(result[1] if isinstance(result, tuple) else result)
+        return result
+
+    return checked

@@ -49,7 +49,7 @@ def check_replicas(tree: Any, *, timeout_seconds: float = 300.0) -> None:
     differing: list[str] = []
     for members in groups:
         parts = {process: of_process[members] for process, of_process in held.items()}
-        differing += _differences(parts, members, sorted(set().union(*parts.values())))
+        differing += _differences(parts, members, dict.fromkeys(name for one in parts.values() for name in one))
     more = f"; and {len(differing) - _MOST_NAMED} more" if len(differing) > _MOST_NAMED else ""
     raise DistributedError(
         f"The processes hold different values of the same arrays (told by checksums): "

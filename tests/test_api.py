@@ -716,8 +716,8 @@ class TestCheckpoints:
         (tmp_path / "checkpoint_notes.txt").write_text("mine")
         trainer.train(regression(64), 2, 8)
         assert sorted(p.name for p in tmp_path.iterdir()) == [
-            "checkpoint_12.msgpack",
             "checkpoint_15.msgpack",
+            "checkpoint_16.msgpack",  # the end
             "checkpoint_notes.txt",
         ]
 

@@ -83,7 +83,7 @@ class TestConfigurationsOfTheReference:
             settings = TrainingConfig.from_dict(
                 {"optimizer": {"optimizer_type": "sgd", "learning_rate": 0.1}, "scheduler": scheduler}
             )
-            trainer = make(tmp_path, settings)
+            trainer = make(tmp_path / str(len(trained)), settings)
             trainer.train(regression(), 1, 16)
             trained.append(np.asarray(trainer.state.params["layer"]["kernel"]))
         np.testing.assert_array_equal(*trained)
@@ -287,8 +287,8 @@ class TestSettingsThatDoNothing:
         settings = config(batch_size=16, num_epochs=1, save_frequency=50)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            make(tmp_path, settings, save_interval=50).train(regression(), 1, 16)
-            make(tmp_path).train(regression(), 1, 16)
+            make(tmp_path / "a", settings, save_interval=50).train(regression(), 1, 16)
+            make(tmp_path / "b").train(regression(), 1, 16)
 
     def test_what_train_epoch_reads_is_not_said(self, tmp_path):
         with warnings.catch_warnings():

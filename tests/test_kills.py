@@ -18,6 +18,7 @@ import pytest
 from tests.marks import slow_unless
 from trainer import latest_checkpoint
 from trainer.checkpoints.file_format import Bundle
+from trainer.checkpoints.plain_values import unpack
 
 ROOT = Path(__file__).parent.parent
 
@@ -180,10 +181,12 @@ def test_a_new_process_goes_on_from_every_step(k, processes, saved_every_step, t
 
 
 def contents(path):
-    """Everything in a checkpoint but the time of day: the arrays' bits, the history, the books of the run."""
+    """Everything in a checkpoint but time and id: the arrays' bits, the history, the record of the run."""
     with Bundle(path) as bundle:
-        arrays = {leaf: bundle.read(leaf).tobytes() for leaf in bundle.leaves}
-        return arrays, {name: value for name, value in bundle.info.items() if name != "time"}
+        arrays = {leaf.path: bundle.read(leaf).tobytes() for leaf in bundle.leaves}
+        progress = unpack(arrays.pop(("progress",)))
+        assert progress["run"].pop("id") == bundle.info["run"]
+        return arrays, progress, {name: value for name, value in bundle.info.items() if name not in ("time", "run")}
 
 
 def debris(directory):

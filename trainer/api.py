@@ -45,7 +45,7 @@ class Trainer(ReadOnly):
         train_data_loader: What `train_epoch` trains on: an iterable of batches, or a callable that returns one and
             may take ``batch_size``. ``training_config`` bounds the passes over endless loaders.
         val_data_loader: What `train_epoch` validates on, in the same forms.
-        workdir: A directory for output; checkpoints go there unless ``checkpoint_dir`` is given.
+        workdir: A directory for one run; checkpoints go there unless ``checkpoint_dir`` is given, the last step's too.
         rng: The initial key, raw or typed; ``jax.random.PRNGKey(0)`` by default. It also seeds the order of data.
         loss_fn: The objective, see `trainer.LossFn`.
         metrics_logger: Receives the metrics of training, of validation, and of the end of a run.
@@ -206,17 +206,17 @@ class Trainer(ReadOnly):
             num_epochs, batch_size: How many epochs to train, on top of those finished; the examples in a batch.
             val_data: Data to validate on, in the same forms.
             val_interval: Validate at multiples of this step, and at the end of every epoch.
-            resume: Continue an interrupted call with the same arguments at its next batch, to the bit (on other
-                devices, or in another number of processes, within rounding): True or "latest" from the latest
-                undamaged checkpoint (from the start if there is none), or from the checkpoint at a path. History,
-                averages, and callbacks that have ``state_dict()`` and ``load_state_dict(state)`` are restored.
+            resume: Continue an interrupted call at its next batch, to the bit (on other devices, or in another number
+                of processes, within rounding): True or "latest" from the latest undamaged checkpoint (from the start
+                if there is none), or from that at a path. History, averages, and the states of callbacks are restored.
+                Other data, batches or keys are refused; a warning names every other argument that differs.
 
         Returns:
             The final validation averages where ``val_data`` is given, else the averages of the last epoch.
 
         Raises:
-            ArgumentError, BatchError: An argument cannot be used, or differs from that of the interrupted call;
-                nothing has happened then.
+            ArgumentError, BatchError: An argument cannot be used, or is not that of the interrupted call as far as
+                ``resume`` needs it; nothing has happened then.
             CheckpointError: The checkpoint cannot be used; nothing has happened then.
             ObjectiveError: As for `train_step`.
         """
@@ -296,9 +296,9 @@ class Trainer(ReadOnly):
         """Writes the run under a name; it is atomic.
 
         It is ``save_run(path, trainer.run)``, with the states of the callbacks. Every process calls it where the
-        state is spread over several. Without a path the name carries the step, and only the latest
-        ``max_checkpoints`` of these are kept. A run can be resumed from what a callback saves, at any event; of the
-        callbacks behind it in the list it holds the states before the event.
+        state is spread over several. Without a path the name carries the step, and the run keeps the
+        ``max_checkpoints`` of these that it wrote last. A run can be resumed from what a callback saves, at any event;
+        of the callbacks behind it in the list it holds the states before the event.
 
         Args:
             path: The name; its ending decides the format, see `trainer.save_state`. Without one it is

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -123,6 +124,8 @@ class Run:
         horizon: The step at which a computed learning-rate schedule ends, None where nothing depends on it.
         drawn: The number of examples in a batch that was drawn and is not trained on yet; it is never saved.
         weights: The weights of the extensions in the state, as the host knows them; they are never saved.
+        id: Names the run in its checkpoints: a random one at its start, and the same after it was resumed.
+        arguments: What the call in progress was made with, by name, as texts; None outside a call.
     """
 
     # The compiled step takes the flat list of arrays: flattening a tree of 300 arrays on every call costs a tenth
@@ -140,6 +143,8 @@ class Run:
     horizon: int | None = None
     drawn: int | None = None
     weights: Mapping[str, Any] | None = None
+    id: str = dataclasses.field(default_factory=lambda: secrets.token_hex(8))
+    arguments: Mapping[str, str] | None = None
     # Two pairs [state, its leaves at the last comparison]: the state that the property `state` returned, whose mutable
     # containers the caller may edit, and the latest one that a step consumed, where edits come too late.
     _given: list[Any] | None = None
@@ -359,6 +364,8 @@ class Run:
             self.horizon,
             drawn,
             self.weights,
+            self.id,
+            self.arguments,
             None if moved else self._given,
             (self._given or self._consumed) if moved else self._consumed,
             [],

@@ -2,6 +2,7 @@
 
 import math
 import resource
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -151,7 +152,7 @@ class TestOthersDirectories:
     def test_a_run_that_could_replace_the_best_by_another_monitor_is_refused_before_it_trains(self, tmp_path):
         run(build(tmp_path, ModelCheckpoint(tmp_path / "best")))
         before = contents(tmp_path / "best")
-        trainer = build(tmp_path, ModelCheckpoint(tmp_path / "best", monitor="val_mean_error"))
+        trainer = build(tmp_path / "other", ModelCheckpoint(tmp_path / "best", monitor="val_mean_error"))
         with pytest.raises(ArgumentError, match=r"another metric than 'val_mean_error' up to step 15, .* at step 0"):
             run(trainer)
         assert trainer.step == 0
@@ -246,10 +247,85 @@ class TestInARun:
             return loss * jnp.where(step >= 7, jnp.nan, 1.0), metrics
 
         best = ModelCheckpoint(tmp_path / "best")
-        with pytest.warns(UserWarning, match=r"the state is not finite at step 1[05]; .* keeps what it has"):
+        at_the_end = pytest.warns(UserWarning, match="the state is not finite any more at step 15")
+        of_the_best = pytest.warns(UserWarning, match=r"the state is not finite at step 1[05]; .* keeps what it has")
+        with at_the_end, of_the_best:
             run(build(tmp_path, best, loss_fn=explode))
         assert steps_in(tmp_path / "best") == [5]
         assert best.best_model_path == tmp_path / "best" / "5"
+
+
+class TestTwoRuns:
+    def test_the_best_of_another_run_stays_and_does_not_count(self, tmp_path):
+        first = ModelCheckpoint(tmp_path / "best", save_top_k=1)
+        run(build(tmp_path / "a", first), epochs=4)
+        before = steps_in(tmp_path / "best")
+        second = ModelCheckpoint(tmp_path / "best", save_top_k=1)
+        trainer = build(tmp_path / "b", second)
+        with pytest.warns(UserWarning, match=r"holds checkpoints of another run up to step 20, later than this run's"):
+            run(trainer, epochs=2, val_interval=3)
+        assert set(before) <= set(steps_in(tmp_path / "best")) | {5, 10}
+        assert 20 in steps_in(tmp_path / "best")
+        assert second.best_model_score == min(trainer.history.series("val_loss")[1])
+
+    def test_what_another_run_has_replaced_is_not_removed(self, tmp_path):
+        class OfRun(Scripted):
+            def __init__(self, tmp_path):
+                super().__init__(tmp_path)
+                self.run = self.real.run
+
+        first, second = ModelCheckpoint(tmp_path / "best", save_top_k=1), ModelCheckpoint(tmp_path / "best")
+        one, two = OfRun(tmp_path), OfRun(tmp_path)
+        one.play(first, [3])
+        one.step = two.step = 1
+        second.on_train_begin(two)
+        with pytest.warns(UserWarning, match=r"best/1` is of another run, which may be saving in `dirpath` too"):
+            second.on_validation_end(two, {"loss": 2})
+        second.wait()
+        one.step = 2
+        first.on_validation_end(one, {"loss": 1})
+        first.wait()
+        assert steps_in(tmp_path / "best") == [1, 2]
+        with OrbaxDirectory(tmp_path / "best" / "1") as directory:
+            assert directory.info["run"] == two.run.id
+
+
+class TestAKillBetweenTwoSaves:
+    """The trainer's checkpoint of a step is there, and that of the callback is not."""
+
+    @pytest.mark.parametrize(("step", "val_interval"), [(3, 3), (10, 5), (15, 5)])
+    def test_the_step_is_judged_when_the_run_is_resumed(self, step, val_interval, tmp_path):
+        best = ModelCheckpoint(tmp_path / "best", save_top_k=-1)
+        trainer = build(tmp_path, best, save_interval=1)
+        run(trainer, val_interval=val_interval)
+        assert step in steps_in(tmp_path / "best")
+        with OrbaxDirectory(tmp_path / "best" / str(step)) as directory:
+            score = directory.info["score"]
+        shutil.rmtree(tmp_path / "best")
+        again = ModelCheckpoint(tmp_path / "best", save_top_k=-1)
+        resumed = build(tmp_path / "again", again)
+        run(resumed, val_interval=val_interval, resume=tmp_path / "files" / f"checkpoint_{step}.msgpack")
+        with OrbaxDirectory(tmp_path / "best" / str(step)) as directory:
+            assert directory.info["score"] == score
+        restored = build(tmp_path / "other")
+        restored.load_checkpoint(tmp_path / "best" / str(step))
+        assert restored.step == step
+
+    def test_one_that_is_there_is_not_written_again(self, tmp_path):
+        run(build(tmp_path, ModelCheckpoint(tmp_path / "best", save_top_k=-1), save_interval=5))
+        before = (tmp_path / "best" / "15").stat().st_ino
+        run(build(tmp_path, ModelCheckpoint(tmp_path / "best", save_top_k=-1), save_interval=5), resume=True)
+        assert (tmp_path / "best" / "15").stat().st_ino == before
+
+    def test_a_metric_of_training_is_judged_at_the_end_of_the_run(self, tmp_path):
+        best = ModelCheckpoint(tmp_path / "best", monitor="loss", save_top_k=-1)
+        run(build(tmp_path, best))  # the last step is saved at the end of the run
+        score = best.best_model_score
+        shutil.rmtree(tmp_path / "best")
+        again = ModelCheckpoint(tmp_path / "best", monitor="loss", save_top_k=-1)
+        run(build(tmp_path, again), resume=True)
+        assert steps_in(tmp_path / "best") == [15]
+        assert again.best_model_score >= score
 
 
 # Where a save fails, Orbax leaves coroutines behind that complain when they are collected.

@@ -7,6 +7,7 @@ import sys
 import textwrap
 import threading
 
+import jax.numpy as jnp
 import pytest
 
 from tests.problems import Busy, Counting, config, regression, squared_error
@@ -17,7 +18,8 @@ from trainer.checkpoints.background import BackgroundSaver
 
 def build(directory, callbacks=(), **options):
     options.setdefault("save_interval", 1000)
-    return Trainer(Busy(), config(), loss_fn=squared_error, workdir=directory, callbacks=list(callbacks), **options)
+    options.setdefault("loss_fn", squared_error)
+    return Trainer(Busy(), config(), workdir=directory, callbacks=list(callbacks), **options)
 
 
 @pytest.fixture
@@ -126,6 +128,69 @@ def test_on_train_end_finds_the_last_save_finished(tmp_path):
     assert found == [tmp_path / "checkpoint_6.msgpack"]
 
 
+class TestTheEndOfARun:
+    def test_a_short_run_is_saved(self, tmp_path):
+        trainer = build(tmp_path)
+        trainer.train(regression(24), 1, 4)
+        assert latest_checkpoint(tmp_path).name == "checkpoint_6.msgpack"
+        again = build(tmp_path)
+        again.train(regression(24), 1, 4, resume=True)
+        assert (again.step, again.epoch) == (6, 1)
+        assert_same_bits(again.state, trainer.state)
+
+    def test_a_step_that_is_saved_is_not_saved_again(self, tmp_path, monkeypatch):
+        trainer, saved = build(tmp_path, save_interval=6), []
+        monkeypatch.setattr(type(trainer), "save_checkpoint", lambda self, **_: saved.append(self.step))
+        monkeypatch.setattr(type(trainer.setup.checkpointer), "saved_step", lambda self, run: (saved or [None])[-1])
+        trainer.train(regression(24), 1, 4)
+        assert saved == [6]
+
+    def test_without_a_directory_of_the_caller_nothing_is_saved(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        build(None).train(regression(24), 1, 4)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_state_that_is_not_finite_is_not_saved(self, tmp_path):
+        with pytest.warns(UserWarning, match="the state is not finite any more at step 6"):
+            build(tmp_path, loss_fn=lambda *_: (jnp.nan * squared_error(*_)[0], {})).train(regression(24), 1, 4)
+        assert latest_checkpoint(tmp_path) is None
+
+    def test_train_epoch_saves_first_and_last(self, tmp_path):
+        settings = config(num_epochs=3)
+        trainer = Trainer(
+            Busy(), settings, loss_fn=squared_error, workdir=tmp_path, train_data_loader=[regression(8)] * 5
+        )
+        found = []
+        for _ in range(3):
+            trainer.train_epoch()
+            found.append(latest_checkpoint(tmp_path).name)
+        assert found == ["checkpoint_5.msgpack", "checkpoint_5.msgpack", "checkpoint_15.msgpack"]
+
+    def test_train_epoch_saves_where_a_callback_ends_the_run(self, tmp_path):
+        class Stops(Callback):
+            def on_epoch_end(self, trainer, epoch, logs):
+                self.should_stop = epoch == 1
+
+        data = [regression(8)] * 5
+        trainer = Trainer(
+            Busy(), config(), loss_fn=squared_error, workdir=tmp_path, train_data_loader=data, callbacks=[Stops()]
+        )
+        while not trainer.should_stop:
+            trainer.train_epoch()
+        assert latest_checkpoint(tmp_path).name == "checkpoint_10.msgpack"
+
+    @pytest.mark.parametrize("method", ["train", "train_epoch"])
+    def test_a_last_save_of_a_callback_that_fails_is_raised(self, method, tmp_path, monkeypatch):
+        class Saves(Callback):
+            def on_train_end(self, trainer):
+                monkeypatch.setattr("trainer.checkpoints.checkpointer.write_snapshot", failing)
+                trainer.save_checkpoint(tmp_path / "last.msgpack", background=True)
+
+        trainer = build(tmp_path, [Saves()], train_data_loader=[regression(8)])
+        with pytest.raises(CheckpointError, match="the disk is gone"):
+            trainer.train(regression(24), 1, 4) if method == "train" else trainer.train_epoch()
+
+
 class TestFailures:
     def test_one_in_the_middle_ends_the_run(self, tmp_path, monkeypatch):
         monkeypatch.setattr("trainer.checkpoints.checkpointer.write_snapshot", failing)
@@ -170,7 +235,7 @@ class TestFailures:
                 gate.set()
                 raise ZeroDivisionError
 
-        monkeypatch.setattr("trainer.checkpoints.checkpointer.prune", fail_later)
+        monkeypatch.setattr("trainer.checkpoints.checkpointer.Written.prune", fail_later)
         recorder = Recorder()
         with pytest.raises(ZeroDivisionError) as caught:
             build(tmp_path, [Failing(), recorder], save_interval=6).train(regression(24), 1, 4)

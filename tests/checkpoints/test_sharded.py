@@ -28,7 +28,7 @@ from trainer import (
 from trainer.checkpoints.file_format import DTYPES
 from trainer.checkpoints.orbax_directory import _Writing, begin_directory
 from trainer.checkpoints.snapshot import take_snapshot
-from trainer.checkpoints.state_io import default_name, load_latest, load_with_progress, prune
+from trainer.checkpoints.state_io import default_name, load_latest, load_with_progress
 
 ADAM = optax.adam(1e-2)
 NARROW = sorted(DTYPES.keys() - {"int64", "uint64", "float64", "complex128"})
@@ -116,9 +116,6 @@ class TestNames:
         (tmp_path / "checkpoint_600.orbax.orbax-checkpoint-tmp").mkdir()
         assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint_100.orbax"
         assert load_latest(tmp_path, state).state.step == 100
-        prune(tmp_path, 3)
-        expected = {"checkpoint_11.orbax", "checkpoint_20.msgpack", "checkpoint_100.orbax"}
-        assert {path.name for path in tmp_path.glob("checkpoint_[1-9]*[kx]")} == expected
 
     @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
     def test_a_damaged_directory_is_passed_over_aloud(self, tmp_path):
@@ -253,7 +250,8 @@ from tests.problems import squared_error, regression
 from tests.checkpoints.test_sharded import ADAM, Judged, begin, mesh_of, sharded, words, shardings, spread
 from trainer import CheckpointError, ModelCheckpoint, load_state, make_train_step, save_state, jit_step
 from trainer.checkpoints.background import BackgroundSaver
-from trainer.checkpoints.state_io import load_latest, load_with_progress, prune
+from trainer.checkpoints.listing import Written
+from trainer.checkpoints.state_io import load_latest, load_with_progress
 from trainer.checkpoints.orbax_directory import OrbaxDirectory, _Writing
 from tests.problems import Counting
 
@@ -330,7 +328,10 @@ class TestTwoProcesses:
         saver.wait()
         found = load_latest(directory, state)
         said["latest"] = [found.path.name, words(found.state) == at]
-        prune(directory, 1)
+        written = Written(directory)
+        for turn in range(3):
+            written.add(f"checkpoint_{turn}.orbax", "a run")
+        written.prune(1)
         barrier("pruned")
         said["left"] = sorted(path.name for path in directory.glob("checkpoint_*"))
         """

@@ -30,7 +30,7 @@ from trainer import (
     save_state,
 )
 from trainer.checkpoints.file_format import Bundle, write_bundle
-from trainer.checkpoints.state_io import describe_leaf, load_with_progress, prune
+from trainer.checkpoints.state_io import describe_leaf, load_with_progress
 from trainer.config.optimizers import OPTIMIZER_FIELDS
 
 EXTENSIONS = {"size": Counting()}
@@ -251,10 +251,9 @@ class TestLatest:
         self.save(tmp_path, 1, 2, 3)
         newest = tmp_path / "checkpoint_3.msgpack"
         newest.write_bytes(newest.read_bytes()[:-20])
-        (tmp_path / "checkpoint_2.msgpack").unlink()
-        (tmp_path / "checkpoint_2.msgpack").mkdir()
+        (tmp_path / "checkpoint_2.msgpack").write_bytes(b"")
         with pytest.warns(
-            UserWarning, match=r"checkpoint_1.msgpack`, since .*_3.msgpack` is damaged.*_2.msgpack` could"
+            UserWarning, match=r"checkpoint_1.msgpack`, since .*_3.msgpack` is damaged.*_2.msgpack` is no checkpoint of"
         ):
             assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint_1.msgpack"
 
@@ -327,17 +326,6 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"file/s.msgpack` could not be written: \[Errno"):
         save_state(tmp_path / "file" / "s.msgpack", create(Linear()))
-
-
-def test_pruning_removes_the_oldest_with_default_names_only(tmp_path):
-    names = [f"checkpoint_{step}.msgpack" for step in (2, 10, 9, 100)]
-    others = ["checkpoint_1.msgpack.bak", "checkpoint_x.msgpack", "model.msgpack"]
-    for name in names + others:
-        (tmp_path / name).write_text("")
-    prune(tmp_path, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        ["checkpoint_10.msgpack", "checkpoint_100.msgpack", *others]
-    )
 
 
 def test_numbers_of_callbacks_stay_numbers_and_other_objects_are_refused(tmp_path):

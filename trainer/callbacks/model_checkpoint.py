@@ -35,8 +35,12 @@ class ModelCheckpoint(Callback):
     to exactly this state; with any other metric it is saved at the end of an epoch. With several processes, each has
     a callback with the same ``dirpath``, and all decide alike.
 
-    The callback deletes and replaces only checkpoints that a ModelCheckpoint with the same ``monitor`` wrote.
-    Everything else in ``dirpath`` stays and does not count, whatever its name.
+    The callback deletes only what a ModelCheckpoint with the same ``monitor`` wrote in the same run, resumed or not;
+    what one wrote in another run is replaced where the steps are the same. Everything else in ``dirpath`` stays and
+    does not count, whatever its name.
+
+    A run that was killed after the trainer had saved a step, and before this callback had, is judged at that step when
+    it is resumed.
 
     A state that is not finite is not saved. A score that is NaN is worse than any number.
 
@@ -91,6 +95,8 @@ class ModelCheckpoint(Callback):
         # The scores of this callback's checkpoints, None for one that was saved as the newest without a score. None
         # in place of the dict: not known, so that the directory has to be read.
         self._scores: dict[int, float | None] | None = None
+        self._run: str | None = None  # None before the first run: then those of all runs count
+        self._has_warned = False
         self._epoch = 0
         self._judged_step = -1
         self._last_is_due = False
@@ -116,12 +122,14 @@ class ModelCheckpoint(Callback):
 
     def on_train_begin(self, trainer: Any) -> None:
         self._monitor.check_run(trainer)
+        judged_step = self._judged_step
         self._judged_step, self._last_is_due = -1, False
         self.wait()
+        self._run = getattr(getattr(trainer, "run", None), "id", None)
         self._check_alone(trainer)
         found = self._list()
         self._scores = self._own(found)
-        others = [step for step, monitor, _ in found if monitor != self._monitor.name and step > trainer.step]
+        others = [step for step, monitor, _, _ in found if monitor != self._monitor.name and step > trainer.step]
         if others:
             raise ArgumentError(
                 f"`dirpath` `{self.dirpath}` holds checkpoints by another metric than {self._monitor.name!r} up to "
@@ -136,6 +144,17 @@ class ModelCheckpoint(Callback):
                 f"for a run from the start.",
                 stacklevel=2,
             )
+        elsewhere = [step for step, _, _, run in found if step > trainer.step and not self._is_same(run)]
+        if elsewhere:
+            self._has_warned = True
+            warnings.warn(
+                f"`dirpath` `{self.dirpath}` holds checkpoints of another run up to step {max(elsewhere)}, later than "
+                f"this run's step {trainer.step}: they stay and do not count, but for those of steps that this run "
+                f"saves. Use a directory of its own for a run from the start.",
+                stacklevel=2,
+            )
+        if judged_step != trainer.step:
+            self._judge_restored(trainer)
 
     def on_epoch_begin(self, trainer: Any, epoch: int) -> None:
         self._save_as_last(trainer)
@@ -176,6 +195,22 @@ class ModelCheckpoint(Callback):
             self._judged_step, self._last_is_due = trainer.step, False
             self._save(trainer, score)
 
+    def _judge_restored(self, trainer: Any) -> None:
+        """Judges the state that a run is resumed with, if it was measured and no checkpoint here holds its score."""
+        run = getattr(trainer, "run", None)
+        if run is None or run.is_new:
+            return
+        if self._known().get(run.step) is not None:
+            self._judged_step = run.step
+            return
+        is_over = run.batch == 0  # the epoch is counted already
+        self._epoch = run.epoch - is_over
+        if not self._monitor.of_validation:
+            if is_over:
+                self._judge(trainer, run.average.compute())
+        elif run.validation is not None and run.validation.step == run.step:
+            self._judge(trainer, dict(run.validation.averages))
+
     def _save_as_last(self, trainer: Any) -> None:
         if self._last_is_due:
             self._last_is_due = False
@@ -203,7 +238,10 @@ class ModelCheckpoint(Callback):
         def write() -> None:
             finish()  # before anything is deleted: if the save fails, what there was stays
             for known in scores.keys() - kept if jax.process_index() == 0 else ():
-                remove_directory(self.dirpath / str(known))
+                # Another run in the same directory may have replaced it since.
+                written_by = _written_by(self.dirpath / str(known))
+                if written_by is not None and written_by[0] == self._monitor.name and self._is_same(written_by[2]):
+                    remove_directory(self.dirpath / str(known))
 
         self._scores = {known: scores[known] for known in scores if known in kept}
         self._saver.start(write)
@@ -229,6 +267,13 @@ class ModelCheckpoint(Callback):
                     f"`{path}` is no checkpoint that a ModelCheckpoint with monitor {self._monitor.name!r} wrote, and "
                     f"is not replaced; use another `dirpath`, or move it away."
                 )
+            elif not self._is_same(written_by[2]) and not self._has_warned:
+                self._has_warned = True
+                warnings.warn(
+                    f"`{path}` is of another run, which may be saving in `dirpath` too, and is replaced. Use a "
+                    f"directory of its own for each run.",
+                    stacklevel=5,
+                )
         AllOrNone(f"name {path.name}").sync(failure)
 
     def _known(self) -> dict[int, float | None]:
@@ -242,7 +287,13 @@ class ModelCheckpoint(Callback):
         return self._own(self._on_disk()) if self._scores is None else self._scores
 
     def _own(self, found: Sequence[Any]) -> dict[int, float | None]:
-        return {step: score for step, monitor, score in found if monitor == self._monitor.name}
+        return {
+            step: score for step, monitor, score, run in found if monitor == self._monitor.name and self._is_same(run)
+        }
+
+    def _is_same(self, run: str | None) -> bool:
+        """Tells whether a checkpoint is of this run. Those from before runs had ids are taken for it."""
+        return self._run is None or run is None or run == self._run
 
     def _list(self) -> list[Any]:
         # Process 0 decides what is there: the others may see a shared file system a little later.
@@ -250,8 +301,8 @@ class ModelCheckpoint(Callback):
         found: list[Any] = votes.sync(None, self._on_disk() if jax.process_index() == 0 else None)
         return found
 
-    def _on_disk(self) -> list[tuple[int, str, float | None]]:
-        """Returns step, monitor and score of every checkpoint that any ModelCheckpoint wrote, in step order."""
+    def _on_disk(self) -> list[tuple[int, str, float | None, str | None]]:
+        """Returns step, monitor, score and run of every checkpoint that any ModelCheckpoint wrote, in step order."""
         names = os.listdir(self.dirpath) if self.dirpath.is_dir() else []
         # Only names that this callback would give: "007" is not the checkpoint of step 7.
         steps = sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
@@ -271,16 +322,16 @@ class ModelCheckpoint(Callback):
         return self._monitor.rank(_number(scores[step])), -step
 
 
-def _written_by(path: Path) -> tuple[str, float | None] | None:
-    """Returns monitor and score of a checkpoint, None if it is unreadable or no ModelCheckpoint wrote it."""
+def _written_by(path: Path) -> tuple[str, float | None, str | None] | None:
+    """Returns monitor, score and run of a checkpoint, None if it is unreadable or no ModelCheckpoint wrote it."""
     try:
         with OrbaxDirectory(path) as directory:
-            monitor, score = directory.info["monitor"], directory.info["score"]
+            monitor, score, run = directory.info["monitor"], directory.info["score"], directory.info.get("run")
     except (CheckpointError, KeyError):
         return None
     if not isinstance(monitor, str) or not isinstance(score, int | float | None):
         return None
-    return monitor, None if score is None else float(score)
+    return monitor, None if score is None else float(score), run if isinstance(run, str) else None
 
 
 def _number(score: float | None) -> float:

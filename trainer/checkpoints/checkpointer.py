@@ -10,11 +10,14 @@ from typing import Any, Literal, Self
 
 from trainer.checkpoints.background import BackgroundSaver
 from trainer.checkpoints.detach import detach
+from trainer.checkpoints.listing import Written, entries_in, names_in, run_of
 from trainer.checkpoints.names import refuse_foreign, suffix_of
 from trainer.checkpoints.plain_values import to_plain
 from trainer.checkpoints.run_record import Restored, restore, snapshot_run
 from trainer.checkpoints.snapshot import Snapshot, is_in_host_memory, write_snapshot
-from trainer.checkpoints.state_io import default_name, load_latest, load_with_progress, prune
+from trainer.checkpoints.state_io import Loaded, default_name, load_latest, load_with_progress
+from trainer.distributed.agreement import AllOrNone
+from trainer.errors import CheckpointError
 from trainer.run import Run
 
 
@@ -26,15 +29,22 @@ class Checkpointer:
             ...
             checkpoints.save(run, background=True)
 
+    Several runs may save in a directory, though each should have its own: none removes what another wrote, and a
+    warning says so where one replaces a checkpoint of the same step.
+
     Args:
         directory: Where checkpoints without a path go. It is made at the first save.
-        max_checkpoints: How many checkpoints with default names are kept.
+        max_checkpoints: How many checkpoints with default names are kept of a run: those that were written last.
     """
 
     def __init__(self, directory: str | os.PathLike[str], max_checkpoints: int = 5) -> None:
         self.directory = Path(directory)
         self._max_checkpoints = max_checkpoints
         self._saver = BackgroundSaver()
+        self._written = Written(self.directory)
+        self._names: set[str] = set()
+        self._saved: tuple[str, int] | None = None
+        self._has_warned = False
 
     def save(
         self,
@@ -50,7 +60,7 @@ class Checkpointer:
 
         Args:
             run: The run.
-            path: The name. Without one it carries the step, and only the latest of these are kept.
+            path: The name. Without one it carries the step, and only those that the run wrote last are kept.
             background: Return when a copy of the arrays is dispatched, and write it in a thread. Where the arrays are
                 in host memory, the call does not block on steps in flight. "if_finite" writes nothing if the state
                 cannot go on (`TrainState.is_finite`); `check`, `wait` or the next save warns then. A pickle or a
@@ -59,16 +69,20 @@ class Checkpointer:
 
         Raises:
             ArgumentError: The name promises the format of another program.
-            CheckpointError: It could not be written, or the save before failed in the background.
+            CheckpointError: It could not be written, or the save before failed in the background; or what has the name
+                was not written by this library.
         """
         run = run.with_edits()
         target = self.directory / default_name(run.step, run.leaves) if path is None else Path(path)
         only_finite = background == "if_finite"
         beside: dict[str, Any] = {"info": info, "listeners": listeners, "loaders": loaders}
-        write = functools.partial(_write, target, self._max_checkpoints if path is None else None)
+        write = functools.partial(self._write, target, run.id if path is None else None)
         refuse_foreign(target)  # now, not in the background
         suffix = suffix_of(target)
         self.wait()
+        if path is None:
+            self._check_name(target, run)
+            self._saved = run.id, run.step
         if not background or suffix in (".pkl", ".safetensors"):
             write(snapshot_run(run, **beside))
         elif suffix == ".orbax":
@@ -102,7 +116,7 @@ class Checkpointer:
             CheckpointError: It cannot be used.
         """
         self.wait()
-        return restore(load_with_progress(path, current.peek()), current)
+        return self._restored(load_with_progress(path, current.peek()), current)
 
     def load_latest(self, current: Run) -> Restored | None:
         """Reads the newest undamaged checkpoint of the directory; None if there is none.
@@ -112,7 +126,16 @@ class Checkpointer:
         """
         self.wait()
         loaded = load_latest(self.directory, current.peek())
-        return None if loaded is None else restore(loaded, current)
+        if loaded is None:
+            return None
+        runs = {entry.run for entry in entries_in(self.directory)} - {None}
+        if len(runs) > 1:
+            warnings.warn(
+                f"`{self.directory}` holds checkpoints of {len(runs)} runs; `{loaded.path.name}` is of the one that "
+                f"saved last. Use a directory of its own for each run, or name the checkpoint to resume from.",
+                stacklevel=5,
+            )
+        return self._restored(loaded, current)
 
     def resume(self, run: Run) -> Run:
         """Returns the newest undamaged run of the directory, or ``run`` if there is none.
@@ -122,6 +145,31 @@ class Checkpointer:
         """
         restored = self.load_latest(run)
         return run if restored is None else restored.run
+
+    def saved_step(self, run: Run) -> int | None:
+        """Returns the step of the latest checkpoint with a default name that holds the run, None if there is none.
+
+        One that "if_finite" left out counts, and so does one that the run was restored from.
+        """
+        return self._saved[1] if self._saved is not None and self._saved[0] == run.id else None
+
+    def _restored(self, loaded: Loaded, current: Run) -> Restored:
+        restored = restore(loaded, current)
+        if loaded.path.parent.absolute() == self.directory.absolute():
+            self._saved = restored.run.id, restored.run.step
+        return restored
+
+    def warn_of_later(self, run: Run) -> None:
+        """Warns, once, if the directory of a run that starts holds checkpoints of later steps from elsewhere."""
+        later = [step for name, step in names_in(self.directory).items() if step > run.step and name not in self._names]
+        if later and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"`{self.directory}` holds checkpoints up to step {max(later)}, later than this run's step {run.step}: "
+                f"they stay, but for those of steps that this run saves. Use a directory of its own for a run from "
+                f"the start, or `resume`.",
+                stacklevel=5,
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -137,6 +185,34 @@ class Checkpointer:
         """Waits for the save in flight, and raises what it raised, once."""
         warn_of_state(self._saver.wait())
 
+    def _write(self, target: Path, run: str | None, snapshot: Snapshot) -> None:
+        write_snapshot(target, snapshot)
+        if run is not None:
+            self._written.add(target.name, run)
+            self._written.prune(self._max_checkpoints)
+
+    def _check_name(self, target: Path, run: Run) -> None:
+        """Refuses, in all processes, to replace what is no checkpoint. Warns, once, of one of another run."""
+        failure, other = None, None
+        # What this process wrote last under the name is known without opening it.
+        if os.path.lexists(target) and not self._written.holds(target.name):
+            try:
+                other = run_of(target)
+            except CheckpointError as error:
+                failure = error
+        if target.suffix == ".orbax":
+            AllOrNone(f"name {target.name}").sync(failure)
+        elif failure is not None:
+            raise failure
+        self._names.add(target.name)
+        if other not in (None, run.id) and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"`{target}` is of another run, which may be saving in this directory too, and is replaced. Use a "
+                f"directory of its own for each run.",
+                stacklevel=4,
+            )
+
 
 def warn_of_state(step: int | None) -> None:
     """Warns of a state that is not saved; of none where there is no step."""
@@ -145,9 +221,3 @@ def warn_of_state(step: int | None) -> None:
             f"the state is not finite any more at step {step}; it was not saved, and earlier checkpoints stay.",
             stacklevel=3,
         )
-
-
-def _write(target: Path, keep: int | None, snapshot: Snapshot) -> None:
-    write_snapshot(target, snapshot)
-    if keep is not None:
-        prune(target.parent, keep)

@@ -22,8 +22,9 @@ from trainer.run import FromLoader, InMemory, Run, Validation
 
 _FIELDS = {
     *("seed", "num_examples", "batch_size", "first_epoch", "first_step", "step", "batch", "logged_step"),
-    *("validation_step", "validation", "average", "metrics", "loader"),
+    *("validation_step", "validation", "average", "metrics", "loader", "id", "arguments"),
 }
+_LATER_FIELDS = {"loader", "id", "arguments"}  # which the first files do not have
 _COUNTS = ("num_examples", "batch_size", "first_epoch", "first_step", "step", "batch", "logged_step")
 
 
@@ -82,7 +83,7 @@ def snapshot_run(
         CheckpointError: It holds a value that no checkpoint can hold, or the loader cannot tell its position.
     """
     run = run.with_edits()
-    about = {"epoch": run.epoch, "metrics": run.history[-1] if run.history else {}, **(info or {})}
+    about = {"run": run.id, "epoch": run.epoch, "metrics": run.history[-1] if run.history else {}, **(info or {})}
     return take_snapshot(run.peek(), about, progress=lambda: _packed(run, listeners, loaders))
 
 
@@ -121,6 +122,7 @@ def restore(loaded: Loaded, current: Run) -> Restored:
         position=None,
         average=WeightedAverage(),
         metrics={},
+        arguments=None,
         validation=None,
         logged_step=0,
         history=history,
@@ -174,6 +176,8 @@ def _record(run: Run) -> dict[str, Any] | None:
         found = position.loader
         loader = found.position(position.batch) if isinstance(found, LoaderPass) else found
     return {
+        "id": run.id,
+        "arguments": {} if run.arguments is None else dict(run.arguments),
         "seed": list(position.seed) if isinstance(position, InMemory) else [],
         # The file format of version 1 has no tag: no examples means a loader.
         "num_examples": position.num_examples if isinstance(position, InMemory) else 0,
@@ -192,8 +196,7 @@ def _record(run: Run) -> dict[str, Any] | None:
 
 
 def _with_record(run: Run, plain: Any, epoch: int | None) -> Run:
-    # The position of a loader came later than the first files; nothing else may be missing.
-    if not isinstance(plain, dict) or not _FIELDS - {"loader"} <= plain.keys() <= _FIELDS:
+    if not isinstance(plain, dict) or not _FIELDS - _LATER_FIELDS <= plain.keys() <= _FIELDS:
         raise ValueError(f"it does not consist of {', '.join(sorted(_FIELDS))}")
     for name in _COUNTS:
         _check_count(name, plain[name])
@@ -206,6 +209,9 @@ def _with_record(run: Run, plain: Any, epoch: int | None) -> Run:
         _check_count("seed", word)
     for name in ("validation", "metrics"):
         _check_values(name, plain[name])
+    if type(plain.get("id", "")) is not str:
+        raise ValueError(f"`id` is of type {type(plain['id']).__name__}, not a text")
+    _check_values("arguments", plain.get("arguments", {}), lambda value: type(value) is str)
     average, loader = plain["average"], plain.get("loader")
     if not isinstance(average, dict) or average.keys() != {"sums", "weights"}:
         raise ValueError("`average` does not consist of sums and weights")
@@ -232,6 +238,8 @@ def _with_record(run: Run, plain: Any, epoch: int | None) -> Run:
         metrics=plain["metrics"],
         validation=Validation(plain["validation_step"], plain["validation"]) if validated else None,
         logged_step=plain["logged_step"],
+        id=plain.get("id") or run.id,
+        arguments=plain.get("arguments"),
     )
 
 

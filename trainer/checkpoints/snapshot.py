@@ -86,7 +86,7 @@ def _snapshot(state: TrainState, info: Mapping[str, Any] | None, progress: Progr
     to_plain(info or {}, "info")  # refused here, before anything is copied
     about = {
         "step": int(state.step),
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds"),
         "versions": {name: _version(name) for name in ("nnx-trainer", "jax", "flax", "optax")},
         **(info or {}),
     }

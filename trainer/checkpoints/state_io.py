@@ -1,7 +1,6 @@
 """Saving and loading a state: atomic, and checked before anything is touched."""
 
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from trainer.checkpoints.atomic import remove_directory, restore
 from trainer.checkpoints.file_format import DTYPES, Bundle, Leaf
+from trainer.checkpoints.listing import entries_in
 from trainer.checkpoints.open import Source, describe, open_source, read_progress
 from trainer.checkpoints.orbax_directory import OrbaxDirectory
 from trainer.checkpoints.snapshot import is_multiprocess_state, take_snapshot, write_snapshot
@@ -22,8 +21,6 @@ from trainer.core.tree_paths import LeafPath, parts_of
 from trainer.distributed.agreement import AllOrNone
 from trainer.errors import ArgumentError, CheckpointError, UnreadableError
 from trainer.state import TrainState
-
-_OWN_NAME = re.compile(r"checkpoint_(0|[1-9]\d*)\.(msgpack|orbax)")
 
 _T = TypeVar("_T")
 
@@ -147,18 +144,19 @@ def load_latest(directory: str | os.PathLike[str], like: TrainState) -> Loaded |
             not fit ``like``.
     """
     # Process 0 says which there are: another may see one later, or one that is gone.
-    names = _own_names(Path(directory))
+    names = [entry.name for entry in entries_in(Path(directory))]
     if is_multiprocess_state(like):
         names = AllOrNone(f"list {Path(directory).name}").sync(None, names)
     return _newest(directory, names, lambda path: load_with_progress(path, like))
 
 
 def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
-    """Returns the newest checkpoint of a directory that is undamaged, by the step in its name.
+    """Returns the newest checkpoint of a directory that is undamaged: the last one of the run that has saved last.
 
-    Only default names (``checkpoint_<step>.msgpack`` and ``.orbax``) are looked at. A damaged one is passed over
-    with a warning that says why. Whether a checkpoint fits the model is not asked here: loading one
-    that does not is an error, and no reason to use an older one.
+    Only default names (``checkpoint_<step>.msgpack`` and ``.orbax``) are looked at. The headers tell the runs and the
+    times; checkpoints of no run, which `trainer.save_state` writes, go by the steps in their names. A damaged one is
+    passed over with a warning that says why. Whether a checkpoint fits the model is not asked here: loading one that
+    does not is an error, and no reason to use an older one.
 
     Returns:
         The path, or None where there is no checkpoint at all.
@@ -175,19 +173,7 @@ def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
             bundle.verify()
         return path
 
-    return _newest(directory, _own_names(Path(directory)), verified)
-
-
-def prune(directory: Path, keep: int) -> None:
-    """Removes all but the ``keep`` latest checkpoints with default names, and nothing else.
-
-    Directories of Orbax belong to all processes, and process 0 alone removes them, each as a whole.
-    """
-    for name in _own_names(directory)[:-keep]:
-        if name.endswith(".msgpack"):
-            (directory / name).unlink(missing_ok=True)
-        elif jax.process_index() == 0:
-            remove_directory(directory / name)
+    return _newest(directory, [entry.name for entry in entries_in(Path(directory))], verified)
 
 
 def default_name(step: int, state: Any = None) -> str:
@@ -206,16 +192,6 @@ def describe_leaf(leaf: Leaf) -> str:
     """Formats shape and dtype, as ``(3, 3, 1, 16) float32``."""
     shape = ", ".join(map(str, leaf.shape)) + ("," if len(leaf.shape) == 1 else "")
     return f"({shape}) {leaf.dtype if leaf.key is None else f'key<{leaf.key}>'}"
-
-
-def _own_names(directory: Path) -> list[str]:
-    """Returns the checkpoints that have default names, in the order of their steps."""
-    if not directory.is_dir():
-        return []
-    restore(directory)  # a save that was killed while it replaced the latest must not hide it
-    names = os.listdir(directory)
-    matches = filter(None, map(_OWN_NAME.fullmatch, names))
-    return [match[0] for match in sorted(matches, key=lambda match: (int(match[1]), match[2]))]
 
 
 def _newest(directory: str | os.PathLike[str], names: Sequence[str], use: Callable[[Path], _T]) -> _T | None:

@@ -27,7 +27,7 @@ class TrainingConfig(Config):
             an optimizer that the caller passes.
         checkpoint_dir: Where checkpoints go if the Trainer gets no directory.
         save_frequency: ``train_epoch`` saves every ``save_frequency`` steps.
-        max_checkpoints: How many checkpoints with default names are kept.
+        max_checkpoints: How many checkpoints with default names a run keeps: those that it wrote last.
         log_frequency: Training metrics are logged at the first step and every ``log_frequency`` steps.
         steps_per_epoch: The most batches of a training loader in an epoch, None for all. An endless one needs it.
         validation_steps: The most batches of a validation loader in a validation, None for all; likewise.

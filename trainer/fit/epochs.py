@@ -40,7 +40,9 @@ def fit(trainer: Trainer, plan: FitPlan, resume: bool | str | os.PathLike[str]) 
     restored = find(setup, before, plan, resume)
     opening: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if restored is None:
-        run = before.replace(position=plan.position)
+        run = before.replace(position=plan.position, arguments=plan.arguments)
+        if run.is_new:
+            setup.checkpointer.warn_of_later(run)
         trainer.hold(setup.with_horizon(run, planned_end(run.step, plan)))
     else:
         run = checked(setup, plan, restored)
@@ -109,6 +111,11 @@ def _run_epochs(
             validate(trainer, plan.held_out, signals.check)
         if plan.caller == "train" and trainer.run.validation is not None and plan.held_out is not None:
             setup.fanout.log_test_metrics(trainer.run.validation.averages)
+        if _is_to_be_saved(setup, plan, trainer.run):
+            run = trainer.run
+            trainer.hold(setup.without_lost_position(run))
+            trainer.save_checkpoint(background="if_finite")
+            trainer.hold(run)
     return trainer.run
 
 
@@ -280,7 +287,7 @@ def _running(trainer: Trainer) -> Iterator[Signals]:
             try:
                 _finish_saves(trainer, signals, error)
             finally:  # also where a second signal ends the saving
-                for failure in setup.events.emit_to_all("on_train_end", trainer):
+                for failure in _end(trainer):
                     error.add_note(f"and on_train_end raised {failure!r}")
             # XLA replaces an exception that is raised in a host callback of the objective by its own.
             if signals.second_signal and isinstance(error, Exception):
@@ -288,7 +295,7 @@ def _running(trainer: Trainer) -> Iterator[Signals]:
             raise
         finally:
             setup.live.is_running = False
-        failures = setup.events.emit_to_all("on_train_end", trainer)
+        failures = _end(trainer)
         # Before anything is raised: every process waits here for the others.
         if signals.wait_for_all():
             late = signals.exception()
@@ -300,6 +307,16 @@ def _running(trainer: Trainer) -> Iterator[Signals]:
             raise ExceptionGroup("several callbacks failed in on_train_end", failures)
         if failures:
             raise failures[0]
+
+
+def _end(trainer: Trainer) -> list[Exception]:
+    """Emits the last event of a run, waits for what callbacks have begun to save at it, and returns the failures."""
+    failures = trainer.setup.events.emit_to_all("on_train_end", trainer)
+    try:
+        trainer.setup.checkpointer.wait()
+    except Exception as failure:
+        failures.append(failure)
+    return failures
 
 
 def _finish_saves(trainer: Trainer, signals: Signals, error: BaseException) -> None:
@@ -323,6 +340,19 @@ def _finish_saves(trainer: Trainer, signals: Signals, error: BaseException) -> N
         error.add_note(f"the state was saved to {path}; train(..., resume=True) resumes from it")
     if isinstance(error, TrainingInterrupted):
         error.path = path
+
+
+def _is_to_be_saved(setup: Setup, plan: FitPlan, run: Run) -> bool:
+    """Tells whether what was learned would be lost: at the end of a run whose latest step is in no checkpoint.
+
+    A call of ``train_epoch`` ends a run if no more is wanted. Any later call may never come, so the first call saves
+    too, if nothing else has.
+    """
+    saved = setup.checkpointer.saved_step(run)
+    if not setup.is_directory_given or saved == run.step:
+        return False
+    is_end = plan.caller == "train" or run.epoch >= setup.config.num_epochs or setup.events.should_stop
+    return is_end or saved is None
 
 
 def _is_finished(plan: FitPlan, run: Run) -> bool:

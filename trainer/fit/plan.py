@@ -12,7 +12,9 @@ from trainer.core.checks import check_count
 from trainer.data.loaders import check_loader, one_pass, takes_batch_size
 from trainer.data.memory import InMemoryData
 from trainer.errors import ArgumentError
+from trainer.fit.identity import describe_call
 from trainer.fit.setup import Setup
+from trainer.fit.unused_settings import warn_of_overridden
 from trainer.run import FromLoader, InMemory, Position, Run
 from trainer.types import Batch
 
@@ -34,6 +36,7 @@ class FitPlan:
         validate_every: Validate at multiples of this step, beside the end of every epoch; None for no other.
         held_out: Opens the validation data; None where nothing is validated.
         about: The plan in words.
+        arguments: What the call was made with, see `trainer.fit.identity`.
     """
 
     caller: str
@@ -48,6 +51,7 @@ class FitPlan:
     validate_every: int | None
     held_out: Callable[[], Iterator[Batch]] | None
     about: str
+    arguments: dict[str, str]
 
     @property
     def sync_every(self) -> list[int]:
@@ -75,9 +79,13 @@ def plan_run(
         "validate_every": None if held_out is None else val_interval,
         "held_out": held_out,
     }
-    _warn_of_overridden(setup, num_epochs, batch_size, in_memory=not _is_loader(train_data))
+    if setup.train_data_loader is None:  # else `train_epoch` obeys the configuration
+        in_memory = not _is_loader(train_data)
+        warn_of_overridden(setup.config, setup.save_interval, num_epochs, batch_size, in_memory=in_memory)
     counts["resume"] = str(resume)
+    told = {"num_epochs": num_epochs, "val_interval": common["validate_every"]}
     if _is_loader(train_data):
+        common["arguments"] = describe_call(setup, told, val_data=val_in_memory)
         setup.agree_on_run("train", run, counts, val_data=val_in_memory)
         horizon = setup.horizon_of(train_data, num_epochs)
         return _over_loader(run, train_data, "train_data", horizon=horizon, first_step=run.step, **common)
@@ -89,6 +97,7 @@ def plan_run(
             stacklevel=3,
         )
     setup.agree_on_run("train", run, counts, train_data=data, val_data=val_in_memory)
+    common["arguments"] = describe_call(setup, told, data, val_in_memory)
     return FitPlan(
         position=InMemory(setup.seed, data.num_examples, batch_size, run.epoch, run.step),
         data=data,
@@ -98,27 +107,6 @@ def plan_run(
         about=f"{num_epochs} epochs of {len(data)} steps, batch size {batch_size}",
         **common,
     )
-
-
-def _warn_of_overridden(setup: Setup, num_epochs: int, batch_size: int, *, in_memory: bool) -> None:
-    """Warns of what the configuration says and `train` does not do, because an argument says otherwise."""
-    if setup.train_data_loader is not None:
-        return  # `train_epoch` obeys the configuration
-    config, fields = setup.config, {field.name: field.default for field in dataclasses.fields(setup.config)}
-    decided: dict[str, tuple[int, str]] = {
-        "num_epochs": (num_epochs, "the argument of train()"),
-        "batch_size": (batch_size, "the argument of train()"),
-        "save_frequency": (setup.save_interval, "`save_interval` of the Trainer"),
-    }
-    said = [
-        f"`{name}` = {getattr(config, name)} ({by} is {value})"
-        for name, (value, by) in decided.items()
-        if getattr(config, name) not in (fields[name], value)
-    ]
-    if in_memory and config.steps_per_epoch is not None:
-        said.append(f"`steps_per_epoch` = {config.steps_per_epoch} (data in memory are used whole)")
-    if said:
-        warnings.warn(f"train() does not use of `training_config`: {', '.join(said)}.", stacklevel=4)
 
 
 def plan_epoch(setup: Setup, run: Run, resume: Any) -> FitPlan:
@@ -147,6 +135,7 @@ def plan_epoch(setup: Setup, run: Run, resume: Any) -> FitPlan:
         save_every=setup.config.save_frequency,
         validate_every=None,
         held_out=held_out,
+        arguments=describe_call(setup, {}),
     )
 
 

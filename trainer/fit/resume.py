@@ -14,6 +14,7 @@ import jax
 from trainer.checkpoints.run_record import Restored
 from trainer.data.resumable import LoaderPass, LoaderPosition
 from trainer.errors import ArgumentTypeError, CheckpointError
+from trainer.fit.identity import check_same_call
 from trainer.fit.plan import FitPlan
 from trainer.fit.setup import Setup
 from trainer.run import FromLoader, InMemory, Run
@@ -30,10 +31,13 @@ def load(trainer: Trainer, path: str | os.PathLike[str]) -> None:
     if restored.listeners is not None and setup.events.has_states:
         with put_back(trainer, trainer.run, copy.deepcopy(setup.events.state_dict())):
             setup.events.load_state_dict(restored.listeners)
-    run = restored.run.replace(position=None, validation=None, logged_step=0, average=trainer.run.average)
+    own = trainer.run  # what comes next is this run's, wherever the state is from
+    run = restored.run.replace(
+        id=own.id, position=None, validation=None, logged_step=0, average=own.average, arguments=None
+    )
     if setup.live.is_running:
         # A callback rolls the state back: the run goes through its data as before.
-        run = run.replace(position=trainer.run.position, epoch=trainer.run.epoch)
+        run = run.replace(position=own.position, epoch=own.epoch, arguments=own.arguments)
     trainer.hold(run)
     setup.fanout.log_text("checkpoint", f"loaded {path}", trainer.run.step)
 
@@ -66,7 +70,8 @@ def checked(setup: Setup, plan: FitPlan, restored: Restored) -> Run:
             f"load_checkpoint() and train on."
         )
     run.check_same_run(plan.position)
-    position = run.position
+    check_same_call(run.arguments, plan.arguments)
+    position, run = run.position, run.replace(arguments=plan.arguments)
     if isinstance(position, FromLoader):
         position = dataclasses.replace(position, loader=_own_position(setup, restored, position))
         run = run.replace(position=position)

@@ -30,6 +30,8 @@ from trainer.data.memory import InMemoryData, seed_from_key
 from trainer.data.resumable import LoaderPass, LoaderPosition
 from trainer.distributed.agreement import check_agreement, gathered
 from trainer.errors import ArgumentError, ArgumentTypeError, CheckpointError
+from trainer.fit.fingerprint import fingerprints_of
+from trainer.fit.unused_settings import warn_beside_optimizer
 from trainer.loggers.base import Logger, MetricsLoggerLike, check_metric_names
 from trainer.loggers.fanout import MetricFanout
 from trainer.loggers.wandb import WandbLogger
@@ -86,6 +88,8 @@ class Setup:
     events: CallbackDispatcher
     fanout: MetricFanout
     checkpointer: Checkpointer
+    is_directory_given: bool
+    fingerprints: dict[str, str]
     step: CompiledStep
     eval_step: Callable[..., Metrics]
     predict_step: Callable[[Any], Callable[..., Any]]
@@ -173,6 +177,18 @@ class Setup:
     def _info(self) -> dict[str, Any]:
         return {"name": self.config.name, "metadata": self.config.to_dict()["metadata"]}
 
+    def without_lost_position(self, run: Run) -> Run:
+        """Returns the run, outside of any data if its loader cannot tell the position: it is over, and worth saving."""
+        position = run.position
+        try:
+            if self.placement.num_processes > 1:
+                self._with_positions(run)  # raises in all processes or in none
+            elif isinstance(position, FromLoader) and isinstance(position.loader, LoaderPass):
+                position.loader.position(position.batch)
+        except CheckpointError:
+            return run.replace(position=None)
+        return run
+
     def _with_positions(self, run: Run) -> tuple[Run, list[Any] | None]:
         """Returns the run, and the positions of the loaders of all processes where there are several."""
         position = run.position
@@ -225,7 +241,7 @@ def assemble(
     _check_config(training_config)
     if optimizer is not None:
         check_optimizer(optimizer)
-        _warn_of_unused_settings(training_config)
+        warn_beside_optimizer(training_config)
     for name, loader in {"train_data_loader": train_data_loader, "val_data_loader": val_data_loader}.items():
         if loader is not None:
             check_loader(loader, name)
@@ -243,6 +259,7 @@ def assemble(
     run = _initial_run(model, rng, training_config, optimizer, wrt, losses, placement)
     _warn_of_mode(run.peek().model(), wrt)
     live = Live(weakref.ref(trainer), validates=val_data_loader is not None)
+    default_directory = TrainingConfig.checkpoint_dir
     checkpointer = Checkpointer(
         Path(checkpoint_dir or workdir or training_config.checkpoint_dir), training_config.max_checkpoints
     )
@@ -266,6 +283,8 @@ def assemble(
         events=events,
         fanout=_fanout(training_config, placement, log_callback, metrics_logger, logger),
         checkpointer=checkpointer,
+        is_directory_given=any((workdir, checkpoint_dir, training_config.checkpoint_dir != default_directory)),
+        fingerprints=fingerprints_of(loss_fn, optimizer, losses, run),
         step=_compiled_step(training_config, optimizer, loss_fn, wrt, losses, placement, steps_per_call, events, live),
         eval_step=jax.jit(_names_checked(make_eval_step(loss_fn)), out_shardings=placement.replicated),
         # The same function again finds its compiled step.
@@ -274,6 +293,8 @@ def assemble(
         ),
         live=live,
     )
+    if placement.num_processes > 1:
+        run = run.replace(id=gathered(run.id)[0])
     about = {"mesh": str(mesh and dict(mesh.shape)), "partition_rules": str(partition_rules)}
     setup.agree("Trainer", {"training_config": training_config.to_dict(), "save_interval": save_interval, **about})
     return setup, run.replace(horizon=setup.horizon_of(train_data_loader))
@@ -403,24 +424,6 @@ def _check_config(config: Any) -> None:
         hint = " TrainingConfig.from_dict makes one." if isinstance(config, Mapping) else ""
         raise ArgumentTypeError(
             f"`training_config` is of type {type(config).__name__}; it must be a trainer.TrainingConfig.{hint}"
-        )
-
-
-def _warn_of_unused_settings(config: TrainingConfig) -> None:
-    """Warns of what an `optimizer` replaces. Its name and rate are required, so they may be there for no reason."""
-    if config.scheduler is not None and config.scheduler.scheduler_type != "none":
-        warnings.warn(
-            "`training_config.scheduler` does nothing, because an `optimizer` was given; put the schedule into "
-            "that one, for example with trainer.make_schedule.",
-            stacklevel=4,
-        )
-    unused = config.optimizer.hyperparameters()
-    if unused:
-        names = ", ".join(f"`{name}` ({value!r})" for name, value in unused.items())
-        warnings.warn(
-            f"in `training_config.optimizer` {names} {'does' if len(unused) == 1 else 'do'} nothing, because an "
-            f"`optimizer` was given, which has its own.",
-            stacklevel=4,
         )
 
 

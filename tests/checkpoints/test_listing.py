@@ -1,0 +1,181 @@
+"""Several runs in a directory, and things that are no checkpoints: nothing is lost or adopted in silence."""
+
+import os
+import shutil
+import warnings
+
+import pytest
+
+from tests.problems import Busy, Linear, config, regression, squared_error
+from trainer import CheckpointError, Trainer, latest_checkpoint, load_run
+from trainer.checkpoints.file_format import Bundle
+from trainer.checkpoints.listing import Written, entries_in, names_in
+
+LATER = "holds checkpoints up to step .*, later than this run's step"
+
+
+def build(directory, keep=3, model=None, **options):
+    options = {"save_interval": 2, **options}
+    model = Busy() if model is None else model
+    return Trainer(model, config(max_checkpoints=keep), loss_fn=squared_error, workdir=directory, **options)
+
+
+def train(trainer, epochs, **options):
+    """Four steps an epoch."""
+    with trainer:
+        trainer.train(regression(16), epochs, 4, **options)
+    return trainer
+
+
+def run_in(path):
+    with Bundle(path) as bundle:
+        return bundle.info["run"]
+
+
+@pytest.fixture
+def shared(tmp_path):
+    """A directory in which a long run has saved steps 16, 18 and 20."""
+    train(build(tmp_path), 5)
+    assert list(names_in(tmp_path).values()) == [16, 18, 20]
+    return tmp_path
+
+
+class TestPruning:
+    def test_a_shorter_run_keeps_what_it_wrote_and_what_another_wrote(self, shared):
+        with pytest.warns(
+            UserWarning, match=r"holds checkpoints up to step 20, later than this run's step 0: they stay"
+        ):
+            second = train(build(shared, keep=2), 2)
+        assert list(names_in(shared).values()) == [6, 8, 16, 18, 20]
+        path = second.save_checkpoint()
+        assert path.exists()
+        assert load_run(path, second.run).step == 8
+
+    def test_it_is_said_once(self, shared):
+        trainer = build(shared)
+        with pytest.warns(UserWarning, match=LATER):
+            train(trainer, 1)
+        train(trainer, 1)
+
+    def test_a_resumed_run_counts_what_it_wrote_before(self, tmp_path):
+        first = train(build(tmp_path), 2, resume=True)
+        assert list(names_in(tmp_path).values()) == [4, 6, 8]
+        with pytest.warns(UserWarning, match="`num_epochs` was 2 and is 3"):
+            second = train(build(tmp_path), 3, resume=True)
+        assert list(names_in(tmp_path).values()) == [8, 10, 12]
+        assert second.run.id == first.run.id
+
+    def test_after_a_rollback_the_oldest_go_first(self, tmp_path):
+        trainer = build(tmp_path, keep=3)
+        early = train(trainer, 1).save_checkpoint(tmp_path / "early.msgpack")
+        train(trainer, 4)
+        assert list(names_in(tmp_path).values()) == [16, 18, 20]
+        trainer.load_checkpoint(early)
+        train(trainer, 1)
+        assert list(names_in(tmp_path).values()) == [6, 8, 20]
+        assert latest_checkpoint(tmp_path).name == "checkpoint_8.msgpack"
+
+    def test_what_another_run_has_replaced_is_not_removed(self, tmp_path):
+        first, second = build(tmp_path, keep=1), build(tmp_path, keep=1)
+        mine = first.save_checkpoint()
+        with pytest.warns(UserWarning, match="is of another run, which may be saving in this directory too"):
+            second.save_checkpoint()
+        first.train_step(regression(4))
+        first.save_checkpoint()
+        assert run_in(mine) == second.run.id
+        assert list(names_in(tmp_path).values()) == [0, 1]
+
+    def test_no_file_is_opened_for_it(self, tmp_path, monkeypatch):
+        trainer = build(tmp_path, keep=2)
+        trainer.save_checkpoint()
+        monkeypatch.setattr("trainer.checkpoints.listing.info_of", None)
+        for _ in range(4):
+            trainer.train_step(regression(4))
+            trainer.save_checkpoint()
+        assert list(names_in(tmp_path).values()) == [3, 4]
+
+    def test_names_of_others_stay(self, tmp_path):
+        written = Written(tmp_path)
+        others = ["checkpoint_1.msgpack.bak", "checkpoint_x.msgpack", "checkpoint_03.msgpack", "model.msgpack"]
+        for name in others:
+            (tmp_path / name).write_text("")
+        for step in (2, 10, 9, 100):
+            (tmp_path / f"checkpoint_{step}.msgpack").write_text(str(step))
+            written.add(f"checkpoint_{step}.msgpack", "a run")
+        written.prune(2)
+        left = {"checkpoint_9.msgpack", "checkpoint_100.msgpack", *others}
+        assert {path.name for path in tmp_path.iterdir()} == left
+
+
+class TestLatest:
+    def test_it_is_of_the_run_that_saved_last_and_that_is_said(self, shared):
+        with pytest.warns(UserWarning, match=LATER):
+            second = train(build(shared), 2)
+        assert latest_checkpoint(shared).name == "checkpoint_8.msgpack"
+        with pytest.warns(UserWarning, match=r"holds checkpoints of 2 runs; `checkpoint_8.msgpack` is of the one that"):
+            third = train(build(shared), 2, resume=True)
+        assert (third.run.id, third.step) == (second.run.id, 8)
+
+    def test_a_copy_of_a_directory_has_the_same(self, shared, tmp_path_factory):
+        copy = tmp_path_factory.mktemp("copy")
+        for time, name in enumerate(reversed(names_in(shared))):
+            shutil.copy(shared / name, copy)
+            os.utime(copy / name, (time, time))
+        assert latest_checkpoint(copy).name == "checkpoint_20.msgpack"
+        assert [entry.step for entry in entries_in(copy)] == [16, 18, 20]
+
+
+class TestOtherThings:
+    def test_directories_and_files_with_the_names_of_checkpoints_stay(self, tmp_path):
+        (tmp_path / "checkpoint_0.msgpack").mkdir()
+        (tmp_path / "checkpoint_0.msgpack" / "mine").write_text("mine")
+        (tmp_path / "checkpoint_7.orbax").write_text("mine")
+        trainer = train(build(tmp_path, keep=2), 2, resume=True)
+        assert trainer.step == 8
+        assert (tmp_path / "checkpoint_0.msgpack" / "mine").read_text() == "mine"
+        assert (tmp_path / "checkpoint_7.orbax").read_text() == "mine"
+        assert list(names_in(tmp_path).values()) == [6, 8]
+
+    @pytest.mark.parametrize(
+        "make", [lambda path: path.mkdir(), lambda path: path.write_bytes(b"\x81\xa6params\xc0 of flax")]
+    )
+    def test_what_is_no_checkpoint_is_not_replaced(self, make, tmp_path):
+        path = tmp_path / "checkpoint_0.msgpack"
+        make(path)
+        with pytest.raises(CheckpointError, match=r"checkpoint_0.msgpack` was not written by this library, and is not"):
+            build(tmp_path).save_checkpoint()
+        assert path.is_dir() or path.read_bytes().endswith(b"of flax")
+
+    @pytest.mark.parametrize("damage", [b"", bytes(100), None])
+    def test_a_damaged_checkpoint_is_replaced(self, damage, tmp_path):
+        trainer = build(tmp_path, model=Linear(4))
+        path = trainer.save_checkpoint()
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2] if damage is None else damage)
+        again = build(tmp_path, model=Linear(4))
+        assert again.save_checkpoint() == path
+        assert latest_checkpoint(tmp_path) == path
+
+
+class TestIdentity:
+    def test_each_run_has_its_own_and_a_resumed_one_keeps_it(self, tmp_path):
+        first, second = train(build(tmp_path / "a"), 1), train(build(tmp_path / "b"), 1)
+        assert first.run.id != second.run.id
+        assert run_in(latest_checkpoint(tmp_path / "a")) == first.run.id
+        resumed = train(build(tmp_path / "a"), 1, resume=True)
+        assert resumed.run.id == first.run.id
+        assert load_run(latest_checkpoint(tmp_path / "a"), second.run).id == first.run.id
+
+    def test_loading_a_checkpoint_of_another_run_leaves_it(self, tmp_path):
+        first, second = train(build(tmp_path / "a"), 1), build(tmp_path / "b")
+        before = second.run.id
+        second.load_checkpoint(latest_checkpoint(tmp_path / "a"))
+        assert second.run.id == before != first.run.id
+
+    def test_nothing_is_said_of_one_run(self, tmp_path):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            trainer = build(tmp_path)
+            train(trainer, 1)
+            train(trainer, 1)
+            train(build(tmp_path), 1, resume=True)

@@ -1,0 +1,121 @@
+"""What resume does where a call differs from the interrupted one: other data are refused, anything else is said."""
+
+import functools
+
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+
+from tests.problems import Busy, Counting, config, regression, squared_error
+from trainer import ArgumentError, Trainer
+from trainer.fit.fingerprint import fingerprint
+
+DATA, HELD_OUT = regression(16), regression(8, seed=1)
+
+
+def absolute_error(model, batch, rng, step):
+    del rng, step
+    return jnp.mean(jnp.abs(model(batch["input"]) - batch["target"])), {}
+
+
+def build(directory, settings=None, model=None, loss_fn=squared_error, **options):
+    model = Busy() if model is None else model
+    return Trainer(model, settings or config(), loss_fn=loss_fn, workdir=directory, **options)
+
+
+def train(trainer, data=DATA, epochs=1, held_out=HELD_OUT, val_interval=2, **options):
+    with trainer:
+        trainer.train(data, epochs, 4, held_out, val_interval, **options)
+
+
+class Scaled:
+    def __init__(self, scale):
+        self.scale = scale
+
+    def __call__(self, model, batch, rng, step):
+        loss, metrics = squared_error(model, batch, rng, step)
+        return self.scale * loss, metrics
+
+
+def other_dropout():
+    model = Busy()
+    model.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "call", "said"),
+    [
+        (
+            {},
+            {"settings": config(optimizer={"learning_rate": 1e-4})},
+            {},
+            "optimizer.learning_rate` was 0.01 and is 0.0001",
+        ),
+        (
+            {"settings": config(gradient_clip_norm=2.0)},
+            {"settings": config(gradient_clip_norm=1.0)},
+            {},
+            "gradient_clip_norm` was 2.0 and is 1.0",
+        ),
+        ({"optimizer": optax.adam(1e-2)}, {"optimizer": optax.adam(1e-3)}, {}, "`optimizer` differs"),
+        ({}, {"loss_fn": absolute_error}, {}, "`loss_fn` differs"),
+        ({"loss_fn": Scaled(1.0)}, {"loss_fn": Scaled(2.0)}, {}, "`loss_fn` differs"),
+        ({}, {"model": other_dropout()}, {}, "`model` differs"),
+        ({}, {}, {"val_interval": 3}, "`val_interval` was 2 and is 3"),
+        ({}, {}, {"epochs": 2}, "`num_epochs` was 1 and is 2"),
+        ({}, {}, {"held_out": regression(8, seed=2)}, "`val_data` differs"),
+    ],
+    ids=["rate", "clip", "optax", "objective", "scale", "dropout", "interval", "epochs", "val_data"],
+)
+def test_what_differs_is_said(first, second, call, said, tmp_path):
+    train(build(tmp_path, **first))
+    with pytest.warns(UserWarning, match=said) as warned:
+        train(build(tmp_path, **second), **call, resume=True)
+    (text,) = [str(one.message) for one in warned if "arguments that differ from" in str(one.message)]
+    assert text.count(" was ") + text.count("` differs") == 1
+    # The next one is compared with what it was resumed with.
+    if "epochs" in call:
+        train(build(tmp_path, **second), **call, resume=True)
+
+
+def test_other_data_of_the_same_shape_are_refused_and_nothing_has_happened(tmp_path):
+    train(build(tmp_path))
+    trainer = build(tmp_path)
+    before = trainer.run
+    with pytest.raises(ArgumentError, match="with other data: `train_data` has the same number of examples, and other"):
+        train(trainer, regression(16, seed=5), 2, resume=True)
+    assert trainer.run is before
+
+
+def test_the_same_call_says_nothing(tmp_path):
+    options = {"optimizer": optax.chain(optax.clip(1.0), optax.adamw(1e-2)), "extensions": {"size": Counting()}}
+    train(build(tmp_path, loss_fn=functools.partial(squared_error), **options))
+    options["optimizer"] = optax.chain(optax.clip(1.0), optax.adamw(1e-2))
+    renamed = config(name="b", log_frequency=3, max_checkpoints=9)
+    train(build(tmp_path, renamed, loss_fn=functools.partial(squared_error), **options), resume=True)
+
+
+def test_train_epoch_says_it_too(tmp_path):
+    first = build(tmp_path, train_data_loader=[DATA] * 3)
+    first.train_epoch()
+    changed = config(optimizer={"learning_rate": 1e-3})
+    with pytest.warns(UserWarning, match="learning_rate` was 0.01 and is 0.001"):
+        build(tmp_path, changed, train_data_loader=[DATA] * 3).train_epoch(resume=True)
+
+
+class TestFingerprints:
+    def make(self, scale):
+        return lambda x: x * scale
+
+    def test_functions_of_the_same_code_and_values_are_equal(self):
+        assert fingerprint(self.make(1.0)) == fingerprint(self.make(1.0)) != fingerprint(self.make(2.0))
+        assert fingerprint(functools.partial(max, 1)) != fingerprint(functools.partial(max, 2))
+        assert fingerprint(tuple(optax.sgd(0.1))) == fingerprint(tuple(optax.sgd(0.1)))
+        assert fingerprint(tuple(optax.sgd(0.1))) != fingerprint(tuple(optax.sgd(0.2)))
+
+    def test_a_cycle_ends(self):
+        values = [1]
+        values.append(values)
+        assert fingerprint(values) == fingerprint(values)

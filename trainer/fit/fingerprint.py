@@ -1,0 +1,103 @@
+"""Hashes of functions and plain values, which tell an objective or an optimizer from another in another process."""
+
+import functools
+import hashlib
+import sys
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import optax
+
+from trainer.run import Run
+from trainer.types import ExtensionLike, LossFn
+
+_DEEPEST = 12
+
+
+def fingerprint(value: Any) -> str:
+    """Returns a hash of a value: of bytecode and plain values, the same in every process of one release of Python."""
+    text = "\n".join(_parts(value, [], 0))
+    return f"python {sys.version_info[0]}.{sys.version_info[1]} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def fingerprints_of(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation | None,
+    extensions: Mapping[str, ExtensionLike],
+    run: Run,
+) -> dict[str, str]:
+    """Returns hashes by which resume tells an objective, an optimizer, an extension or a model from another."""
+    # Dropout rates and activations are static attributes of the model.
+    attributes = run.peek().graphdef.attributes
+    told = {
+        "loss_fn": fingerprint(loss_fn),
+        "model": fingerprint([(name, getattr(attribute, "value", None)) for name, attribute in attributes]),
+    }
+    if optimizer is not None:
+        told["optimizer"] = fingerprint(tuple(optimizer))
+    return told | {
+        f"extensions.{name}": fingerprint(getattr(type(one), "loss_fn", None)) for name, one in extensions.items()
+    }
+
+
+def _parts(value: Any, seen: list[Any], depth: int) -> Iterator[str]:
+    """Yields texts that tell a value from others. Nothing in them depends on the process."""
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
+        yield repr(value)
+        return
+    if depth > _DEEPEST or any(value is one for one in seen):
+        return
+    seen.append(value)  # kept, so that no other object gets its address
+    deeper = functools.partial(_parts, seen=seen, depth=depth + 1)
+    yield type(value).__qualname__
+    if isinstance(value, types.CodeType):
+        yield value.co_code.hex()
+        yield " ".join(value.co_names)
+        yield from deeper(value.co_consts)
+    elif isinstance(value, types.FunctionType):
+        yield from deeper(value.__code__)
+        yield from deeper(value.__defaults__)
+        yield from deeper(value.__kwdefaults__)
+        for cell in value.__closure__ or ():
+            try:
+                yield from deeper(cell.cell_contents)
+            except ValueError:  # empty
+                yield "empty"
+        names = [name for name in value.__code__.co_names if name in value.__globals__]
+        for name in names:
+            used = value.__globals__[name]
+            # Of globals, constants and the functions beside it: whole libraries are told by their names.
+            if isinstance(used, bool | int | float | str) or getattr(used, "__module__", None) == value.__module__:
+                yield from deeper(used)
+    elif isinstance(value, types.MethodType):
+        yield from deeper(value.__func__)
+        yield from deeper(_read_in(value.__func__, value.__self__))
+    elif isinstance(value, functools.partial):
+        yield from deeper((value.func, value.args, value.keywords))
+    elif isinstance(value, type):
+        yield f"{value.__module__}.{value.__qualname__}"
+    elif isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield repr(name) if isinstance(name, str | int) else type(name).__qualname__
+            yield from deeper(inner)
+    elif isinstance(value, set | frozenset):
+        yield from sorted("\n".join(_parts(one, seen, depth + 1)) for one in value)
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from deeper(one)
+    elif isinstance(value, np.ndarray | np.generic):
+        yield f"{value.dtype} {value.shape}"
+    elif callable(value) and hasattr(value, "__wrapped__"):
+        yield from deeper(value.__wrapped__)
+    elif callable(value) and isinstance(call := vars(type(value)).get("__call__"), types.FunctionType):
+        yield from deeper(call)
+        yield from deeper(_read_in(call, value))
+
+
+def _read_in(function: Any, owner: Any) -> dict[str, Any]:
+    """Returns the plain attributes of an object that its method reads; others, as counters, may change in a run."""
+    names = getattr(getattr(function, "__code__", None), "co_names", ())
+    held = getattr(owner, "__dict__", {})
+    return {name: held[name] for name in names if isinstance(held.get(name), bool | int | float | str)}

@@ -30,6 +30,7 @@ from trainer.distributed.agreement import check_agreement, gathered
 from trainer.errors import ArgumentError, ArgumentTypeError
 from trainer.fit.fingerprint import fingerprints_of
 from trainer.fit.setup import Live, Setup
+from trainer.fit.unused_settings import warn_beside_optimizer
 from trainer.loggers.base import Logger, MetricsLoggerLike, names_checked
 from trainer.loggers.fanout import MetricFanout
 from trainer.loggers.wandb import WandbLogger
@@ -78,7 +79,7 @@ def assemble(
     _check_config(training_config)
     if optimizer is not None:
         check_optimizer(optimizer)
-        _warn_of_unused_settings(training_config)
+        warn_beside_optimizer(training_config)
     for name, loader in {"train_data_loader": train_data_loader, "val_data_loader": val_data_loader}.items():
         if loader is not None:
             check_loader(loader, name)
@@ -251,24 +252,6 @@ def _check_config(config: Any) -> None:
         hint = " TrainingConfig.from_dict makes one." if isinstance(config, Mapping) else ""
         raise ArgumentTypeError(
             f"`training_config` is of type {type(config).__name__}; it must be a trainer.TrainingConfig.{hint}"
-        )
-
-
-def _warn_of_unused_settings(config: TrainingConfig) -> None:
-    """Warns of what an `optimizer` replaces. Its name and rate are required, so they may be there for no reason."""
-    if config.scheduler is not None and config.scheduler.scheduler_type != "none":
-        warnings.warn(
-            "`training_config.scheduler` does nothing, because an `optimizer` was given; put the schedule into "
-            "that one, for example with trainer.make_schedule.",
-            stacklevel=4,
-        )
-    unused = config.optimizer.hyperparameters()
-    if unused:
-        names = ", ".join(f"`{name}` ({value!r})" for name, value in unused.items())
-        warnings.warn(
-            f"in `training_config.optimizer` {names} {'does' if len(unused) == 1 else 'do'} nothing, because an "
-            f"`optimizer` was given, which has its own.",
-            stacklevel=4,
         )
 
 

@@ -14,6 +14,7 @@ from trainer.data.memory import InMemoryData
 from trainer.errors import ArgumentError
 from trainer.fit.identity import describe_call
 from trainer.fit.setup import Setup
+from trainer.fit.unused_settings import warn_of_overridden
 from trainer.run import FromLoader, InMemory, Position, Run
 from trainer.types import Batch
 
@@ -78,7 +79,9 @@ def plan_run(
         "validate_every": None if held_out is None else val_interval,
         "held_out": held_out,
     }
-    _warn_of_overridden(setup, num_epochs, batch_size, in_memory=not _is_loader(train_data))
+    if setup.train_data_loader is None:  # else `train_epoch` obeys the configuration
+        in_memory = not _is_loader(train_data)
+        warn_of_overridden(setup.config, setup.save_interval, num_epochs, batch_size, in_memory=in_memory)
     counts["resume"] = str(resume)
     told = {"num_epochs": num_epochs, "val_interval": common["validate_every"]}
     if _is_loader(train_data):
@@ -104,27 +107,6 @@ def plan_run(
         about=f"{num_epochs} epochs of {len(data)} steps, batch size {batch_size}",
         **common,
     )
-
-
-def _warn_of_overridden(setup: Setup, num_epochs: int, batch_size: int, *, in_memory: bool) -> None:
-    """Warns of what the configuration says and `train` does not do, because an argument says otherwise."""
-    if setup.train_data_loader is not None:
-        return  # `train_epoch` obeys the configuration
-    config, fields = setup.config, {field.name: field.default for field in dataclasses.fields(setup.config)}
-    decided: dict[str, tuple[int, str]] = {
-        "num_epochs": (num_epochs, "the argument of train()"),
-        "batch_size": (batch_size, "the argument of train()"),
-        "save_frequency": (setup.save_interval, "`save_interval` of the Trainer"),
-    }
-    said = [
-        f"`{name}` = {getattr(config, name)} ({by} is {value})"
-        for name, (value, by) in decided.items()
-        if getattr(config, name) not in (fields[name], value)
-    ]
-    if in_memory and config.steps_per_epoch is not None:
-        said.append(f"`steps_per_epoch` = {config.steps_per_epoch} (data in memory are used whole)")
-    if said:
-        warnings.warn(f"train() does not use of `training_config`: {', '.join(said)}.", stacklevel=4)
 
 
 def plan_epoch(setup: Setup, run: Run, resume: Any) -> FitPlan:

@@ -1,0 +1,45 @@
+"""Warnings of settings that do nothing, because an `optimizer` or an argument of `train` overrides them."""
+
+import dataclasses
+import warnings
+
+from trainer.config import TrainingConfig
+
+
+def warn_beside_optimizer(config: TrainingConfig) -> None:
+    """Warns of what an `optimizer` replaces. Its name and rate are required, so they may be there for no reason."""
+    if config.scheduler is not None and config.scheduler.scheduler_type != "none":
+        warnings.warn(
+            "`training_config.scheduler` does nothing, because an `optimizer` was given; put the schedule into "
+            "that one, for example with trainer.make_schedule.",
+            stacklevel=4,
+        )
+    unused = config.optimizer.hyperparameters()
+    if unused:
+        names = ", ".join(f"`{name}` ({value!r})" for name, value in unused.items())
+        warnings.warn(
+            f"in `training_config.optimizer` {names} {'does' if len(unused) == 1 else 'do'} nothing, because an "
+            f"`optimizer` was given, which has its own.",
+            stacklevel=4,
+        )
+
+
+def warn_of_overridden(
+    config: TrainingConfig, save_interval: int, num_epochs: int, batch_size: int, *, in_memory: bool
+) -> None:
+    """Warns of what the configuration says and `train` does not do, because an argument says otherwise."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    decided: dict[str, tuple[int, str]] = {
+        "num_epochs": (num_epochs, "the argument of train()"),
+        "batch_size": (batch_size, "the argument of train()"),
+        "save_frequency": (save_interval, "`save_interval` of the Trainer"),
+    }
+    said = [
+        f"`{name}` = {getattr(config, name)} ({by} is {value})"
+        for name, (value, by) in decided.items()
+        if getattr(config, name) not in (defaults[name], value)
+    ]
+    if in_memory and config.steps_per_epoch is not None:
+        said.append(f"`steps_per_epoch` = {config.steps_per_epoch} (data in memory are used whole)")
+    if said:
+        warnings.warn(f"train() does not use of `training_config`: {', '.join(said)}.", stacklevel=4)

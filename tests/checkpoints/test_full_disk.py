@@ -85,6 +85,6 @@ def test_a_run_ends_with_it_and_goes_on_once_there_is_room(small, tmp_path):
     assert recorder.names[-1] == "on_train_end"
     assert names(small) == ["checkpoint_1.msgpack", "checkpoint_2.msgpack"]
     (small / "checkpoint_1.msgpack").unlink()
-    resumed = build(small, save_interval=4)
+    resumed = build(small)  # saves at the end
     assert run(resumed, resume=True) == returned
     assert_same_bits(resumed.state, whole.state)

@@ -81,7 +81,7 @@ def ordinary(directory):
     trainer = Trainer(Linear(), config(), loss_fn=squared_error, workdir=directory)
     trainer.state = state
     _, in_background = extra(lambda: [trainer.save_checkpoint(background=True), trainer.close()])
-    _, copying = extra(lambda: [np.array(leaf) for leaf in jax.tree.leaves(state.params)])
+    _, copying = extra(lambda: [np.array(leaf) for _ in range(2) for leaf in jax.tree.leaves(state.params)])
     return {"saving": saving, "loading": loading, "in_background": in_background, "copying": copying, "same": same}
 
 
@@ -92,7 +92,7 @@ def test_it_is_little_beside_the_state(tmp_path):
     assert found["saving"] <= 16 + SLACK
     assert found["loading"] <= 128 + 16 + SLACK
     assert found["in_background"] <= 128 + 16 + SLACK
-    # The measure would notice a copy of everything.
+    # The measure would notice copies of everything; the first one may take memory that a save has given back.
     assert found["copying"] > 16 + SLACK
 
 

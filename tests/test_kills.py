@@ -1,9 +1,11 @@
 """Processes that are killed at any instant, or end anywhere: the next one goes on to the same bits.
 
 The instants come from a seeded generator; where in the work of a process one falls depends on the
-machine, so a failure shows the instants and what was found. ``make kills`` runs the long versions.
+machine, so a failure shows the instants and what was found. ``make kills`` runs the long versions, and a loader with
+workers, `ModelCheckpoint` on eight devices, and two runs in one directory.
 """
 
+import functools
 import json
 import shutil
 import subprocess
@@ -18,6 +20,8 @@ import pytest
 from tests.marks import slow_unless
 from trainer import latest_checkpoint
 from trainer.checkpoints.file_format import Bundle
+from trainer.checkpoints.listing import info_of, names_in
+from trainer.checkpoints.orbax_directory import OrbaxDirectory
 from trainer.checkpoints.plain_values import unpack
 
 ROOT = Path(__file__).parent.parent
@@ -102,16 +106,21 @@ def processes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def killed_never(processes, tmp_path_factory):
-    """What a run is like at the end, and how long it takes, all and without its start."""
-    for _ in range(2):  # the first one compiles
-        directory = tmp_path_factory.mktemp("whole")
-        start = time.perf_counter()
-        process = processes.start(directory, True, **KILLED, save_interval=3)
-        process.listen()
-        first = time.perf_counter()
-        assert process.end() == 0, process.said
-        end = time.perf_counter()
-    return contents(directory / "end.msgpack"), end - start, end - first
+    """Returns what a run of a kind is like at the end, and how long it takes, all and without its start."""
+
+    @functools.cache
+    def of(kind):
+        for _ in range(2):  # the first one compiles
+            directory = tmp_path_factory.mktemp("whole")
+            start = time.perf_counter()
+            process = processes.start(directory, True, **KILLED, save_interval=3, kind=kind)
+            process.listen()
+            first = time.perf_counter()
+            assert process.end() == 0, process.said
+            end = time.perf_counter()
+        return contents(directory / "end.msgpack"), best_of(directory), end - start, end - first
+
+    return of
 
 
 @pytest.fixture(scope="module")
@@ -130,16 +139,32 @@ def saved_every_step(processes, tmp_path_factory):
 def test_whenever_it_is_killed_it_goes_on_to_the_same_bits(
     save_interval, kept, kills, processes, killed_never, tmp_path
 ):
-    expected, whole, stepping = killed_never
+    names = kill_often(processes, killed_never, tmp_path, kills, save_interval)
+    expected = {"end.msgpack", *(f"checkpoint_{step}.msgpack" for step in kept)}
+    assert all(found == expected for found in names)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["workers", "best"])
+def test_so_it_does_over_workers_of_a_loader_and_with_the_best_on_eight_devices(
+    kind, processes, killed_never, tmp_path
+):
+    kill_often(processes, killed_never, tmp_path, 25, 3, kind=kind)
+
+
+def kill_often(processes, killed_never, tmp_path, kills, save_interval, kind="in memory"):
+    """Kills processes at random instants, so many times; returns the names that each run leaves in its directory."""
+    expected, best, whole, stepping = killed_never(kind)
     rng = np.random.default_rng(kills)
     done, in_saves, runs, start = 0, 0, 0, time.perf_counter()
+    names = []
     while done < kills:
         runs += 1
         directory = tmp_path / str(runs)
         latest, left = 0, set()
         status = None
         while status != 0:
-            process = processes.start(directory, True, **KILLED, save_interval=save_interval)
+            process = processes.start(directory, True, **KILLED, save_interval=save_interval, kind=kind)
             # Most instants are counted from the first step, since restoring and compiling take their share.
             from_first_step = rng.random() < 0.75
             delay = rng.uniform(0, stepping if from_first_step else whole)
@@ -157,13 +182,36 @@ def test_whenever_it_is_killed_it_goes_on_to_the_same_bits(
             in_saves += bool(left - was)
             assert latest == previous or not left & was, where
         assert contents(directory / "end.msgpack") == expected, where
-        assert {path.name for path in directory.iterdir()} == {
-            "end.msgpack",
-            *(f"checkpoint_{step}.msgpack" for step in kept),
-        }, where
+        assert best_of(directory) == best, where
+        names.append({path.name for path in directory.iterdir() if path.name != "best"})
         shutil.rmtree(directory)
-    print(f"{kills} kills, {in_saves} of them in a save, {runs} runs, {time.perf_counter() - start:.0f} s")
+    print(f"{kind}: {kills} kills, {in_saves} of them in a save, {runs} runs, {time.perf_counter() - start:.0f} s")
     assert in_saves >= kills // 25
+    return names
+
+
+@pytest.mark.long
+def test_two_runs_that_are_killed_in_one_directory_lose_nothing_to_each_other(processes, killed_never, tmp_path):
+    """What a run has written stays, but where the other, or the same, has written a checkpoint of that step."""
+    _, _, whole, _ = killed_never("in memory")
+    rng = np.random.default_rng(0)
+    left: dict[str, str] = {}
+    for pair in range(10):
+        both = [processes.start(tmp_path, False, **KILLED, save_interval=interval, shares=True) for interval in (3, 4)]
+        for process in both[: 2 if pair < 9 else 0]:
+            process.kill(after=rng.uniform(0, whole))
+        for process in both:
+            assert process.end() in (0, -9), process.said
+        found = {name: info_of(tmp_path / name)["run"] for name in names_in(tmp_path)}
+        for name in found:
+            with Bundle(tmp_path / name) as bundle:
+                bundle.verify()
+        assert found.keys() >= left.keys(), pair
+        left = found
+    # The last two were not killed: each has all that it keeps, but for the steps that the other wrote later.
+    (ended_at,) = {int(process.steps[-1]) for process in both}
+    assert found[f"checkpoint_{ended_at}.msgpack"] in set(found.values())
+    assert debris(tmp_path) == set()
 
 
 @pytest.mark.parametrize(
@@ -189,6 +237,16 @@ def contents(path):
         return arrays, progress, {name: value for name, value in bundle.info.items() if name not in ("time", "run")}
 
 
+def best_of(directory):
+    """The steps and scores that a `ModelCheckpoint` kept, where there was one."""
+    found = {}
+    for path in (directory / "best").glob("[0-9]*"):
+        with OrbaxDirectory(path) as opened:
+            opened.verify()
+            found[int(path.name)] = opened.info["score"]
+    return found
+
+
 def debris(directory):
     return {path.name for path in directory.glob(".*.tmp")}
 
@@ -196,8 +254,8 @@ def debris(directory):
 def look_at(directory, steps, save_interval, where):
     """Checks what a process left that has said it did these steps; returns the step of the latest checkpoint."""
     for path in directory.glob("checkpoint_*"):
-        with Bundle(path) as bundle:
-            bundle.verify()
+        with OrbaxDirectory(path) if path.is_dir() else Bundle(path) as opened:
+            opened.verify()
     path = latest_checkpoint(directory)
     latest = 0 if path is None else int(path.stem.removeprefix("checkpoint_"))
     # A save begins when the one before is on the disk; the step that was said last may not have come to its own.

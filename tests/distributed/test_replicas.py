@@ -81,13 +81,13 @@ def told(work):
 
 found = {}
 part = {name: column[process * 8 : process * 8 + 8] for name, column in data(16).items()}
-for seed in (process, 0):
+for kind, seed in (("other", process), ("same", 0)):
     made = Trainer(
-        Perceptron(nnx.Rngs(seed)), config(), loss_fn=objective, mesh=mesh, workdir=directory / f"seed{seed}",
+        Perceptron(nnx.Rngs(seed)), config(), loss_fn=objective, mesh=mesh, workdir=directory / kind,
         train_data_loader=[part],
     )
-    found["train", seed == process] = told(lambda: made.train(data(), 1, 16))
-    found["epoch", seed == process] = told(made.train_epoch)
+    found["train", kind] = told(lambda: made.train(data(), 1, 16))
+    found["epoch", kind] = told(made.train_epoch)
 steps = made.step
 
 # An edit that each process makes in its own way.
@@ -110,9 +110,9 @@ def test_other_weights_and_bad_rows_are_told_before_the_first_step(tmp_path):
     first, second = (json.loads(out.splitlines()[-1]) for _, out, _ in results)
     assert first == second
     for call in ("train", "epoch"):
-        assert "`params/inner/bias` is " not in first[str((call, True))]  # zeros in both
-        assert "`params/inner/kernel` is " in first[str((call, True))]
-        assert first[str((call, False))] is None
+        assert "`params/inner/bias` is " not in first[str((call, "other"))]  # zeros in both
+        assert "`params/inner/kernel` is " in first[str((call, "other"))]
+        assert first[str((call, "same"))] is None
     assert first["steps"] > 0
     assert "`params/inner/bias` is " in first["edited"]
     assert "`train/train_data` is " in first["rows"]

@@ -2,12 +2,15 @@
 
 import functools
 import itertools
+import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -213,6 +216,41 @@ def test_a_process_that_does_not_catch_it_ends_with_the_usual_status(number, sta
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
     assert done.returncode == status
     assert (tmp_path / "checkpoint_2.msgpack").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="it looks for processes in /proc")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, -2)])
+def test_workers_of_a_loader_end_with_the_run(number, status, tmp_path):
+    """A run over two processes of Grain: it is saved, and none of them outlives it."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", "tests.child"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    arguments = {"directory": str(tmp_path / "run"), "resume": True, "cache": str(tmp_path / "cache"), "keep": 3}
+    arguments |= {"examples": 4000, "mebibytes": 0, "save_interval": 1000, "kind": "workers"}
+    child.stdin.write(json.dumps(arguments) + "\n")
+    child.stdin.flush()
+    while child.stdout.readline() != "5\n":
+        assert child.poll() is None
+    workers = children_of(child.pid)
+    child.send_signal(number)
+    child.communicate(timeout=60)
+    assert child.returncode == status
+    assert latest_checkpoint(tmp_path / "run") is not None
+    assert len(workers) >= 2
+    deadline = time.monotonic() + 10
+    while (alive := [pid for pid in workers if os.path.exists(f"/proc/{pid}")]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert alive == []
+
+
+def children_of(pid):
+    """The processes that a process has started, from whichever thread."""
+    return [
+        int(child)
+        for path in Path(f"/proc/{pid}/task").iterdir()
+        for child in (path / "children").read_text(encoding="utf-8").split()
+    ]
 
 
 def test_nothing_is_handled_where_it_is_not_wanted(tmp_path):

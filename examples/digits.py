@@ -92,6 +92,8 @@ def main(argv=None):
 
     train_data, val_data = digits()
     steps_per_epoch = -(-len(train_data["label"]) // 128)
+    for earlier in arguments.workdir.glob("checkpoint_*.msgpack"):  # of which the trainer would warn
+        earlier.unlink()
     trainer = make_trainer(arguments.workdir, callbacks=[Progress()])
     result = trainer.train(train_data, arguments.epochs, 128, val_data, val_interval=steps_per_epoch)
     checkpoint = trainer.save_checkpoint()

@@ -43,7 +43,7 @@ def shared(tmp_path):
 class TestPruning:
     def test_a_shorter_run_keeps_what_it_wrote_and_what_another_wrote(self, shared):
         with pytest.warns(
-            UserWarning, match=r"holds checkpoints up to step 20, later than this run's step 0: they stay"
+            UserWarning, match=r"holds checkpoints up to step 20, later than this run's step 0. They are kept"
         ):
             second = train(build(shared, keep=2), 2)
         assert list(names_in(shared).values()) == [6, 8, 16, 18, 20]

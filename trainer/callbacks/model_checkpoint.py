@@ -149,8 +149,8 @@ class ModelCheckpoint(Callback):
             self._has_warned = True
             warnings.warn(
                 f"`dirpath` `{self.dirpath}` holds checkpoints of another run up to step {max(elsewhere)}, later than "
-                f"this run's step {trainer.step}: they stay and do not count, but for those of steps that this run "
-                f"saves. Use a directory of its own for a run from the start.",
+                f"this run's step {trainer.step}. They do not count and are kept, except where this run saves the same "
+                f"step; a run from the start should have its own directory.",
                 stacklevel=2,
             )
         if judged_step != trainer.step:

@@ -165,9 +165,9 @@ class Checkpointer:
         if later and not self._has_warned:
             self._has_warned = True
             warnings.warn(
-                f"`{self.directory}` holds checkpoints up to step {max(later)}, later than this run's step {run.step}: "
-                f"they stay, but for those of steps that this run saves. Use a directory of its own for a run from "
-                f"the start, or `resume`.",
+                f"`{self.directory}` holds checkpoints up to step {max(later)}, later than this run's step {run.step}. "
+                f"They are kept, except where this run saves the same step; a run from the start should have its own "
+                f"directory. `resume=True` would continue the earlier run.",
                 stacklevel=5,
             )
 

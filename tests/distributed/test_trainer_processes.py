@@ -264,4 +264,4 @@ def test_the_example_trains_and_one_process_tells(tmp_path):
     assert first["accuracy"] == second["accuracy"] > 0.7
     assert "after 24 steps on 2 devices" in first["printed"]
     assert second["printed"] == ""
-    assert latest_checkpoint(tmp_path).name == "checkpoint_20.orbax"
+    assert latest_checkpoint(tmp_path).name == "checkpoint_24.orbax"

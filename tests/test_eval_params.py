@@ -71,7 +71,7 @@ def test_training_is_not_changed_by_it(tmp_path):
     make, eval_params = CASES["ema"]
     states = []
     for fn in (None, eval_params):
-        trainer = build(tmp_path, make(), fn)
+        trainer = build(tmp_path / str(len(states)), make(), fn)
         trainer.train(regression(40), 2, 8, regression(8))
         states.append(trainer.state.params)
     jax.tree.map(np.testing.assert_array_equal, *states)

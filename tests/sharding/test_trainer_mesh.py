@@ -151,7 +151,7 @@ class TestTraining:
     def test_a_loader_with_a_short_last_batch(self, tmp_path):
         batches = [{name: column[i : i + BATCH] for name, column in data(42).items()} for i in range(0, 42, BATCH)]
         ours, theirs = (
-            build(tmp_path, layout, train_data_loader=batches, val_data_loader=batches)
+            build(tmp_path / str(layout), layout, train_data_loader=batches, val_data_loader=batches)
             for layout in ("data, fsdp", None)
         )
         assert ours.train_epoch() == pytest.approx(theirs.train_epoch(), rel=2e-5, abs=2e-6)

@@ -36,7 +36,7 @@ def fingerprints_of(
         "model": fingerprint([(name, getattr(attribute, "value", None)) for name, attribute in attributes]),
     }
     if optimizer is not None:
-        told["optimizer"] = fingerprint(tuple(optimizer))
+        told["optimizer"] = fingerprint((optimizer.init, optimizer.update))
     return told | {
         f"extensions.{name}": fingerprint(getattr(type(one), "loss_fn", None)) for name, one in extensions.items()
     }

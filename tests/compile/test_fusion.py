@@ -102,7 +102,9 @@ class TestInTrain:
     def test_nothing_of_a_run_depends_on_it(self, settings, tmp_path):
         one, returned = self.run(tmp_path / "one", steps_per_call=1, settings=config(**settings))
         for steps_per_call in (2, 5, 1000, "auto"):
-            other, found = self.run(tmp_path / str(steps_per_call), steps_per_call=steps_per_call, settings=config(**settings))
+            other, found = self.run(
+                tmp_path / str(steps_per_call), steps_per_call=steps_per_call, settings=config(**settings)
+            )
             assert_same_bits(other.state, one.state)
             assert found == returned
             assert other.history.to_dict() == one.history.to_dict()

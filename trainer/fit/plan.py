@@ -83,7 +83,7 @@ def plan_run(
         in_memory = not _is_loader(train_data)
         warn_of_overridden(setup.config, setup.save_interval, num_epochs, batch_size, in_memory=in_memory)
     counts["resume"] = str(resume)
-    told = {"val_interval": common["validate_every"]}  # not `num_epochs`: whoever raises it means a longer run
+    told = {"val_interval": common["validate_every"]}
     if _is_loader(train_data):
         common["arguments"] = describe_call(setup, told, val_data=val_in_memory)
         setup.agree_on_run("train", run, counts, val_data=val_in_memory)

@@ -222,8 +222,14 @@ class TestAfterAFailure:
 
     def test_a_signal_ends_the_wait_and_the_others_hear_of_it(self):
         body = """
+        def interrupt():
+            while sum("/value/" in key for key in rounds_in_store()) < 2:
+                time.sleep(0.1)
+            time.sleep(0.5)  # both wait
+            os.kill(os.getpid(), signal.SIGINT)
+
         if process == 0:
-            threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+            threading.Thread(target=interrupt).start()
             try:
                 AllOrNone("save 7").sync(None)
             except KeyboardInterrupt:

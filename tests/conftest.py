@@ -41,3 +41,17 @@ def compiled_once(tmp_path_factory):
     for name, value in settings.items():
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Marks cases of tests with ``few(n)`` as slow, all but n, which are spread over all of them."""
+    cases = {}
+    for item in items:
+        if item.get_closest_marker("few") and not item.get_closest_marker("slow"):
+            cases.setdefault((item.parent.nodeid, item.originalname), []).append(item)
+    for found in cases.values():
+        (count,) = found[0].get_closest_marker("few").args
+        kept = {index * len(found) // count for index in range(count)}
+        for item in (case for index, case in enumerate(found) if index not in kept):
+            item.add_marker(pytest.mark.slow)

@@ -157,6 +157,7 @@ def test_a_number_beside_arrays_leaves_the_count_of_examples():
 
 
 @pytest.mark.parametrize("devices", [None, 4])
+@pytest.mark.few(1)
 def test_a_column_of_typed_keys_trains(devices):
     def noisy(model, batch, rng, step):
         noise = jax.vmap(lambda key: jax.random.normal(key, (3,)))(batch["key"])

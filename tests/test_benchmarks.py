@@ -41,6 +41,7 @@ def our_last_loss(workload, epochs):
     [workloads.dispatch_bound(60), workloads.digits(300)],
     ids=lambda workload: workload.name,
 )
+@pytest.mark.few(1)
 def test_a_loop_by_hand_does_what_our_step_does(workload):
     assert by_hand.loop(workload)(2) == pytest.approx(our_last_loss(workload, 2), rel=1e-4)
 

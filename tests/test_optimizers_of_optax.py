@@ -159,6 +159,7 @@ def as_optax_expects():
 
 @pytest.mark.filterwarnings("ignore:`optimistic_adam` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("name", slow_unless(FAST.__contains__, OPTIMIZERS))
+@pytest.mark.few(4)
 def test_an_optimizer_trains_as_in_the_loop_of_optax(name, compilations, tmp_path):
     make, asked = OPTIMIZERS[name]
     wanted = by_hand(make(), asked)
@@ -189,6 +190,7 @@ def test_no_optimizer_of_optax_is_missing():
 @pytest.mark.parametrize(
     "name", slow_unless({"lbfgs", "polyak_sgd"}.__contains__, ["lbfgs", "polyak_sgd", "sophia", "momo"])
 )
+@pytest.mark.few(1)
 def test_clipping_by_configuration_keeps_the_extra_arguments(name, tmp_path):
     make, asked = OPTIMIZERS[name]
     wanted = by_hand(optax.chain(optax.clip_by_global_norm(0.1), make()), asked)

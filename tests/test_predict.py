@@ -245,6 +245,7 @@ class TestPurity:
 class TestMesh:
     @pytest.mark.parametrize("axes", [{"data": 8}, {"data": 2, "fsdp": 4}, {"fsdp": 4, "tensor": 2}])
     @pytest.mark.parametrize("num_examples", [50, 24, 3])
+    @pytest.mark.few(3)
     def test_it_gives_what_one_device_gives_short_last_batch_included(self, tmp_path, axes, num_examples):
         data = regression(num_examples)
         trainer = Trainer(Busy(), config(), loss_fn=squared_error, workdir=tmp_path, mesh=make_mesh(axes))

@@ -96,6 +96,7 @@ def assert_same_run(trainer, watching, returned, uninterrupted):
 
 
 @pytest.mark.parametrize("k", slow_unless({1, 14, 15, 16, 29, 30}.__contains__, range(1, STEPS + 1)))
+@pytest.mark.few(2)
 def test_resuming_from_every_step(k, uninterrupted):
     directory, *_ = uninterrupted
     watching = Watching()
@@ -110,6 +111,7 @@ def test_resuming_from_every_step(k, uninterrupted):
         lambda stop_at, resume: resume is True or stop_at == 7, itertools.product([0, 7, 15, 29], [True, "latest"])
     ),
 )
+@pytest.mark.few(2)
 def test_resuming_where_an_exception_ended_the_run(stop_at, resume, tmp_path, uninterrupted):
     with pytest.raises(StoppedError):
         run(build(tmp_path, Watching(stop_at)))

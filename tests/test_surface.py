@@ -206,6 +206,7 @@ def test_the_snippets_of_the_readme_run_in_order(tmp_path, monkeypatch, capsys):
     assert "did you mean 'learning_rate'?" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_digits_example_reaches_its_accuracy(tmp_path, capsys):
     sys.path.insert(0, str(ROOT / "examples"))
     try:

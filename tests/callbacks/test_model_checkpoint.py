@@ -75,6 +75,7 @@ nan, inf = math.nan, math.inf
         ([3, 1, 2], {"save_top_k": 1, "every_n_epochs": 3}, [3], 3),
     ],
 )
+@pytest.mark.few(5)
 def test_what_is_kept(scores, options, kept, best, tmp_path):
     callback = ModelCheckpoint(tmp_path / "best", **options)
     Scripted(tmp_path).play(callback, scores)

@@ -256,6 +256,7 @@ class TestFailures:
 
 
 @pytest.mark.parametrize("suffix", ["msgpack", "orbax"])
+@pytest.mark.few(1)
 def test_an_interpreter_that_exits_waits(suffix, tmp_path):
     path = tmp_path / f"checkpoint_0.{suffix}"
     code = f"""

@@ -102,6 +102,7 @@ def test_what_does_not_fit_is_named(saved):
 
 
 @pytest.mark.parametrize("name", sorted(DTYPES.keys() - {"int64", "uint64", "float64", "complex128"}))
+@pytest.mark.few(6)
 def test_every_dtype_and_shape(name, tmp_path):
     values = np.random.default_rng(0).integers(0, 2, 6)
     ones = np.ones(6) if name == "float8_e8m0fnu" else values  # which has no zero
@@ -207,6 +208,7 @@ class TestDamage:
         assert refused > 0
 
     @pytest.mark.parametrize("seed", range(3))
+    @pytest.mark.few(1)
     def test_a_flipped_bit_anywhere_else(self, seed, copy, saved):
         draw, refused = np.random.default_rng(seed), 0
         files = [path for path in sorted(copy.rglob("*")) if path.is_file() and path.parent.name != "d"]

@@ -132,11 +132,13 @@ def plain(tree):
 
 class TestOwnLayout:
     @pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
+    @pytest.mark.few(2)
     def test_every_model_comes_back(self, make, read):
         state = create(make(rngs=nnx.Rngs(0)))
         assert_holds(read(own(state), create(make(rngs=nnx.Rngs(1)))), state)
 
     @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+    @pytest.mark.few(3)
     def test_every_optimizer_comes_back(self, optimizer, read):
         state = create(Linear(), optimizer)
         assert_holds(read(own(state), state), state)
@@ -470,6 +472,7 @@ def like():
 
 class TestAttacks:
     @pytest.mark.parametrize("attack", ATTACKS)
+    @pytest.mark.few(3)
     def test_it_is_refused_at_once_in_little_memory_and_nothing_is_run(self, attack, like, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         path = tmp_path / "attack.pkl"
@@ -567,6 +570,7 @@ class TestDamage:
                 read(data[:length], like)
 
     @pytest.mark.parametrize("source", ["own", 2, 4])
+    @pytest.mark.few(1)
     def test_a_mutated_file_is_refused_or_read_and_nothing_else(self, source, read):
         like = create(Busy())
         data = own(like) if source == "own" else pickle.dumps(reference(Busy()), source)

@@ -80,6 +80,7 @@ def shardings(state):
 
 class TestOneProcess:
     @pytest.mark.parametrize("suffix", [".orbax", ".msgpack"])
+    @pytest.mark.few(1)
     def test_from_any_number_of_devices_to_any_other(self, suffix, tmp_path):
         whole = sharded(mesh_of(1))
         path = save_state(tmp_path / f"s{suffix}", sharded(mesh_of(8)), progress={"epoch": 2})
@@ -108,6 +109,7 @@ class TestNames:
         assert default_name(3, sharded(mesh_of(2))) == "checkpoint_3.orbax"
         assert default_name(3, sharded(mesh_of(1))) == "checkpoint_3.msgpack"
 
+    @pytest.mark.slow
     def test_the_latest_is_the_one_of_the_highest_step_of_both_kinds(self, tmp_path):
         state = sharded(mesh_of(2))
         for step, suffix in ((9, "orbax"), (10, "msgpack"), (11, "orbax"), (100, "orbax"), (20, "msgpack")):
@@ -176,6 +178,7 @@ class TestWholeOrNotAtAll:
         assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_3.orbax", "checkpoint_4.orbax"]
 
     @pytest.mark.parametrize("step", ["prepare", "begin", "wait", "commit"])
+    @pytest.mark.few(2)
     def test_a_save_that_fails_leaves_what_was_there(self, step, tmp_path, monkeypatch):
         one, other = sharded(mesh_of(2)), sharded(mesh_of(2), seed=1)
         path = save_state(tmp_path / "s.orbax", one)
@@ -397,6 +400,7 @@ class TestTwoProcesses:
                     (number > 3) + (number > 4)
                 ] in text
 
+    @pytest.mark.slow
     def test_what_one_process_cannot_prepare_or_pack_fails_in_both_and_leaves_nothing(self, tmp_path):
         body = """
         from trainer.checkpoints import orbax_directory
@@ -452,6 +456,7 @@ class TestTwoProcesses:
                 assert wanted in text
                 assert (f"process {failed} failed: " in text) == (process != failed)
 
+    @pytest.mark.slow
     def test_they_keep_the_same_best_and_newest(self, tmp_path):
         body = """
         best = ModelCheckpoint(directory, save_top_k=1)

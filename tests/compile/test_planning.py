@@ -94,6 +94,7 @@ class TestAgainstAProgramByHand:
             itertools.product(LAYOUTS, [32, 4096]),
         ),
     )
+    @pytest.mark.few(2)
     def test_a_step_communicates_what_the_same_step_by_hand_does_and_no_more(self, layout, examples):
         axes, rules = LAYOUTS[layout]
         state, ours = planned(axes, rules, examples)

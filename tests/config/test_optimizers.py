@@ -165,6 +165,7 @@ EQUIVALENTS = {
 
 
 @pytest.mark.parametrize("case", EQUIVALENTS)
+@pytest.mark.few(6)
 def test_equals_the_chain_written_by_hand(case):
     fields, by_hand = EQUIVALENTS[case]
     updates = run(make(case.split()[0].rstrip(","), **fields))
@@ -192,6 +193,7 @@ def test_adafactor_factors_large_matrices():
 
 
 @pytest.mark.parametrize("name", OPTIMIZER_FIELDS)
+@pytest.mark.few(4)
 def test_every_field_that_an_optimizer_reads_changes_its_updates(name):
     other = {
         "beta1": 0.5,
@@ -262,6 +264,7 @@ def test_sgd_without_momentum_keeps_no_velocity():
 
 
 @pytest.mark.parametrize("name", OPTIMIZER_FIELDS)
+@pytest.mark.few(4)
 def test_a_schedule_replaces_the_learning_rate(name):
     def schedule(count):
         return jnp.where(count < 1, 0.0, RATE)

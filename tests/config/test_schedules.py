@@ -238,6 +238,7 @@ def steps_around(length, seed=0):
 
 
 @pytest.mark.parametrize(("kind", "warmup", "ratio"), AROUND)
+@pytest.mark.few(6)
 def test_schedules_with_a_horizon_equal_those_of_optax(kind, warmup, ratio):
     config = config_around(kind, warmup, ratio)
     for length in LENGTHS:
@@ -249,6 +250,7 @@ def test_schedules_with_a_horizon_equal_those_of_optax(kind, warmup, ratio):
 
 
 @pytest.mark.parametrize(("kind", "warmup", "ratio"), AROUND)
+@pytest.mark.few(6)
 def test_a_traced_horizon_gives_the_bits_of_a_concrete_one(kind, warmup, ratio):
     config = config_around(kind, warmup, ratio)
     traced = jax.jit(lambda steps, length: make_schedule(config, PEAK, length)(steps))

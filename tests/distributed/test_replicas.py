@@ -135,6 +135,7 @@ trainer_on(make_mesh({"data": 2}), tempfile.mkdtemp(), callbacks=[Leaving()]).tr
 
 
 @pytest.mark.parametrize("leaving", [[0], [1]])
+@pytest.mark.few(1)
 def test_sys_exit_in_one_process_ends_the_other_and_is_named(leaving):
     results, seconds = finish(start(JOIN + EXIT, 2, flags=leaving))
     (left,) = leaving
@@ -145,6 +146,7 @@ def test_sys_exit_in_one_process_ends_the_other_and_is_named(leaving):
     assert seconds < 40  # to start, on a busy machine; then some seconds
 
 
+@pytest.mark.slow
 def test_sys_exit_in_all_is_an_ordinary_end():
     results, _ = finish(start(JOIN + EXIT, 2, flags=[0, 1]))
     assert [status for status, _, _ in results] == [5, 5], results

@@ -279,6 +279,7 @@ class TestEnd:
     """Every way in which one process goes ends the other, in a time that is known."""
 
     @pytest.mark.parametrize("failing", [0, 1])
+    @pytest.mark.few(1)
     def test_an_exception_in_one_process_is_told_by_the_other(self, failing):
         body = f"""
             if process == {failing}:
@@ -302,6 +303,7 @@ class TestEnd:
             pytest.param(1, "os._exit(3)", marks=pytest.mark.slow),  # as SIGKILL does
         ],
     )
+    @pytest.mark.few(2)
     def test_a_process_that_is_killed_takes_the_other_with_it(self, killed, way):
         body = f"""
             if process == {killed}:
@@ -329,6 +331,7 @@ class TestEnd:
         assert seconds < 40
         assert [status for status, _, _ in results] == [1, 1], results
 
+    @pytest.mark.slow
     def test_one_that_leaves_early_is_waited_for_so_long_and_no_longer(self):
         body = """
             initialize(heartbeat_timeout_seconds=100, shutdown_timeout_seconds=2)
@@ -362,6 +365,7 @@ class TestStart:
         assert jax.process_count() == 1
 
     @pytest.mark.parametrize("process", [0, 1])
+    @pytest.mark.few(1)
     def test_a_process_that_nobody_started_is_missed(self, process):
         body = f"initialize(process_id={process}, initialization_timeout_seconds=2)"
         ((status, _, errors),), seconds = finish(start(body, 2, started=1))

@@ -216,6 +216,7 @@ class TestInterruption:
         assert first["path"] == f"checkpoint_{first['step']}.orbax"
         assert latest_checkpoint(directory / "run").name == first["path"]
 
+    @pytest.mark.slow
     def test_another_number_of_processes_and_devices_goes_on_with_what_is_left(self, interrupted, tmp_path):
         directory, (first, _) = interrupted
         shutil.copytree(directory / "run", tmp_path / "run")
@@ -257,6 +258,7 @@ print(json.dumps({"accuracy": result["accuracy"], "printed": printed.getvalue()}
 """
 
 
+@pytest.mark.slow
 def test_the_example_trains_and_one_process_tells(tmp_path):
     results, _ = finish(start(EXAMPLE, 2, flags=str(tmp_path)), timeout=120)
     assert [status for status, _, _ in results] == [0, 0], results

@@ -540,6 +540,7 @@ class TestTraining:
             assert replicated < 0.01 * whole
 
     @pytest.mark.parametrize("name", ["adafactor", pytest.param("ema in multi_steps", marks=pytest.mark.slow)])
+    @pytest.mark.slow
     def test_what_an_optimizer_keeps_besides_changes_no_step(self, name):
         optimizer = {**OPTIMIZERS, "adafactor": (optax.adafactor(1e-3, min_dim_size_to_factor=8), 0)}[name][0]
         step = make_train_step(squared_error, optimizer)

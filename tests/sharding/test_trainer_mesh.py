@@ -122,6 +122,7 @@ def assert_same_course(trainer, alone):
 
 class TestTraining:
     @pytest.mark.parametrize("layout", slow_unless({"data, fsdp, tensor", "one device"}.__contains__, LAYOUTS))
+    @pytest.mark.few(1)
     def test_the_numbers_are_those_of_one_device(self, layout, alone, tmp_path, compilations):
         trainer = build(tmp_path, layout)
         result = trainer.train(data(), 4, BATCH, data(13, seed=1), val_interval=7)
@@ -316,6 +317,7 @@ class Stopping(Callback):
 
 
 @pytest.mark.parametrize("layout", ["fsdp", "data, tensor"])
+@pytest.mark.few(1)
 def test_a_run_that_was_interrupted_goes_on_to_the_same_bits(layout, tmp_path):
     never = build(tmp_path / "never", layout)
     never.train(data(), 3, BATCH, data(13, seed=1), val_interval=7)

@@ -75,6 +75,7 @@ def alone():
 
 
 @pytest.mark.parametrize("layout", slow_unless({"data x sequence x tensor"}.__contains__, LAYOUTS))
+@pytest.mark.slow
 def test_twenty_steps_are_those_of_one_device(layout, alone):
     losses, params = train(LAYOUTS[layout])
     # Float32: sums over parts round otherwise, and every step builds on the one before.
@@ -82,6 +83,7 @@ def test_twenty_steps_are_those_of_one_device(layout, alone):
     chex.assert_trees_all_close(params, alone[1], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_split_sequence_divides_the_memory_of_activations():
     # An axis over which nothing is split, in place of `sequence`: each device computes everything.
     _, whole = planned({"idle": 8, "tensor": 1})
@@ -93,6 +95,7 @@ def test_a_split_sequence_divides_the_memory_of_activations():
 
 
 @pytest.mark.parametrize("layout", [pytest.param("data x tensor", marks=pytest.mark.slow), "data x sequence x tensor"])
+@pytest.mark.slow
 def test_it_communicates_what_the_same_step_by_hand_does_and_no_more(layout):
     state, ours = planned(LAYOUTS[layout])
     mesh = jax.tree.leaves(state)[0].sharding.mesh

@@ -100,6 +100,7 @@ def child(directory, cache):
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_killed_at_random_instants_it_ends_with_the_same_bits(seed, tmp_path, never_interrupted):
     draw, directory = random.Random(seed), tmp_path / "run"
     kills = 0

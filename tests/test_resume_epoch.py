@@ -240,7 +240,7 @@ TELLING = (2, 4)
     "steps", [TELLING, pytest.param(sorted(set(range(1, STEPS + 1)) - set(TELLING)), marks=pytest.mark.slow)], ids=str
 )
 @pytest.mark.parametrize("kind", LOADERS)
-@pytest.mark.few(5)
+@pytest.mark.few(3)
 def test_resuming_from_every_step(kind, steps, tmp_path):
     expected, expected_watching = build(tmp_path, LOADERS[kind](), kind=kind)
     expected_returned = run(expected)
@@ -284,7 +284,7 @@ EVENTS = [
     ),
 )
 @pytest.mark.filterwarnings("ignore:`train_data_loader` cannot be set to a position")
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 def test_resuming_from_what_a_callback_saved(event, kind, tmp_path):
     saver = Saver(event, tmp_path)
     expected, expected_watching = build(tmp_path, LOADERS[kind](), kind=kind, save_frequency=1000, callbacks=[saver])

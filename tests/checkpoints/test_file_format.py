@@ -311,6 +311,7 @@ class TestForgeries:
         path.write_bytes(data)
         assert "there are bytes between its arrays" in refused(path)
 
+    @pytest.mark.slow
     def test_ten_thousand_mutated_headers(self, tmp_path):
         path = write(tmp_path / "a")
         good, header = path.read_bytes(), header_of(path)

@@ -64,7 +64,7 @@ def mutated(draw, value):
 @pytest.mark.parametrize("method", ["load_checkpoint", "train", "train_epoch"])
 @pytest.mark.filterwarnings("ignore:`train_data_loader` cannot be set to a position")
 @pytest.mark.filterwarnings("ignore:the checkpoint holds, of the states of callbacks")
-@pytest.mark.few(1)
+@pytest.mark.slow
 def test_a_forged_progress_is_refused_or_taken_and_nothing_else(method, tmp_path):
     watching, stops = Watching(), Stops()
     trainer = build(tmp_path / "run", callbacks=[watching, stops])

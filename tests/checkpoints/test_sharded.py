@@ -295,6 +295,7 @@ def begin(path, state):
 
 
 class TestTwoProcesses:
+    @pytest.mark.slow
     def test_they_save_and_load_what_others_load_and_saved(self, tmp_path):
         whole = sharded(mesh_of(8))
         save_state(tmp_path / "eight.orbax", whole, progress={"epoch": 8})

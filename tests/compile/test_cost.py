@@ -68,6 +68,7 @@ def test_bad_input():
         build().compile([1, 2])
 
 
+@pytest.mark.slow
 def test_with_the_cache_of_jax_a_second_process_compiles_no_step(tmp_path):
     code = f"""
         import jax

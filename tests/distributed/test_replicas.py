@@ -104,6 +104,7 @@ print(json.dumps({**{str(name): text for name, text in found.items()}, "steps": 
 """
 
 
+@pytest.mark.slow
 def test_other_weights_and_bad_rows_are_told_before_the_first_step(tmp_path):
     results = run(TRAINER, 2, flags=str(tmp_path))
     assert [status for status, _, _ in results] == [0, 0], results

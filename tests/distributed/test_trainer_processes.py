@@ -120,6 +120,7 @@ print(json.dumps({**found, "step": trainer.step}))
 """
 
 
+@pytest.mark.slow
 def test_a_disagreement_is_told_by_all_before_the_first_step():
     results = run(DISAGREE, 2)
     assert [status for status, _, _ in results] == [0, 0], results
@@ -209,6 +210,7 @@ def interrupted(tmp_path_factory):
 
 
 class TestInterruption:
+    @pytest.mark.slow
     def test_all_stop_after_the_same_step_and_save(self, interrupted):
         directory, (first, second) = interrupted
         assert first == second
@@ -230,12 +232,14 @@ class TestInterruption:
         assert losses(trainer)[: first["step"]] == [tuple(row) for row in first["losses"]]
         assert result == pytest.approx(expected, rel=2e-5, abs=2e-6)
 
+    @pytest.mark.slow
     def test_loaders_of_several_processes_are_taken_up(self, interrupted):
         _, found = interrupted
         for one in found:
             assert one["again"] == one["whole"]
             assert len(one["whole"]) == 10
 
+    @pytest.mark.slow
     def test_loaders_of_other_processes_are_refused(self, interrupted, tmp_path):
         directory, _ = interrupted
         shutil.copytree(directory / "parts", tmp_path / "parts")

@@ -136,6 +136,7 @@ def run_example(*flags):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_it_learns_over_data_sequence_and_tensor():
     printed = run_example("--steps", "100", "--mesh", "data=2,sequence=2,tensor=2")
     assert float(printed.split()[-1]) > 0.99

@@ -62,6 +62,9 @@ class Rows(grain.sources.RandomAccessDataSource):
     def __getitem__(self, index):
         return {name: column[index] for name, column in self.data.items()}
 
+    def __repr__(self):  # by which Grain tells whether a position fits
+        return "Rows"
+
 
 def over_workers(data):
     """A loader whose batches two processes of Grain make."""

@@ -5,9 +5,12 @@ machine, so a failure shows the instants and what was found. ``make kills`` runs
 workers, `ModelCheckpoint` on eight devices, and two runs in one directory.
 """
 
+import contextlib
 import functools
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -44,6 +47,7 @@ class Process:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         self._timers = []
         self.kill(after=300)  # whatever happens
@@ -66,8 +70,13 @@ class Process:
         return [int(word) for word in self.said if word.isdigit()]
 
     def kill(self, after=0.0):
-        self._timers.append(threading.Timer(after, self._child.kill))
+        self._timers.append(threading.Timer(after, self._kill_all))
         self._timers[-1].start()
+
+    def _kill_all(self):
+        # Workers of Grain do not notice that their parent was killed, and would live on.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._child.pid, signal.SIGKILL)
 
     def end(self):
         """Waits for the end, and returns the status."""

@@ -137,7 +137,7 @@ class ModelCheckpoint(Callback):
                 f"directory of its own for each metric."
             )
         later = [step for step in self._scores if step > trainer.step]
-        if later:
+        if later and getattr(trainer, "is_new_run", True):  # a resumed run comes to the same steps again
             warnings.warn(
                 f"`dirpath` `{self.dirpath}` holds checkpoints up to step {max(later)}, later than this run's step "
                 f"{trainer.step}: they count among the best until this run replaces them. Use a directory of its own "

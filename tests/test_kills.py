@@ -195,31 +195,33 @@ def kill_often(processes, killed_never, tmp_path, kills, save_interval, kind="in
         names.append({path.name for path in directory.iterdir() if path.name != "best"})
         shutil.rmtree(directory)
     print(f"{kind}: {kills} kills, {in_saves} of them in a save, {runs} runs, {time.perf_counter() - start:.0f} s")
-    assert in_saves >= kills // 25
+    assert kind != "in memory" or in_saves >= kills // 25  # elsewhere steps take much longer than saves
     return names
 
 
 @pytest.mark.long
 def test_two_runs_that_are_killed_in_one_directory_lose_nothing_to_each_other(processes, killed_never, tmp_path):
-    """What a run has written stays, but where the other, or the same, has written a checkpoint of that step."""
+    """What a run leaves stays as it is, but at the last step, which all of them save."""
     _, _, whole, _ = killed_never("in memory")
     rng = np.random.default_rng(0)
     left: dict[str, str] = {}
-    for pair in range(10):
-        both = [processes.start(tmp_path, False, **KILLED, save_interval=interval, shares=True) for interval in (3, 4)]
-        for process in both[: 2 if pair < 9 else 0]:
+    pairs = [(11, 13), (17, 19), (23, 29), (31, 37)]  # of no two, a common multiple is a step
+    for pair in pairs:
+        both = [processes.start(tmp_path, False, **KILLED, save_interval=interval, shares=True) for interval in pair]
+        for process in both if pair != pairs[-1] else ():
             process.kill(after=rng.uniform(0, whole))
         for process in both:
             assert process.end() in (0, -9), process.said
-        found = {name: info_of(tmp_path / name)["run"] for name in names_in(tmp_path)}
-        for name in found:
+        for name in names_in(tmp_path):
             with Bundle(tmp_path / name) as bundle:
                 bundle.verify()
-        assert found.keys() >= left.keys(), pair
+        found = {
+            name: info_of(tmp_path / name)["run"] for name in names_in(tmp_path) if name != "checkpoint_102.msgpack"
+        }
+        assert found.items() >= left.items(), pair
         left = found
-    # The last two were not killed: each has all that it keeps, but for the steps that the other wrote later.
-    (ended_at,) = {int(process.steps[-1]) for process in both}
-    assert found[f"checkpoint_{ended_at}.msgpack"] in set(found.values())
+    # The last two were not killed: each has the three that it keeps, the end among them.
+    assert {f"checkpoint_{step}.msgpack" for step in (62, 93, 37, 74)} <= found.keys()
     assert debris(tmp_path) == set()
 
 

@@ -154,11 +154,11 @@ def test_whenever_it_is_killed_it_goes_on_to_the_same_bits(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", ["workers", "best"])
+@pytest.mark.parametrize(("kind", "kills"), [("workers", 25), ("best", 10)])
 def test_so_it_does_over_workers_of_a_loader_and_with_the_best_on_eight_devices(
-    kind, processes, killed_never, tmp_path
+    kind, kills, processes, killed_never, tmp_path
 ):
-    kill_often(processes, killed_never, tmp_path, 25, 3, kind=kind)
+    kill_often(processes, killed_never, tmp_path, kills, 3, kind=kind)
 
 
 def kill_often(processes, killed_never, tmp_path, kills, save_interval, kind="in memory"):

@@ -42,7 +42,6 @@ class Checkpointer:
         self._max_checkpoints = max_checkpoints
         self._saver = BackgroundSaver()
         self._written = Written(self.directory)
-        self._names: set[str] = set()
         self._saved: tuple[str, int] | None = None
         self._has_warned = False
 
@@ -125,10 +124,11 @@ class Checkpointer:
             CheckpointError: There are checkpoints, and none can be used.
         """
         self.wait()
-        loaded = load_latest(self.directory, current.peek())
+        entries = entries_in(self.directory)
+        loaded = load_latest(self.directory, current.peek(), entries)
         if loaded is None:
             return None
-        runs = {entry.run for entry in entries_in(self.directory)} - {None}
+        runs = {entry.run for entry in entries} - {None}
         if len(runs) > 1:
             warnings.warn(
                 f"`{self.directory}` holds checkpoints of {len(runs)} runs; `{loaded.path.name}` is of the one that "
@@ -161,7 +161,8 @@ class Checkpointer:
 
     def warn_of_later(self, run: Run) -> None:
         """Warns, once, if the directory of a run that starts holds checkpoints of later steps from elsewhere."""
-        later = [step for name, step in names_in(self.directory).items() if step > run.step and name not in self._names]
+        found = names_in(self.directory).items()
+        later = [step for name, step in found if step > run.step and not self._written.holds(name)]
         if later and not self._has_warned:
             self._has_warned = True
             warnings.warn(
@@ -204,7 +205,6 @@ class Checkpointer:
             AllOrNone(f"name {target.name}").sync(failure)
         elif failure is not None:
             raise failure
-        self._names.add(target.name)
         if other not in (None, run.id) and not self._has_warned:
             self._has_warned = True
             warnings.warn(

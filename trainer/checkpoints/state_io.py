@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from trainer.checkpoints.file_format import DTYPES, Bundle, Leaf
-from trainer.checkpoints.listing import entries_in
+from trainer.checkpoints.listing import Entry, entries_in
 from trainer.checkpoints.open import Source, describe, open_source, read_progress
 from trainer.checkpoints.orbax_directory import OrbaxDirectory
 from trainer.checkpoints.snapshot import is_multiprocess_state, take_snapshot, write_snapshot
@@ -134,17 +134,24 @@ def load_with_progress(path: str | os.PathLike[str], like: TrainState) -> Loaded
     return _together(path, load, like)
 
 
-def load_latest(directory: str | os.PathLike[str], like: TrainState) -> Loaded | None:
+def load_latest(
+    directory: str | os.PathLike[str], like: TrainState, entries: Sequence[Entry] | None = None
+) -> Loaded | None:
     """Reads the newest checkpoint of a directory that is undamaged, which it opens once.
 
     It is ``load_with_progress(latest_checkpoint(directory), like)``, None where there is none.
+
+    Args:
+        directory: The directory.
+        like: As for `load_state`.
+        entries: What `entries_in` returned for the directory, if it was listed already.
 
     Raises:
         CheckpointError: There are checkpoints, and all are damaged; or the newest that is not does
             not fit ``like``.
     """
     # Process 0 says which there are: another may see one later, or one that is gone.
-    names = [entry.name for entry in entries_in(Path(directory))]
+    names = [entry.name for entry in (entries_in(Path(directory)) if entries is None else entries)]
     if is_multiprocess_state(like):
         names = AllOrNone(f"list {Path(directory).name}").sync(None, names)
     return _newest(directory, names, lambda path: load_with_progress(path, like))

@@ -37,10 +37,7 @@ def check_replicas(tree: Any, *, timeout_seconds: float = 300.0) -> None:
     if jax.process_count() == 1:
         return
     mine = _shared_parts(tree)
-    sums = {
-        members: hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()[:16]
-        for members, parts in mine.items()
-    }
+    sums = {members: _digest_of_all(parts) for members, parts in mine.items()}
     held = exchange("replicas", sums, timeout_seconds).values
     groups = sorted(members for members in set().union(*held.values()) if _differences(held, members, [members]))
     if not groups:

@@ -18,7 +18,7 @@ _DEEPEST = 12
 
 def fingerprint(value: Any) -> str:
     """Returns a hash of a value: of bytecode and plain values, the same in every process of one release of Python."""
-    text = "\n".join(_parts(value, [], 0))
+    text = "\n".join(_parts(value, {}, 0))
     return f"python {sys.version_info[0]}.{sys.version_info[1]} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
@@ -42,14 +42,14 @@ def fingerprints_of(
     }
 
 
-def _parts(value: Any, seen: list[Any], depth: int) -> Iterator[str]:
+def _parts(value: Any, seen: dict[int, Any], depth: int) -> Iterator[str]:
     """Yields texts that tell a value from others. Nothing in them depends on the process."""
     if value is None or isinstance(value, bool | int | float | complex | str | bytes):
         yield repr(value)
         return
-    if depth > _DEEPEST or any(value is one for one in seen):
+    if depth > _DEEPEST or id(value) in seen:
         return
-    seen.append(value)  # kept, so that no other object gets its address
+    seen[id(value)] = value  # kept, so that no other object gets its address
     deeper = functools.partial(_parts, seen=seen, depth=depth + 1)
     yield type(value).__qualname__
     if isinstance(value, types.CodeType):

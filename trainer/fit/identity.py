@@ -9,7 +9,7 @@ from trainer.data.memory import InMemoryData
 from trainer.errors import ArgumentError
 from trainer.fit.setup import Setup
 
-# Settings that change nothing in what is learned; and the number of epochs, since whoever raises it means a longer run.
+# Settings that do not affect the updates. `num_epochs` is one of them: a larger value only extends the run.
 _BESIDE = {"num_epochs", "name", "metadata", "checkpoint_dir", "save_frequency", "max_checkpoints", "log_frequency"}
 _BESIDE |= {"use_wandb", "wandb_project"}
 

@@ -68,6 +68,7 @@ def test_a_ratio_is_the_median_of_quotients_and_not_the_quotient_of_medians():
     assert timing.ratio([2.0, 30.0, 3.0], [1.0, 10.0, 3.0]) == 2.0
 
 
+@pytest.mark.slow
 def test_a_benchmark_prints_a_table_and_writes_what_it_found(tmp_path):
     path = tmp_path / "deep" / "input.json"
     command = [sys.executable, "benchmarks/input.py", "--quick", "--repeats", "3", "--json", str(path)]

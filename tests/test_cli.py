@@ -120,6 +120,7 @@ def test_control_characters_are_shown_escaped(tmp_path, capsys):
     assert "b\\x1b[2J" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_broken_pipe_is_quiet(tmp_path):
     leaves = [(Leaf(("params", "x" * 100, i), "int8", (1,)), lambda: np.zeros(1, np.int8)) for i in range(20_000)]
     write_bundle(tmp_path / "a", {}, leaves)

@@ -227,10 +227,9 @@ def test_two_runs_that_are_killed_in_one_directory_lose_nothing_to_each_other(pr
 
 @pytest.mark.parametrize(
     "k",
-    [22]
-    + [pytest.param(k, marks=pytest.mark.slow) for k in (1, 15)]
-    + [pytest.param(k, marks=pytest.mark.long) for k in range(1, 31) if k not in (1, 15, 22)],
+    [1, 15, 22] + [pytest.param(k, marks=pytest.mark.long) for k in range(1, 31) if k not in (1, 15, 22)],
 )
+@pytest.mark.slow
 def test_a_new_process_goes_on_from_every_step(k, processes, saved_every_step, tmp_path):
     checkpoint = saved_every_step / f"checkpoint_{k}.msgpack"
     process = processes.start(tmp_path, str(checkpoint), **RESUMED)

@@ -3,6 +3,7 @@
 import warnings
 
 import jax.numpy as jnp
+import optax
 import pytest
 
 from tests.problems import Linear, config, regression, squared_error
@@ -31,11 +32,25 @@ def test_it_is_said_once(steps_per_call, val_data, tmp_path):
 
 
 def test_short_epochs_say_it_an_epoch_later(tmp_path):
-    """Nothing waits for the device at the end of an epoch, so each reads the last loss of the epoch before."""
+    """Nothing waits for the device at the end of an epoch, so each reads the losses of the epoch before."""
     trainer = build(tmp_path)
     with pytest.raises(UserWarning, match=MESSAGE):  # warnings are errors here
         trainer.train(regression(40), 9, 4)
     assert trainer.step == 20
+
+
+def test_a_loss_that_recovers_within_its_epoch_is_said_too(tmp_path):
+    """As behind `optax.apply_if_finite`, which leaves the step out."""
+
+    def nan_at_step_four(model, batch, rng, step):
+        loss, metrics = squared_error(model, batch, rng, step)
+        return jnp.where(step == 3, jnp.nan, loss), metrics
+
+    optimizer = optax.apply_if_finite(optax.sgd(0.1), 5)
+    trainer = Trainer(Linear(4), config(), optimizer, loss_fn=nan_at_step_four, workdir=tmp_path)
+    with pytest.warns(UserWarning, match=MESSAGE):
+        trainer.train(regression(40), 3, 4)
+    assert trainer.state.is_finite()
 
 
 def test_train_epoch_says_it(tmp_path):

@@ -148,7 +148,7 @@ def test_models_train_save_and_resume_to_the_bit(make, tmp_path, compilations):
 
 
 @pytest.mark.parametrize("make", MODELS)
-@pytest.mark.few(1)
+@pytest.mark.slow
 def test_models_train_on_a_mesh(make, tmp_path):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     trainer = Trainer(make(), config(), loss_fn=squared_error, workdir=tmp_path, mesh=mesh)

@@ -187,10 +187,8 @@ def test_no_optimizer_of_optax_is_missing():
     assert (aliases | set(functions(contrib))) - set(OPTIMIZERS) - OTHERS == set()
 
 
-@pytest.mark.parametrize(
-    "name", slow_unless({"lbfgs", "polyak_sgd"}.__contains__, ["lbfgs", "polyak_sgd", "sophia", "momo"])
-)
-@pytest.mark.few(1)
+@pytest.mark.parametrize("name", ["lbfgs", "polyak_sgd", "sophia", "momo"])
+@pytest.mark.slow
 def test_clipping_by_configuration_keeps_the_extra_arguments(name, tmp_path):
     make, asked = OPTIMIZERS[name]
     wanted = by_hand(optax.chain(optax.clip_by_global_norm(0.1), make()), asked)
@@ -290,7 +288,8 @@ def test_the_value_function_sees_the_step_as_it_is():
     assert max(map(abs, map(float, jax.tree.leaves(state.opt_state)))) < 1e-6
 
 
-@pytest.mark.parametrize("name", slow_unless({"lbfgs"}.__contains__, ["lbfgs", "polyak_sgd", "sophia", "sam_opaque"]))
+@pytest.mark.parametrize("name", ["lbfgs", "polyak_sgd", "sophia", "sam_opaque"])
+@pytest.mark.slow
 def test_over_a_mapped_axis_the_functions_average_as_the_step_does(name):
     make, _ = OPTIMIZERS[name]
     optimizer, batch = make(), batches()[0]

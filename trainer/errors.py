@@ -1,4 +1,4 @@
-"""What this library raises.
+"""What this library raises, and how it warns.
 
     TrainerError
     ├── ArgumentError (ValueError)        a value that a public call cannot take
@@ -16,8 +16,23 @@
 Every message names the argument in backticks, what came, what was wanted and what to do.
 """
 
+import contextlib
+import inspect
+import os
 import signal
+import warnings
 from pathlib import Path
+
+# Frames of these files are not where a warning comes from.
+_OURS = (str(Path(__file__).parent) + os.sep, contextlib.__file__)
+
+
+def warn(message: str) -> None:
+    """Warns at the line of the caller's code, however deep in this library the reason was found."""
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_code.co_filename.startswith(_OURS):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
 
 
 class TrainerError(Exception):

@@ -12,7 +12,7 @@ from tests.marks import slow_unless
 from tests.problems import regression
 from tests.test_api import assert_same_bits
 from tests.test_eval_params import CASES
-from trainer import ArgumentError, Callback, EarlyStopping, Logger
+from trainer import ArgumentError, Callback, EarlyStopping, Logger, make_mesh
 
 nan, inf = math.nan, math.inf
 
@@ -178,8 +178,12 @@ def test_loggers_hear_why_a_run_ends_early(tmp_path):
     assert (step, stopping.stopped_epoch, stopping.best_step) == (10, 1, 5)
 
 
-def test_the_best_params_come_back(tmp_path):
+@pytest.mark.parametrize(
+    "layout", [{}, pytest.param({"data": 2, "fsdp": 2}, marks=pytest.mark.slow)], ids=["one device", "mesh"]
+)
+def test_the_best_params_come_back(layout, tmp_path):
     """The objective gets worse from the first epoch on, so the first is the best."""
+    options = {"mesh": make_mesh(layout, jax.devices()[:4])} if layout else {}
     kept = []
 
     class Keep(Callback):
@@ -187,11 +191,13 @@ def test_the_best_params_come_back(tmp_path):
             kept.append(jax.tree.map(jnp.copy, (trainer.state.params, trainer.state.model_state)))
 
     stopping = EarlyStopping(patience=2, min_delta=1e9, restore_best=True)
-    trainer = build(tmp_path, Keep(), stopping)
+    trainer = build(tmp_path, Keep(), stopping, **options)
+    shardings = [leaf.sharding for leaf in jax.tree.leaves(trainer.state)]
     run(trainer, epochs=10)
     assert (trainer.epoch, stopping.best_step) == (3, 5)
     assert_same_bits((trainer.state.params, trainer.state.model_state), kept[0])
-    other = build(tmp_path / "other", EarlyStopping(patience=2, min_delta=1e9))
+    assert [leaf.sharding for leaf in jax.tree.leaves(trainer.state)] == shardings
+    other = build(tmp_path / "other", EarlyStopping(patience=2, min_delta=1e9), **options)
     run(other, epochs=10)
     assert_same_bits((other.state.params, other.state.model_state), kept[-1])
 

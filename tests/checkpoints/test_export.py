@@ -103,6 +103,7 @@ def test_non_contiguous_arrays_are_made_contiguous(trained, tmp_path):
     np.testing.assert_array_equal(safetensors.numpy.load_file(tmp_path / "t.safetensors")["w"], transposed)
 
 
+@pytest.mark.slow
 def test_64_bits_survive_without_x64(tmp_path):
     with jax.enable_x64(True):
         state = fresh().replace(model_state={"f": jnp.arange(3.0) / 3, "i": jnp.asarray(2**40)})

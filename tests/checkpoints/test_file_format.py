@@ -329,6 +329,7 @@ class TestForgeries:
                 continue
             assert [a.tobytes() for a in values.values()] == [a.tobytes() for a in arrays().values()]
 
+    @pytest.mark.slow
     def test_nothing_of_it_takes_more_memory_than_the_file_or_time(self, tmp_path):
         """A header of 16 MiB that unpacks to as many objects as it can."""
         nils = 15 * 2**20
@@ -352,6 +353,7 @@ class TestForgeries:
         assert seconds < 10
 
 
+@pytest.mark.slow
 def test_reading_a_large_array_takes_the_memory_of_one(tmp_path):
     path = write(tmp_path / "a", {("x",): np.ones(2**24, np.float32), ("y",): np.ones(2**24, np.float32)})
     code = f"""

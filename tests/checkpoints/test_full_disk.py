@@ -73,7 +73,7 @@ def test_what_is_there_stays_and_training_can_go_on(small):
 
 
 @pytest.mark.usefixtures("reservation")
-@pytest.mark.few(1)
+@pytest.mark.slow
 def test_a_run_ends_with_it_and_goes_on_once_there_is_room(small, tmp_path):
     def run(trainer, **options):
         return trainer.train(regression(24), 1, 4, **options)

@@ -85,6 +85,7 @@ def ordinary(directory):
     return {"saving": saving, "loading": loading, "in_background": in_background, "copying": copying, "same": same}
 
 
+@pytest.mark.slow
 def test_it_is_little_beside_the_state(tmp_path):
     found = in_a_process(ordinary, tmp_path)
     print(found)

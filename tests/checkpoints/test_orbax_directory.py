@@ -189,6 +189,7 @@ def _recording(original, sizes):
 # Where a restore fails, Orbax leaves coroutines behind that complain when they are collected.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 class TestDamage:
+    @pytest.mark.slow
     def test_a_flipped_bit_in_the_arrays(self, copy, saved):
         """Of those in the numbers Orbax itself notices none."""
         refused = 0

@@ -570,7 +570,7 @@ class TestDamage:
                 read(data[:length], like)
 
     @pytest.mark.parametrize("source", ["own", 2, 4])
-    @pytest.mark.few(1)
+    @pytest.mark.slow
     def test_a_mutated_file_is_refused_or_read_and_nothing_else(self, source, read):
         like = create(Busy())
         data = own(like) if source == "own" else pickle.dumps(reference(Busy()), source)

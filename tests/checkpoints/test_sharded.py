@@ -80,7 +80,7 @@ def shardings(state):
 
 class TestOneProcess:
     @pytest.mark.parametrize("suffix", [".orbax", ".msgpack"])
-    @pytest.mark.few(1)
+    @pytest.mark.slow
     def test_from_any_number_of_devices_to_any_other(self, suffix, tmp_path):
         whole = sharded(mesh_of(1))
         path = save_state(tmp_path / f"s{suffix}", sharded(mesh_of(8)), progress={"epoch": 2})
@@ -105,6 +105,7 @@ class TestOneProcess:
 
 
 class TestNames:
+    @pytest.mark.slow
     def test_a_state_on_a_mesh_has_a_name_of_its_own(self):
         assert default_name(3, sharded(mesh_of(2))) == "checkpoint_3.orbax"
         assert default_name(3, sharded(mesh_of(1))) == "checkpoint_3.msgpack"
@@ -120,6 +121,7 @@ class TestNames:
         assert load_latest(tmp_path, state).state.step == 100
 
     @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+    @pytest.mark.slow
     def test_a_damaged_directory_is_passed_over_aloud(self, tmp_path):
         state = sharded(mesh_of(2))
         for step in (1, 2):
@@ -353,6 +355,7 @@ class TestTwoProcesses:
             assert_same_bits(found.state, whole)
             assert found.progress == {"epoch": 2}
 
+    @pytest.mark.slow
     def test_what_fails_in_one_fails_in_both_and_leaves_what_was_there(self, tmp_path):
         body = """
         state, other = sharded(mesh), sharded(mesh, seed=1)

@@ -136,7 +136,7 @@ trainer_on(make_mesh({"data": 2}), tempfile.mkdtemp(), callbacks=[Leaving()]).tr
 
 
 @pytest.mark.parametrize("leaving", [[0], [1]])
-@pytest.mark.few(1)
+@pytest.mark.slow
 def test_sys_exit_in_one_process_ends_the_other_and_is_named(leaving):
     results, seconds = finish(start(JOIN + EXIT, 2, flags=leaving))
     (left,) = leaving

@@ -194,6 +194,7 @@ def found(course, request):
 
 
 class TestAfterAFailure:
+    @pytest.mark.slow
     def test_a_process_that_raised_before_its_round_is_named_and_the_next_rounds_match(self, found):
         first, second = found
         for said, missing in ((first, 1), (second, 0)):
@@ -204,12 +205,14 @@ class TestAfterAFailure:
             }
             assert said["next"] == [[[0, number], [1, number]] for number in range(6)]
 
+    @pytest.mark.slow
     def test_all_that_came_raise_when_one_gives_up(self, found):
         first, second = found
         assert "process 1 of 2 did not come to 'work' within 0.5 s." in first["short"]
         assert "process 0 of 2 did not come to 'work' within 0.5 s." in second["late"]
         assert first["next"] == second["next"] == [0, 1]
 
+    @pytest.mark.slow
     def test_a_save_that_one_process_never_began_or_did_not_finish(self, found):
         first, second = found
         expected = "DistributedError: process 1 of 2 did not come to 'save 7' within 0.5 s."
@@ -220,6 +223,7 @@ class TestAfterAFailure:
         assert first["next"] == "CheckpointError: process 1 failed: full"
         assert second["next"] == "CheckpointError: full"
 
+    @pytest.mark.slow
     def test_a_signal_ends_the_wait_and_the_others_hear_of_it(self):
         body = """
         def interrupt():
@@ -246,6 +250,7 @@ class TestAfterAFailure:
         )
         assert first["next"] == second["next"] == third["next"] == [0, 1, 2]
 
+    @pytest.mark.slow
     def test_a_run_that_one_process_never_began_does_not_shift_the_next(self, found):
         first, second = found
         assert "process 1 of 2 did not come to the start of the run within 0.5 s." in first["refused"]
@@ -268,6 +273,7 @@ class TestAfterAFailure:
 
 
 class TestWhatIsLeft:
+    @pytest.mark.slow
     def test_three_hundred_saves_leave_no_key_and_a_bounded_process_0(self, found):
         first, second = found
         assert first["keys"] == second["keys"] == []
@@ -275,6 +281,7 @@ class TestWhatIsLeft:
         # heap still settled by 55 to 700 bytes an exchange, less in each window of a longer run.
         assert first["bytes for each exchange"] < 1000, (first, second)
 
+    @pytest.mark.slow
     def test_a_failure_leaves_a_few_keys_until_the_next_success(self, found):
         expected = [f"work/{number}/{key}" for number in range(3) for key in ("value/0", "verdict")]
         for said in found:
@@ -282,13 +289,16 @@ class TestWhatIsLeft:
 
 
 class TestAtTheSameTime:
+    @pytest.mark.slow
     def test_two_saves_in_the_background_do_not_take_each_others_rounds(self, found):
         expected = {f"{name} {point}": f"{name} {point} of 0" for name in ("one", "two") for point in range(3)}
         for said in found:
             assert said == {str(turn): expected for turn in range(5)}
 
+    @pytest.mark.slow
     def test_halves_of_saves_that_finish_in_another_order(self, found):
         assert found == [{"one": "one", "two": "two"}] * 2
 
+    @pytest.mark.slow
     def test_threads_with_the_same_name_get_rounds_of_their_own(self, found):
         assert found == [{"found": [[0, 1]] * 4}] * 2

@@ -208,7 +208,8 @@ def test_a_second_one_while_the_first_is_obeyed_gives_up_the_save_but_not_the_en
     assert trainer.step == 5
 
 
-@pytest.mark.parametrize(("number", "status"), [("SIGTERM", 143), pytest.param("SIGINT", -2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("number", "status"), [("SIGTERM", 143), ("SIGINT", -2)])
+@pytest.mark.slow
 def test_a_process_that_does_not_catch_it_ends_with_the_usual_status(number, status, tmp_path):
     code = f"""
         import signal

@@ -303,7 +303,7 @@ class TestEnd:
             pytest.param(1, "os._exit(3)", marks=pytest.mark.slow),  # as SIGKILL does
         ],
     )
-    @pytest.mark.few(2)
+    @pytest.mark.few(1)
     def test_a_process_that_is_killed_takes_the_other_with_it(self, killed, way):
         body = f"""
             if process == {killed}:
@@ -318,6 +318,7 @@ class TestEnd:
         expected = "the leader task was preempted/died" if killed == 0 else "(stopped sending heartbeats):\n1\n"
         assert expected in errors
 
+    @pytest.mark.slow
     def test_a_process_in_a_collective_is_ended_too(self):
         body = """
             if process == 1:
@@ -351,6 +352,7 @@ class TestEnd:
 
 
 class TestStart:
+    @pytest.mark.slow
     def test_a_handler_of_the_callers_stays(self):
         body = """
             signal.signal(signal.SIGTERM, lambda *_: print("handled"))
@@ -365,7 +367,7 @@ class TestStart:
         assert jax.process_count() == 1
 
     @pytest.mark.parametrize("process", [0, 1])
-    @pytest.mark.few(1)
+    @pytest.mark.slow
     def test_a_process_that_nobody_started_is_missed(self, process):
         body = f"initialize(process_id={process}, initialization_timeout_seconds=2)"
         ((status, _, errors),), seconds = finish(start(body, 2, started=1))

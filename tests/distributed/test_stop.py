@@ -104,6 +104,7 @@ def ends():
 
 
 @pytest.mark.parametrize("course", COURSES)
+@pytest.mark.slow
 def test_wherever_it_comes_all_stop_at_the_same_point(course, ends):
     _, (earliest, latest), exception = COURSES[course]
     first, second = (end[course] for end in ends)
@@ -113,6 +114,7 @@ def test_wherever_it_comes_all_stop_at_the_same_point(course, ends):
     assert MOMENTS.index(earliest) <= MOMENTS.index(stopped) <= MOMENTS.index(latest)
 
 
+@pytest.mark.slow
 def test_the_one_that_is_furthest_decides():
     """Without collectives process 1 is far ahead when the signal comes to 0; a device may be as far behind."""
     body = """
@@ -139,6 +141,7 @@ def test_the_one_that_is_furthest_decides():
     assert why == 7
 
 
+@pytest.mark.slow
 def test_one_that_comes_when_all_have_agreed_is_handled_after_the_run():
     body = """
         signal.signal(signal.SIGTERM, lambda *_: print("handled"))
@@ -151,7 +154,8 @@ def test_one_that_comes_when_all_have_agreed_is_handled_after_the_run():
     assert "handled\n" in other[1]
 
 
-@pytest.mark.parametrize("insisting", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("insisting", [0, 1])
+@pytest.mark.slow
 def test_a_second_signal_does_not_wait_and_ends_the_others(insisting):
     body = f"""
         interruption = Signals(together=True)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from tests.distributed.test_start import finish, run, start
-from tests.marks import slow_unless
 from tests.sharding.test_trainer_mesh import Perceptron, config, data, objective
 from trainer import Callback, CheckpointError, Trainer, batch_sharding, latest_checkpoint, make_mesh
 
@@ -68,11 +67,9 @@ def flat(tree):
 
 @pytest.mark.parametrize(
     ("processes", "devices", "axes", "share"),
-    slow_unless(
-        lambda processes, *_: processes == 2,
-        [(2, 2, {"data": 2, "tensor": 2}, 1.0), (4, 1, {"data": 2, "fsdp": 2}, 0.5)],
-    ),
+    [(2, 2, {"data": 2, "tensor": 2}, 1.0), (4, 1, {"data": 2, "fsdp": 2}, 0.5)],
 )
+@pytest.mark.slow
 def test_processes_train_as_one_does(processes, devices, axes, share, tmp_path):
     results = run(COURSE, processes, devices=devices, flags=axes)
     assert [status for status, _, _ in results] == [0] * processes, results

@@ -1,11 +1,10 @@
 """`CallbackDispatcher`: the events and saved states of a trainer's callbacks and extensions."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainer.callbacks.base import CallbackList, asks_to_stop, emit, flatten, handles
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, warn
 
 
 class CallbackDispatcher:
@@ -128,4 +127,4 @@ def _load(callback: Any, state: Any) -> None:
 
 
 def _warn(problems: list[str]) -> None:
-    warnings.warn(f"the checkpoint holds, of the states of callbacks: {'; '.join(problems)}.", stacklevel=5)
+    warn(f"the checkpoint holds, of the states of callbacks: {'; '.join(problems)}.")

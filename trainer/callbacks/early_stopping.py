@@ -1,7 +1,6 @@
 """`EarlyStopping`: ends a run that no longer improves."""
 
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 from trainer.callbacks.base import Callback
 from trainer.callbacks.monitor import Monitor
 from trainer.core.checks import check_count
-from trainer.errors import ArgumentError
+from trainer.errors import ArgumentError, warn
 
 
 class EarlyStopping(Callback):
@@ -109,10 +108,9 @@ class EarlyStopping(Callback):
         if best is not None:
             trainer.state = trainer.state.replace(**best)
         elif self.best_score is not None:
-            warnings.warn(
+            warn(
                 f"EarlyStopping cannot restore the best params, those of step {self.best_step}: the run was resumed "
-                f"after them, and checkpoints do not hold them. trainer.ModelCheckpoint keeps the best on disk.",
-                stacklevel=2,
+                f"after them, and checkpoints do not hold them. trainer.ModelCheckpoint keeps the best on disk."
             )
 
     @property

@@ -9,7 +9,6 @@ there and 108 ms here, where it is flushed to the disk.)
 
 import math
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +22,7 @@ from trainer.checkpoints.background import BackgroundSaver
 from trainer.checkpoints.orbax_directory import OrbaxDirectory, begin_directory
 from trainer.core.checks import check_count
 from trainer.distributed.agreement import AllOrNone
-from trainer.errors import ArgumentError, CheckpointError
+from trainer.errors import ArgumentError, CheckpointError, warn
 
 
 class ModelCheckpoint(Callback):
@@ -138,20 +137,18 @@ class ModelCheckpoint(Callback):
             )
         later = [step for step in self._scores if step > trainer.step]
         if later and getattr(trainer, "is_new_run", True):  # a resumed run comes to the same steps again
-            warnings.warn(
+            warn(
                 f"`dirpath` `{self.dirpath}` holds checkpoints up to step {max(later)}, later than this run's step "
                 f"{trainer.step}: they count among the best until this run replaces them. Use a directory of its own "
-                f"for a run from the start.",
-                stacklevel=2,
+                f"for a run from the start."
             )
         elsewhere = [step for step, _, _, run in found if step > trainer.step and not self._is_same(run)]
         if elsewhere:
             self._has_warned = True
-            warnings.warn(
+            warn(
                 f"`dirpath` `{self.dirpath}` holds checkpoints of another run up to step {max(elsewhere)}, later than "
                 f"this run's step {trainer.step}. They do not count and are kept, except where this run saves the same "
-                f"step; a run from the start should have its own directory.",
-                stacklevel=2,
+                f"step; a run from the start should have its own directory."
             )
         if judged_step != trainer.step:
             self._judge_restored(trainer)
@@ -232,7 +229,7 @@ class ModelCheckpoint(Callback):
         if step not in kept:
             return
         if not bool(trainer.state.is_finite()):
-            warnings.warn(f"the state is not finite at step {step}; `{self.dirpath}` keeps what it has.", stacklevel=3)
+            warn(f"the state is not finite at step {step}; `{self.dirpath}` keeps what it has.")
             return
         self._check_name(step)
         snapshot = trainer.snapshot()
@@ -273,10 +270,9 @@ class ModelCheckpoint(Callback):
                 )
             elif not self._is_same(written_by[2]) and not self._has_warned:
                 self._has_warned = True
-                warnings.warn(
+                warn(
                     f"`{path}` is of another run, which may be saving in `dirpath` too, and is replaced. Use a "
-                    f"directory of its own for each run.",
-                    stacklevel=5,
+                    f"directory of its own for each run."
                 )
         AllOrNone(f"name {path.name}").sync(failure)
 

@@ -13,10 +13,11 @@ import secrets
 import shutil
 import stat
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from trainer.errors import warn
 
 # Windows has no `flock`, so what killed writers leave stays there.
 if sys.platform != "win32":
@@ -310,11 +311,10 @@ def _flush_parent(directory: Path) -> None:
         _flush(directory)
     except OSError as error:
         # The new file is in place, so an error would be wrong.
-        warnings.warn(
+        warn(
             f"`{directory}` could not be flushed to the disk ({error}); the file in it is written, but "
             f"may be lost in a power failure.",
             RuntimeWarning,
-            stacklevel=4,
         )
 
 

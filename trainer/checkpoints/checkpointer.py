@@ -3,7 +3,6 @@
 import copy
 import functools
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -17,7 +16,7 @@ from trainer.checkpoints.run_record import Restored, restore, snapshot_run
 from trainer.checkpoints.snapshot import Snapshot, is_in_host_memory, write_snapshot
 from trainer.checkpoints.state_io import Loaded, default_name, load_latest, load_with_progress
 from trainer.distributed.agreement import AllOrNone
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, warn
 from trainer.run import Run
 
 
@@ -130,10 +129,9 @@ class Checkpointer:
             return None
         runs = {entry.run for entry in entries} - {None}
         if len(runs) > 1:
-            warnings.warn(
+            warn(
                 f"`{self.directory}` holds checkpoints of {len(runs)} runs; `{loaded.path.name}` is of the one that "
-                f"saved last. Use a directory of its own for each run, or name the checkpoint to resume from.",
-                stacklevel=5,
+                f"saved last. Use a directory of its own for each run, or name the checkpoint to resume from."
             )
         return self._restored(loaded, current)
 
@@ -165,11 +163,10 @@ class Checkpointer:
         later = [step for name, step in found if step > run.step and not self._written.holds(name)]
         if later and not self._has_warned:
             self._has_warned = True
-            warnings.warn(
+            warn(
                 f"`{self.directory}` holds checkpoints up to step {max(later)}, later than this run's step {run.step}. "
                 f"They are kept, except where this run saves the same step; a run from the start should have its own "
-                f"directory. `resume=True` would continue the earlier run.",
-                stacklevel=5,
+                f"directory. `resume=True` would continue the earlier run."
             )
 
     def __enter__(self) -> Self:
@@ -207,17 +204,13 @@ class Checkpointer:
             raise failure
         if other not in (None, run.id) and not self._has_warned:
             self._has_warned = True
-            warnings.warn(
+            warn(
                 f"`{target}` is of another run, which may be saving in this directory too, and is replaced. Use a "
-                f"directory of its own for each run.",
-                stacklevel=4,
+                f"directory of its own for each run."
             )
 
 
 def warn_of_state(step: int | None) -> None:
     """Warns of a state that is not saved; of none where there is no step."""
     if step is not None:
-        warnings.warn(
-            f"the state is not finite any more at step {step}; it was not saved, and earlier checkpoints stay.",
-            stacklevel=3,
-        )
+        warn(f"the state is not finite any more at step {step}; it was not saved, and earlier checkpoints stay.")

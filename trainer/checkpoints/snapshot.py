@@ -4,7 +4,6 @@ import dataclasses
 import datetime
 import functools
 import importlib.metadata
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -22,7 +21,7 @@ from trainer.checkpoints.reference_pickle import write_pickle
 from trainer.checkpoints.weights_files import write_safetensors
 from trainer.core.tree_paths import parts_of
 from trainer.distributed.agreement import AllOrNone
-from trainer.errors import ArgumentError, CheckpointError
+from trainer.errors import ArgumentError, CheckpointError, warn
 from trainer.sharding.arrays import is_multiprocess
 from trainer.state import TrainState
 
@@ -123,10 +122,9 @@ def write_snapshot(path: Path, snapshot: Snapshot) -> None:
                 write_pickle(cast(BinaryIO, file), snapshot.state)
         elif suffix == ".safetensors":
             write_safetensors(path, snapshot.info, leaves)
-            warnings.warn(
+            warn(
                 f"`{path}` holds the params and the model state of step {snapshot.info['step']}, and nothing to "
-                f"continue a run with; save a name in .msgpack as well for that.",
-                stacklevel=3,
+                f"continue a run with; save a name in .msgpack as well for that."
             )
         else:
             write_bundle(path, snapshot.info, leaves)

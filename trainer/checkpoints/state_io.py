@@ -1,7 +1,6 @@
 """Saving and loading a state: atomic, and checked before anything is touched."""
 
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
@@ -19,7 +18,7 @@ from trainer.checkpoints.weights_files import WEIGHTS, WeightsFile
 from trainer.core.checks import did_you_mean
 from trainer.core.tree_paths import LeafPath, parts_of
 from trainer.distributed.agreement import AllOrNone
-from trainer.errors import ArgumentError, CheckpointError, UnreadableError
+from trainer.errors import ArgumentError, CheckpointError, UnreadableError, warn
 from trainer.state import TrainState
 
 _T = TypeVar("_T")
@@ -113,7 +112,7 @@ def load_state(
 
     state, problems = _together(path, load, like)
     if problems:
-        warnings.warn(f"`{path}` does not fit the state everywhere; not loaded: {problems}.", stacklevel=2)
+        warn(f"`{path}` does not fit the state everywhere; not loaded: {problems}.")
     return state
 
 
@@ -213,7 +212,7 @@ def _newest(directory: str | os.PathLike[str], names: Sequence[str], use: Callab
             passed_over.append(str(error))
             continue
         if passed_over:
-            warnings.warn(f"using `{path}`, since newer ones are unusable: {' '.join(passed_over)}", stacklevel=3)
+            warn(f"using `{path}`, since newer ones are unusable: {' '.join(passed_over)}")
         return used
     if passed_over:
         raise CheckpointError(f"no checkpoint in `{directory}` can be used: {' '.join(passed_over)}")
@@ -247,7 +246,7 @@ def _held(source: Source, fields: set[str], everything: bool) -> set[str]:
         return fields
     if everything:
         left = ", ".join(sorted(fields.difference(WEIGHTS)))
-        warnings.warn(f"`{source.path}` holds weights only; not loaded: {left}. They stay as they were.", stacklevel=5)
+        warn(f"`{source.path}` holds weights only; not loaded: {left}. They stay as they were.")
         return fields.intersection(WEIGHTS)
     return fields
 

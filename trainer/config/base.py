@@ -10,13 +10,12 @@ import os
 import re
 import types
 import typing
-import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from trainer.core.checks import did_you_mean
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, warn
 
 _FREE_NODES = 10_000
 """How many nodes a YAML file may have, beside one for each of its characters."""
@@ -138,7 +137,7 @@ class Config:
             unread.append(f"`{self._path(field.name)}` ({value!r})")
         if unread:  # switched off, and what it was set to is left in the file
             verb = "does" if len(unread) == 1 else "do"
-            warnings.warn(f"{', '.join(unread)} {verb} nothing, because `{kind}` is 'none'.", stacklevel=4)
+            warn(f"{', '.join(unread)} {verb} nothing, because `{kind}` is 'none'.")
 
 
 def _arguments(cls: type[Any]) -> list[dataclasses.Field[Any]]:

@@ -6,11 +6,10 @@ called for every pass. The batch size is passed by name, so that no other option
 
 import functools
 import inspect
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
-from trainer.errors import ArgumentError, ArgumentTypeError, BatchError
+from trainer.errors import ArgumentError, ArgumentTypeError, BatchError, warn
 from trainer.types import Batch
 
 WARN_AFTER = 10_000
@@ -106,10 +105,9 @@ def check_drawn(batch: Any, drawn: int, loader: Any, name: str, limit: int | Non
             f"batch nor the end of a pass; skip the record in the loader, or end the pass by returning."
         )
     if drawn == WARN_AFTER and limit is None and not isinstance(loader, Sized):
-        warnings.warn(
+        warn(
             f"`{name}` has yielded {drawn:,} batches in this pass and has no length, so the pass may never end. If the "
-            f"loader is endless, {bound}; if it is only long, there is nothing to do.",
-            stacklevel=2,
+            f"loader is endless, {bound}; if it is only long, there is nothing to do."
         )
 
 
@@ -138,11 +136,10 @@ def warn_of_unseen(loader: Any, batches: Iterable[Batch], name: str, limit: int 
         return
     if length > limit:
         calls = "is called again" if batches is not loader else "starts over"
-        warnings.warn(
+        warn(
             f"`{name}` has {length} batches and {calls} in every epoch, and `TrainingConfig.steps_per_epoch` ends the "
             f"epoch after {limit}: unless it shuffles, the rest ({length - limit} of {length}) is never seen. Pass an "
-            f"iterator, which continues where the epoch before ended, or leave `steps_per_epoch` out.",
-            stacklevel=2,
+            f"iterator, which continues where the epoch before ended, or leave `steps_per_epoch` out."
         )
 
 

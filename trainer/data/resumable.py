@@ -6,14 +6,13 @@ drawn again and dropped.
 """
 
 import dataclasses
-import warnings
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from typing import Any, NamedTuple, Self
 
 from trainer.data.loaders import check_drawn, no_batch, open_loader, warn_of_unseen
 from trainer.data.position_codec import decode, encode
-from trainer.errors import ArgumentError, CheckpointError
+from trainer.errors import ArgumentError, CheckpointError, warn
 from trainer.types import Batch
 
 BOUND = "TrainingConfig.steps_per_epoch"
@@ -237,11 +236,10 @@ class LoaderPass:
 
     def _drop(self, iterator: Iterator[Batch], count: int, position: LoaderPosition) -> None:
         if count and position.state is None:
-            warnings.warn(
+            warn(
                 f"`{self._name}` cannot be set to a position (it has neither set_state(state) nor "
                 f"load_state_dict(state)), so the {count} batches that were finished in this epoch are drawn again and "
-                f"dropped; the run is the same as without the interruption only if they come in the same order.",
-                stacklevel=6,  # where train_epoch() is called
+                f"dropped; the run is the same as without the interruption only if they come in the same order."
             )
         if count < 0:
             raise CheckpointError(

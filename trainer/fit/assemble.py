@@ -2,7 +2,6 @@
 
 import functools
 import os
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -27,7 +26,7 @@ from trainer.core.optimizer import adapt_optimizer
 from trainer.data.loaders import check_loader
 from trainer.data.memory import seed_from_key
 from trainer.distributed.agreement import check_agreement, gathered
-from trainer.errors import ArgumentError, ArgumentTypeError
+from trainer.errors import ArgumentError, ArgumentTypeError, warn
 from trainer.fit.fingerprint import fingerprints_of
 from trainer.fit.setup import Live, Setup
 from trainer.fit.unused_settings import warn_beside_optimizer
@@ -258,9 +257,8 @@ def _check_config(config: Any) -> None:
 def _warn_of_mode(model: nnx.Module, wrt: nnx.filterlib.Filter) -> None:
     if parts := evaluated_as_a_whole(model, wrt):
         listed = ", ".join(f"`{part}`" for part in parts[:5]) + (", …" if len(parts) > 5 else "")
-        warnings.warn(
+        warn(
             f"`model` is in evaluation mode as a whole ({listed}) and stays in it while it is trained: no dropout, and "
             f"batch statistics do not move. If that is not meant, call model.train() before, or pass "
-            f"`trainer.state.model()` in place of `trainer.model` of another trainer.",
-            stacklevel=4,
+            f"`trainer.state.model()` in place of `trainer.model` of another trainer."
         )

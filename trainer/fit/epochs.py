@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -19,13 +17,13 @@ from trainer.checkpoints.checkpointer import warn_of_state
 from trainer.checkpoints.run_record import Restored
 from trainer.compile.cost import ProgramCost, cost_of
 from trainer.distributed.signals import Signals
-from trainer.errors import TrainingInterrupted
+from trainer.errors import TrainingInterrupted, warn
 from trainer.fit.plan import FitPlan
 from trainer.fit.resume import checked, find, planned_end, put_back
 from trainer.fit.setup import Setup
 from trainer.loggers.base import prefixed
 from trainer.loop import evaluate, open_pass, plan_dispatch, rare_collections, run_epoch
-from trainer.metrics.average import WeightedAverage, metrics_at, read
+from trainer.metrics.average import WeightedAverage, metrics_at
 from trainer.metrics.throughput import Meter
 from trainer.run import Position, Run
 from trainer.types import Batch, Metrics
@@ -102,7 +100,7 @@ def _run_epochs(
         if trainer.run.is_new or plan.caller == "train":
             setup.fanout.log_text("training", plan.about, trainer.run.step)
         first = plan.position.first_epoch if restored is None else _position(trainer.run).first_epoch
-        last_loss, average = None, trainer.run.average
+        average = None
         for epoch in range(trainer.run.epoch, first + plan.num_epochs):
             # A run that was to stop after its last epoch, and is resumed there, stays stopped.
             if trainer.run.batch == 0 and epoch > first and setup.events.should_stop:
@@ -113,12 +111,11 @@ def _run_epochs(
             with rare_collections():
                 _run_epoch(trainer, plan, signals, opening, is_last=epoch + 1 == first + plan.num_epochs)
             opening = contextlib.nullcontext()
-            # Of the epoch before: the device has finished it, so reading waits for nothing. After a loss that is not
-            # finite the params are not either, so the last loss tells of all.
-            if last_loss is not None and not math.isfinite(read(last_loss)):
+            # Of the epoch before: the device has finished it, so reading waits for nothing.
+            if average is not None:
                 average.compute()
                 _warn_if_not_finite(trainer, average)
-            last_loss, average = trainer.run.metrics.get("loss"), trainer.run.average
+            average = trainer.run.average
         _log_last_step(trainer)
         trainer.run.average.compute()  # the caller reads it next
         _warn_if_not_finite(trainer, trainer.run.average)
@@ -252,11 +249,10 @@ def _warn_if_not_finite(trainer: Trainer, average: WeightedAverage) -> None:
     if found is None or trainer.setup.live.has_warned:
         return
     trainer.setup.live.has_warned = True
-    warnings.warn(
+    warn(
         f"the loss is {found[1]} at step {found[0]}, and training continues. A smaller learning rate or "
         f"`gradient_clip_norm` may help; `jax_debug_nans` finds the operation, and "
-        f"EarlyStopping ends a run whose monitor is not finite.",
-        stacklevel=2,
+        f"EarlyStopping ends a run whose monitor is not finite."
     )
 
 
@@ -282,10 +278,9 @@ def compile_step(trainer: Trainer, batch: Batch) -> ProgramCost:
     cost = cost_of(compiled, run.leaves, seconds)
     tell_compilation(trainer, program.name, seconds, None, run.step)
     if not cost.fits:
-        warnings.warn(
+        warn(
             f"a step needs {cost.total:,} bytes and the device has {cost.available:,}: it will not "
-            f"fit. Smaller batches, jax.checkpoint in the model, or more devices (trainer.sharding) help.",
-            stacklevel=3,
+            f"fit. Smaller batches, jax.checkpoint in the model, or more devices (trainer.sharding) help."
         )
     return cost
 
@@ -296,7 +291,7 @@ def tell_compilation(trainer: Trainer, name: str, seconds: float, warning: str |
     setup.events.emit("on_compile_end", trainer, name, seconds)
     setup.fanout.log_text("compilation", f"{name} took {seconds:.1f} s to compile", step)
     if warning is not None:
-        warnings.warn(warning, stacklevel=6)
+        warn(warning)
 
 
 @contextlib.contextmanager

@@ -1,12 +1,11 @@
 """What a call of ``train`` or ``train_epoch`` was made with, as texts that a checkpoint carries and resume compares."""
 
 import json
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from trainer.data.memory import InMemoryData
-from trainer.errors import ArgumentError
+from trainer.errors import ArgumentError, warn
 from trainer.fit.setup import Setup
 
 # Settings that do not affect the updates. `num_epochs` is one of them: a larger value only extends the run.
@@ -55,10 +54,9 @@ def check_same_call(before: Mapping[str, str] | None, now: Mapping[str, str]) ->
             "`resume` cannot continue the interrupted run with other data: `train_data` has the same number of "
             "examples, and other values. Pass the same, or load_checkpoint() and start a new run."
         )
-    warnings.warn(
+    warn(
         f"`resume` continues with arguments that differ from those of the interrupted call: "
-        f"{'; '.join(_difference(name, before[name], now[name]) for name in differing)}.",
-        stacklevel=5,
+        f"{'; '.join(_difference(name, before[name], now[name]) for name in differing)}."
     )
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ import jax
 from trainer.core.checks import check_count
 from trainer.data.loaders import check_loader, one_pass, takes_batch_size
 from trainer.data.memory import InMemoryData
-from trainer.errors import ArgumentError
+from trainer.errors import ArgumentError, warn
 from trainer.fit.identity import describe_call
 from trainer.fit.setup import Setup
 from trainer.fit.unused_settings import warn_of_overridden
@@ -91,10 +90,9 @@ def plan_run(
         return _over_loader(run, train_data, "train_data", horizon=horizon, first_step=run.step, **common)
     data = setup.in_memory(train_data, batch_size, "train_data")
     if batch_size > data.num_examples:
-        warnings.warn(
+        warn(
             f"`batch_size` is {batch_size} but `train_data` has {data.num_examples} examples; every epoch is "
-            f"one batch of {data.num_examples}.",
-            stacklevel=3,
+            f"one batch of {data.num_examples}."
         )
     setup.agree_on_run("train", run, counts, train_data=data, val_data=val_in_memory)
     common["arguments"] = describe_call(setup, told, data, val_in_memory)

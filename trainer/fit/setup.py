@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import os
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any
 
@@ -22,7 +21,7 @@ from trainer.data.memory import InMemoryData
 from trainer.data.resumable import LoaderPass, LoaderPosition
 from trainer.distributed.agreement import check_agreement, gathered
 from trainer.distributed.replicas import check_replicas
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, warn
 from trainer.loggers.base import Logger, MetricsLoggerLike
 from trainer.loggers.fanout import MetricFanout
 from trainer.metrics.throughput import Throughput
@@ -162,11 +161,10 @@ class Setup:
             peak = self.config.optimizer.learning_rate
             was, now = (float(make_schedule(scheduler, peak, end)(run.step)) for end in (run.horizon, horizon))
             if abs(was - now) > 1e-6 * peak:
-                warnings.warn(
+                warn(
                     f"the end of the learning-rate schedule {scheduler.scheduler_type!r} moves from step {run.horizon} "
                     f"to step {horizon}, so the learning rate at step {run.step} jumps from {was:.3g} to {now:.3g}. "
-                    f"Train all epochs in one call, or set `SchedulerConfig.total_steps`.",
-                    stacklevel=4,
+                    f"Train all epochs in one call, or set `SchedulerConfig.total_steps`."
                 )
         return run.replace(horizon=horizon)
 

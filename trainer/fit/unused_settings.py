@@ -1,26 +1,24 @@
 """Warnings of settings that do nothing, because an `optimizer` or an argument of `train` overrides them."""
 
 import dataclasses
-import warnings
 
 from trainer.config import TrainingConfig
+from trainer.errors import warn
 
 
 def warn_beside_optimizer(config: TrainingConfig) -> None:
     """Warns of what an `optimizer` replaces. Its name and rate are required, so they may be there for no reason."""
     if config.scheduler is not None and config.scheduler.scheduler_type != "none":
-        warnings.warn(
+        warn(
             "`training_config.scheduler` does nothing, because an `optimizer` was given; put the schedule into "
-            "that one, for example with trainer.make_schedule.",
-            stacklevel=4,
+            "that one, for example with trainer.make_schedule."
         )
     unused = config.optimizer.hyperparameters()
     if unused:
         names = ", ".join(f"`{name}` ({value!r})" for name, value in unused.items())
-        warnings.warn(
+        warn(
             f"in `training_config.optimizer` {names} {'does' if len(unused) == 1 else 'do'} nothing, because an "
-            f"`optimizer` was given, which has its own.",
-            stacklevel=4,
+            f"`optimizer` was given, which has its own."
         )
 
 
@@ -42,4 +40,4 @@ def warn_of_overridden(
     if in_memory and config.steps_per_epoch is not None:
         said.append(f"`steps_per_epoch` = {config.steps_per_epoch} (data in memory are used whole)")
     if said:
-        warnings.warn(f"train() does not use of `training_config`: {', '.join(said)}.", stacklevel=4)
+        warn(f"train() does not use of `training_config`: {', '.join(said)}.")

@@ -7,7 +7,6 @@ by its indices, and each process gathers only the rows that its devices hold.
 
 import functools
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, final
 
@@ -20,7 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from trainer.batches import checked_batch, summarize
 from trainer.data.host_arrays import flat_copy, private_copy
 from trainer.data.memory import Epoch, dtype_in_jax
-from trainer.errors import ArgumentError, ArgumentTypeError, BatchError
+from trainer.errors import ArgumentError, ArgumentTypeError, BatchError, warn
 from trainer.sharding.arrays import gather_rows, to_global
 from trainer.sharding.create import create_sharded
 from trainer.sharding.mesh import BATCH_AXES, batch_sharding, multiples_near
@@ -379,10 +378,9 @@ def placement_of(mesh: Mesh | None, rules: Mapping[str, PartitionSpec] | None) -
     if rules is not None:
         raise ArgumentError("`partition_rules` were given without a `mesh`; pass one, see trainer.make_mesh.")
     if jax.process_count() > 1:
-        warnings.warn(
+        warn(
             f"there are {jax.process_count()} processes and no `mesh`: each trains a model of its own, and they may "
-            f"write to the same files. trainer.make_mesh makes a mesh over all devices.",
-            stacklevel=3,
+            f"write to the same files. trainer.make_mesh makes a mesh over all devices."
         )
     return SingleDevice()
 

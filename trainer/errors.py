@@ -27,12 +27,12 @@ from pathlib import Path
 _OURS = (str(Path(__file__).parent) + os.sep, contextlib.__file__)
 
 
-def warn(message: str) -> None:
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """Warns at the line of the caller's code, however deep in this library the reason was found."""
     level, frame = 1, inspect.currentframe()
     while frame is not None and frame.f_code.co_filename.startswith(_OURS):
         level, frame = level + 1, frame.f_back
-    warnings.warn(message, stacklevel=level)
+    warnings.warn(message, category, stacklevel=level)
 
 
 class TrainerError(Exception):

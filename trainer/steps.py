@@ -17,26 +17,11 @@ from flax import nnx
 from trainer.batches import batch_length, check_batch
 from trainer.core.averaged_params import check_eval_params, with_eval_params
 from trainer.core.checks import check_count
-from trainer.core.mapped_axes import AxisName, average_if_changed, average_over_axis, fold_in_device, per_device
-from trainer.core.modes import in_evaluation_mode, in_training_mode
-from trainer.core.nnx_bridge import (
-    Flat,
-    lookup,
-    merge_updated,
-    refuse_changed_attributes,
-    split_variables,
-    static_attributes,
-)
-from trainer.core.objective import (
-    NOT_REPORTED,
-    call_objective,
-    check_extensions,
-    check_loss_fn,
-    extension_losses,
-    forward,
-    refuse_shadowing,
-    with_losses,
-)
+from trainer.core.gradient import gradient_of, make_objective
+from trainer.core.mapped_axes import AxisName, average_over_axis, fold_in_device
+from trainer.core.modes import in_evaluation_mode
+from trainer.core.nnx_bridge import lookup, split_variables
+from trainer.core.objective import call_objective, check_extensions, check_loss_fn, with_losses
 from trainer.core.optimizer import adapt_optimizer, extra_arguments
 from trainer.core.prediction import call_on_input, check_outputs
 from trainer.errors import ArgumentError, ArgumentTypeError, BatchError
@@ -111,50 +96,25 @@ def make_train_step(
     check_loss_fn(loss_fn)
     check_optimizer(optimizer)
     optimizer = adapt_optimizer(optimizer)
-    extensions = with_losses(check_extensions(extensions))
-    reduce = average_if_changed(axis_name)
+    objective = make_objective(loss_fn, wrt, with_losses(check_extensions(extensions)), axis_name)
+    gradient = gradient_of(objective, axis_name)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         _check_call(state, batch)
         _check_wrt(state, wrt)
         # Not `split`, which also computes the next key: XLA drops a `fold_in` that the objective draws nothing from,
         # and a split takes a third of a tiny step.
-        step_rng = jax.random.fold_in(state.rng, state.step)
-        step_rng = fold_in_device(step_rng, axis_name)
+        rng = fold_in_device(jax.random.fold_in(state.rng, state.step), axis_name)
+        grads, metrics, after = gradient(state, batch, rng)
+        grads, metrics = average_over_axis(grads, metrics, axis_name)
 
-        def objective(params: Any) -> tuple[jax.Array, tuple[Metrics, Flat, dict[str, Flat]]]:
-            before = state.replace(params=params)
-            model = in_training_mode(before.model())
-            attributes = static_attributes(model)
-            loss, metrics, outputs = call_objective(loss_fn, model, batch, step_rng, state.step)
-            enabled = {name: e for name, e in extensions.items() if e.is_enabled()}
-            if enabled and outputs is NOT_REPORTED:
-                outputs = forward(before, batch)
-            context = {"model": model, "rng": step_rng, "step": state.step}
-            losses, extension_variables = extension_losses(enabled, state, batch, outputs, context)
-            refuse_shadowing(metrics, losses)
-            refuse_changed_attributes(attributes, model, "model")
-            _, variables = split_variables(model, wrt)
-            return sum(losses.values(), start=loss), ({**metrics, **losses}, variables, extension_variables)
+        def at(params: Any) -> tuple[jax.Array, tuple[Metrics, TrainState]]:
+            return objective(params, state, batch, rng)
 
-        evaluate = jax.value_and_grad(objective, has_aux=True)
-        (loss, (metrics, variables, extension_variables)), grads = evaluate(per_device(state.params, axis_name))
-        grads, metrics = average_over_axis(grads, {**metrics, "loss": loss}, axis_name)
-
-        extra = extra_arguments(objective, metrics["loss"], grads, axis_name)
+        extra = extra_arguments(at, metrics["loss"], grads, axis_name)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **extra)
-        next_state = state.replace(
-            params=optax.apply_updates(state.params, updates),
-            model_state=merge_updated(state.model_state, variables, "model_state", reduce),
-            opt_state=opt_state,
-            step=state.step + 1,
-            extensions={
-                name: {**held, "variables": merge_updated(held["variables"], after, f"extensions/{name}", reduce)}
-                if (after := extension_variables.get(name)) is not None
-                else held
-                for name, held in state.extensions.items()
-            },
-        )
+        params = optax.apply_updates(state.params, updates)
+        next_state = after.replace(params=params, opt_state=opt_state, step=state.step + 1)
         return next_state, {**metrics, "step": next_state.step}
 
     return train_step

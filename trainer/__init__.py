@@ -16,6 +16,7 @@ from trainer.loop import open_pass as open_pass
 from trainer.loop import Tick as Tick
 from trainer.api import Trainer as Trainer
 from trainer.types import LossFn as LossFn
+from trainer.types import StepFn as StepFn
 from trainer.extensions import Extension as Extension
 from trainer.extensions import ExtensionConfig as ExtensionConfig
 from trainer.config.training import TrainingConfig as TrainingConfig
@@ -24,6 +25,7 @@ from trainer.config.optimizers import make_optimizer as make_optimizer
 from trainer.config.schedules import SchedulerConfig as SchedulerConfig
 from trainer.config.schedules import make_schedule as make_schedule
 from trainer.data.memory import InMemoryData as InMemoryData
+from trainer.core.nonfinite import check_finite as check_finite
 from trainer.compile.dispatch import CompiledStep as CompiledStep
 from trainer.compile.cost import ProgramCost as ProgramCost
 from trainer.compile.planning import plan as plan
@@ -61,6 +63,7 @@ from trainer.errors import ConfigError as ConfigError
 from trainer.errors import BatchError as BatchError
 from trainer.errors import ObjectiveError as ObjectiveError
 from trainer.errors import StateError as StateError
+from trainer.errors import NonFiniteError as NonFiniteError
 from trainer.errors import DistributedError as DistributedError
 from trainer.errors import CheckpointError as CheckpointError
 from trainer.errors import UnreadableError as UnreadableError

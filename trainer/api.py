@@ -15,9 +15,7 @@ from trainer.checkpoints.run_record import snapshot_run
 from trainer.checkpoints.snapshot import Snapshot
 from trainer.compile.cost import ProgramCost
 from trainer.config import TrainingConfig
-from trainer.core.averaged_params import with_eval_params
 from trainer.core.checks import check_count
-from trainer.core.modes import in_evaluation_mode
 from trainer.errors import ArgumentTypeError
 from trainer.fit import epochs
 from trainer.fit import resume as resuming
@@ -28,7 +26,7 @@ from trainer.loggers.base import Logger, MetricsLoggerLike, prefixed
 from trainer.loop import evaluate, evaluate_batch, predict
 from trainer.run import Run
 from trainer.state import TrainState
-from trainer.types import Batch, EvalParams, ExtensionLike, LogCallback, LossFn, Metrics
+from trainer.types import Batch, EvalParams, ExtensionLike, LogCallback, LossFn, Metrics, NonFinite, StepFn
 
 
 class Trainer(ReadOnly):
@@ -41,7 +39,8 @@ class Trainer(ReadOnly):
     Args:
         model: The module to train. It is copied, and never touched again. Parts in evaluation mode stay in it (frozen
             batch statistics, dropout that is off); a warning says if all are. With a ``mesh`` it may be a callable that
-            makes the module, ``lambda rngs: Model(rngs=rngs)``: then no device ever holds all of it.
+            makes the module, ``lambda rngs: Model(rngs=rngs)``: then no device ever holds all of it. Or a state to
+            start from, of which a copy is made; its key is the state's, and ``wrt`` is that which it was created with.
         training_config: How to train.
         optimizer: Any optax transformation; if left out, it is built from ``training_config``.
         train_data_loader: What `train_epoch` trains on: an iterable of batches, or a callable that returns one and
@@ -67,6 +66,11 @@ class Trainer(ReadOnly):
             those of one device, within rounding. With several processes, each makes the same calls; data in
             memory is the same in all, a batch is the part of its process, and process 0 alone logs.
         partition_rules: How the state is split over the mesh, see `trainer.partition`.
+        step_fn: A step of your own in place of ``make_train_step(loss_fn, optimizer)``, see `trainer.StepFn`.
+            ``loss_fn`` then only validates and evaluates, and may be None.
+        nonfinite: What becomes of a step that is not finite: "ignore", "skip" or "raise", see `make_train_step`. With
+            "raise" the trainer raises `NonFiniteError` when it next reads metrics, validates or saves, and holds the
+            state from before that step.
 
     Attributes:
         run: What a checkpoint holds: the state, and the record that travels with it. The only attribute that changes.
@@ -79,7 +83,7 @@ class Trainer(ReadOnly):
 
     def __init__(
         self,
-        model: nnx.Module | Callable[[nnx.Rngs], nnx.Module],
+        model: nnx.Module | Callable[[nnx.Rngs], nnx.Module] | TrainState,
         training_config: TrainingConfig,
         optimizer: optax.GradientTransformation | None = None,
         train_data_loader: Callable[..., Any] | Iterable[Batch] | None = None,
@@ -87,7 +91,7 @@ class Trainer(ReadOnly):
         workdir: str | os.PathLike[str] | None = None,
         rng: jax.Array | None = None,
         *,
-        loss_fn: LossFn,
+        loss_fn: LossFn | None,
         metrics_logger: MetricsLoggerLike | None = None,
         logger: Logger | None = None,
         checkpoint_dir: str | os.PathLike[str] | None = None,
@@ -101,6 +105,8 @@ class Trainer(ReadOnly):
         steps_per_call: int | Literal["auto"] = "auto",
         mesh: Mesh | None = None,
         partition_rules: Mapping[str, PartitionSpec] | None = None,
+        step_fn: StepFn | None = None,
+        nonfinite: NonFinite = "ignore",
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name != "self"}
         self.setup, self.run = assemble(self, **arguments)
@@ -158,8 +164,7 @@ class Trainer(ReadOnly):
 
         A checkpoint holds the position of a loader that can tell it: the loader, or the iterator that it makes, has
         ``get_state()`` and ``set_state(state)`` (Grain, datarax), or ``state_dict()`` and ``load_state_dict(state)``
-        (torchdata). The batches of any other loader are drawn again and dropped, with a warning, which is right if
-        they come in the same order. An iterator without these methods cannot be resumed.
+        (torchdata). Of any other the batches are drawn again and dropped, with a warning; an iterator is refused.
 
         Args:
             resume: As for `train`. A call that was finished when its checkpoint was saved returns what it returned
@@ -319,6 +324,7 @@ class Trainer(ReadOnly):
             ArgumentError: The name promises the format of another program.
             CheckpointError: It could not be written, in any process; earlier checkpoints are untouched.
         """
+        epochs.hold_if_finite(self)
         run, beside = self.setup.beside(self.run)
         target = self.setup.checkpointer.save(run, path, background=background, **beside)
         self.setup.fanout.log_text("checkpoint", f"saved {target}", self.step)
@@ -373,9 +379,3 @@ class Trainer(ReadOnly):
             raise ArgumentTypeError(f"`state` is of type {type(state).__name__}; it must be a trainer.TrainState.")
         state = self.setup.placement.adopt(state)
         self.hold(self.run.with_state(state, keeps_position=self.setup.live.is_running))
-
-    @property
-    def model(self) -> Any:
-        """A new module in evaluation mode with a copy of the current values; `state` has one in its first modes."""
-        state = with_eval_params(self.run.state_with_edits(), self.setup.eval_params)
-        return in_evaluation_mode(state.replace(opt_state=(), extensions={}).copy().model())

@@ -7,6 +7,7 @@
     │   └── BatchError                    … in the data
     ├── ObjectiveError (ValueError)       what the objective or an extension returned
     ├── StateError (RuntimeError)         a training state that cannot be used any more
+    ├── NonFiniteError (ArithmeticError)  a step that met NaN or infinity, where it was to be refused
     ├── DistributedError (RuntimeError)   processes that disagree, or wait for one that does not come
     └── CheckpointError (ValueError)      a file that cannot be written or loaded
         └── UnreadableError               … whatever it should be loaded into
@@ -18,13 +19,13 @@ Every message names the argument in backticks, what came, what was wanted and wh
 
 import contextlib
 import inspect
-import os
 import signal
 import warnings
 from pathlib import Path
+from typing import Any
 
 # Frames of these files are not where a warning comes from.
-_OURS = (str(Path(__file__).parent) + os.sep, contextlib.__file__)
+_OURS = (__file__.removesuffix("errors.py"), contextlib.__file__)
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
@@ -61,6 +62,21 @@ class ObjectiveError(TrainerError, ValueError):
 
 class StateError(TrainerError, RuntimeError):
     """The arrays of a training state are gone, usually because it was donated."""
+
+
+class NonFiniteError(TrainerError, ArithmeticError):
+    """A step with ``nonfinite="raise"`` met NaN or infinity.
+
+    Attributes:
+        step: The number of the step, the first being 1.
+        leaves: Names of the arrays that were not finite: ``loss``, ``grads/…``, ``model_state/…``, or ``params/…``
+            where the update made them so.
+        state: The state before that step.
+    """
+
+    def __init__(self, message: str, step: int, leaves: tuple[str, ...], state: Any) -> None:
+        super().__init__(message)
+        self.step, self.leaves, self.state = step, leaves, state
 
 
 class DistributedError(TrainerError, RuntimeError):

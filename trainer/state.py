@@ -19,10 +19,11 @@ from flax import nnx
 
 from trainer.core.learning_rate import with_learning_rate
 from trainer.core.nnx_bridge import Flat, GraphDef, Path, lookup, nest, split_module, variables_of
+from trainer.core.nonfinite import NONFINITE, check_policy, record_of
 from trainer.core.optimizer import adapt_optimizer
 from trainer.core.tree_paths import join_path, leaf_path
 from trainer.errors import ArgumentError, ArgumentTypeError, StateError
-from trainer.types import ExtensionLike
+from trainer.types import ExtensionLike, NonFinite
 
 if TYPE_CHECKING:  # for annotations only: importing chex takes a tenth of the time of `import trainer`
     import chex
@@ -48,7 +49,7 @@ class TrainState:
             ``fold_in(rng, step)``.
         step: The number of optimizer updates finished, an int32 scalar.
         extensions: By name of the extension, its ``weight`` (a float32 scalar, so that changing it
-            compiles nothing) and its ``variables``.
+            compiles nothing) and its ``variables``; and what steps keep a record of, see ``nonfinite`` of `create`.
         graphdef: The static structure of the module, shared by all states of one architecture.
     """
 
@@ -69,6 +70,7 @@ class TrainState:
         rng: jax.Array,
         wrt: nnx.filterlib.Filter = nnx.Param,
         extensions: Mapping[str, ExtensionLike] | None = None,
+        nonfinite: NonFinite = "ignore",
     ) -> Self:
         """Copies the values out of a module and starts its optimizer.
 
@@ -81,10 +83,13 @@ class TrainState:
             rng: A typed key (``jax.random.key``) or a raw one (``jax.random.PRNGKey``).
             wrt: Which variables the optimizer updates, an nnx filter. The rest is ``model_state``.
             extensions: By name, the extensions whose weights and variables the state carries.
+            nonfinite: That of the step, see `make_train_step`. All but "ignore" keep a record in the state, as
+                ``extensions["nonfinite"]``: ``skipped``, the number of steps left out, and more.
 
         Raises:
             ArgumentTypeError: ``model``, ``optimizer`` or ``rng`` is something else.
-            ArgumentError: A variable holds no array, or the optimizer cannot update a selected one.
+            ArgumentError: A variable holds no array, or the optimizer cannot update a selected one; or an extension
+                has the name of a record.
         """
         check_model(model)
         check_optimizer(optimizer)
@@ -92,13 +97,18 @@ class TrainState:
         graphdef, selected, rest = split_module(model, wrt)
         params = nest(_own_all(selected, "params"))
         _check_trainable(params)
+        model_state = nest(_own_all(rest, "model_state"))
+        records = {} if check_policy(nonfinite) == "ignore" else {NONFINITE: record_of(params, model_state)}
+        if names := records.keys() & (extensions or {}).keys():
+            raise ArgumentError(f"`extensions[{min(names)!r}]` has the name of a record of the state; rename it.")
         return cls(
             params=params,
-            model_state=nest(_own_all(rest, "model_state")),
+            model_state=model_state,
             opt_state=_init_optimizer(optimizer, params),
             rng=_own(rng),
             step=jnp.zeros((), jnp.int32),
-            extensions={
+            extensions=records
+            | {
                 name: {
                     "weight": jnp.asarray(extension.weight, jnp.float32),
                     "variables": nest(_own_all(variables_of(extension), f"extensions/{name}")),

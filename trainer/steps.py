@@ -21,12 +21,13 @@ from trainer.core.gradient import gradient_of, make_objective
 from trainer.core.mapped_axes import AxisName, average_over_axis, fold_in_device
 from trainer.core.modes import in_evaluation_mode
 from trainer.core.nnx_bridge import lookup, split_variables
+from trainer.core.nonfinite import make_guard
 from trainer.core.objective import call_objective, check_extensions, check_loss_fn, with_losses
 from trainer.core.optimizer import adapt_optimizer, extra_arguments
 from trainer.core.prediction import call_on_input, check_outputs
 from trainer.errors import ArgumentError, ArgumentTypeError, BatchError
 from trainer.state import TrainState, check_optimizer
-from trainer.types import Batch, EvalParams, ExtensionLike, LossFn, Metrics
+from trainer.types import Batch, EvalParams, ExtensionLike, LossFn, Metrics, NonFinite
 
 _EVALUATION = crc32(b"evaluation")
 
@@ -38,6 +39,7 @@ def make_train_step(
     wrt: nnx.filterlib.Filter = nnx.Param,
     extensions: Mapping[str, ExtensionLike] | None = None,
     axis_name: AxisName | None = None,
+    nonfinite: NonFinite = "ignore",
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Makes a train step: draw a key, differentiate the objective, update the params, carry the model state over.
 
@@ -70,6 +72,12 @@ def make_train_step(
             is summed; each device draws from a key of its own. The forward pass sees its own part of the
             batch only: to normalize over all parts, give ``nnx.BatchNorm`` the same axis. None, also for
             ``jit`` over sharded arrays, where the program is that of one device and JAX does all this.
+        nonfinite: What becomes of a step whose loss, gradients, new params or new model state hold NaN or infinity;
+            the state is created with the same value. "ignore" trains on. With "skip" the step counts, and everything
+            else in the state stays to the bit; the metric ``skipped`` is 1, else 0, and a skipped batch has no part in
+            averages. With "raise" every step from there on returns the state of before, and `check_finite`, which a
+            `Trainer` calls, raises `NonFiniteError` with the step and the arrays. Both cost a pass over these arrays
+            and no wait for the device.
 
     Returns:
         A pure ``(state, batch) -> (state, metrics)``. ``metrics`` holds scalars on the device: what
@@ -98,6 +106,7 @@ def make_train_step(
     optimizer = adapt_optimizer(optimizer)
     objective = make_objective(loss_fn, wrt, with_losses(check_extensions(extensions)), axis_name)
     gradient = gradient_of(objective, axis_name)
+    guard = make_guard(nonfinite)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         _check_call(state, batch)
@@ -115,6 +124,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **extra)
         params = optax.apply_updates(state.params, updates)
         next_state = after.replace(params=params, opt_state=opt_state, step=state.step + 1)
+        next_state, metrics = guard(state, next_state, grads, metrics)
         return next_state, {**metrics, "step": next_state.step}
 
     return train_step

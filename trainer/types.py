@@ -1,7 +1,7 @@
 """The words that signatures are written in: aliases and documented callables, no logic."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 
@@ -43,6 +43,24 @@ class LossFn(Protocol):
         ...
 
 
+class StepFn(Protocol):
+    """A step of your own: any pure function that advances a training state by one step."""
+
+    def __call__(self, state: Any, batch: Batch, /) -> tuple[Any, Mapping[str, Any]]:
+        """Returns the next state and scalar metrics; it is traced.
+
+        Args:
+            state: A `trainer.TrainState`. Its fields may hold what you put there: ``opt_state`` the states of two
+                optimizers, ``extensions`` a replay buffer.
+            batch: The batch.
+
+        Returns:
+            The state with the same structure, shapes and dtypes, and a ``step`` that is larger by one; and the
+            metrics, of which ``loss`` is the one that is watched for NaN.
+        """
+        ...
+
+
 class EvalParams(Protocol):
     """Returns the params to evaluate: ``optax.contrib.schedule_free_eval_params``, an average, slow params."""
 
@@ -77,6 +95,15 @@ class ExtensionLike(Protocol):
 
 BATCH_WEIGHT = "batch_weight"
 """The metric under which an objective reports how much its batch counts in averages."""
+
+NonFinite = Literal["ignore", "skip", "raise"]
+"""What becomes of a step whose loss, gradients or results are not finite; see `trainer.make_train_step`."""
+
+RECORDS = ("nonfinite",)
+"""The entries of ``state.extensions`` that belong to no extension: records that a step keeps."""
+
+SKIPPED = "skipped"
+"""The metric under which a step with ``nonfinite`` reports whether it was left out: 0 or 1."""
 
 MODEL_OUTPUTS = "model_outputs"
 """The metric under which an objective hands outputs of the model to extensions; it is not reported."""

@@ -27,6 +27,7 @@ from trainer.distributed.agreement import AllOrNone
 from trainer.errors import CheckpointError
 from trainer.sharding.arrays import place_like
 from trainer.state import TrainState
+from trainer.types import RECORDS
 
 PROGRESS: LeafPath = ("progress",)
 """Beside the fields of the state: where the run was, packed."""
@@ -179,8 +180,9 @@ class _Pickle:
             self.leaves[leaf.path], self._arrays[leaf.path] = leaf, array
         # That layout has no weights of extensions: the live ones stay.
         for name, extension in ({} if like is None else like.extensions).items():
-            leaf = describe(("extensions", name, "weight"), extension["weight"])
-            self.leaves[leaf.path], self._arrays[leaf.path] = leaf, extension["weight"]
+            if name not in RECORDS:
+                leaf = describe(("extensions", name, "weight"), extension["weight"])
+                self.leaves[leaf.path], self._arrays[leaf.path] = leaf, extension["weight"]
 
     def read(self, wanted: Mapping[LeafPath, jax.Array | None]) -> dict[LeafPath, Any]:
         values = {path: np.array(self._arrays[path]) for path in wanted}

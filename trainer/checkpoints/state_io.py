@@ -20,6 +20,7 @@ from trainer.core.tree_paths import LeafPath, parts_of
 from trainer.distributed.agreement import AllOrNone
 from trainer.errors import ArgumentError, CheckpointError, UnreadableError, warn
 from trainer.state import TrainState
+from trainer.types import RECORDS
 
 _T = TypeVar("_T")
 
@@ -256,12 +257,14 @@ def _fitted(source: Source, like: TrainState, fields: set[str], *, strict: bool 
     leaves, structure = jax.tree.flatten_with_path(like)
     wanted = {parts_of(keys): leaf for keys, leaf in leaves}
     found = {key: leaf for key, leaf in source.leaves.items() if key[0] in fields}
-    problems = dict(_mismatches({key: leaf for key, leaf in wanted.items() if key[0] in fields}, found))
+    unfit = dict(_mismatches({key: leaf for key, leaf in wanted.items() if key[0] in fields}, found))
+    # A run may be resumed with a guard that it had not, or without the one that it had.
+    problems = {key: problem for key, problem in unfit.items() if key[0] != "extensions" or key[1] not in RECORDS}
     shown = "; ".join(list(problems.values())[:20])
     shown += f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
     if problems and strict:
         raise CheckpointError(f"`{source.path}` does not fit the state: {shown}.")
-    loaded = source.read({key: leaf for key, leaf in wanted.items() if key in found and key not in problems})
+    loaded = source.read({key: leaf for key, leaf in wanted.items() if key in found and key not in unfit})
     new = [loaded[key] if key in loaded else jnp.array(leaf, copy=True) for key, leaf in wanted.items()]
     return cast(TrainState, jax.tree.unflatten(structure, new)), shown
 

@@ -30,6 +30,19 @@ def check_count(value: Any, name: str) -> int:
     return int(value)
 
 
+def check_choice(value: Any, choices: Iterable[str], name: str) -> str:
+    """Returns ``value``, one of the texts ``choices``.
+
+    Raises:
+        ArgumentError: It is none of them.
+    """
+    choices = tuple(choices)
+    if not isinstance(value, str) or value not in choices:
+        listed = f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}"
+        raise ArgumentError(f"`{name}` is {reprlib.repr(value)}; it must be {listed}.")
+    return value
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns the end of a message about an unknown ``name``: the closest known name, or all known names."""
     known = sorted(known)

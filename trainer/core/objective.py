@@ -52,7 +52,7 @@ def call_objective(
         )
     outputs = metrics.get(MODEL_OUTPUTS, NOT_REPORTED)
     named = {name: value for name, value in metrics.items() if name not in (MODEL_OUTPUTS, "loss")}
-    return loss, {name: _metric(name, value) for name, value in named.items()}, outputs
+    return loss, {name: check_metric(name, value) for name, value in named.items()}, outputs
 
 
 def forward(state: TrainState, batch: Batch) -> Any:
@@ -142,19 +142,20 @@ def check_loss(loss: Any, subject: str) -> jax.Array:
     return array
 
 
-def _metric(name: Any, value: Any) -> jax.Array:
+def check_metric(name: Any, value: Any, source: str = "loss_fn") -> jax.Array:
+    """Returns a metric that ``source`` returned as an array, if it is a scalar with a name."""
     if not isinstance(name, str):
-        raise ObjectiveError(f"`loss_fn` returned a metric named {name!r}; names must be strings.")
+        raise ObjectiveError(f"`{source}` returned a metric named {name!r}; names must be strings.")
     try:
         array = jnp.asarray(value)
     except (TypeError, ValueError) as error:
         raise ObjectiveError(
-            f"`loss_fn` returned a metric `{name}` of type {type(value).__name__}; it must be a scalar."
+            f"`{source}` returned a metric `{name}` of type {type(value).__name__}; it must be a scalar."
         ) from error
     if array.shape != ():
+        reported = f", or report it as `{MODEL_OUTPUTS}`" if source == "loss_fn" else ""
         raise ObjectiveError(
-            f"`loss_fn` returned a metric `{name}` of shape {array.shape}; metrics are scalars. Average it, "
-            f"or report it as `{MODEL_OUTPUTS}`."
+            f"`{source}` returned a metric `{name}` of shape {array.shape}; metrics are scalars. Average it{reported}."
         )
     return array
 

@@ -23,6 +23,7 @@ from trainer.core.checks import check_count
 from trainer.core.modes import evaluated_as_a_whole
 from trainer.core.objective import check_extensions, check_loss_fn, with_losses
 from trainer.core.optimizer import adapt_optimizer
+from trainer.core.own_step import check_own_step, no_loss_fn, own_step
 from trainer.data.loaders import check_loader
 from trainer.data.memory import seed_from_key
 from trainer.distributed.agreement import check_agreement, gathered
@@ -35,9 +36,9 @@ from trainer.loggers.fanout import MetricFanout
 from trainer.loggers.wandb import WandbLogger
 from trainer.run import Run
 from trainer.sharding.placement import Placement, placement_of
-from trainer.state import check_model, check_optimizer, check_rng
+from trainer.state import TrainState, check_model, check_optimizer, check_rng
 from trainer.steps import make_eval_step, make_predict_step, make_train_step
-from trainer.types import Batch, EvalParams, ExtensionLike, LogCallback, LossFn
+from trainer.types import Batch, EvalParams, ExtensionLike, LogCallback, LossFn, NonFinite, StepFn
 
 # Stands for the horizon where only the structure of an optimizer's state matters.
 _ANY_HORIZON = 2**31 - 1
@@ -53,7 +54,7 @@ def assemble(
     val_data_loader: Callable[..., Any] | Iterable[Batch] | None,
     workdir: str | os.PathLike[str] | None,
     rng: jax.Array | None,
-    loss_fn: LossFn,
+    loss_fn: LossFn | None,
     metrics_logger: MetricsLoggerLike | None,
     logger: Logger | None,
     checkpoint_dir: str | os.PathLike[str] | None,
@@ -67,13 +68,15 @@ def assemble(
     steps_per_call: int | Literal["auto"],
     mesh: Mesh | None,
     partition_rules: Mapping[str, PartitionSpec] | None,
+    step_fn: StepFn | None,
+    nonfinite: NonFinite,
 ) -> tuple[Setup, Run]:
     """Checks the arguments of `trainer.Trainer`, and returns its parts and its initial run.
 
     Raises:
         ArgumentError: An argument cannot be used; nothing has happened then.
     """
-    if mesh is None or not callable(model):
+    if not isinstance(model, TrainState) and (mesh is None or not callable(model)):
         check_model(model)
     _check_config(training_config)
     if optimizer is not None:
@@ -82,22 +85,32 @@ def assemble(
     for name, loader in {"train_data_loader": train_data_loader, "val_data_loader": val_data_loader}.items():
         if loader is not None:
             check_loader(loader, name)
-    check_loss_fn(loss_fn)
+    extensions = check_extensions(extensions)
+    losses = with_losses(extensions)
+    if step_fn is None:
+        check_loss_fn(loss_fn)
+    else:
+        check_own_step(step_fn, loss_fn, nonfinite=(nonfinite, "ignore"), extensions=(losses, {}))
     if log_callback is not None and not callable(log_callback):
         raise ArgumentTypeError(f"`log_callback` is of type {type(log_callback).__name__}; it must be callable.")
     save_interval = check_count(save_interval, "save_interval")
-    extensions = check_extensions(extensions)
     callbacks = as_callback_list(callbacks)
     events = CallbackDispatcher(callbacks, extensions)
     placement = placement_of(mesh, partition_rules)
     rng = jax.random.PRNGKey(0) if rng is None else rng
     check_rng(rng)
-    losses = with_losses(extensions)
-    run = _initial_run(model, rng, training_config, optimizer, wrt, losses, placement)
+    held = {"wrt": wrt, "extensions": losses, "nonfinite": nonfinite}
+    run = _initial_run(model, rng, training_config, optimizer, held, placement)
     has_clipping = training_config.gradient_clip_norm is not None
     eval_params = resolve_eval_params(eval_params, run.peek(), has_clipping=has_clipping)
     _warn_of_mode(run.peek().model(), wrt)
     live = Live(weakref.ref(trainer), validates=val_data_loader is not None)
+    step: Any
+    if step_fn is None and loss_fn is not None:
+        make = functools.partial(make_train_step, loss_fn, wrt=wrt, extensions=losses, nonfinite=nonfinite)
+        step, step_arguments = _made_step(make, training_config, optimizer, placement)
+    elif step_fn is not None:
+        step, step_arguments = own_step(step_fn), None
     default_directory = TrainingConfig.checkpoint_dir
     checkpointer = Checkpointer(
         Path(checkpoint_dir or workdir or training_config.checkpoint_dir), training_config.max_checkpoints
@@ -117,6 +130,8 @@ def assemble(
         wrt=wrt,
         callbacks=callbacks,
         eval_params=eval_params,
+        step_fn=step_fn,
+        nonfinite=nonfinite,
         extensions=extensions,
         seed=seed_from_key(rng),
         placement=placement,
@@ -124,10 +139,11 @@ def assemble(
         fanout=_fanout(training_config, placement, log_callback, metrics_logger, logger),
         checkpointer=checkpointer,
         is_directory_given=any((workdir, checkpoint_dir, training_config.checkpoint_dir != default_directory)),
-        fingerprints=fingerprints_of(loss_fn, optimizer, losses, run),
-        step=_compiled_step(training_config, optimizer, loss_fn, wrt, losses, placement, steps_per_call, events, live),
+        fingerprints=fingerprints_of(loss_fn, step_fn, optimizer, losses, run),
+        step=_compiled_step(step, step_arguments, losses, placement, steps_per_call, events, live),
         eval_step=jax.jit(
-            names_checked(make_eval_step(loss_fn, eval_params=eval_params)), out_shardings=placement.replicated
+            names_checked(make_eval_step(loss_fn or no_loss_fn, eval_params=eval_params)),
+            out_shardings=placement.replicated,
         ),
         # The same function again finds its compiled step.
         predict_step=functools.lru_cache(maxsize=8)(
@@ -147,14 +163,16 @@ def _initial_run(
     rng: jax.Array,
     config: TrainingConfig,
     optimizer: optax.GradientTransformation | None,
-    wrt: nnx.filterlib.Filter,
-    extensions: dict[str, ExtensionLike],
+    held: Mapping[str, Any],
     placement: Placement,
 ) -> Run:
-    state = placement.create(model, build_optimizer(config, optimizer, _ANY_HORIZON), rng, wrt, extensions)
+    if isinstance(model, TrainState):
+        return Run.start(placement.adopt(model.copy())).replace(position=None)
+    state = placement.create(model, build_optimizer(config, optimizer, _ANY_HORIZON), rng, held)
     if not jax.tree.leaves(state.params):
         raise ArgumentError(
-            f"`model` has no parameters: `wrt` = {wrt!r} selects none of its variables, so there is nothing to train."
+            f"`model` has no parameters: `wrt` = {held['wrt']!r} selects none of its variables, so there is nothing to "
+            f"train."
         )
     return Run.start(state).replace(position=None)
 
@@ -182,36 +200,37 @@ def build_optimizer(
     return optax.chain(optax.clip_by_global_norm(config.gradient_clip_norm), adapt_optimizer(optimizer))
 
 
-def _compiled_step(
+def _made_step(
+    make: Callable[[optax.GradientTransformation], Any],
     config: TrainingConfig,
     optimizer: optax.GradientTransformation | None,
-    loss_fn: LossFn,
-    wrt: nnx.filterlib.Filter,
+    placement: Placement,
+) -> tuple[Any, Callable[[Run], tuple[Any, ...]] | None]:
+    """Returns the step that ``make`` makes of the optimizer, and what it takes beside state and batch."""
+    scheduler = config.scheduler
+    if optimizer is not None or scheduler is None or not needs_horizon(scheduler):
+        return make(build_optimizer(config, optimizer, None)), None
+
+    def step_until(state: Any, batch: Any, horizon: Any) -> Any:
+        return make(build_optimizer(config, None, horizon))(state, batch)
+
+    def horizon_of(run: Run) -> tuple[Any, ...]:
+        if run.horizon is None:
+            check_horizon(scheduler, None)  # raises
+        return (placement.replicated_int(run.horizon or 0),)
+
+    return step_until, horizon_of
+
+
+def _compiled_step(
+    step: Any,
+    arguments: Callable[[Run], tuple[Any, ...]] | None,
     extensions: dict[str, ExtensionLike],
     placement: Placement,
     steps_per_call: int | Literal["auto"],
     events: CallbackDispatcher,
     live: Live,
 ) -> CompiledStep:
-    make = functools.partial(make_train_step, loss_fn, wrt=wrt, extensions=extensions)
-    scheduler = config.scheduler
-    step: Any
-    arguments: Callable[[Run], tuple[Any, ...]] | None = None
-    if optimizer is None and scheduler is not None and needs_horizon(scheduler):
-
-        def step_until(state: Any, batch: Any, horizon: Any) -> Any:
-            return make(build_optimizer(config, None, horizon))(state, batch)
-
-        def horizon_of(run: Run) -> tuple[Any, ...]:
-            if run.horizon is None:
-                check_horizon(scheduler, None)  # raises
-            return (placement.replicated_int(run.horizon or 0),)
-
-        step, arguments = step_until, horizon_of
-
-    else:
-        step = make(build_optimizer(config, optimizer, None))
-
     def enabled() -> tuple[str, ...]:
         return tuple(name for name, extension in extensions.items() if extension.is_enabled())
 

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 from trainer.checkpoints.checkpointer import warn_of_state
 from trainer.checkpoints.run_record import Restored
 from trainer.compile.cost import ProgramCost, cost_of
+from trainer.core.nonfinite import check_finite
 from trainer.distributed.signals import Signals
-from trainer.errors import TrainingInterrupted, warn
+from trainer.errors import NonFiniteError, ObjectiveError, TrainingInterrupted, warn
 from trainer.fit.plan import FitPlan
 from trainer.fit.resume import checked, find, planned_end, put_back
 from trainer.fit.setup import Setup
@@ -80,6 +81,7 @@ def train_step(trainer: Trainer, batch: Batch) -> Metrics:
 def validate(trainer: Trainer, held_out: Callable[[], Iterator[Batch]], check: Callable[[], None]) -> None:
     """Evaluates the state, and records, logs and announces the averages."""
     setup = trainer.setup
+    hold_if_finite(trainer)
     setup.events.emit("on_validation_begin", trainer)
     state = trainer.run.state_with_edits()
     averages = evaluate(setup.eval_step, state, held_out(), placement=setup.placement, check=check)
@@ -114,11 +116,11 @@ def _run_epochs(
             # Of the epoch before: the device has finished it, so reading waits for nothing.
             if average is not None:
                 average.compute()
-                _warn_if_not_finite(trainer, average)
+                _react_if_not_finite(trainer, average)
             average = trainer.run.average
         _log_last_step(trainer)
         trainer.run.average.compute()  # the caller reads it next
-        _warn_if_not_finite(trainer, trainer.run.average)
+        _react_if_not_finite(trainer, trainer.run.average)
         if plan.held_out is not None and _not_validated(trainer.run):
             validate(trainer, plan.held_out, signals.check)
         if plan.caller == "train" and trainer.run.validation is not None and plan.held_out is not None:
@@ -224,8 +226,9 @@ def _after_call(trainer: Trainer, metrics: Metrics, count: int | None, *, defer:
     if report is not None:
         # At the step before the call: the rows of fused steps follow, and some loggers drop a row of an earlier step.
         tell_compilation(trainer, report.name, report.seconds, report.warning, run.step - (count or 1))
+        _check_counted(trainer)
     setup.fanout.flush()
-    _warn_if_not_finite(trainer, run.average)
+    _react_if_not_finite(trainer, run.average)
     step, every = run.step, setup.config.log_frequency
     if count is None:
         if step == 1 or step % every == 0:
@@ -243,8 +246,31 @@ def _after_call(trainer: Trainer, metrics: Metrics, count: int | None, *, defer:
     setup.events.emit("on_call_end", trainer, step, metrics_at(metrics, count - 1))
 
 
-def _warn_if_not_finite(trainer: Trainer, average: WeightedAverage) -> None:
-    """Says once that the loss is not finite, as soon as a loss that is not was read for an average."""
+def hold_if_finite(trainer: Trainer) -> None:
+    """Raises `NonFiniteError` where ``nonfinite`` is "raise" and a step was not finite. Waits for the device then.
+
+    The trainer holds the state from before that step, outside of any data; what came later is forgotten.
+    """
+    if trainer.setup.nonfinite != "raise":
+        return
+    run = trainer.run.with_edits()
+    try:
+        check_finite(run.peek())
+    except NonFiniteError as error:
+        history = run.history.copy()
+        history.rewind(error.step - 1)
+        state = trainer.setup.placement.adopt(error.state)
+        run = run.with_state(state, step=error.step - 1).replace(
+            history=history, logged_step=min(run.logged_step, error.step - 1), average=WeightedAverage(), metrics={}
+        )
+        trainer.hold(run)
+        raise
+
+
+def _react_if_not_finite(trainer: Trainer, average: WeightedAverage) -> None:
+    """Raises or says, once, that a step is not finite, as soon as metrics that are not were read for an average."""
+    if average.skipped:
+        hold_if_finite(trainer)
     found = average.not_finite
     if found is None or trainer.setup.live.has_warned:
         return
@@ -254,6 +280,16 @@ def _warn_if_not_finite(trainer: Trainer, average: WeightedAverage) -> None:
         f"`gradient_clip_norm` may help; `jax_debug_nans` finds the operation, and "
         f"EarlyStopping ends a run whose monitor is not finite."
     )
+
+
+def _check_counted(trainer: Trainer) -> None:
+    """Checks that a step of the caller's counts itself. Waits for the device; called after a compilation only."""
+    counted = None if trainer.setup.step_fn is None else int(trainer.run.peek().step)
+    if counted not in (None, trainer.run.step):
+        raise ObjectiveError(
+            f"`step_fn` returned a state with `step` {counted} where {trainer.run.step} was due; every step adds one: "
+            f"state.replace(…, step=state.step + 1)."
+        )
 
 
 def _log_last_step(trainer: Trainer) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from trainer.run import Run
-from trainer.types import ExtensionLike, LossFn
+from trainer.types import ExtensionLike, LossFn, StepFn
 
 _DEEPEST = 12
 
@@ -23,7 +23,8 @@ def fingerprint(value: Any) -> str:
 
 
 def fingerprints_of(
-    loss_fn: LossFn,
+    loss_fn: LossFn | None,
+    step_fn: StepFn | None,
     optimizer: optax.GradientTransformation | None,
     extensions: Mapping[str, ExtensionLike],
     run: Run,
@@ -35,6 +36,8 @@ def fingerprints_of(
         "loss_fn": fingerprint(loss_fn),
         "model": fingerprint([(name, getattr(attribute, "value", None)) for name, attribute in attributes]),
     }
+    if step_fn is not None:
+        told["step_fn"] = fingerprint(step_fn)
     if optimizer is not None:
         told["optimizer"] = fingerprint((optimizer.init, optimizer.update))
     return told | {

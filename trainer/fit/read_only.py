@@ -1,7 +1,11 @@
 """What a `Trainer` is made of and where it is, to be read by its caller, its callbacks and its loggers."""
 
+from typing import Any
+
 import optax
 
+from trainer.core.averaged_params import with_eval_params
+from trainer.core.modes import in_evaluation_mode
 from trainer.fit.assemble import build_optimizer
 from trainer.fit.setup import Setup
 from trainer.run import Run
@@ -41,6 +45,12 @@ class ReadOnly:
     should_stop = property(lambda self: self.setup.events.should_stop, doc="Whether a callback wants the run to end.")
     throughput = property(lambda self: self.setup.live.throughput, doc="`trainer.Throughput` of the latest epoch.")
     validates = property(lambda self: self.setup.live.validates, doc="Whether the run validates on anything.")
+
+    @property
+    def model(self) -> Any:
+        """A new module in evaluation mode with a copy of the current values; `state` has one in its first modes."""
+        state = with_eval_params(self.run.state_with_edits(), self.setup.eval_params)
+        return in_evaluation_mode(state.replace(opt_state=(), extensions={}).copy().model())
 
     @property
     def optimizer(self) -> optax.GradientTransformation:

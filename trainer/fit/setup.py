@@ -27,7 +27,7 @@ from trainer.loggers.fanout import MetricFanout
 from trainer.metrics.throughput import Throughput
 from trainer.run import FromLoader, Run
 from trainer.sharding.placement import Placement
-from trainer.types import EvalParams, ExtensionLike, LogCallback, LossFn, Metrics
+from trainer.types import EvalParams, ExtensionLike, LogCallback, LossFn, Metrics, NonFinite, StepFn
 
 _BYTES_COMPARED = 256 * 2**20
 """How much of data in memory the processes compare: a quarter of a second's work. Of more, rows spread over all."""
@@ -59,7 +59,7 @@ class Setup:
     """The parts of a trainer, made by `trainer.fit.assemble`; attributes as the arguments of `trainer.Trainer`."""
 
     config: TrainingConfig
-    loss_fn: LossFn
+    loss_fn: LossFn | None
     given_optimizer: optax.GradientTransformation | None
     train_data_loader: Any
     val_data_loader: Any
@@ -72,6 +72,8 @@ class Setup:
     wrt: nnx.filterlib.Filter
     callbacks: Any
     eval_params: EvalParams | None
+    step_fn: StepFn | None
+    nonfinite: NonFinite
     extensions: dict[str, ExtensionLike]
     seed: tuple[int, ...]
     placement: Placement

@@ -7,7 +7,7 @@ from typing import Any, Self
 import jax
 import numpy as np
 
-from trainer.types import BATCH_WEIGHT
+from trainer.types import BATCH_WEIGHT, SKIPPED
 
 MAX_PENDING = 64
 """The metrics of at most this many calls stay on the device. Far older calls than the loop lets run have finished."""
@@ -54,7 +54,8 @@ class WeightedAverage:
     """The average of metrics over batches, weighted by the size of each batch.
 
     The weight of a batch is its number of examples, or the metric ``batch_weight`` where the objective reports it;
-    ``batch_weight`` itself is reported as its sum. A batch of weight zero counts for nothing. The sums are float64 on
+    ``batch_weight`` itself is reported as its sum. A batch of weight zero counts for nothing, nor does a step that was
+    left out (``nonfinite``); ``skipped`` is how many were. The sums are float64 on
     the host. ``not_finite`` is the step and the value of the first loss read that was not finite, or None. The metrics
     of the latest calls stay on the device until `compute`; those of older calls are read as new
     ones are added.
@@ -104,6 +105,11 @@ class WeightedAverage:
         self._read(len(self._pending))
         return {name: total / self._weights[name] for name, total in self._sums.items() if self._weights[name]}
 
+    @property
+    def skipped(self) -> int:
+        """How many steps were left out, of those that were read so far."""
+        return int(self._sums.get(SKIPPED, 0))
+
     def copy(self) -> Self:
         """Returns an equal average that is added to independently."""
         copied = type(self)()
@@ -132,6 +138,10 @@ class WeightedAverage:
         for metrics, (_, examples, batches) in zip(read([first for first, *_ in pending]), pending, strict=True):
             columns = {name: [value] if batches is None else value[:batches] for name, value in metrics.items()}
             weights = columns.get(BATCH_WEIGHT, [float(examples)] * (batches or 1))
+            if SKIPPED in columns:
+                weights = [
+                    0.0 if skipped else weight for weight, skipped in zip(weights, columns[SKIPPED], strict=True)
+                ]
             if self.not_finite is None and not all(map(math.isfinite, columns.get("loss", ()))):
                 self.not_finite = _first_not_finite(columns, weights)
             for name, column in columns.items():
@@ -143,8 +153,8 @@ class WeightedAverage:
         # same bits as single ones.
         total, norm = self._sums.get(name, 0.0), self._weights.get(name, 0.0)
         for value, weight in zip(column, weights, strict=True):
-            if name == BATCH_WEIGHT:  # reported as its sum
-                total, norm = total + value, 1.0
+            if name in (BATCH_WEIGHT, SKIPPED):  # reported as sums
+                total, norm = total + (weight if name == BATCH_WEIGHT else value), 1.0
             elif weight != 0:  # a batch of padding alone counts for nothing, and 0 * nan is nan
                 total, norm = total + value * weight, norm + weight
         self._sums[name], self._weights[name] = total, norm

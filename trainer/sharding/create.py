@@ -14,7 +14,7 @@ from trainer.errors import ArgumentTypeError
 from trainer.sharding.mesh import Axes
 from trainer.sharding.partition import MIN_SIZE, partition, shardings_of
 from trainer.state import TrainState, check_model, check_optimizer, check_rng
-from trainer.types import ExtensionLike
+from trainer.types import ExtensionLike, NonFinite
 
 
 def abstract_state(
@@ -28,15 +28,16 @@ def abstract_state(
     min_size: int = MIN_SIZE,
     wrt: nnx.filterlib.Filter = nnx.Param,
     extensions: Mapping[str, ExtensionLike] | None = None,
+    nonfinite: NonFinite = "ignore",
 ) -> TrainState:
     """Returns the state that `create_sharded` returns, with a `jax.ShapeDtypeStruct` for each array.
 
     Nothing is computed. Each leaf has its ``sharding``, so `trainer.plan` and the restoration
     of a checkpoint can start from the result.
     """
-    return _abstract_init(
-        model_fn, optimizer, rng, mesh, wrt, extensions, rules=rules, logical_axes=logical_axes, min_size=min_size
-    )[1]
+    held = {"wrt": wrt, "extensions": extensions, "nonfinite": nonfinite}
+    how = {"rules": rules, "logical_axes": logical_axes, "min_size": min_size}
+    return _abstract_init(model_fn, optimizer, rng, mesh, held, how)[1]
 
 
 def create_sharded(
@@ -50,6 +51,7 @@ def create_sharded(
     min_size: int = MIN_SIZE,
     wrt: nnx.filterlib.Filter = nnx.Param,
     extensions: Mapping[str, ExtensionLike] | None = None,
+    nonfinite: NonFinite = "ignore",
 ) -> TrainState:
     """Creates a state that is initialized sharded.
 
@@ -57,7 +59,9 @@ def create_sharded(
     device that keeps it. On any mesh it equals, bit for bit, these lines compiled::
 
         model_rng, rng = jax.random.split(rng)
-        TrainState.create(model_fn(nnx.Rngs(model_rng)), optimizer, rng=rng, wrt=wrt, extensions=extensions)
+        TrainState.create(
+            model_fn(nnx.Rngs(model_rng)), optimizer, rng=rng, wrt=wrt, extensions=extensions, nonfinite=nonfinite
+        )
 
     Args:
         model_fn: Makes the module from random streams, such as ``lambda rngs: Transformer(config, rngs=rngs)``.
@@ -70,15 +74,14 @@ def create_sharded(
         rules: See `partition`.
         logical_axes: See `partition`.
         min_size: See `partition`.
-        wrt: See `TrainState.create`.
-        extensions: The extensions whose weights and variables the state carries, see `TrainState.create`.
+        wrt, extensions, nonfinite: See `TrainState.create`.
 
     Raises:
         ArgumentError: See `TrainState.create` and `partition`.
     """
-    init, abstract = _abstract_init(
-        model_fn, optimizer, rng, mesh, wrt, extensions, rules=rules, logical_axes=logical_axes, min_size=min_size
-    )
+    held = {"wrt": wrt, "extensions": extensions, "nonfinite": nonfinite}
+    how = {"rules": rules, "logical_axes": logical_axes, "min_size": min_size}
+    init, abstract = _abstract_init(model_fn, optimizer, rng, mesh, held, how)
     with _logical_axis_rules(mesh, logical_axes):
         state: TrainState = jax.jit(init, out_shardings=shardings_of(abstract))(rng)
     return state
@@ -89,11 +92,13 @@ def _abstract_init(
     optimizer: optax.GradientTransformation,
     rng: jax.Array,
     mesh: Mesh,
-    wrt: nnx.filterlib.Filter,
-    extensions: Mapping[str, ExtensionLike] | None,
-    **how: Any,
+    held: Mapping[str, Any],
+    how: Mapping[str, Any],
 ) -> tuple[Callable[[jax.Array], TrainState], TrainState]:
-    """Returns the function from a key to the state, and the shapes and shardings of its result."""
+    """Returns the function from a key to the state, and the shapes and shardings of its result.
+
+    ``held`` are the arguments of `TrainState.create` that decide what the state holds, ``how`` those of `partition`.
+    """
     check_optimizer(optimizer)
     check_rng(rng)
     if not callable(model_fn) or isinstance(model_fn, nnx.Module):
@@ -106,7 +111,7 @@ def _abstract_init(
         model_rng, rng = jax.random.split(rng)
         model = model_fn(nnx.Rngs(model_rng))
         check_model(model)
-        return TrainState.create(model, optimizer, rng=rng, wrt=wrt, extensions=extensions)
+        return TrainState.create(model, optimizer, rng=rng, **held)
 
     try:
         with _logical_axis_rules(mesh, how["logical_axes"]):

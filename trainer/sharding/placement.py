@@ -25,7 +25,7 @@ from trainer.sharding.create import create_sharded
 from trainer.sharding.mesh import BATCH_AXES, batch_sharding, multiples_near
 from trainer.sharding.partition import partition
 from trainer.state import TrainState
-from trainer.types import Batch, ExtensionLike
+from trainer.types import Batch
 
 _CACHED_INTS = 256
 _END = object()
@@ -55,10 +55,9 @@ class Placement(Protocol):
         model: Any,
         optimizer: optax.GradientTransformation,
         rng: jax.Array,
-        wrt: nnx.filterlib.Filter,
-        extensions: Mapping[str, ExtensionLike],
+        held: Mapping[str, Any],
     ) -> TrainState:
-        """Creates the state on its devices; arguments as for `TrainState.create`.
+        """Creates the state on its devices; ``held`` are further arguments of `TrainState.create`.
 
         Over a mesh ``model`` may also be a callable from ``nnx.Rngs`` to the model: the state is then initialized
         sharded, see `create_sharded`.
@@ -145,10 +144,9 @@ class SingleDevice:
         model: Any,
         optimizer: optax.GradientTransformation,
         rng: jax.Array,
-        wrt: nnx.filterlib.Filter,
-        extensions: Mapping[str, ExtensionLike],
+        held: Mapping[str, Any],
     ) -> TrainState:
-        return TrainState.create(model, optimizer, rng=rng, wrt=wrt, extensions=extensions)
+        return TrainState.create(model, optimizer, rng=rng, **held)
 
     def adopt(self, state: TrainState) -> TrainState:
         return state
@@ -226,14 +224,11 @@ class OverMesh:
         model: Any,
         optimizer: optax.GradientTransformation,
         rng: jax.Array,
-        wrt: nnx.filterlib.Filter,
-        extensions: Mapping[str, ExtensionLike],
+        held: Mapping[str, Any],
     ) -> TrainState:
         if callable(model) and not isinstance(model, nnx.Module):
-            return create_sharded(
-                model, optimizer, rng=rng, mesh=self.mesh, rules=self._rules, wrt=wrt, extensions=extensions
-            )
-        return self.adopt(TrainState.create(model, optimizer, rng=rng, wrt=wrt, extensions=extensions))
+            return create_sharded(model, optimizer, rng=rng, mesh=self.mesh, rules=self._rules, **held)
+        return self.adopt(TrainState.create(model, optimizer, rng=rng, **held))
 
     def adopt(self, state: TrainState) -> TrainState:
         if all(map(self._is_placed, jax.tree.leaves(state))):

@@ -1,0 +1,94 @@
+"""A step that the caller wrote, in place of that of `make_train_step`."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from trainer.core.objective import check_loss_fn, check_metric
+from trainer.core.tree_paths import leaf_path
+from trainer.errors import ArgumentError, ArgumentTypeError, ObjectiveError
+from trainer.state import TrainState
+from trainer.types import Batch, Metrics, StepFn
+
+
+def own_step(step_fn: StepFn) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Returns the step, which checks what ``step_fn`` returns while it is traced."""
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        result = step_fn(state, batch)
+        if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], TrainState):
+            raise ObjectiveError(
+                f"`step_fn` returned {_described(result)}; it must return a pair (state, metrics), with the state as "
+                f"state.replace(…) makes it."
+            )
+        after, metrics = result
+        if not isinstance(metrics, Mapping):
+            raise ObjectiveError(
+                f"`step_fn` returned metrics of type {type(metrics).__name__}; they must be a mapping of names to "
+                f"scalars."
+            )
+        after = _as_before(state, after)
+        named = {name: check_metric(name, value, "step_fn") for name, value in metrics.items() if name != "step"}
+        return after, {**named, "step": after.step}
+
+    return train_step
+
+
+def check_own_step(step_fn: Any, loss_fn: Any, **settings: Any) -> None:
+    """Checks a ``step_fn``, the ``loss_fn`` beside it, which may be None, and the settings of a step of ours.
+
+    Raises:
+        ArgumentTypeError: One is not callable.
+        ArgumentError: A setting is given that only a step of `make_train_step` has.
+    """
+    if not callable(step_fn):
+        raise ArgumentTypeError(
+            f"`step_fn` is of type {type(step_fn).__name__}; it must be a callable step_fn(state, batch) -> "
+            f"(state, metrics)."
+        )
+    if loss_fn is not None:
+        check_loss_fn(loss_fn)
+    for name, (value, default) in settings.items():
+        if value != default:
+            raise ArgumentError(
+                f"`{name}` is {value!r}, but the step is a `step_fn`, which it cannot change; pass it to "
+                f"make_train_step if the step is composed of that one."
+            )
+
+
+def no_loss_fn(*arguments: Any) -> Any:
+    """Stands for the objective of a trainer that was given none."""
+    raise ArgumentError("`loss_fn` is None, so there is nothing to validate or to evaluate; pass one beside `step_fn`.")
+
+
+def _as_before(before: TrainState, after: TrainState) -> TrainState:
+    """Returns the state with the dtypes that it had.
+
+    Raises:
+        ObjectiveError: It has another structure; the first differences are named.
+    """
+    held, new = ({leaf_path(path): leaf for path, leaf in jax.tree.leaves_with_path(one)} for one in (before, after))
+    wrong = [f"`{name}` was removed" for name in held.keys() - new.keys()]
+    wrong += [f"`{name}` was added" for name in new.keys() - held.keys()]
+    for name in held.keys() & new.keys():
+        was, now = held[name], jax.numpy.asarray(new[name])
+        is_kept = was.dtype == now.dtype or (now.weak_type and jax.numpy.result_type(was, now) == was.dtype)
+        if was.shape != now.shape or not is_kept:
+            wrong.append(f"`{name}` was {was.dtype}{was.shape} and became {now.dtype}{now.shape}")
+    structures: list[Any] = [jax.tree.structure(one) for one in (before, after)]
+    if wrong or structures[0] != structures[1]:
+        listed = "; ".join(sorted(wrong)[:5]) or "a container is of another type"
+        raise ObjectiveError(f"`step_fn` changed the structure of the state: {listed}.")
+    kept: TrainState = jax.tree.map(
+        lambda was, now: now if getattr(now, "dtype", None) == was.dtype else jax.numpy.asarray(now, was.dtype),
+        before,
+        after,
+    )
+    return kept
+
+
+def _described(result: Any) -> str:
+    if isinstance(result, tuple):
+        return f"a tuple of {', '.join(type(one).__name__ for one in result)}"
+    return f"a value of type {type(result).__name__}"

@@ -297,6 +297,7 @@ class TestCompilation:
 class TestData:
     @pytest.mark.parametrize(("examples", "batch_size"), [(24, 8), (20, 8), (5, 8), (8, 8), (7, 1)])
     @pytest.mark.filterwarnings("ignore:`batch_size` is 8")
+    @pytest.mark.few(2)
     def test_an_epoch_is_a_permutation(self, examples, batch_size):
         seen = []
 

@@ -98,6 +98,7 @@ def trained_on_dicts(devices):
 
 
 @pytest.mark.parametrize(("kind", "devices"), [*((kind, None) for kind in KINDS), ("tuple", 4)])
+@pytest.mark.few(2)
 def test_any_tree_trains_as_a_dict_does(kind, devices):
     chex.assert_trees_all_equal(trained(*KINDS[kind], devices), trained_on_dicts(devices))
 
@@ -114,6 +115,7 @@ def ragged_batch(weight=0.5, edge=5, seed=0):
 
 
 @pytest.mark.parametrize(("weight", "devices"), [(0.5, None), (np.float32(0.5), None), (0.5, 4)])
+@pytest.mark.few(1)
 def test_ragged_leaves_and_numbers_train(weight, devices):
     batches = [ragged_batch(weight, seed=seed) for seed in range(3)]
     trainer = build(ragged, train_data_loader=batches, val_data_loader=batches[:2], **over(devices))

@@ -50,6 +50,7 @@ def build(tmp_path, optimizer, eval_params, **settings):
 
 @pytest.mark.parametrize("clip", [None, 0.5])
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.few(2)
 def test_everything_that_evaluates_uses_them(name, clip, tmp_path):
     make, eval_params = CASES[name]
     trainer = build(tmp_path, make(), eval_params, gradient_clip_norm=clip)

@@ -132,6 +132,7 @@ class TestExtensionsOfTheReference:
             lambda batch, outputs, **kwargs: jnp.mean(outputs**2) + 0 * kwargs["step"],
         ],
     )
+    @pytest.mark.few(2)
     def test_a_loss_gets_the_arguments_that_it_has(self, loss_fn, tmp_path):
         class Plain:
             weight = 0.5

@@ -164,6 +164,7 @@ class FailedError(Exception):
 
 
 @pytest.mark.parametrize("kind", ["memory", "loader"])
+@pytest.mark.few(1)
 def test_after_a_failure_it_resumes_to_the_same_bits(kind, tmp_path):
     make = Shuffled if kind == "loader" else lambda: None
     expected = own_loop(tmp_path / "whole", make())

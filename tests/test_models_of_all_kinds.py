@@ -129,7 +129,7 @@ MODELS = [Staged, Language, Hijax]
 
 
 @pytest.mark.parametrize("make", MODELS)
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_models_train_save_and_resume_to_the_bit(make, tmp_path, compilations):
     def trainer(workdir):
         return Trainer(make(), config(), loss_fn=squared_error, workdir=tmp_path / workdir)

@@ -159,7 +159,7 @@ def as_optax_expects():
 
 @pytest.mark.filterwarnings("ignore:`optimistic_adam` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("name", slow_unless(FAST.__contains__, OPTIMIZERS))
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 def test_an_optimizer_trains_as_in_the_loop_of_optax(name, compilations, tmp_path):
     make, asked = OPTIMIZERS[name]
     wanted = by_hand(make(), asked)

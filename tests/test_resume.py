@@ -96,7 +96,7 @@ def assert_same_run(trainer, watching, returned, uninterrupted):
 
 
 @pytest.mark.parametrize("k", slow_unless({1, 14, 15, 16, 29, 30}.__contains__, range(1, STEPS + 1)))
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_resuming_from_every_step(k, uninterrupted):
     directory, *_ = uninterrupted
     watching = Watching()

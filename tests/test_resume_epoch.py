@@ -240,7 +240,7 @@ TELLING = (2, 4)
     "steps", [TELLING, pytest.param(sorted(set(range(1, STEPS + 1)) - set(TELLING)), marks=pytest.mark.slow)], ids=str
 )
 @pytest.mark.parametrize("kind", LOADERS)
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 def test_resuming_from_every_step(kind, steps, tmp_path):
     expected, expected_watching = build(tmp_path, LOADERS[kind](), kind=kind)
     expected_returned = run(expected)
@@ -563,6 +563,7 @@ class TestRefusals:
             ),
         ],
     )
+    @pytest.mark.few(1)
     def test_a_position_that_cannot_be_saved_stops_the_save_only(self, state, message, tmp_path):
         class Unsaveable(Positioned):
             def get_state(self):

@@ -72,6 +72,7 @@ class TestEdits:
         assert (new == 0.5).all()
 
     @pytest.mark.parametrize("steps_per_call", [1, 3])
+    @pytest.mark.few(1)
     def test_edits_of_a_callback_count_in_train_fused_or_not(self, steps_per_call):
         class Stops(Callback):
             def on_validation_end(self, trainer, logs):
@@ -210,6 +211,7 @@ class TestValue:
 
 class TestOwnership:
     @pytest.mark.parametrize("extensions", [None, {"size": Counting}])
+    @pytest.mark.few(1)
     def test_a_deleted_trainer_frees_its_arrays_at_once(self, extensions):
         made = None if extensions is None else {name: kind() for name, kind in extensions.items()}
         trainer = build(callbacks=[Callback()], extensions=made)

@@ -469,6 +469,7 @@ class TestFusedSteps:
         return state, make_train_step(squared_error, optimizer, extensions=extensions)
 
     @pytest.mark.parametrize("count", [None, 0, 1, 3, 5])
+    @pytest.mark.few(2)
     def test_it_is_so_many_single_steps_to_the_bit(self, count):
         state, step = self.state_and_step()
         batches = self.batches(5)

@@ -195,6 +195,7 @@ class TestLightImport:
         assert not loaded & {"tensorflow", "tensorflow_datasets"}
 
 
+@pytest.mark.slow
 def test_the_snippets_of_the_readme_run_in_order(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)

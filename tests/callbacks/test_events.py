@@ -94,7 +94,7 @@ def test_every_hook_is_in_the_table():
         [(base, *call) for base in (Callback, Counting) for call in CALLS],
     ),
 )
-@pytest.mark.few(8)
+@pytest.mark.few(3)
 def test_one_that_raises_ends_the_run_at_the_last_finished_step(event, nth, step, base, tmp_path, undisturbed):
     returned, states = undisturbed
     error, recorder = ZeroDivisionError("the user's own"), Recorder()

@@ -200,6 +200,7 @@ class TestInARun:
         assert_same_bits(saved.state, plain.state)
 
     @pytest.mark.parametrize("step", [3, 5, 9, 10, 12])
+    @pytest.mark.few(2)
     def test_a_run_goes_on_from_it_to_the_bit(self, step, tmp_path):
         first, whole = Watching(), build(tmp_path, Watching(), ModelCheckpoint(tmp_path / "best", save_top_k=-1))
         returned = run(whole, val_interval=3)
@@ -295,6 +296,7 @@ class TestAKillBetweenTwoSaves:
     """The trainer's checkpoint of a step is there, and that of the callback is not."""
 
     @pytest.mark.parametrize(("step", "val_interval"), [(3, 3), (10, 5), (15, 5)])
+    @pytest.mark.few(1)
     def test_the_step_is_judged_when_the_run_is_resumed(self, step, val_interval, tmp_path):
         best = ModelCheckpoint(tmp_path / "best", save_top_k=-1)
         trainer = build(tmp_path, best, save_interval=1)

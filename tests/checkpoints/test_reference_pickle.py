@@ -235,6 +235,7 @@ class TestReference:
         assert_holds(read(data, create(make(rngs=nnx.Rngs(1)))), create(model))
 
     @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+    @pytest.mark.few(2)
     def test_every_optimizer_is_read(self, optimizer, read):
         state = create(Linear(), optimizer)
         assert_holds(read(reference(Linear(), optimizer), state), state)

@@ -205,6 +205,7 @@ class TestOpeningOnce:
         assert opened == ["checkpoint_4.msgpack"]
 
     @pytest.mark.parametrize("where", [10, -600, -30])
+    @pytest.mark.few(1)
     def test_a_damaged_one_is_passed_over_aloud(self, where, directory, opened):
         newest = directory / "checkpoint_8.msgpack"
         whole = bytearray(newest.read_bytes())

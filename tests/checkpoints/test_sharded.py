@@ -148,6 +148,7 @@ class TestWholeOrNotAtAll:
         save_state(tmp_path / "checkpoint_0.msgpack", snapshot.state)
         assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_0.msgpack"]
 
+    @pytest.mark.slow
     def test_an_earlier_one_is_there_until_the_new_one_is(self, tmp_path):
         one, other = sharded(mesh_of(2)), sharded(mesh_of(4), seed=1)
         path = save_state(tmp_path / "s.orbax", one)

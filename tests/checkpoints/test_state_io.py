@@ -93,7 +93,7 @@ def of_optax():
 
 
 @pytest.mark.parametrize("optimizer", [pytest.param(optimizer, id=name) for name, optimizer in of_optax()])
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 def test_states_of_every_optimizer_come_back_and_go_on(optimizer, tmp_path):
     step = jax.jit(make_train_step(squared_error, optimizer))
     state, _ = step(create(Busy(), optimizer), regression())

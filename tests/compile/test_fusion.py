@@ -99,6 +99,7 @@ class TestInTrain:
     @pytest.mark.parametrize(
         "settings", [{}, pytest.param({"log_frequency": 1}, marks=pytest.mark.slow), {"log_frequency": 5}]
     )
+    @pytest.mark.few(1)
     def test_nothing_of_a_run_depends_on_it(self, settings, tmp_path):
         one, returned = self.run(tmp_path / "one", steps_per_call=1, settings=config(**settings))
         for steps_per_call in (2, 5, 1000, "auto"):

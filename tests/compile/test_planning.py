@@ -172,6 +172,7 @@ class TestPlan:
     @pytest.mark.parametrize(
         ("data", "fsdp", "tensor"), [(4, 8, 2), pytest.param(16, 8, 4, marks=pytest.mark.slow)], ids=["64", "512"]
     )
+    @pytest.mark.slow
     def test_a_mesh_larger_than_the_machine_is_planned(self, data, fsdp, tensor):
         devices = data * fsdp * tensor
         code = f"""

@@ -165,7 +165,7 @@ EQUIVALENTS = {
 
 
 @pytest.mark.parametrize("case", EQUIVALENTS)
-@pytest.mark.few(6)
+@pytest.mark.few(2)
 def test_equals_the_chain_written_by_hand(case):
     fields, by_hand = EQUIVALENTS[case]
     updates = run(make(case.split()[0].rstrip(","), **fields))
@@ -193,7 +193,7 @@ def test_adafactor_factors_large_matrices():
 
 
 @pytest.mark.parametrize("name", OPTIMIZER_FIELDS)
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 def test_every_field_that_an_optimizer_reads_changes_its_updates(name):
     other = {
         "beta1": 0.5,
@@ -223,6 +223,7 @@ def first_update(optimizer, params, grads):
     [("adamw", RATE * 0.1), ("lion", RATE * 0.1), ("muon", RATE * 0.1), ("adafactor", 0.1)],
 )
 @pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.few(1)
 def test_decoupled_decay_without_gradient_shrinks_the_params(name, factor, mask):
     params = random_tree(0)
     updates = first_update(make(name, weight_decay=0.1, decay_mask=mask), params, jax.tree.map(np.zeros_like, params))
@@ -294,6 +295,7 @@ BY_DEFAULT = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZER_FIELDS)
+@pytest.mark.few(3)
 def test_a_field_that_is_left_out_is_optax_s_default(name):
     made = make(name)
     chex.assert_trees_all_equal(run(made), run(BY_DEFAULT[name]))

@@ -238,7 +238,7 @@ def steps_around(length, seed=0):
 
 
 @pytest.mark.parametrize(("kind", "warmup", "ratio"), AROUND)
-@pytest.mark.few(6)
+@pytest.mark.few(2)
 def test_schedules_with_a_horizon_equal_those_of_optax(kind, warmup, ratio):
     config = config_around(kind, warmup, ratio)
     for length in LENGTHS:
@@ -250,7 +250,7 @@ def test_schedules_with_a_horizon_equal_those_of_optax(kind, warmup, ratio):
 
 
 @pytest.mark.parametrize(("kind", "warmup", "ratio"), AROUND)
-@pytest.mark.few(6)
+@pytest.mark.few(2)
 def test_a_traced_horizon_gives_the_bits_of_a_concrete_one(kind, warmup, ratio):
     config = config_around(kind, warmup, ratio)
     traced = jax.jit(lambda steps, length: make_schedule(config, PEAK, length)(steps))
@@ -289,6 +289,7 @@ def test_a_traced_horizon_within_the_warmup_gives_finite_rates(kind, length):
 
 
 @pytest.mark.parametrize("optimizer_type", ["adam", "muon"])
+@pytest.mark.few(1)
 def test_a_step_with_a_traced_horizon_compiles_once(optimizer_type):
     config = OptimizerConfig(optimizer_type=optimizer_type, learning_rate=PEAK)
     warm = SchedulerConfig(scheduler_type="cosine", warmup_steps=2)

@@ -72,7 +72,7 @@ def uninterrupted(tmp_path_factory):
         ((*moment, number) for moment in MOMENTS for number in SIGNALS),
     ),
 )
-@pytest.mark.few(6)
+@pytest.mark.few(2)
 def test_wherever_it_comes_the_run_is_saved_and_resumes_to_the_same_bits(number, event, at, tmp_path, uninterrupted):
     returned, whole = uninterrupted
     recorder = Recorder()
@@ -163,7 +163,7 @@ def elsewhere(tmp_path, monkeypatch):
         ),
     ),
 )
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 def test_whatever_is_under_way_the_run_ends_in_order_and_resumes_to_the_same_bits(
     phase, times, number, tmp_path, monkeypatch
 ):

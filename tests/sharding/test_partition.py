@@ -397,6 +397,7 @@ class TestBirth:
             ),
         ),
     )
+    @pytest.mark.few(1)
     def test_it_is_the_state_that_one_device_would_have_created(self, axes, rng):
         rules = TENSOR if "tensor" in axes else None
         state = create(axes, rng=rng, rules=rules, min_size=256)
@@ -498,6 +499,7 @@ def alone():
 
 class TestTraining:
     @pytest.mark.parametrize("layout", slow_unless({"fsdp", "data x fsdp x tensor"}.__contains__, LAYOUTS))
+    @pytest.mark.few(1)
     def test_twenty_steps_are_those_of_one_device(self, layout, alone, compilations):
         axes, how = LAYOUTS[layout]
         state = create(axes, **how)

@@ -133,6 +133,7 @@ class TestTraining:
         assert steps == {"jit(train_steps)": 1, "jit(train_step)": 1}
 
     @pytest.mark.parametrize("options", [{"steps_per_call": 1}, {"callbacks": [Callback()]}])
+    @pytest.mark.few(1)
     def test_however_steps_are_called(self, options, alone, tmp_path):
         trainer = build(tmp_path, "data, fsdp", **options)
         trainer.train(data(), 4, BATCH, data(13, seed=1), val_interval=7)

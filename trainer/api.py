@@ -16,6 +16,7 @@ from trainer.checkpoints.snapshot import Snapshot
 from trainer.compile.cost import ProgramCost
 from trainer.config import TrainingConfig
 from trainer.core.checks import check_count
+from trainer.core.report import Measure
 from trainer.errors import ArgumentTypeError
 from trainer.fit import epochs
 from trainer.fit import resume as resuming
@@ -68,9 +69,8 @@ class Trainer(ReadOnly):
         partition_rules: How the state is split over the mesh, see `trainer.partition`.
         step_fn: A step of your own in place of ``make_train_step(loss_fn, optimizer)``, see `trainer.StepFn`.
             ``loss_fn`` then only validates and evaluates, and may be None.
-        nonfinite: What becomes of a step that is not finite: "ignore", "skip" or "raise", see `make_train_step`. With
-            "raise" the trainer raises `NonFiniteError` when it next reads metrics, validates or saves, and holds the
-            state from before that step.
+        nonfinite, report: Of the step, see `make_train_step`. With ``nonfinite="raise"`` the trainer raises
+            `NonFiniteError` when it next reads metrics, validates or saves, and holds the state from before that step.
 
     Attributes:
         run: What a checkpoint holds: the state, and the record that travels with it. The only attribute that changes.
@@ -107,6 +107,7 @@ class Trainer(ReadOnly):
         partition_rules: Mapping[str, PartitionSpec] | None = None,
         step_fn: StepFn | None = None,
         nonfinite: NonFinite = "ignore",
+        report: Iterable[str] | Mapping[str, Measure] = (),
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name != "self"}
         self.setup, self.run = assemble(self, **arguments)

@@ -5,7 +5,7 @@ caller's to choose, and the same function works under each.
 """
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 from zlib import crc32
 
@@ -25,6 +25,7 @@ from trainer.core.nonfinite import make_guard
 from trainer.core.objective import call_objective, check_extensions, check_loss_fn, with_losses
 from trainer.core.optimizer import adapt_optimizer, extra_arguments
 from trainer.core.prediction import call_on_input, check_outputs
+from trainer.core.report import Measure, Update, make_report
 from trainer.errors import ArgumentError, ArgumentTypeError, BatchError
 from trainer.state import TrainState, check_optimizer
 from trainer.types import Batch, EvalParams, ExtensionLike, LossFn, Metrics, NonFinite
@@ -40,6 +41,7 @@ def make_train_step(
     extensions: Mapping[str, ExtensionLike] | None = None,
     axis_name: AxisName | None = None,
     nonfinite: NonFinite = "ignore",
+    report: Iterable[str] | Mapping[str, Measure] = (),
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Makes a train step: draw a key, differentiate the objective, update the params, carry the model state over.
 
@@ -78,6 +80,9 @@ def make_train_step(
             averages. With "raise" every step from there on returns the state of before, and `check_finite`, which a
             `Trainer` calls, raises `NonFiniteError` with the step and the arrays. Both cost a pass over these arrays
             and no wait for the device.
+        report: What else to report of each update: names among "gradient_norm" (before clipping), "update_ratio" (the
+            norm of the update by that of the params) and "learning_rate" (where the optimizer keeps it, as that of
+            ``optax.inject_hyperparams``), or functions of a `trainer.Update` by name.
 
     Returns:
         A pure ``(state, batch) -> (state, metrics)``. ``metrics`` holds scalars on the device: what
@@ -107,6 +112,7 @@ def make_train_step(
     objective = make_objective(loss_fn, wrt, with_losses(check_extensions(extensions)), axis_name)
     gradient = gradient_of(objective, axis_name)
     guard = make_guard(nonfinite)
+    reported = make_report(report)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         _check_call(state, batch)
@@ -124,6 +130,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **extra)
         params = optax.apply_updates(state.params, updates)
         next_state = after.replace(params=params, opt_state=opt_state, step=state.step + 1)
+        metrics = reported(Update(state.step, grads, updates, state.params, opt_state), metrics)
         next_state, metrics = guard(state, next_state, grads, metrics)
         return next_state, {**metrics, "step": next_state.step}
 

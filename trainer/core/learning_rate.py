@@ -41,6 +41,25 @@ def with_learning_rate(opt_state: Any, value: Any) -> Any:
     return jax.tree.unflatten(structure, leaves)
 
 
+def learning_rate_of(opt_state: Any) -> jax.Array:
+    """Returns the learning rate that an optimizer keeps in its state: after an update, that of the update.
+
+    Raises:
+        ArgumentError: It keeps none, or several.
+    """
+    held = {leaf_path(path): leaf for path, leaf in jax.tree.leaves_with_path(opt_state)}
+    rates = {path: leaf for path, leaf in held.items() if f"/{path}".endswith(f"/{_RATE}")}
+    if len(rates) != 1:
+        listed = f"{len(rates)} of them: {', '.join(f'`{path}`' for path in list(rates)[:5])}" if rates else "none"
+        raise ArgumentError(
+            f"`report` asks for the learning rate, and the optimizer keeps {listed} in its state. One of "
+            f"optax.inject_hyperparams keeps it; of any other, report a function of the step: "
+            f"{{'learning_rate': lambda update: schedule(update.step)}}."
+        )
+    rate: jax.Array = next(iter(rates.values()))
+    return rate
+
+
 def _checked(value: Any) -> float:
     try:
         rate = float(value)

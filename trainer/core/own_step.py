@@ -35,8 +35,12 @@ def own_step(step_fn: StepFn) -> Callable[[TrainState, Batch], tuple[TrainState,
     return train_step
 
 
-def check_own_step(step_fn: Any, loss_fn: Any, **settings: Any) -> None:
+def check_own_step(step_fn: Any, loss_fn: Any, settings: Mapping[str, tuple[Any, Any]]) -> None:
     """Checks a ``step_fn``, the ``loss_fn`` beside it, which may be None, and the settings of a step of ours.
+
+    Args:
+        step_fn, loss_fn: The arguments.
+        settings: By name, the values of the settings and their defaults.
 
     Raises:
         ArgumentTypeError: One is not callable.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
@@ -24,6 +25,7 @@ from trainer.core.modes import evaluated_as_a_whole
 from trainer.core.objective import check_extensions, check_loss_fn, with_losses
 from trainer.core.optimizer import adapt_optimizer
 from trainer.core.own_step import check_own_step, no_loss_fn, own_step
+from trainer.core.report import MEASURES, Measure, Update, resolve_report
 from trainer.data.loaders import check_loader
 from trainer.data.memory import seed_from_key
 from trainer.distributed.agreement import check_agreement, gathered
@@ -70,6 +72,7 @@ def assemble(
     partition_rules: Mapping[str, PartitionSpec] | None,
     step_fn: StepFn | None,
     nonfinite: NonFinite,
+    report: Iterable[str] | Mapping[str, Measure],
 ) -> tuple[Setup, Run]:
     """Checks the arguments of `trainer.Trainer`, and returns its parts and its initial run.
 
@@ -90,7 +93,8 @@ def assemble(
     if step_fn is None:
         check_loss_fn(loss_fn)
     else:
-        check_own_step(step_fn, loss_fn, nonfinite=(nonfinite, "ignore"), extensions=(losses, {}))
+        settings = {"nonfinite": (nonfinite, "ignore"), "extensions": (losses, {}), "report": (report, ())}
+        check_own_step(step_fn, loss_fn, settings)
     if log_callback is not None and not callable(log_callback):
         raise ArgumentTypeError(f"`log_callback` is of type {type(log_callback).__name__}; it must be callable.")
     save_interval = check_count(save_interval, "save_interval")
@@ -108,7 +112,7 @@ def assemble(
     step: Any
     if step_fn is None and loss_fn is not None:
         make = functools.partial(make_train_step, loss_fn, wrt=wrt, extensions=losses, nonfinite=nonfinite)
-        step, step_arguments = _made_step(make, training_config, optimizer, placement)
+        step, step_arguments = _made_step(make, report, training_config, optimizer, placement)
     elif step_fn is not None:
         step, step_arguments = own_step(step_fn), None
     default_directory = TrainingConfig.checkpoint_dir
@@ -201,18 +205,26 @@ def build_optimizer(
 
 
 def _made_step(
-    make: Callable[[optax.GradientTransformation], Any],
+    make: Callable[..., Any],
+    report: Iterable[str] | Mapping[str, Measure],
     config: TrainingConfig,
     optimizer: optax.GradientTransformation | None,
     placement: Placement,
 ) -> tuple[Any, Callable[[Run], tuple[Any, ...]] | None]:
     """Returns the step that ``make`` makes of the optimizer, and what it takes beside state and batch."""
     scheduler = config.scheduler
+
+    def make_until(horizon: Any) -> Any:
+        known = MEASURES
+        if optimizer is None:
+            known = {**MEASURES, "learning_rate": functools.partial(_configured_rate, config, horizon)}
+        return make(build_optimizer(config, optimizer, horizon), report=resolve_report(report, known))
+
     if optimizer is not None or scheduler is None or not needs_horizon(scheduler):
-        return make(build_optimizer(config, optimizer, None)), None
+        return make_until(None), None
 
     def step_until(state: Any, batch: Any, horizon: Any) -> Any:
-        return make(build_optimizer(config, None, horizon))(state, batch)
+        return make_until(horizon)(state, batch)
 
     def horizon_of(run: Run) -> tuple[Any, ...]:
         if run.horizon is None:
@@ -220,6 +232,17 @@ def _made_step(
         return (placement.replicated_int(run.horizon or 0),)
 
     return step_until, horizon_of
+
+
+def _configured_rate(config: TrainingConfig, horizon: Any, update: Update) -> jax.Array:
+    """Returns the learning rate of an update of a configured optimizer."""
+    rate, scheduler = config.optimizer.learning_rate, config.scheduler
+    if scheduler is None:
+        return jnp.asarray(rate, jnp.float32)
+    # The optimizer counts the updates that it made; the step counts those as well that ``nonfinite`` left out.
+    counts = optax.tree_utils.tree_get_all_with_path(update.opt_state, "count")
+    made = counts[-1][1] - 1 if counts else update.step
+    return jnp.asarray(make_schedule(scheduler, rate, horizon)(made), jnp.float32)
 
 
 def _compiled_step(

@@ -123,7 +123,7 @@ def run_epoch(
         else:
             after, metrics = (step if each is None else each)(run, batch, examples)
         # Any result shows that the call has finished, but only metrics outlive it: the next call donates the state.
-        result = next(iter(metrics.values()))
+        result = metrics["step"] if "step" in metrics else jax.tree.leaves(metrics)[0]
         in_flight.add(result)
         meter.dispatched(result, count or 1, examples)
         tick = Tick(after, metrics, count, examples)

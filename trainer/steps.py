@@ -195,10 +195,10 @@ def fuse_steps(
         def advance(index: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
             state, collected = carry
             state, metrics = step(state, batch_at(index))
-            return state, {name: collected[name].at[index].set(value) for name, value in metrics.items()}
+            return state, jax.tree.map(lambda rows, row: rows.at[index].set(row), collected, metrics)
 
         _, shapes = jax.eval_shape(step, state, jax.eval_shape(batch_at, 0))
-        collected = {name: jnp.zeros((n, *shape.shape), shape.dtype) for name, shape in shapes.items()}
+        collected = jax.tree.map(lambda shape: jnp.zeros((n, *shape.shape), shape.dtype), shapes)
         result: tuple[TrainState, Metrics] = jax.lax.fori_loop(0, count, advance, (state, collected))
         return result
 

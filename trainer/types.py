@@ -8,8 +8,8 @@ import jax
 Batch = Any
 """A pytree of arrays (a dict, a tuple, …) that mostly share their leading dimension, the examples."""
 
-Metrics = dict[str, jax.Array]
-"""Names to scalars on the device. Reading one as a number waits for the step that made it."""
+Metrics = dict[str, Any]
+"""Names to scalars on the device, or to what becomes one (`float(metric)`). Reading it waits for the step."""
 
 
 class LossFn(Protocol):
@@ -31,7 +31,10 @@ class LossFn(Protocol):
             step: The number of updates before this one, an int32 scalar.
 
         Returns:
-            The loss, a floating scalar, and a mapping of scalar metrics. Some names are special:
+            The loss, a floating scalar, and a mapping of metrics: scalars, averaged by the weights of batches; pairs
+            ``(value, weight)``, averaged by weights of their own; an `nnx.Metric` that was made and updated in this
+            call, or another pytree with ``merge(other)`` and ``compute()`` (clu, metrax), merged over all batches
+            before it computes. Some names are special:
 
             * ``batch_weight``: how much this batch counts in averages (tokens that are not
               padding, say). Left out, a batch counts by its number of examples, or as one where its arrays have

@@ -16,7 +16,7 @@ from trainer.checkpoints.snapshot import Snapshot, take_snapshot, write_snapshot
 from trainer.checkpoints.state_io import Loaded, load_with_progress
 from trainer.data.resumable import LoaderPass, LoaderPosition
 from trainer.errors import CheckpointError
-from trainer.metrics.average import WeightedAverage, read
+from trainer.metrics.average import WeightedAverage, check_merged, read
 from trainer.metrics.history import History, is_recordable
 from trainer.run import FromLoader, InMemory, Run, Validation
 
@@ -213,9 +213,12 @@ def _with_record(run: Run, plain: Any, epoch: int | None) -> Run:
         raise ValueError(f"`id` is of type {type(plain['id']).__name__}, not a text")
     _check_values("arguments", plain.get("arguments", {}), lambda value: type(value) is str)
     average, loader = plain["average"], plain.get("loader")
-    if not isinstance(average, dict) or average.keys() != {"sums", "weights"}:
+    if not isinstance(average, dict) or average.keys() - {"merged"} != {"sums", "weights"}:
         raise ValueError("`average` does not consist of sums and weights")
+    check_merged(average.get("merged", {}))
     for name, numbers in average.items():
+        if name == "merged":
+            continue
         _check_values(f"average/{name}", numbers, lambda value: type(value) in (int, float))
     if average["sums"].keys() != average["weights"].keys():
         raise ValueError("`average` has sums without weights, or weights without sums")

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from trainer.core.partial_metrics import merged_over_axis, scalars_and_partials
 from trainer.types import BATCH_WEIGHT, Metrics
 
 AxisName = str | tuple[str, ...]
@@ -48,10 +49,12 @@ def average_over_axis(grads: Any, metrics: Metrics, axis_name: AxisName | None) 
     if axis_name is None:
         return grads, metrics
     weight = metrics.get(BATCH_WEIGHT)
+    metrics, partials = scalars_and_partials(metrics)
+    partials = {name: merged_over_axis(metric, axis_name, weight) for name, metric in partials.items()}
     metrics = jax.tree.map(_floating, metrics)
     if weight is None:
-        averaged: tuple[Any, Metrics] = jax.lax.pmean((grads, metrics), axis_name)
-        return averaged
+        grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
+        return grads, metrics | partials
     total = jax.lax.psum(weight, axis_name)
     share = weight / jnp.where(total == 0, 1, total)
 
@@ -60,7 +63,7 @@ def average_over_axis(grads: Any, metrics: Metrics, axis_name: AxisName | None) 
         return jnp.where(weight == 0, jnp.zeros_like(leaf), leaf * share.astype(leaf.dtype))
 
     grads, metrics = jax.lax.psum(jax.tree.map(weighted, (grads, metrics)), axis_name)
-    return grads, {**metrics, BATCH_WEIGHT: total}
+    return grads, metrics | partials | {BATCH_WEIGHT: total}
 
 
 def average_if_changed(axis_name: AxisName | None) -> Callable[[Any, Any], Any]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from trainer.batches import summarize
 from trainer.core.modes import in_training_mode
 from trainer.core.nnx_bridge import Flat, refuse_changed_attributes, static_attributes, variables_of, with_variables
+from trainer.core.partial_metrics import partial_metrics
 from trainer.errors import ArgumentError, ArgumentTypeError, ObjectiveError
 from trainer.state import TrainState
 from trainer.types import MODEL_OUTPUTS, Batch, ExtensionLike, LossFn, Metrics
@@ -52,7 +53,7 @@ def call_objective(
         )
     outputs = metrics.get(MODEL_OUTPUTS, NOT_REPORTED)
     named = {name: value for name, value in metrics.items() if name not in (MODEL_OUTPUTS, "loss")}
-    return loss, {name: check_metric(name, value) for name, value in named.items()}, outputs
+    return loss, _metrics(named), outputs
 
 
 def forward(state: TrainState, batch: Batch) -> Any:
@@ -140,6 +141,16 @@ def check_loss(loss: Any, subject: str) -> jax.Array:
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise ObjectiveError(f"{subject} has dtype {array.dtype}; it must be floating to be differentiated.")
     return array
+
+
+def _metrics(named: Mapping[str, Any]) -> Metrics:
+    metrics: Metrics = {}
+    for name, value in named.items():
+        found: Metrics = {**(partial_metrics(name, value) or {name: check_metric(name, value)})}
+        for twice in metrics.keys() & found.keys():
+            raise ObjectiveError(f"`loss_fn` returned two metrics `{twice}`; rename one of them.")
+        metrics |= found
+    return metrics
 
 
 def check_metric(name: Any, value: Any, source: str = "loss_fn") -> jax.Array:

@@ -1,5 +1,6 @@
 """Weighted averages of metrics that are read from the device late."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
@@ -7,6 +8,7 @@ from typing import Any, Self
 import jax
 import numpy as np
 
+from trainer.core.partial_metrics import PartialMetric, Weighted, scalars_and_partials
 from trainer.types import BATCH_WEIGHT, SKIPPED
 
 MAX_PENDING = 64
@@ -15,7 +17,7 @@ MAX_PENDING = 64
 
 def read(metrics: Any) -> Any:
     """Returns a tree of arrays as Python numbers, or lists of them."""
-    leaves, structure = jax.tree.flatten(metrics)
+    leaves, structure = jax.tree.flatten(metrics, is_leaf=_is_partial)
     if leaves and not is_on_host(leaves[0]):
         leaves = jax.device_get(leaves)  # starts all copies before it waits for the first
     return jax.tree.unflatten(structure, [np.asarray(leaf).tolist() for leaf in leaves])
@@ -24,7 +26,12 @@ def read(metrics: Any) -> Any:
 def is_on_host(value: Any) -> bool:
     """Tells whether reading a value copies nothing from an accelerator."""
     value = value.array if isinstance(value, LazyScalar) else value
+    value = jax.tree.leaves(value)[0] if isinstance(value, PartialMetric) else value
     return not isinstance(value, jax.Array) or next(iter(value.devices())).platform == "cpu"
+
+
+def _is_partial(value: Any) -> bool:
+    return isinstance(value, PartialMetric)
 
 
 class LazyScalar:
@@ -32,12 +39,14 @@ class LazyScalar:
 
     __slots__ = ("_index", "array")
 
-    def __init__(self, array: jax.Array, index: int) -> None:
+    def __init__(self, array: Any, index: int) -> None:
         self.array, self._index = array, index
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
         """Waits for the array."""
         del copy  # the result never shares memory with the device
+        if isinstance(self.array, PartialMetric):
+            return np.asarray(self.array.at(self._index), dtype)
         return np.asarray(np.asarray(self.array)[self._index], dtype)
 
     def __float__(self) -> float:
@@ -55,7 +64,8 @@ class WeightedAverage:
 
     The weight of a batch is its number of examples, or the metric ``batch_weight`` where the objective reports it;
     ``batch_weight`` itself is reported as its sum. A batch of weight zero counts for nothing, nor does a step that was
-    left out (``nonfinite``); ``skipped`` is how many were. The sums are float64 on
+    left out (``nonfinite``); ``skipped`` is how many were. Metrics that are not averages of scalars, such as an
+    accuracy that merges, are merged in order. The sums are float64 on
     the host. ``not_finite`` is the step and the value of the first loss read that was not finite, or None. The metrics
     of the latest calls stay on the device until `compute`; those of older calls are read as new
     ones are added.
@@ -70,13 +80,14 @@ class WeightedAverage:
         {'loss': 2.0}
     """
 
-    __slots__ = ("_pending", "_read_at_once", "_sums", "_weights", "not_finite")
+    __slots__ = ("_merged", "_pending", "_read_at_once", "_sums", "_weights", "not_finite")
 
     def __init__(self) -> None:
         # (metrics, examples in a batch, number of batches or None for a single one) of every call.
         self._pending: tuple[tuple[Mapping[str, Any], int, int | None], ...] = ()
         self._sums: dict[str, float] = {}
         self._weights: dict[str, float] = {}
+        self._merged: dict[str, Any] = {}
         self._read_at_once: int | None = None
         self.not_finite: tuple[int, float] | None = None
 
@@ -103,7 +114,8 @@ class WeightedAverage:
         A metric that never had weight has no average, and is absent.
         """
         self._read(len(self._pending))
-        return {name: total / self._weights[name] for name, total in self._sums.items() if self._weights[name]}
+        averages = {name: total / self._weights[name] for name, total in self._sums.items() if self._weights[name]}
+        return averages | {name: _computed(metric) for name, metric in self._merged.items()}
 
     @property
     def skipped(self) -> int:
@@ -115,18 +127,23 @@ class WeightedAverage:
         copied = type(self)()
         copied._pending, copied._sums, copied._weights = self._pending, self._sums, self._weights
         copied._read_at_once, copied.not_finite = self._read_at_once, self.not_finite
+        copied._merged = self._merged
         return copied
 
-    def to_dict(self) -> dict[str, dict[str, float]]:
+    def to_dict(self) -> dict[str, dict[str, Any]]:
         """Returns the sums and weights so far, from which `from_dict` continues to the bit."""
         self._read(len(self._pending))
-        return {"sums": dict(self._sums), "weights": dict(self._weights)}
+        plain: dict[str, dict[str, Any]] = {"sums": dict(self._sums), "weights": dict(self._weights)}
+        if self._merged:
+            plain["merged"] = {name: _plain(metric) for name, metric in self._merged.items()}
+        return plain
 
     @classmethod
-    def from_dict(cls, plain: Mapping[str, Mapping[str, float]]) -> Self:
+    def from_dict(cls, plain: Mapping[str, Mapping[str, Any]]) -> Self:
         """Returns the average that `to_dict` described."""
         average = cls()
         average._sums, average._weights = dict(plain["sums"]), dict(plain["weights"])
+        average._merged = {name: _Restored(**held) for name, held in plain.get("merged", {}).items()}
         return average
 
     def _read(self, count: int) -> None:
@@ -135,7 +152,12 @@ class WeightedAverage:
             return
         pending, self._pending = self._pending[:count], self._pending[count:]
         self._sums, self._weights = dict(self._sums), dict(self._weights)
-        for metrics, (_, examples, batches) in zip(read([first for first, *_ in pending]), pending, strict=True):
+        split = [scalars_and_partials(metrics) for metrics, *_ in pending]
+        partials = [found for _, found in split]
+        if any(partials):
+            self._merged = dict(self._merged)
+        scalars = read([metrics for metrics, _ in split])
+        for metrics, found, (_, examples, batches) in zip(scalars, partials, pending, strict=True):
             columns = {name: [value] if batches is None else value[:batches] for name, value in metrics.items()}
             weights = columns.get(BATCH_WEIGHT, [float(examples)] * (batches or 1))
             if SKIPPED in columns:
@@ -147,6 +169,21 @@ class WeightedAverage:
             for name, column in columns.items():
                 if name != "step":
                     self._sum(name, column, weights)
+            for name, metric in found.items():
+                self._merge(name, jax.device_get(metric), batches, weights)
+
+    def _merge(self, name: str, metric: PartialMetric, batches: int | None, weights: Sequence[float]) -> None:
+        """Adds what one batch, or several, contribute to a metric that is not an average of scalars."""
+        parts = [metric] if batches is None else [metric.at(index) for index in range(batches)]
+        counted = [part for part, weight in zip(parts, weights, strict=True) if weight]
+        if isinstance(metric, Weighted):
+            pairs: Any = [read(jax.tree.leaves(part)) for part in counted]
+            self._sum(name, [value for value, _ in pairs], [weight for _, weight in pairs])
+            return
+        for part in counted:
+            held = self._merged.get(name)
+            held = held.like(part) if isinstance(held, _Restored) else held
+            self._merged[name] = part if held is None else jax.device_get(held.merge(part))
 
     def _sum(self, name: str, column: Sequence[float], weights: Sequence[float]) -> None:
         # In order, and one at a time: floating-point sums depend on the order, and fused steps must give the
@@ -158,6 +195,55 @@ class WeightedAverage:
             elif weight != 0:  # a batch of padding alone counts for nothing, and 0 * nan is nan
                 total, norm = total + value * weight, norm + weight
         self._sums[name], self._weights[name] = total, norm
+
+
+@dataclasses.dataclass(frozen=True)
+class _Restored:
+    """A merged metric as a checkpoint holds it, until the next batch tells its type."""
+
+    value: float
+    dtypes: list[str]
+    shapes: list[list[int]]
+    entries: list[list[Any]]
+
+    def like(self, metric: PartialMetric) -> PartialMetric:
+        arrays = [
+            np.array(entries, dtype).reshape(shape)
+            for entries, dtype, shape in zip(self.entries, self.dtypes, self.shapes, strict=True)
+        ]
+        restored: PartialMetric = jax.tree.unflatten(jax.tree.structure(metric), arrays)
+        return restored
+
+
+def _plain(metric: Any) -> dict[str, Any]:
+    if isinstance(metric, _Restored):
+        return dataclasses.asdict(metric)
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(metric)]
+    return {
+        "value": _computed(metric),
+        "dtypes": [leaf.dtype.name for leaf in leaves],
+        "shapes": [list(leaf.shape) for leaf in leaves],
+        "entries": [leaf.ravel().tolist() for leaf in leaves],
+    }
+
+
+def check_merged(plain: Any) -> None:
+    """Raises ValueError unless ``plain`` holds merged metrics as `WeightedAverage.to_dict` returns them."""
+    if not isinstance(plain, dict):
+        raise ValueError("`average/merged` is no dict")
+    for name, held in plain.items():
+        try:
+            restored = _Restored(**held)
+            arrays = zip(restored.entries, restored.dtypes, restored.shapes, strict=True)
+            for entries, dtype, shape in arrays:
+                np.array(entries, dtype).reshape(shape)
+            float(restored.value)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"`average/merged/{name}` does not describe a metric: {error}") from error
+
+
+def _computed(metric: Any) -> float:
+    return metric.value if isinstance(metric, _Restored) else float(metric)
 
 
 def _first_not_finite(columns: Mapping[str, Sequence[float]], weights: Sequence[float]) -> tuple[int, float] | None:

@@ -1,0 +1,242 @@
+"""Metrics that merge: over uneven batches, devices and fused steps they are those of all the data at once."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from tests.problems import Linear, config, regression, squared_error
+from trainer import Callback, ObjectiveError, Trainer, TrainState, make_eval_step, make_mesh, make_train_step
+
+
+class Auc(flax.struct.PyTreeNode):
+    """The area under the ROC curve from two histograms of scores, as a library of metrics would have it."""
+
+    positive: jax.Array
+    negative: jax.Array
+
+    @classmethod
+    def of(cls, scores, labels, bins=50):
+        where = jnp.clip((jax.nn.sigmoid(scores) * bins).astype(int), 0, bins - 1)
+        one = jax.nn.one_hot(where, bins)
+        return cls((one * labels[:, None]).sum(0), (one * (1 - labels[:, None])).sum(0))
+
+    def merge(self, other):
+        return Auc(self.positive + other.positive, self.negative + other.negative)
+
+    def compute(self):
+        below = jnp.cumsum(self.negative) - self.negative / 2
+        return (self.positive * below).sum() / (self.positive.sum() * self.negative.sum())
+
+
+def loss_fn(model, batch, rng, step):
+    """Binary classification of the sign of a target, with every kind of metric."""
+    scores = model(batch["input"])
+    labels = (batch["target"] > 0).astype(jnp.float32)
+    losses = optax.sigmoid_binary_cross_entropy(scores, labels)
+    positive = labels.sum()
+    accuracy = nnx.metrics.Accuracy(threshold=0.0)
+    accuracy.update(logits=scores, labels=labels.astype(jnp.int32))
+    moments = nnx.metrics.Welford()
+    moments.update(values=scores)
+    several = nnx.metrics.MultiMetric(
+        mean_score=nnx.metrics.Average("scores"), mean_label=nnx.metrics.Average("labels")
+    )
+    several.update(scores=scores, labels=labels)
+    return jnp.mean(losses), {
+        "recall": (((scores > 0) * labels).sum() / positive, positive),
+        "auc": Auc.of(scores, labels),
+        "accuracy": accuracy,
+        "score": moments,
+        "several": several,
+    }
+
+
+NAMES = {"recall", "auc", "accuracy", "mean_score", "mean_label", "score_mean", "score_standard_deviation"}
+NAMES |= {"score_standard_error_of_mean"}
+
+
+def at_once(state, data):
+    """The metrics of all data in one call, without this library."""
+    model = state.model()
+    model.eval()
+    scores, labels = model(data["input"]), (data["target"] > 0).astype(np.float32)
+    deviation = jnp.std(scores)
+    return {
+        "recall": ((scores > 0) * labels).sum() / labels.sum(),
+        "auc": Auc.of(scores, labels).compute(),
+        "accuracy": jnp.mean((scores >= 0) == (labels > 0)),
+        "mean_score": scores.mean(),
+        "mean_label": labels.mean(),
+        "score_mean": scores.mean(),
+        "score_standard_deviation": deviation,
+        "score_standard_error_of_mean": deviation / np.sqrt(len(scores)),
+    }
+
+
+def build(tmp_path=None, callbacks=(), **options):
+    return Trainer(
+        Linear(4), config(log_frequency=1), loss_fn=loss_fn, workdir=tmp_path, callbacks=list(callbacks), **options
+    )
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 32, 50])
+def test_over_uneven_batches(batch_size):
+    trainer, data = build(), regression(50)
+    averages = trainer.evaluate(data, batch_size)
+    wanted = at_once(trainer.state, data)
+    assert {name: averages[name] for name in NAMES} == pytest.approx({n: float(v) for n, v in wanted.items()}, rel=1e-5)
+
+
+@pytest.mark.parametrize("axes", [{"data": 8}, {"data": 2, "fsdp": 4}])
+def test_over_a_mesh(axes):
+    trainer, data = build(mesh=make_mesh(axes)), regression(52)
+    averages = trainer.evaluate(data, 16)
+    wanted = at_once(build().state, data)
+    assert {name: averages[name] for name in NAMES} == pytest.approx({n: float(v) for n, v in wanted.items()}, rel=1e-5)
+
+
+@pytest.mark.parametrize("transform", ["vmap", "shard_map"])
+def test_over_a_mapped_axis(transform):
+    state, data = build().state, regression(32)
+    step = make_eval_step(loss_fn, axis_name="data")
+    if transform == "vmap":
+        parts = jax.tree.map(lambda leaf: leaf.reshape(4, 8, *leaf.shape[1:]), data)
+        metrics = jax.vmap(step, in_axes=(None, 0), axis_name="data")(state, parts)
+        metrics = jax.tree.map(lambda leaf: leaf[0], metrics)
+    else:
+        mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("data",))
+        spec = jax.sharding.PartitionSpec
+        metrics = jax.shard_map(step, mesh=mesh, in_specs=(spec(), spec("data")), out_specs=spec())(state, data)
+    wanted = at_once(state, data)
+    assert {n: float(metrics[n]) for n in NAMES} == pytest.approx({n: float(v) for n, v in wanted.items()}, rel=1e-5)
+
+
+def test_a_device_whose_weight_is_zero_counts_for_nothing():
+    def weighted(model, batch, rng, step):
+        loss, metrics = loss_fn(model, batch, rng, step)
+        return loss, {**metrics, "batch_weight": batch["weight"].sum()}
+
+    state, data = build().state, regression(32)
+    data["input"][8:24] = np.nan
+    weight = np.ones(32, np.float32)
+    weight[8:24] = 0
+    parts = jax.tree.map(lambda leaf: leaf.reshape(4, 8, *leaf.shape[1:]), {**data, "weight": weight})
+    metrics = jax.vmap(make_eval_step(weighted, axis_name="data"), in_axes=(None, 0), axis_name="data")(state, parts)
+    kept = {name: leaf[weight > 0] for name, leaf in data.items()}
+    wanted = at_once(state, kept)
+    found = jax.tree.map(lambda leaf: leaf[0], metrics)
+    assert {n: float(found[n]) for n in NAMES} == pytest.approx({n: float(v) for n, v in wanted.items()}, rel=1e-5)
+
+
+class TestTraining:
+    @pytest.mark.parametrize("steps_per_call", [1, "auto"])
+    def test_rows_are_of_steps_and_averages_of_all(self, steps_per_call):
+        seen = []
+
+        class Reads(Callback):
+            def on_call_end(self, trainer, step, logs):
+                seen.append(float(logs["auc"]))
+
+        trainer = build(callbacks=[Reads()], steps_per_call=steps_per_call, optimizer=optax.sgd(0.0))
+        averages = trainer.train(regression(50), 1, 16, regression(30, seed=1))
+        assert averages["auc"] == pytest.approx(float(at_once(trainer.state, regression(30, seed=1))["auc"]), rel=1e-5)
+        wanted = at_once(trainer.state, regression(50))
+        of_epoch = trainer.run.average.compute()
+        assert {n: of_epoch[n] for n in NAMES} == pytest.approx({n: float(v) for n, v in wanted.items()}, rel=1e-5)
+        rows = trainer.history.series("auc")[1]
+        assert len(rows) == 4
+        assert rows[-1] == seen[-1]
+        assert len(set(rows)) > 1
+        assert "val_recall" in trainer.history[-1]
+
+    def test_an_interrupted_epoch_goes_on_to_the_same_numbers(self, tmp_path):
+        class Stops(Callback):
+            def on_batch_end(self, trainer, step, logs):
+                if step == 3:
+                    raise KeyboardInterrupt
+
+        wanted = build(tmp_path / "whole").train(regression(50), 1, 10)
+        with pytest.raises(KeyboardInterrupt):
+            build(tmp_path / "part", [Stops()], save_interval=2).train(regression(50), 1, 10)
+        assert build(tmp_path / "part").train(regression(50), 1, 10, resume=True) == wanted
+        # At the end of the epoch no batch comes that would tell the type.
+        assert build(tmp_path / "part").train(regression(50), 1, 10, resume=True) == wanted
+
+    def test_they_are_floats_for_whoever_calls_a_step(self):
+        metrics = build().train_step(regression(8))
+        assert 0 <= float(metrics["accuracy"]) <= 1
+        assert np.asarray(metrics["recall"]).shape == ()
+
+
+class Unmergeable(nnx.Metric):
+    def __init__(self):
+        self.largest = nnx.metrics.MetricState(jnp.zeros(()))
+
+    def update(self, **values):
+        self.largest[...] = jnp.maximum(self.largest[...], values["values"].max())
+
+    def compute(self):
+        return self.largest[...]
+
+
+class Largest(Unmergeable):
+    def merge(self, other):
+        self.largest[...] = jnp.maximum(self.largest[...], other.largest[...])
+
+
+def reporting(value):
+    def fn(model, batch, rng, step):
+        loss, _ = squared_error(model, batch, rng, step)
+        return loss, {"it": value(batch)}
+
+    return fn
+
+
+def updated(metric, values):
+    metric.update(values=values)
+    return metric
+
+
+def test_an_nnx_metric_of_ones_own_that_merges():
+    fn = reporting(lambda batch: updated(Largest(), batch["target"]))
+    data = regression(50)
+    trainer = Trainer(Linear(4), config(), loss_fn=fn)
+    assert trainer.evaluate(data, 8)["it"] == pytest.approx(data["target"].max())
+
+
+class Vector(flax.struct.PyTreeNode):
+    values: jax.Array
+
+    def merge(self, other):
+        return Vector(self.values + other.values)
+
+    def compute(self):
+        return self.values
+
+
+class NoTree:
+    def merge(self, other):
+        return self
+
+    def compute(self):
+        return 0.0
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (lambda batch: updated(Unmergeable(), batch["target"]), "`it` of type Unmergeable, whose parts cannot be put"),
+        (lambda batch: Vector(jnp.ones(3)), r"`it` that computes an array of shape \(3,\); metrics are scalars"),
+        (lambda batch: NoTree(), r"`it` of type NoTree, which has merge\(\) and compute\(\) but is no pytree"),
+        (lambda batch: (batch["target"], 1.0), r"`it` of shapes \(8,\) and \(\); a pair is a scalar and its weight"),
+        (lambda batch: jnp.ones(3), r"`it` of shape \(3,\); metrics are scalars"),
+    ],
+)
+def test_refusals(value, message):
+    state = TrainState.create(Linear(4), optax.sgd(0.1), rng=jax.random.key(0))
+    with pytest.raises(ObjectiveError, match=message):
+        make_train_step(reporting(value), optax.sgd(0.1))(state, regression(8))

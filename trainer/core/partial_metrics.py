@@ -1,0 +1,216 @@
+"""Metrics that are not averages of scalars: pairs of value and weight, and objects that merge and compute.
+
+A step returns what its batch contributes, a pytree that is a `PartialMetric`. Contributions are merged over
+micro-batches, devices, fused steps and batches, and computed once, so that accuracy, AUC or perplexity over uneven
+batches is that of all the data at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from trainer.errors import ObjectiveError
+
+
+class PartialMetric:
+    """What a batch contributes to a metric. ``float(metric)`` is the metric of that contribution alone."""
+
+    def compute(self) -> Any:
+        """Returns the metric, a scalar."""
+        raise NotImplementedError
+
+    def merge(self, other: Self) -> Self:
+        """Returns the contribution of both."""
+        raise NotImplementedError
+
+    def at(self, index: int) -> Self:
+        """Returns one of the contributions of several steps, whose arrays are stacked."""
+        one: Self = jax.tree.map(lambda leaf: leaf[index], self)
+        return one
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        """Waits for the device."""
+        del copy
+        return np.asarray(self.compute(), dtype)
+
+    def __float__(self) -> float:
+        """Waits for the device."""
+        return float(np.asarray(self))
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["value", "weight"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Weighted(PartialMetric):
+    """A mean with a weight of its own: Σ w·v / Σ w, whatever the weight of the batch."""
+
+    value: Any
+    weight: Any
+
+    def compute(self) -> Any:
+        return self.value
+
+    def merge(self, other: Self) -> Self:
+        weight = self.weight + other.weight
+        # Selected and not only multiplied: 0 * nan is nan.
+        parts = [jnp.where(one.weight == 0, 0, one.value * one.weight) for one in (self, other)]
+        return dataclasses.replace(self, value=sum(parts) / jnp.where(weight == 0, 1, weight), weight=weight)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["metric"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Mergeable(PartialMetric):
+    """An object with ``merge(other)`` and ``compute()`` that is a pytree, as those of clu and metrax are."""
+
+    metric: Any
+
+    def compute(self) -> Any:
+        return self.metric.compute()
+
+    def merge(self, other: Self) -> Self:
+        return dataclasses.replace(self, metric=self.metric.merge(other.metric))
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["graphdef", "field"])
+@dataclasses.dataclass(frozen=True)
+class NnxMetric(PartialMetric):
+    """The variables of an `nnx.Metric` that was updated on one batch, of which ``field`` is reported."""
+
+    values: Any
+    graphdef: Any
+    field: str | None
+
+    def compute(self) -> Any:
+        computed = nnx.merge(self.graphdef, self.values).compute()
+        return computed if self.field is None else getattr(computed, self.field)
+
+    def merge(self, other: Self) -> Self:
+        # NumPy arrays, as read from the device, cannot be assigned to in a variable.
+        metrics = [nnx.merge(one.graphdef, list(map(jnp.asarray, one.values))) for one in (self, other)]
+        _merge_into(*metrics)
+        return dataclasses.replace(self, values=_split(metrics[0])[1])
+
+
+def partial_metrics(name: str, value: Any) -> dict[str, PartialMetric] | None:
+    """Returns a metric of an objective as what it contributes, under the names to report; None for a scalar.
+
+    Raises:
+        ObjectiveError: It cannot be merged, or computes no scalar.
+    """
+    if isinstance(value, tuple) and len(value) == 2:
+        pair = Weighted(*map(jnp.asarray, value))
+        if pair.value.shape == pair.weight.shape == ():
+            return {name: pair}
+        raise ObjectiveError(
+            f"`loss_fn` returned a metric `{name}` of shapes {pair.value.shape} and {pair.weight.shape}; a pair is a "
+            f"scalar and its weight."
+        )
+    if isinstance(value, nnx.metrics.MultiMetric):
+        parts: dict[str, PartialMetric] = {}
+        for part in value._metric_names:
+            parts |= partial_metrics(part, getattr(value, part)) or {}
+        return parts
+    if isinstance(value, nnx.Metric):
+        return _of_nnx(name, value)
+    if not (callable(getattr(value, "merge", None)) and callable(getattr(value, "compute", None))):
+        return None
+    if jax.tree_util.all_leaves([value]):
+        raise ObjectiveError(
+            f"`loss_fn` returned a metric `{name}` of type {type(value).__name__}, which has merge() and compute() but "
+            f"is no pytree; register it, or derive it from flax.struct.PyTreeNode."
+        )
+    return {name: _checked(name, Mergeable(jax.tree.map(jnp.asarray, value)))}
+
+
+def merged_over_axis(metric: PartialMetric, axis_name: Any, weight: Any = None) -> PartialMetric:
+    """Returns the contribution of all devices of a mapped axis, but those whose ``batch_weight`` is zero."""
+    count, index = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
+
+    # A sum and no gathering: of its result `shard_map` knows that it is the same on all devices.
+    def gathered(leaf: jax.Array) -> jax.Array:
+        own = jnp.zeros((count, *leaf.shape), leaf.dtype).at[index].set(leaf)
+        everyone: jax.Array = jax.lax.psum(own.astype(jnp.int32) if leaf.dtype == bool else own, axis_name)
+        return everyone.astype(leaf.dtype)
+
+    where = None if weight is None else gathered(jnp.asarray(weight)) != 0
+    return merged(jax.tree.map(gathered, metric), count, where)
+
+
+def merged(stacked: PartialMetric, count: int, where: Any = None) -> PartialMetric:
+    """Returns the contribution of ``count`` stacked ones, in their order; of those only at which ``where`` is true."""
+
+    def add(total: PartialMetric, index: Any) -> tuple[PartialMetric, None]:
+        one = stacked.at(index)
+        both = total.merge(one)
+        if where is not None:
+            # What is left out contributes nothing; in front of the first that counts, the total is to be replaced.
+            begun = jnp.any(jnp.where(jnp.arange(count) < index, where, False))
+            both = jax.tree.map(
+                lambda new, old, first: jnp.where(where[index], jnp.where(begun, new, first), old), both, total, one
+            )
+        return jax.tree.map(lambda new, old: new.astype(old.dtype), both, total), None
+
+    total, _ = jax.lax.scan(add, stacked.at(0), jnp.arange(1, count))
+    return total
+
+
+def _of_nnx(name: str, metric: Any) -> dict[str, PartialMetric]:
+    if not _can_merge(metric):
+        raise ObjectiveError(
+            f"`loss_fn` returned a metric `{name}` of type {type(metric).__name__}, whose parts cannot be put "
+            f"together; give it a method merge(other), or report (value, weight)."
+        )
+    graphdef, values = _split(metric)
+    if isinstance(metric, nnx.metrics.Welford):
+        fields = [field.name for field in dataclasses.fields(nnx.metrics.Statistics)]
+        return {f"{name}_{field}": NnxMetric(values, graphdef, field) for field in fields}
+    return {name: _checked(name, NnxMetric(values, graphdef, None))}
+
+
+def _checked(name: str, metric: PartialMetric) -> PartialMetric:
+    computed = jax.eval_shape(lambda: metric.compute())
+    if getattr(computed, "shape", None) != ():
+        what = f"an array of shape {computed.shape}" if hasattr(computed, "shape") else type(computed).__name__
+        raise ObjectiveError(
+            f"`loss_fn` returned a metric `{name}` that computes {what}; metrics are scalars. Report its entries as "
+            f"metrics of their own."
+        )
+    return metric
+
+
+def _split(metric: Any) -> tuple[Any, list[jax.Array]]:
+    graphdef, flat = nnx.flatten(metric, graph=True)
+    raw = (leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf for leaf in flat.leaves)
+    return graphdef, [jnp.asarray(leaf) for leaf in raw]
+
+
+def _can_merge(metric: Any) -> bool:
+    return isinstance(metric, nnx.metrics.Average | nnx.metrics.Welford) or callable(getattr(metric, "merge", None))
+
+
+def _merge_into(metric: Any, other: Any) -> None:
+    if callable(getattr(metric, "merge", None)):
+        metric.merge(other)
+    elif isinstance(metric, nnx.metrics.Average):
+        metric.total[...] += other.total[...]
+        metric.count[...] += other.count[...]
+    else:  # the formula of Chan, Golub and LeVeque for the moments of two samples
+        one, two = metric.count[...], other.count[...]
+        count = jnp.maximum(one + two, 1)
+        delta = other.mean[...] - metric.mean[...]
+        metric.mean[...] += delta * two / count
+        metric.m2[...] += other.m2[...] + delta**2 * one * two / count
+        metric.count[...] += two
+
+
+def scalars_and_partials(metrics: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, PartialMetric]]:
+    """Returns the metrics that are scalars, and the others."""
+    partials = {name: value for name, value in metrics.items() if isinstance(value, PartialMetric)}
+    return {name: value for name, value in metrics.items() if name not in partials}, partials

@@ -24,6 +24,7 @@ from trainer.config.optimizers import make_optimizer as make_optimizer
 from trainer.config.schedules import SchedulerConfig as SchedulerConfig
 from trainer.config.schedules import make_schedule as make_schedule
 from trainer.data.memory import InMemoryData as InMemoryData
+from trainer.data.padding import pad_batch as pad_batch
 from trainer.compile.dispatch import CompiledStep as CompiledStep
 from trainer.compile.cost import ProgramCost as ProgramCost
 from trainer.compile.planning import plan as plan

@@ -15,16 +15,17 @@ from jax.sharding import Mesh, PartitionSpec
 from trainer.callbacks.base import as_callback_list
 from trainer.callbacks.dispatch import CallbackDispatcher
 from trainer.checkpoints.checkpointer import Checkpointer
-from trainer.compile.dispatch import CompiledStep
+from trainer.compile.dispatch import CompiledStep, Step
 from trainer.config import TrainingConfig, make_optimizer, make_schedule
 from trainer.config.schedules import check_horizon, needs_horizon
 from trainer.core.averaged_params import resolve_eval_params
 from trainer.core.checks import check_count
 from trainer.core.modes import evaluated_as_a_whole
-from trainer.core.objective import check_extensions, check_loss_fn, with_losses
+from trainer.core.objective import check_extensions, check_loss_fn, requiring_weight, with_losses
 from trainer.core.optimizer import adapt_optimizer
 from trainer.data.loaders import check_loader
 from trainer.data.memory import seed_from_key
+from trainer.data.padding import check_pad_to
 from trainer.distributed.agreement import check_agreement, gathered
 from trainer.errors import ArgumentError, ArgumentTypeError, warn
 from trainer.fit.fingerprint import fingerprints_of
@@ -67,6 +68,8 @@ def assemble(
     steps_per_call: int | Literal["auto"],
     mesh: Mesh | None,
     partition_rules: Mapping[str, PartitionSpec] | None,
+    accumulate_steps: int,
+    pad_to: Literal["batch"] | None,
 ) -> tuple[Setup, Run]:
     """Checks the arguments of `trainer.Trainer`, and returns its parts and its initial run.
 
@@ -86,6 +89,9 @@ def assemble(
     if log_callback is not None and not callable(log_callback):
         raise ArgumentTypeError(f"`log_callback` is of type {type(log_callback).__name__}; it must be callable.")
     save_interval = check_count(save_interval, "save_interval")
+    accumulate_steps = check_count(accumulate_steps, "accumulate_steps")
+    check_pad_to(pad_to)
+    weighted_loss_fn = loss_fn if pad_to is None else requiring_weight(loss_fn)
     extensions = check_extensions(extensions)
     callbacks = as_callback_list(callbacks)
     events = CallbackDispatcher(callbacks, extensions)
@@ -101,6 +107,9 @@ def assemble(
     default_directory = TrainingConfig.checkpoint_dir
     checkpointer = Checkpointer(
         Path(checkpoint_dir or workdir or training_config.checkpoint_dir), training_config.max_checkpoints
+    )
+    make_step = functools.partial(
+        make_train_step, weighted_loss_fn, wrt=wrt, extensions=losses, accumulate_steps=accumulate_steps
     )
     setup = Setup(
         config=training_config,
@@ -124,10 +133,16 @@ def assemble(
         fanout=_fanout(training_config, placement, log_callback, metrics_logger, logger),
         checkpointer=checkpointer,
         is_directory_given=any((workdir, checkpoint_dir, training_config.checkpoint_dir != default_directory)),
-        fingerprints=fingerprints_of(loss_fn, optimizer, losses, run),
-        step=_compiled_step(training_config, optimizer, loss_fn, wrt, losses, placement, steps_per_call, events, live),
+        fingerprints={
+            **fingerprints_of(loss_fn, optimizer, losses, run),
+            "accumulate_steps": str(accumulate_steps),
+            "pad_to": str(pad_to),
+        },
+        accumulate_steps=accumulate_steps,
+        pad_to=pad_to,
+        step=_compiled_step(training_config, optimizer, make_step, losses, placement, steps_per_call, events, live),
         eval_step=jax.jit(
-            names_checked(make_eval_step(loss_fn, eval_params=eval_params)), out_shardings=placement.replicated
+            names_checked(make_eval_step(weighted_loss_fn, eval_params=eval_params)), out_shardings=placement.replicated
         ),
         # The same function again finds its compiled step.
         predict_step=functools.lru_cache(maxsize=8)(
@@ -137,7 +152,8 @@ def assemble(
     )
     if placement.num_processes > 1:
         run = run.replace(id=gathered(run.id)[0])
-    about = {"mesh": str(mesh and dict(mesh.shape)), "partition_rules": str(partition_rules)}
+    about: dict[str, Any] = {"mesh": str(mesh and dict(mesh.shape)), "partition_rules": str(partition_rules)}
+    about |= {"accumulate_steps": accumulate_steps, "pad_to": pad_to}
     setup.agree("Trainer", {"training_config": training_config.to_dict(), "save_interval": save_interval, **about})
     return setup, run.replace(horizon=setup.horizon_of(train_data_loader))
 
@@ -185,15 +201,13 @@ def build_optimizer(
 def _compiled_step(
     config: TrainingConfig,
     optimizer: optax.GradientTransformation | None,
-    loss_fn: LossFn,
-    wrt: nnx.filterlib.Filter,
+    make: Callable[[optax.GradientTransformation], Step],
     extensions: dict[str, ExtensionLike],
     placement: Placement,
     steps_per_call: int | Literal["auto"],
     events: CallbackDispatcher,
     live: Live,
 ) -> CompiledStep:
-    make = functools.partial(make_train_step, loss_fn, wrt=wrt, extensions=extensions)
     scheduler = config.scheduler
     step: Any
     arguments: Callable[[Run], tuple[Any, ...]] | None = None

@@ -214,7 +214,9 @@ def _open_epoch(trainer: Trainer, plan: FitPlan, opening: contextlib.AbstractCon
             trainer.run, plan.loader, batch_size=plan.batch_size, name=plan.name, limit=setup.config.steps_per_epoch
         )
     trainer.hold(run)
-    return batches
+    # Only the first batch of an epoch cannot be a short last one.
+    setting = None if run.batch else "`batch_size`" + " of `training_config`" * (plan.caller == "train_epoch")
+    return setup.padded(batches, plan.batch_size, setting=setting)
 
 
 def _after_call(trainer: Trainer, metrics: Metrics, count: int | None, *, defer: bool) -> None:
@@ -267,7 +269,7 @@ def _log_last_step(trainer: Trainer) -> None:
 def compile_step(trainer: Trainer, batch: Batch) -> ProgramCost:
     """Compiles the step for batches like this; see `Trainer.compile`."""
     setup = trainer.setup
-    batch, _ = setup.placement.abstract_batch(batch)
+    batch, _ = setup.placement.abstract_batch(setup.with_mask(batch))
     run = setup.with_weights(trainer.run).with_edits()
     run.peek().check_alive()
     start = time.perf_counter()

@@ -8,7 +8,6 @@ That is the gradient of the whole batch if the loss is an average with these wei
 micro-batches weighed the same, is not (huggingface/transformers#34191, google/tunix#1744).
 """
 
-import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -93,7 +92,7 @@ def _over_micro_batches(
 ) -> Gradient:
     """Returns the weighted average of what ``evaluate`` finds; ``zeros`` is where the sums of gradients start."""
     rows = _rows(batch, steps)
-    size = math.ceil(rows / steps)
+    size = -(-rows // steps)
     count = rows // size
     carried = state.model_state, state.extensions
 

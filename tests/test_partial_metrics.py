@@ -132,6 +132,18 @@ def test_a_device_whose_weight_is_zero_counts_for_nothing():
     assert {n: float(found[n]) for n in NAMES} == pytest.approx({n: float(v) for n, v in wanted.items()}, rel=1e-5)
 
 
+def test_over_micro_batches():
+    """Of 11, 11 and 10 rows, and of 8, 8, 8 and 6."""
+    optimizer, data = optax.sgd(0.1), regression(32)
+    state = TrainState.create(Linear(4), optimizer, rng=jax.random.key(0))
+    _, metrics = jax.jit(make_train_step(loss_fn, optimizer, accumulate_steps=4))(state, regression(30))
+    wanted = at_once(state, regression(30))
+    assert {n: float(metrics[n]) for n in NAMES} == pytest.approx({n: float(v) for n, v in wanted.items()}, rel=1e-5)
+    _, metrics = jax.jit(make_train_step(loss_fn, optimizer, accumulate_steps=3))(state, data)
+    wanted = at_once(state, data)
+    assert {n: float(metrics[n]) for n in NAMES} == pytest.approx({n: float(v) for n, v in wanted.items()}, rel=1e-5)
+
+
 class TestTraining:
     @pytest.mark.parametrize("steps_per_call", [1, "auto"])
     def test_rows_are_of_steps_and_averages_of_all(self, steps_per_call):

@@ -27,6 +27,7 @@ from trainer.config.schedules import make_schedule as make_schedule
 from trainer.data.memory import InMemoryData as InMemoryData
 from trainer.core.nonfinite import check_finite as check_finite
 from trainer.core.report import Update as Update
+from trainer.data.padding import pad_batch as pad_batch
 from trainer.compile.dispatch import CompiledStep as CompiledStep
 from trainer.compile.cost import ProgramCost as ProgramCost
 from trainer.compile.planning import plan as plan

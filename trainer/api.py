@@ -21,6 +21,7 @@ from trainer.errors import ArgumentTypeError
 from trainer.fit import epochs
 from trainer.fit import resume as resuming
 from trainer.fit.assemble import assemble
+from trainer.fit.finite import hold_if_finite
 from trainer.fit.plan import plan_epoch, plan_prediction, plan_run
 from trainer.fit.read_only import ReadOnly
 from trainer.loggers.base import Logger, MetricsLoggerLike, prefixed
@@ -33,9 +34,9 @@ from trainer.types import Batch, EvalParams, ExtensionLike, LogCallback, LossFn,
 class Trainer(ReadOnly):
     """Trains an NNX model on the caller's own objective.
 
-    Everything it does is a pure function of the run that it holds; the docstring of each method shows the lines that
-    it stands for. Metrics of a step are scalars on the device, and nothing waits for them until one is read: by the
-    caller, by a logger, or for an average. Events are emitted in the order given in `trainer.callbacks`.
+    Everything it does is a pure function of the run that it holds; each method's docstring shows the lines it stands
+    for. Metrics of a step are scalars on the device; nothing waits for them until one is read, by the caller, by a
+    logger, or for an average. Events are emitted in the order given in `trainer.callbacks`.
 
     Args:
         model: The module to train. It is copied, and never touched again. Parts in evaluation mode stay in it (frozen
@@ -69,8 +70,10 @@ class Trainer(ReadOnly):
         partition_rules: How the state is split over the mesh, see `trainer.partition`.
         step_fn: A step of your own in place of ``make_train_step(loss_fn, optimizer)``, see `trainer.StepFn`.
             ``loss_fn`` then only validates and evaluates, and may be None.
-        nonfinite, report: Of the step, see `make_train_step`. With ``nonfinite="raise"`` the trainer raises
-            `NonFiniteError` when it next reads metrics, validates or saves, and holds the state from before that step.
+        nonfinite, report, accumulate_steps: Of the step, see `make_train_step`. With ``nonfinite="raise"`` the trainer
+            raises `NonFiniteError` when it next reads metrics, validates or saves, and holds the state of before.
+        pad_to: "batch" pads short batches to ``batch_size`` rows, so that they compile nothing new, and adds to every
+            batch a ``mask`` by which the objective averages, see `trainer.pad_batch`.
 
     Attributes:
         run: What a checkpoint holds: the state, and the record that travels with it. The only attribute that changes.
@@ -108,6 +111,8 @@ class Trainer(ReadOnly):
         step_fn: StepFn | None = None,
         nonfinite: NonFinite = "ignore",
         report: Iterable[str] | Mapping[str, Measure] = (),
+        accumulate_steps: int = 1,
+        pad_to: Literal["batch"] | None = None,
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name != "self"}
         self.setup, self.run = assemble(self, **arguments)
@@ -134,6 +139,7 @@ class Trainer(ReadOnly):
             StateError: The state was donated to a step outside this trainer, or edited after that.
         """
         drawn = self.run.drawn is not None  # by the loop, which has copied it
+        batch = batch if drawn else self.setup.with_mask(batch)
         batch, _ = self.setup.placement.place_batch(batch, may_be_short=False, at_once=True, is_private=drawn)
         return epochs.train_step(self, batch)
 
@@ -146,7 +152,7 @@ class Trainer(ReadOnly):
 
         Arguments, results and errors are those of `train_step`.
         """
-        batch, _ = self.setup.placement.place_batch(batch, at_once=True)
+        batch, _ = self.setup.placement.place_batch(self.setup.with_mask(batch), at_once=True)
         state = self.run.state_with_edits()
         metrics = evaluate_batch(self.setup.eval_step, state, batch, 0, self.setup.placement)
         self.hold(self.run.recorded(metrics, prefix="val_"))
@@ -251,8 +257,7 @@ class Trainer(ReadOnly):
             The averages, each batch counted by its examples or by the ``batch_weight`` that the objective reports.
 
         Raises:
-            ArgumentError, BatchError: An argument cannot be used.
-            ObjectiveError: The objective breaks its contract.
+            ArgumentError, BatchError, ObjectiveError: An argument cannot be used, or the objective breaks its contract.
         """
         held = self.setup.in_memory(data, check_count(batch_size, "batch_size"), "data")
         self.setup.agree_on_run("evaluate", self.run, {"batch_size": batch_size}, data=held)
@@ -269,9 +274,8 @@ class Trainer(ReadOnly):
         Args:
             data: Data in memory or a loader, as ``train_data`` of `train`.
             batch_size: Examples in a batch; the last may be short.
-            fn: ``fn(model, batch) -> outputs``, traced like ``loss_fn``. If it is left out, the model is called on the
-                batch, on its only entry, or on its ``input`` or ``x``, see `trainer.make_predict_step`. Each function
-                compiles once for each shape of a batch, so pass the same one again, not a new lambda.
+            fn: ``fn(model, batch) -> outputs``, traced like ``loss_fn``; see `make_predict_step` if left out. Each
+                function compiles once for each shape of a batch, so pass the same one again, not a new lambda.
 
         Returns:
             The outputs of all processes, a pytree of NumPy arrays of shape ``(num_examples, ...)``.
@@ -293,8 +297,7 @@ class Trainer(ReadOnly):
     def compile(self, batch: Batch) -> ProgramCost:
         """Compiles `train_step` for batches like this one, without running it, and returns what it costs.
 
-        Args:
-            batch: Arrays as for `train_step`, or ``jax.ShapeDtypeStruct``: only shapes and dtypes matter.
+        Of the arrays in ``batch``, which may be ``jax.ShapeDtypeStruct``, only shapes and dtypes matter.
 
         Returns:
             Operations, bytes and memory by XLA's own analysis. A warning says if the device has less memory.
@@ -325,7 +328,7 @@ class Trainer(ReadOnly):
             ArgumentError: The name promises the format of another program.
             CheckpointError: It could not be written, in any process; earlier checkpoints are untouched.
         """
-        epochs.hold_if_finite(self)
+        hold_if_finite(self)
         run, beside = self.setup.beside(self.run)
         target = self.setup.checkpointer.save(run, path, background=background, **beside)
         self.setup.fanout.log_text("checkpoint", f"saved {target}", self.step)
@@ -349,11 +352,7 @@ class Trainer(ReadOnly):
         resuming.load(self, path)
 
     def close(self) -> None:
-        """Waits for the save in flight, and closes the loggers that this trainer made.
-
-        Raises:
-            CheckpointError: The save failed.
-        """
+        """Waits for the save in flight (`CheckpointError` if it failed); closes the loggers that this trainer made."""
         try:
             self.setup.checkpointer.wait()
         finally:

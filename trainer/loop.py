@@ -21,6 +21,7 @@ import numpy as np
 from trainer.compile.dispatch import CompiledStep, DispatchPlan, explain_lost_state
 from trainer.data.loaders import no_batch
 from trainer.data.memory import Epoch
+from trainer.data.padding import PaddedBatches
 from trainer.data.resumable import LoaderPass, LoaderPosition
 from trainer.errors import ArgumentError, BatchError
 from trainer.metrics.average import WeightedAverage
@@ -246,7 +247,8 @@ def predict(
         predict_step: ``jax.jit(make_predict_step(fn))``. Over a mesh of several processes its outputs must be
             replicated (``out_shardings``).
         state: The state. It is not donated.
-        batches: An iterable of batches; the last may be short.
+        batches: An iterable of batches; the last may be short. Of those that the data or the loader padded
+            (``pad_to``), the padding is left out.
         placement: Where batches are put; JAX's default device if left out.
 
     Returns:
@@ -260,12 +262,13 @@ def predict(
     placement = SingleDevice() if placement is None else placement
     batches = iter(batches)
     parts: list[Any] = []
-    in_flight: collections.deque[Any] = collections.deque()
+    in_flight: collections.deque[tuple[Any, int | None]] = collections.deque()
     while (taken := _next_batch(batches, len(parts) + len(in_flight), placement)) is not None:
-        in_flight.append(_called(predict_step, placement, state, taken[0]))
+        examples = batches.drawn if isinstance(batches, Epoch | PaddedBatches) else None
+        in_flight.append((_called(predict_step, placement, state, taken[0]), examples))
         if len(in_flight) > MAX_IN_FLIGHT:
-            parts.append(jax.device_get(in_flight.popleft()))
-    parts.extend(jax.device_get(list(in_flight)))
+            parts.append(_without_padding(*in_flight.popleft()))
+    parts.extend(_without_padding(*one) for one in in_flight)
     if not parts:
         raise no_batch("batches")
     return jax.tree.map(_joined, *parts)
@@ -278,6 +281,10 @@ def _called(step: Callable[..., Any], placement: Placement, state: TrainState, *
     except Exception as error:
         explain_lost_state(state, error)
         raise
+
+
+def _without_padding(outputs: Any, examples: int | None) -> Any:
+    return jax.tree.map(lambda leaf: leaf[:examples], jax.device_get(outputs))
 
 
 def _joined(*parts: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

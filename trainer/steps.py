@@ -15,6 +15,7 @@ import optax
 from flax import nnx
 
 from trainer.batches import batch_length, check_batch
+from trainer.core.accumulation import accumulated
 from trainer.core.averaged_params import check_eval_params, with_eval_params
 from trainer.core.checks import check_count
 from trainer.core.gradient import gradient_of, make_objective
@@ -40,6 +41,7 @@ def make_train_step(
     wrt: nnx.filterlib.Filter = nnx.Param,
     extensions: Mapping[str, ExtensionLike] | None = None,
     axis_name: AxisName | None = None,
+    accumulate_steps: int = 1,
     nonfinite: NonFinite = "ignore",
     report: Iterable[str] | Mapping[str, Measure] = (),
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
@@ -74,6 +76,11 @@ def make_train_step(
             is summed; each device draws from a key of its own. The forward pass sees its own part of the
             batch only: to normalize over all parts, give ``nnx.BatchNorm`` the same axis. None, also for
             ``jit`` over sharded arrays, where the program is that of one device and JAX does all this.
+        accumulate_steps: The micro-batches into which a batch is split, one after the other in a loop, so that memory
+            holds the activations of one. Gradients and metrics are averaged by ``batch_weight`` where the objective
+            reports one, else by examples: g = Σ w_i g_i / Σ w_i, that of the whole batch for a loss that is an average.
+            It is one update: clipping acts on g, ``step`` counts it once. Batch normalization and dropout see one
+            micro-batch at a time. See `trainer.core.accumulation.accumulated` for which rows form a micro-batch.
         nonfinite: What becomes of a step whose loss, gradients, new params or new model state hold NaN or infinity;
             the state is created with the same value. "ignore" trains on. With "skip" the step counts, and everything
             else in the state stays to the bit; the metric ``skipped`` is 1, else 0, and a skipped batch has no part in
@@ -90,7 +97,8 @@ def make_train_step(
         total) and ``step`` (the updates finished, this one included).
 
     Raises:
-        ArgumentTypeError: ``loss_fn``, ``optimizer`` or an extension is something else. The
+        ArgumentTypeError: ``loss_fn``, ``optimizer``, an extension or ``accumulate_steps`` is something else.
+        ArgumentError: ``accumulate_steps`` is not positive. The
             returned function raises `ObjectiveError`, `BatchError`, `ArgumentError` or `StateError`
             while it is traced, never while it runs compiled.
 
@@ -110,7 +118,8 @@ def make_train_step(
     check_optimizer(optimizer)
     optimizer = adapt_optimizer(optimizer)
     objective = make_objective(loss_fn, wrt, with_losses(check_extensions(extensions)), axis_name)
-    gradient = gradient_of(objective, axis_name)
+    steps = check_count(accumulate_steps, "accumulate_steps")
+    objective, gradient = accumulated(objective, gradient_of(objective, axis_name), steps, axis_name)
     guard = make_guard(nonfinite)
     reported = make_report(report)
 

@@ -14,7 +14,7 @@ from trainer.core.nnx_bridge import Flat, refuse_changed_attributes, static_attr
 from trainer.core.partial_metrics import partial_metrics
 from trainer.errors import ArgumentError, ArgumentTypeError, ObjectiveError
 from trainer.state import TrainState
-from trainer.types import MODEL_OUTPUTS, Batch, ExtensionLike, LossFn, Metrics
+from trainer.types import BATCH_WEIGHT, MODEL_OUTPUTS, Batch, ExtensionLike, LossFn, Metrics
 
 NOT_REPORTED = object()
 """The model outputs of an objective that reports none; None would be a value that it may report."""
@@ -192,6 +192,24 @@ def _takes_two(function: Callable[..., Any]) -> bool:
     except (TypeError, ValueError):
         return False
     return True
+
+
+def requiring_weight(loss_fn: LossFn) -> LossFn:
+    """Returns the objective of padded batches: it raises `ObjectiveError` where it reports no ``batch_weight``."""
+
+    def weighted(model: Any, batch: Any, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, Mapping[str, Any]]:
+        result = loss_fn(model, batch, rng, step)
+        if isinstance(result, tuple) and isinstance(result[-1], Mapping) and BATCH_WEIGHT not in result[-1]:
+            raise ObjectiveError(
+                f"`loss_fn` reports no `{BATCH_WEIGHT}`, so the rows with which `pad_to`='batch' pads a short batch "
+                f"would count. Average each example's loss by the mask, and report its sum:\n"
+                f"    weight = batch['mask'].sum()\n"
+                f"    loss = (losses * batch['mask']).sum() / weight\n"
+                f"    return loss, {{'{BATCH_WEIGHT}': weight}}"
+            )
+        return result
+
+    return weighted
 
 
 def check_loss_fn(loss_fn: Any) -> None:

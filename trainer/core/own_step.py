@@ -35,12 +35,15 @@ def own_step(step_fn: StepFn) -> Callable[[TrainState, Batch], tuple[TrainState,
     return train_step
 
 
-def check_own_step(step_fn: Any, loss_fn: Any, settings: Mapping[str, tuple[Any, Any]]) -> None:
+_DEFAULTS: dict[str, Any] = {"nonfinite": "ignore", "accumulate_steps": 1, "extensions": {}, "report": ()}
+
+
+def check_own_step(step_fn: Any, loss_fn: Any, settings: Mapping[str, Any]) -> None:
     """Checks a ``step_fn``, the ``loss_fn`` beside it, which may be None, and the settings of a step of ours.
 
     Args:
         step_fn, loss_fn: The arguments.
-        settings: By name, the values of the settings and their defaults.
+        settings: By name, the values of the settings.
 
     Raises:
         ArgumentTypeError: One is not callable.
@@ -53,8 +56,8 @@ def check_own_step(step_fn: Any, loss_fn: Any, settings: Mapping[str, tuple[Any,
         )
     if loss_fn is not None:
         check_loss_fn(loss_fn)
-    for name, (value, default) in settings.items():
-        if value != default:
+    for name, value in settings.items():
+        if value != _DEFAULTS[name]:
             raise ArgumentError(
                 f"`{name}` is {value!r}, but the step is a `step_fn`, which it cannot change; pass it to "
                 f"make_train_step if the step is composed of that one."

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import numpy as np
 from trainer.batches import checked_data, describe
 from trainer.core.checks import check_count
 from trainer.data.host_arrays import aligned_empty
+from trainer.data.padding import MASK, check_maskable, check_pad_to
 from trainer.types import Batch
 
 _ROWS_OF_FINGERPRINT = 64
@@ -30,15 +31,31 @@ class InMemoryData:
             dataclass, one array. Nothing is copied. A batch has the same structure.
         batch_size: Examples in a batch.
         name: What to call the data in an error.
+        pad_to: "batch" pads the last batch to ``batch_size`` rows, with one of the examples, and gives every batch an
+            entry ``mask`` that is 0 for padding, see `trainer.pad_batch`.
+        mask: Whether a padded batch has that entry; predictions need none.
 
     Raises:
-        BatchError: A leaf of ``data`` is no numeric array, leading dimensions differ, or there is no example.
-        ArgumentError: ``batch_size`` is not a positive integer.
+        BatchError: A leaf of ``data`` is no numeric array, leading dimensions differ, or there is no example; or a mask
+            cannot be added.
+        ArgumentError: ``batch_size`` is not a positive integer, or ``pad_to`` is something else.
     """
 
-    def __init__(self, data: Any, batch_size: int, name: str = "data") -> None:
+    def __init__(
+        self,
+        data: Any,
+        batch_size: int,
+        name: str = "data",
+        *,
+        pad_to: Literal["batch"] | None = None,
+        mask: bool = True,
+    ) -> None:
+        check_pad_to(pad_to)
+        if pad_to is not None and mask:
+            check_maskable(data, name)
         data, self.num_examples = checked_data(data, name)
         self.batch_size = check_count(batch_size, "batch_size")
+        self.pad_to, self.has_mask = pad_to, pad_to is not None and mask
         leaves, self._structure = jax.tree.flatten(data)
         self._columns = [_on_host(leaf) for leaf in leaves]
         self._source: Future[Any] | None = None
@@ -79,9 +96,8 @@ class InMemoryData:
         for start in range(0, count, _ROWS_AT_ONCE):
             for column in columns:
                 content.update(np.ascontiguousarray(column[rows[start : start + _ROWS_AT_ONCE]]).tobytes())
-        return (
-            f"{describe(self.in_order().specification())} of {self.num_examples} with hash {content.hexdigest()[:16]}"
-        )
+        shapes = describe(_specification(*self.columns(), self.batch_size))
+        return f"{shapes} of {self.num_examples} with hash {content.hexdigest()[:16]}"
 
     def columns(self) -> tuple[list[Any], Any]:
         """Returns the arrays, and the tree structure of a batch."""
@@ -122,17 +138,28 @@ class InMemoryData:
 class Epoch(Iterator[Batch]):
     """One pass over data in memory: an iterator of batches, which can also return several stacked ones.
 
+    Padding is rows with the index ``num_examples``: in the arrays it stands for the last example, and in the mask,
+    which is longer by one, for a zero. With padding all batches are full.
+
     Attributes:
-        batch_size: The number of examples in a full batch.
+        batch_size: The number of rows in a full batch.
         full_batches_in_epoch: The number of full batches in the whole pass.
         drawn: The number of examples in the latest batch.
     """
 
     def __init__(self, data: InMemoryData, order: np.ndarray[Any, Any] | None, skip: int) -> None:
         self._data, (self._columns, self._structure) = data, data.columns()
-        self._order, self._num_examples, self.batch_size = order, data.num_examples, data.batch_size
+        self._num_examples, self.batch_size = data.num_examples, data.batch_size
+        self._num_rows = data.num_examples if data.pad_to is None else len(data) * data.batch_size
+        padding = self._num_rows - self._num_examples
+        if padding:
+            order = np.arange(self._num_examples) if order is None else order
+            order = np.concatenate([order, np.full(padding, self._num_examples, order.dtype)])
+        if data.has_mask:
+            self._columns, self._structure = _with_mask_column(self._columns, self._structure, self._num_examples)
+        self._order = order
         self._start = self._position = skip * data.batch_size
-        self.full_batches_in_epoch = data.num_examples // data.batch_size
+        self.full_batches_in_epoch = self._num_rows // data.batch_size
         self.drawn = 0
 
     def __iter__(self) -> Self:
@@ -164,16 +191,11 @@ class Epoch(Iterator[Batch]):
     @property
     def full_batches(self) -> int:
         """The number of full batches left."""
-        return max(0, self._num_examples - self._position) // self.batch_size
+        return max(0, self._num_rows - self._position) // self.batch_size
 
     def specification(self) -> Any:
         """Returns the shapes and dtypes of a full batch, as JAX sees them."""
-        return self._batch(
-            [
-                jax.ShapeDtypeStruct((self.batch_size, *column.shape[1:]), dtype_in_jax(column))
-                for column in self._columns
-            ]
-        )
+        return _specification(self._columns, self._structure, self.batch_size)
 
     def stacked(self, count: int, capacity: int) -> Batch:
         """Returns the next ``count`` full batches, in arrays of shape ``(capacity, batch_size, ...)``.
@@ -189,10 +211,10 @@ class Epoch(Iterator[Batch]):
     def _next(self) -> slice | np.ndarray[Any, Any] | None:
         if self._start < self._position < self._num_examples:
             self._data.make_source()
-        start, end = self._position, min(self._position + self.batch_size, self._num_examples)
+        start, end = self._position, min(self._position + self.batch_size, self._num_rows)
         if start >= end:
             return None
-        self._position, self.drawn = end, end - start
+        self._position, self.drawn = end, min(end, self._num_examples) - start
         return slice(start, end) if self._order is None else self._order[start:end]
 
     def _several(self, count: int) -> np.ndarray[Any, Any]:
@@ -208,14 +230,29 @@ class Epoch(Iterator[Batch]):
 
 
 def rows_of(column: Any, index: np.ndarray[Any, Any], size: int | None = None) -> Any:
-    """Returns the rows of a column at ``index``, padded to ``size`` rows with unspecified values."""
+    """Returns the rows of a column at ``index``, padded to ``size`` rows with unspecified values.
+
+    An index behind the last row is that of the last row.
+    """
     size = len(index) if size is None else size
     if not isinstance(column, np.ndarray):
-        return column[np.resize(index, size)]
+        return column[np.minimum(np.resize(index, size), len(column) - 1)]
     rows = aligned_empty((size, *column.shape[1:]), column.dtype)
-    # No index is out of range; with mode="clip" NumPy writes into `out` directly instead of through a buffer.
+    # The index of padding stands for the last row; and with "clip" NumPy writes into `out` without a buffer between.
     np.take(column, index, axis=0, out=rows[: len(index)], mode="clip")
     return rows
+
+
+def _specification(columns: list[Any], structure: Any, batch_size: int) -> Any:
+    shapes = [jax.ShapeDtypeStruct((batch_size, *column.shape[1:]), dtype_in_jax(column)) for column in columns]
+    return jax.tree.unflatten(structure, shapes)
+
+
+def _with_mask_column(columns: list[Any], structure: Any, num_examples: int) -> tuple[list[Any], Any]:
+    mask = np.ones(num_examples + 1, np.float32)
+    mask[num_examples] = 0
+    # The arrays as leaves: a batch of columns gets an entry, wherever that comes in the order of the leaves.
+    return jax.tree.flatten({**jax.tree.unflatten(structure, columns), MASK: mask})
 
 
 def dtype_in_jax(array: Any) -> Any:

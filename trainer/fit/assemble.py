@@ -22,12 +22,13 @@ from trainer.config.schedules import check_horizon, needs_horizon
 from trainer.core.averaged_params import resolve_eval_params
 from trainer.core.checks import check_count
 from trainer.core.modes import evaluated_as_a_whole
-from trainer.core.objective import check_extensions, check_loss_fn, with_losses
+from trainer.core.objective import check_extensions, check_loss_fn, requiring_weight, with_losses
 from trainer.core.optimizer import adapt_optimizer
 from trainer.core.own_step import check_own_step, no_loss_fn, own_step
 from trainer.core.report import MEASURES, Measure, Update, resolve_report
 from trainer.data.loaders import check_loader
 from trainer.data.memory import seed_from_key
+from trainer.data.padding import check_pad_to
 from trainer.distributed.agreement import check_agreement, gathered
 from trainer.errors import ArgumentError, ArgumentTypeError, warn
 from trainer.fit.fingerprint import fingerprints_of
@@ -73,6 +74,8 @@ def assemble(
     step_fn: StepFn | None,
     nonfinite: NonFinite,
     report: Iterable[str] | Mapping[str, Measure],
+    accumulate_steps: int,
+    pad_to: Literal["batch"] | None,
 ) -> tuple[Setup, Run]:
     """Checks the arguments of `trainer.Trainer`, and returns its parts and its initial run.
 
@@ -90,11 +93,17 @@ def assemble(
             check_loader(loader, name)
     extensions = check_extensions(extensions)
     losses = with_losses(extensions)
+    settings: dict[str, Any] = {
+        "nonfinite": nonfinite,
+        "accumulate_steps": check_count(accumulate_steps, "accumulate_steps"),
+    }
     if step_fn is None:
         check_loss_fn(loss_fn)
     else:
-        settings = {"nonfinite": (nonfinite, "ignore"), "extensions": (losses, {}), "report": (report, ())}
-        check_own_step(step_fn, loss_fn, settings)
+        check_own_step(step_fn, loss_fn, {**settings, "extensions": losses, "report": report})
+    check_pad_to(pad_to)
+    objective = no_loss_fn if loss_fn is None else loss_fn
+    objective = objective if pad_to is None else requiring_weight(objective)
     if log_callback is not None and not callable(log_callback):
         raise ArgumentTypeError(f"`log_callback` is of type {type(log_callback).__name__}; it must be callable.")
     save_interval = check_count(save_interval, "save_interval")
@@ -109,12 +118,12 @@ def assemble(
     eval_params = resolve_eval_params(eval_params, run.peek(), has_clipping=has_clipping)
     _warn_of_mode(run.peek().model(), wrt)
     live = Live(weakref.ref(trainer), validates=val_data_loader is not None)
-    step: Any
-    if step_fn is None and loss_fn is not None:
-        make = functools.partial(make_train_step, loss_fn, wrt=wrt, extensions=losses, nonfinite=nonfinite)
-        step, step_arguments = _made_step(make, report, training_config, optimizer, placement)
-    elif step_fn is not None:
-        step, step_arguments = own_step(step_fn), None
+    make = functools.partial(make_train_step, objective, wrt=wrt, extensions=losses, **settings)
+    step, step_arguments = (
+        _made_step(make, report, training_config, optimizer, placement)
+        if step_fn is None
+        else (own_step(step_fn), None)
+    )
     default_directory = TrainingConfig.checkpoint_dir
     checkpointer = Checkpointer(
         Path(checkpoint_dir or workdir or training_config.checkpoint_dir), training_config.max_checkpoints
@@ -143,10 +152,16 @@ def assemble(
         fanout=_fanout(training_config, placement, log_callback, metrics_logger, logger),
         checkpointer=checkpointer,
         is_directory_given=any((workdir, checkpoint_dir, training_config.checkpoint_dir != default_directory)),
-        fingerprints=fingerprints_of(loss_fn, step_fn, optimizer, losses, run),
+        fingerprints={
+            **fingerprints_of(loss_fn, step_fn, optimizer, losses, run),
+            "accumulate_steps": str(accumulate_steps),
+            "pad_to": str(pad_to),
+        },
+        accumulate_steps=accumulate_steps,
+        pad_to=pad_to,
         step=_compiled_step(step, step_arguments, losses, placement, steps_per_call, events, live),
         eval_step=jax.jit(
-            names_checked(make_eval_step(loss_fn or no_loss_fn, eval_params=eval_params)),
+            names_checked(make_eval_step(objective, eval_params=eval_params)),
             out_shardings=placement.replicated,
         ),
         # The same function again finds its compiled step.
@@ -157,7 +172,8 @@ def assemble(
     )
     if placement.num_processes > 1:
         run = run.replace(id=gathered(run.id)[0])
-    about = {"mesh": str(mesh and dict(mesh.shape)), "partition_rules": str(partition_rules)}
+    about: dict[str, Any] = {"mesh": str(mesh and dict(mesh.shape)), "partition_rules": str(partition_rules)}
+    about |= {"accumulate_steps": accumulate_steps, "pad_to": pad_to}
     setup.agree("Trainer", {"training_config": training_config.to_dict(), "save_interval": save_interval, **about})
     return setup, run.replace(horizon=setup.horizon_of(train_data_loader))
 

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING
 from trainer.checkpoints.checkpointer import warn_of_state
 from trainer.checkpoints.run_record import Restored
 from trainer.compile.cost import ProgramCost, cost_of
-from trainer.core.nonfinite import check_finite
 from trainer.distributed.signals import Signals
-from trainer.errors import NonFiniteError, ObjectiveError, TrainingInterrupted, warn
+from trainer.errors import ObjectiveError, TrainingInterrupted, warn
+from trainer.fit.finite import hold_if_finite, react_if_not_finite
 from trainer.fit.plan import FitPlan
 from trainer.fit.resume import checked, find, planned_end, put_back
 from trainer.fit.setup import Setup
 from trainer.loggers.base import prefixed
 from trainer.loop import evaluate, open_pass, plan_dispatch, rare_collections, run_epoch
-from trainer.metrics.average import WeightedAverage, metrics_at
+from trainer.metrics.average import metrics_at
 from trainer.metrics.throughput import Meter
 from trainer.run import Position, Run
 from trainer.types import Batch, Metrics
@@ -116,11 +116,11 @@ def _run_epochs(
             # Of the epoch before: the device has finished it, so reading waits for nothing.
             if average is not None:
                 average.compute()
-                _react_if_not_finite(trainer, average)
+                react_if_not_finite(trainer, average)
             average = trainer.run.average
         _log_last_step(trainer)
         trainer.run.average.compute()  # the caller reads it next
-        _react_if_not_finite(trainer, trainer.run.average)
+        react_if_not_finite(trainer, trainer.run.average)
         if plan.held_out is not None and _not_validated(trainer.run):
             validate(trainer, plan.held_out, signals.check)
         if plan.caller == "train" and trainer.run.validation is not None and plan.held_out is not None:
@@ -216,7 +216,9 @@ def _open_epoch(trainer: Trainer, plan: FitPlan, opening: contextlib.AbstractCon
             trainer.run, plan.loader, batch_size=plan.batch_size, name=plan.name, limit=setup.config.steps_per_epoch
         )
     trainer.hold(run)
-    return batches
+    # Only the first batch of an epoch cannot be a short last one.
+    setting = None if run.batch else "`batch_size`" + " of `training_config`" * (plan.caller == "train_epoch")
+    return setup.padded(batches, plan.batch_size, setting=setting)
 
 
 def _after_call(trainer: Trainer, metrics: Metrics, count: int | None, *, defer: bool) -> None:
@@ -228,7 +230,7 @@ def _after_call(trainer: Trainer, metrics: Metrics, count: int | None, *, defer:
         tell_compilation(trainer, report.name, report.seconds, report.warning, run.step - (count or 1))
         _check_counted(trainer)
     setup.fanout.flush()
-    _react_if_not_finite(trainer, run.average)
+    react_if_not_finite(trainer, run.average)
     step, every = run.step, setup.config.log_frequency
     if count is None:
         if step == 1 or step % every == 0:
@@ -244,42 +246,6 @@ def _after_call(trainer: Trainer, metrics: Metrics, count: int | None, *, defer:
     for number, row in rows:
         setup.fanout.defer("train", number, row)
     setup.events.emit("on_call_end", trainer, step, metrics_at(metrics, count - 1))
-
-
-def hold_if_finite(trainer: Trainer) -> None:
-    """Raises `NonFiniteError` where ``nonfinite`` is "raise" and a step was not finite. Waits for the device then.
-
-    The trainer holds the state from before that step, outside of any data; what came later is forgotten.
-    """
-    if trainer.setup.nonfinite != "raise":
-        return
-    run = trainer.run.with_edits()
-    try:
-        check_finite(run.peek())
-    except NonFiniteError as error:
-        history = run.history.copy()
-        history.rewind(error.step - 1)
-        state = trainer.setup.placement.adopt(error.state)
-        run = run.with_state(state, step=error.step - 1).replace(
-            history=history, logged_step=min(run.logged_step, error.step - 1), average=WeightedAverage(), metrics={}
-        )
-        trainer.hold(run)
-        raise
-
-
-def _react_if_not_finite(trainer: Trainer, average: WeightedAverage) -> None:
-    """Raises or says, once, that a step is not finite, as soon as metrics that are not were read for an average."""
-    if average.skipped:
-        hold_if_finite(trainer)
-    found = average.not_finite
-    if found is None or trainer.setup.live.has_warned:
-        return
-    trainer.setup.live.has_warned = True
-    warn(
-        f"the loss is {found[1]} at step {found[0]}, and training continues. A smaller learning rate or "
-        f"`gradient_clip_norm` may help; `jax_debug_nans` finds the operation, and "
-        f"EarlyStopping ends a run whose monitor is not finite."
-    )
 
 
 def _check_counted(trainer: Trainer) -> None:
@@ -303,7 +269,7 @@ def _log_last_step(trainer: Trainer) -> None:
 def compile_step(trainer: Trainer, batch: Batch) -> ProgramCost:
     """Compiles the step for batches like this; see `Trainer.compile`."""
     setup = trainer.setup
-    batch, _ = setup.placement.abstract_batch(batch)
+    batch, _ = setup.placement.abstract_batch(setup.with_mask(batch))
     run = setup.with_weights(trainer.run).with_edits()
     run.peek().check_alive()
     start = time.perf_counter()

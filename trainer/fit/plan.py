@@ -1,7 +1,6 @@
 """`FitPlan`: what one call of ``Trainer.train`` or ``Trainer.train_epoch`` does, decided before anything changes."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -89,6 +88,7 @@ def plan_run(
         horizon = setup.horizon_of(train_data, num_epochs)
         return _over_loader(run, train_data, "train_data", horizon=horizon, first_step=run.step, **common)
     data = setup.in_memory(train_data, batch_size, "train_data")
+    setup.check_micro_batches(data)
     if batch_size > data.num_examples:
         warn(
             f"`batch_size` is {batch_size} but `train_data` has {data.num_examples} examples; every epoch is "
@@ -142,8 +142,10 @@ def plan_prediction(setup: Setup, run: Run, data: Any, batch_size: int) -> Itera
     if _is_loader(data):
         check_loader(data, "data")
         setup.agree_on_run("predict", run, {"batch_size": batch_size})
-        return one_pass(data, batch_size, "data", None, bound="pass itertools.islice(data, num_batches)")
-    held = setup.in_memory(data, batch_size, "data")
+        batches = one_pass(data, batch_size, "data", None, bound="pass itertools.islice(data, num_batches)")
+        # Of a batch of several processes, no process knows which rows are the padding of another.
+        return setup.padded(batches, mask=False) if setup.placement.num_processes == 1 else batches
+    held = setup.in_memory(data, batch_size, "data", mask=False)
     setup.agree_on_run("predict", run, {"batch_size": batch_size}, data=held)
     return held.in_order()
 
@@ -184,7 +186,12 @@ def _passes_over(setup: Setup, loader: Any, batch_size: int, name: str) -> Calla
     """Returns a function that opens a pass over a validation loader, of ``validation_steps`` batches at most."""
     check_loader(loader, name)
     limit = setup.config.validation_steps
-    return functools.partial(one_pass, loader, batch_size, name, limit, bound="set `TrainingConfig.validation_steps`")
+
+    def opened() -> Iterator[Batch]:
+        bound = "set `TrainingConfig.validation_steps`"
+        return setup.padded(one_pass(loader, batch_size, name, limit, bound=bound))
+
+    return opened
 
 
 def _held_out(

@@ -4,8 +4,8 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping, Sized
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import optax
@@ -18,16 +18,17 @@ from trainer.config import TrainingConfig, make_schedule
 from trainer.config.schedules import check_horizon, needs_horizon
 from trainer.core.objective import check_weight, with_losses
 from trainer.data.memory import InMemoryData
+from trainer.data.padding import PaddedBatches, with_mask
 from trainer.data.resumable import LoaderPass, LoaderPosition
 from trainer.distributed.agreement import check_agreement, gathered
 from trainer.distributed.replicas import check_replicas
-from trainer.errors import CheckpointError, warn
+from trainer.errors import ArgumentError, CheckpointError, warn
 from trainer.loggers.base import Logger, MetricsLoggerLike
 from trainer.loggers.fanout import MetricFanout
 from trainer.metrics.throughput import Throughput
 from trainer.run import FromLoader, Run
 from trainer.sharding.placement import Placement
-from trainer.types import EvalParams, ExtensionLike, LogCallback, LossFn, Metrics, NonFinite, StepFn
+from trainer.types import Batch, EvalParams, ExtensionLike, LogCallback, LossFn, Metrics, NonFinite, StepFn
 
 _BYTES_COMPARED = 256 * 2**20
 """How much of data in memory the processes compare: a quarter of a second's work. Of more, rows spread over all."""
@@ -82,6 +83,8 @@ class Setup:
     checkpointer: Checkpointer
     is_directory_given: bool
     fingerprints: dict[str, str]
+    accumulate_steps: int
+    pad_to: Literal["batch"] | None
     step: CompiledStep
     eval_step: Callable[..., Metrics]
     predict_step: Callable[[Any], Callable[..., Any]]
@@ -110,12 +113,51 @@ class Setup:
         if self.placement.num_processes > 1:
             check_replicas(run.with_edits().peek())
 
-    def in_memory(self, data: Any, batch_size: int, name: str) -> InMemoryData:
+    def in_memory(self, data: Any, batch_size: int, name: str, *, mask: bool = True) -> InMemoryData:
         """Returns data in memory, if it can be used and its full batches can be shared by the devices."""
-        held = InMemoryData(data, batch_size, name)
-        if held.num_examples >= batch_size:
+        held = InMemoryData(data, batch_size, name, pad_to=self.pad_to, mask=mask)
+        if held.num_examples >= batch_size or self.pad_to is not None:
             self.placement.check_batch_size(batch_size)
         return held
+
+    def with_mask(self, batch: Any) -> Any:
+        """Returns a single batch with the mask that an objective of padded batches asks for, where they are padded."""
+        return batch if self.pad_to is None else with_mask(batch)
+
+    def padded(
+        self, batches: Iterator[Batch], size: int | None = None, *, mask: bool = True, setting: str | None = None
+    ) -> Iterator[Batch]:
+        """Returns the batches of a loader, padded if they are to be; arguments as for `PaddedBatches`."""
+        return batches if self.pad_to is None else PaddedBatches(batches, size, mask=mask, setting=setting)
+
+    def check_micro_batches(self, data: InMemoryData) -> None:
+        """Checks that every batch of training data has enough examples for the micro-batches of a step.
+
+        Warns if the devices of a mesh cannot share a micro-batch evenly.
+
+        Raises:
+            ArgumentError: A batch has fewer examples than micro-batches.
+        """
+        steps, size = self.accumulate_steps, min(data.batch_size, data.num_examples)
+        last = data.num_examples % data.batch_size or size
+        if self.pad_to is not None:
+            size = last = data.batch_size
+        if steps > min(size, last):
+            which = "a batch" if size < steps else "the last batch"
+            raise ArgumentError(
+                f"`accumulate_steps` is {steps}, and {which} has {min(size, last)} examples (`batch_size` = "
+                f"{data.batch_size}, {data.num_examples} examples in all); make it at most that"
+                + (", or pad the last batch: `pad_to`='batch'." if size >= steps else ".")
+            )
+        try:
+            self.placement.check_batch_size(-(-size // steps))
+        except ArgumentError:
+            if steps > 1:
+                warn(
+                    f"`accumulate_steps` = {steps} makes micro-batches of {-(-size // steps)} examples, which the "
+                    f"devices of the mesh cannot share evenly: rows move between devices, and some wait. A "
+                    f"`batch_size` that is a multiple of {steps} times the number of devices avoids that."
+                )
 
     def with_weights(self, run: Run) -> Run:
         """Returns the run with the weights that the extension objects have now."""

@@ -290,7 +290,7 @@ class OverMesh:
         index = epoch.next_indices()
         if index is None:
             return None
-        return epoch.gathered(functools.partial(gather_rows, index, self._batch_sharding(len(index)))), len(index)
+        return epoch.gathered(functools.partial(gather_rows, index, self._batch_sharding(len(index)))), epoch.drawn
 
     def next_batches(self, epoch: Epoch, count: int, capacity: int) -> Batch:
         if self._single is not None:

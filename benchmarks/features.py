@@ -1,0 +1,136 @@
+"""What a feature of the step costs, beside the step without it and beside the same written by hand.
+
+To add a feature, write a function from the workload to its contenders, and list it in ``FEATURES``. A contender is a
+state, a compiled ``(state, batch) -> (state, metrics)`` that donates it, and the batches of one update. Times are of
+one update; "scratch" is what XLA plans beside arguments and results. Run it with ``python benchmarks/features.py``.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import optax
+
+import by_hand
+import workloads
+from timing import Report, compared, in_turns, per
+from trainer import TrainState, make_train_step
+from workloads import Workload
+
+MEBIBYTE = 2**20
+STEPS = 16
+"""The micro-batches of a batch."""
+
+
+@dataclasses.dataclass
+class Contender:
+    """A way to make one update of the params."""
+
+    state: Any
+    step: Callable[..., Any]
+    batches: Sequence[Mapping[str, Any]]
+
+    def update(self) -> Any:
+        for batch in self.batches:
+            self.state, metrics = self.step(self.state, batch)
+        return metrics
+
+    @property
+    def scratch(self) -> int:
+        """Bytes that XLA plans for a call, beside arguments and results."""
+        return self.step.lower(self.state, self.batches[0]).compile().memory_analysis().temp_size_in_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Feature:
+    """A feature, and its contenders by name; the first is the step without it."""
+
+    name: str
+    contenders: Callable[[Workload], dict[str, Contender]]
+
+
+def ours(workload: Workload, batch: Mapping[str, Any] | None = None, **options: Any) -> Contender:
+    """The step of this library with keywords of `make_train_step`."""
+    optimizer = workload.optimizer()
+    state = TrainState.create(workload.make_model(), optimizer, rng=jax.random.key(0))
+    step = jax.jit(make_train_step(workload.loss_fn, optimizer, **options), donate_argnums=0)
+    return Contender(state, step, [workload.batch if batch is None else batch])
+
+
+def hand_written(workload: Workload, optimizer: optax.GradientTransformation, parts: int = 1) -> Contender:
+    """The step by hand, called on so many parts of the batch."""
+    state, step = by_hand.make_step(workload.make_model(), workload.loss_fn, optimizer)
+    batches = [{name: column[i::parts] for name, column in workload.batch.items()} for i in range(parts)]
+    return Contender(state, jax.jit(step, donate_argnums=0), batches)
+
+
+def accumulation(workload: Workload) -> dict[str, Contender]:
+    multi = optax.MultiSteps(workload.optimizer(), STEPS).gradient_transformation()
+    return {
+        "plain": ours(workload),
+        f"accumulate_steps={STEPS // 4}": ours(workload, accumulate_steps=STEPS // 4),
+        f"accumulate_steps={STEPS}": ours(workload, accumulate_steps=STEPS),
+        f"by hand: optax.MultiSteps, {STEPS} calls": hand_written(workload, multi, STEPS),
+    }
+
+
+FEATURES = [Feature(f"gradient accumulation, {STEPS} micro-batches of a batch", accumulation)]
+
+
+def timed(contender: Contender, updates: int) -> Callable[[], float]:
+    def work():
+        for _ in range(updates):
+            metrics = contender.update()
+        jax.block_until_ready(metrics)
+
+    return per(updates, work)
+
+
+def compare(report: Report, feature: Feature, workload: Workload, updates: int) -> None:
+    """Prints the times and the memory of the contenders of a feature."""
+    contenders = feature.contenders(workload)
+    plain = next(iter(contenders))
+    scratch = {name: contender.scratch for name, contender in contenders.items()}
+    runs = {name: timed(contender, updates) for name, contender in contenders.items()}
+    times = in_turns(runs, report.repeats)
+    rows = compared(times, "µs an update", 1e6, {f"x {plain}": plain})
+    report.table(
+        f"{feature.name}, {workload.name} at {workload.batch_size}",
+        [{**row, "scratch, MiB": scratch[row["what"]] / MEBIBYTE} for row in rows],
+    )
+
+
+def memory_of_accumulation(report: Report, workload: Workload) -> None:
+    """Prints what memory a step takes: flat in the micro-batches of one size, falling in those of one batch."""
+    size, rows = workload.batch_size // STEPS, []
+    for steps in (1, 4, STEPS):
+        growing = {name: column[: size * steps] for name, column in workload.batch.items()}
+        by_size, by_batch = (ours(workload, batch, accumulate_steps=steps) for batch in (growing, workload.batch))
+        rows.append(
+            {
+                "accumulate_steps": str(steps),
+                f"micro-batches of {size}, MiB": by_size.scratch / MEBIBYTE,
+                f"a batch of {workload.batch_size}, MiB": by_batch.scratch / MEBIBYTE,
+            }
+        )
+    report.table(f"scratch of a step under gradient accumulation, {workload.name}", rows)
+
+
+def main():
+    report = Report(__doc__, repeats=9)
+    batch_size = 64 if report.quick else 4096
+    workload = dataclasses.replace(
+        workloads.digits(batch_size),
+        name="MLP 784-256-256-256-10",
+        make_model=lambda: workloads.Mlp(784, 256, 256, 256, 10),
+        batch_size=batch_size,
+    )
+    for feature in FEATURES:
+        compare(report, feature, workload, 1 if report.quick else 5)
+    memory_of_accumulation(report, workload)
+    report.close()
+
+
+if __name__ == "__main__":
+    main()

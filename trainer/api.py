@@ -57,7 +57,7 @@ class Trainer(ReadOnly):
         log_callback: Called as ``log_callback(step, metrics, prefix="train")``, or ``"val"``.
         callbacks: A `trainer.CallbackList`, or any sequence of callbacks.
         extensions: By name, extensions that contribute losses or handle events.
-        wrt: Which variables of the model are trained, an nnx filter.
+        wrt: Which variables of the model are trained, an nnx filter or patterns of paths, see `trainer.by_path`.
         eval_params: ``eval_params(opt_state, params)`` returns the params for validation, `evaluate`,
             `predict` and `model`, such as ``optax.contrib.schedule_free_eval_params``; see `make_eval_step`.
         handle_signals: Whether SIGTERM and Ctrl-C end a run in order, saved.
@@ -67,6 +67,7 @@ class Trainer(ReadOnly):
             those of one device, within rounding. With several processes, each makes the same calls; data in
             memory is the same in all, a batch is the part of its process, and process 0 alone logs.
         partition_rules: How the state is split over the mesh, see `trainer.partition`.
+        params_average: Such as ``ema_of_params(0.999)``: last of the optimizer, and its average the ``eval_params``.
 
     Attributes:
         run: What a checkpoint holds: the state, and the record that travels with it. The only attribute that changes.
@@ -101,6 +102,7 @@ class Trainer(ReadOnly):
         steps_per_call: int | Literal["auto"] = "auto",
         mesh: Mesh | None = None,
         partition_rules: Mapping[str, PartitionSpec] | None = None,
+        params_average: optax.GradientTransformation | None = None,
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name != "self"}
         self.setup, self.run = assemble(self, **arguments)

@@ -12,6 +12,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
+from trainer.averages import averaged_params
 from trainer.callbacks.base import as_callback_list
 from trainer.callbacks.dispatch import CallbackDispatcher
 from trainer.checkpoints.checkpointer import Checkpointer
@@ -67,6 +68,7 @@ def assemble(
     steps_per_call: int | Literal["auto"],
     mesh: Mesh | None,
     partition_rules: Mapping[str, PartitionSpec] | None,
+    params_average: optax.GradientTransformation | None,
 ) -> tuple[Setup, Run]:
     """Checks the arguments of `trainer.Trainer`, and returns its parts and its initial run.
 
@@ -79,6 +81,8 @@ def assemble(
     if optimizer is not None:
         check_optimizer(optimizer)
         warn_beside_optimizer(training_config)
+    if params_average is not None:
+        check_optimizer(params_average, "params_average")
     for name, loader in {"train_data_loader": train_data_loader, "val_data_loader": val_data_loader}.items():
         if loader is not None:
             check_loader(loader, name)
@@ -93,9 +97,9 @@ def assemble(
     rng = jax.random.PRNGKey(0) if rng is None else rng
     check_rng(rng)
     losses = with_losses(extensions)
-    run = _initial_run(model, rng, training_config, optimizer, wrt, losses, placement)
-    has_clipping = training_config.gradient_clip_norm is not None
-    eval_params = resolve_eval_params(eval_params, run.peek(), has_clipping=has_clipping)
+    make_whole = functools.partial(build_optimizer, training_config, optimizer, params_average)
+    run = _initial_run(model, rng, make_whole(_ANY_HORIZON), wrt, losses, placement)
+    eval_params = _resolved_eval_params(eval_params, run, training_config, params_average)
     _warn_of_mode(run.peek().model(), wrt)
     live = Live(weakref.ref(trainer), validates=val_data_loader is not None)
     default_directory = TrainingConfig.checkpoint_dir
@@ -106,6 +110,7 @@ def assemble(
         config=training_config,
         loss_fn=loss_fn,
         given_optimizer=optimizer,
+        params_average=params_average,
         train_data_loader=train_data_loader,
         val_data_loader=val_data_loader,
         metrics_logger=metrics_logger,
@@ -124,8 +129,10 @@ def assemble(
         fanout=_fanout(training_config, placement, log_callback, metrics_logger, logger),
         checkpointer=checkpointer,
         is_directory_given=any((workdir, checkpoint_dir, training_config.checkpoint_dir != default_directory)),
-        fingerprints=fingerprints_of(loss_fn, optimizer, losses, run),
-        step=_compiled_step(training_config, optimizer, loss_fn, wrt, losses, placement, steps_per_call, events, live),
+        fingerprints=fingerprints_of(loss_fn, optimizer, losses, run, params_average),
+        step=_compiled_step(
+            training_config, optimizer, make_whole, loss_fn, wrt, losses, placement, steps_per_call, events, live
+        ),
         eval_step=jax.jit(
             names_checked(make_eval_step(loss_fn, eval_params=eval_params)), out_shardings=placement.replicated
         ),
@@ -145,13 +152,12 @@ def assemble(
 def _initial_run(
     model: Any,
     rng: jax.Array,
-    config: TrainingConfig,
-    optimizer: optax.GradientTransformation | None,
+    optimizer: optax.GradientTransformation,
     wrt: nnx.filterlib.Filter,
     extensions: dict[str, ExtensionLike],
     placement: Placement,
 ) -> Run:
-    state = placement.create(model, build_optimizer(config, optimizer, _ANY_HORIZON), rng, wrt, extensions)
+    state = placement.create(model, optimizer, rng, wrt, extensions)
     if not jax.tree.leaves(state.params):
         raise ArgumentError(
             f"`model` has no parameters: `wrt` = {wrt!r} selects none of its variables, so there is nothing to train."
@@ -159,14 +165,32 @@ def _initial_run(
     return Run.start(state).replace(position=None)
 
 
+def _resolved_eval_params(
+    given: EvalParams | None, run: Run, config: TrainingConfig, average: optax.GradientTransformation | None
+) -> EvalParams | None:
+    """Returns the params for evaluation: those of the caller's function, else the average that the optimizer keeps."""
+    if given is None and average is not None:
+        return resolve_eval_params(averaged_params, run.peek(), lambda opt_state: opt_state)
+
+    def own_state(opt_state: Any) -> Any:
+        opt_state = opt_state if average is None else opt_state[0]
+        return opt_state if config.gradient_clip_norm is None else opt_state[1]
+
+    return resolve_eval_params(given, run.peek(), own_state)
+
+
 def build_optimizer(
-    config: TrainingConfig, given: optax.GradientTransformation | None, horizon: Any
+    config: TrainingConfig,
+    given: optax.GradientTransformation | None,
+    average: optax.GradientTransformation | None,
+    horizon: Any,
 ) -> optax.GradientTransformation:
-    """Returns the given or configured optimizer, with gradient clipping.
+    """Returns the given or configured optimizer, behind gradient clipping and before an average of the params.
 
     Args:
         config: The configuration.
         given: The caller's optimizer.
+        average: What sees its updates last, see `trainer.ema_of_params`.
         horizon: The step at which a computed schedule ends; it may be traced, so that a longer run compiles nothing.
 
     Raises:
@@ -177,14 +201,15 @@ def build_optimizer(
         rate, scheduler = config.optimizer.learning_rate, config.scheduler
         schedule = None if scheduler is None else make_schedule(scheduler, rate, horizon)
         optimizer = make_optimizer(config.optimizer, schedule)
-    if config.gradient_clip_norm is None:
-        return optimizer
-    return optax.chain(optax.clip_by_global_norm(config.gradient_clip_norm), adapt_optimizer(optimizer))
+    if config.gradient_clip_norm is not None:
+        optimizer = optax.chain(optax.clip_by_global_norm(config.gradient_clip_norm), adapt_optimizer(optimizer))
+    return optimizer if average is None else optax.chain(adapt_optimizer(optimizer), average)
 
 
 def _compiled_step(
     config: TrainingConfig,
     optimizer: optax.GradientTransformation | None,
+    make_whole: Callable[[Any], optax.GradientTransformation],
     loss_fn: LossFn,
     wrt: nnx.filterlib.Filter,
     extensions: dict[str, ExtensionLike],
@@ -200,7 +225,7 @@ def _compiled_step(
     if optimizer is None and scheduler is not None and needs_horizon(scheduler):
 
         def step_until(state: Any, batch: Any, horizon: Any) -> Any:
-            return make(build_optimizer(config, None, horizon))(state, batch)
+            return make(make_whole(horizon))(state, batch)
 
         def horizon_of(run: Run) -> tuple[Any, ...]:
             if run.horizon is None:
@@ -210,7 +235,7 @@ def _compiled_step(
         step, arguments = step_until, horizon_of
 
     else:
-        step = make(build_optimizer(config, optimizer, None))
+        step = make(make_whole(None))
 
     def enabled() -> tuple[str, ...]:
         return tuple(name for name, extension in extensions.items() if extension.is_enabled())

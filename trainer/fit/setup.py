@@ -61,6 +61,7 @@ class Setup:
     config: TrainingConfig
     loss_fn: LossFn
     given_optimizer: optax.GradientTransformation | None
+    params_average: optax.GradientTransformation | None
     train_data_loader: Any
     val_data_loader: Any
     metrics_logger: MetricsLoggerLike | None

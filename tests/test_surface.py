@@ -29,6 +29,7 @@ ARROWS = {
     "steps": PURE,
     "averages": {"core", "errors", "state"},
     "groups": {"core", "errors", "state"},
+    "lora": {"core", "errors", "state"},
     "config": {"core", "errors"},
     "metrics": PURE,
     "data": PURE,

@@ -11,7 +11,7 @@ from flax import nnx
 
 from trainer.errors import ArgumentError, ArgumentTypeError
 
-_REGULAR_EXPRESSION = frozenset(".^$+?{}[]()|\\")
+_REGULAR_EXPRESSION = frozenset(".^$+?{}()|\\")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +43,12 @@ def by_path(*patterns: str, of: nnx.filterlib.Filter = nnx.Param) -> ByPath:
     The path of a variable is the names of the attributes that lead to it, joined by slashes:
     ``encoder/layers/0/kernel``. A pattern has to match all of it:
 
-    * ``*`` stands for any part of a name, and ``**`` for any number of names: ``encoder/**`` is everything below
-      ``encoder``, ``layers/*/bias`` the biases of all layers, ``**/norm/scale`` that scale at any depth.
+    * ``*`` stands for any part of a name, ``[0-3]`` for one of these characters, and ``**`` for any number of names:
+      ``encoder/**`` is everything below ``encoder``, ``layers/*/bias`` the biases of all layers, ``**/norm/scale`` that
+      scale at any depth.
     * A pattern with a ``*`` and without a slash is matched against the last name: ``*`` is everything, ``*bias`` every
       bias.
-    * A pattern with one of ``.^$+?{}[]()|\\`` is a regular expression: ``layers/[0-3]/.*``.
+    * A pattern with one of ``.^$+?{}()|\\`` is a regular expression: ``layers/(query|value)/.*``.
 
     Args:
         patterns: One or more patterns; a variable is selected if one of them matches.
@@ -180,4 +181,8 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 
 def _name(glob: str) -> str:
-    return "[^/]*".join(map(re.escape, re.split(r"\*+", glob)))
+    """Returns the regular expression of a name in which ``*`` is any text, and ``[ab]`` one of these characters."""
+    parts = re.split(r"(\*+|\[[^\]]+\])", glob)
+    return "".join(
+        ("[^/]*" if part[0] == "*" else part) if index % 2 else re.escape(part) for index, part in enumerate(parts)
+    )

@@ -105,6 +105,30 @@ def test_the_average_of_bfloat16_params_is_kept_in_float32():
     np.testing.assert_allclose(opt_state[1].average["kernel"], wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_a_step_averages_the_params_that_it_returns_to_the_bit():
+    """XLA may leave out the rounding to bfloat16 of a sum that is widened at once."""
+
+    class Half(nnx.Module):
+        def __init__(self):
+            self.layer = nnx.Linear(4, 1, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.layer(x)[:, 0]
+
+    optimizer = optax.chain(optax.adam(1e-2), ema_of_params(0.9))
+    state = TrainState.create(Half(), optimizer, rng=jax.random.key(0))
+    state, _ = jax.jit(make_train_step(squared_error, optimizer))(state, regression(8))
+    averaged, wanted = state.opt_state[1].average, jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), state.params)
+    jax.tree.map(np.testing.assert_array_equal, averaged, wanted)
+
+
+def test_behind_multi_steps_every_micro_batch_counts():
+    optimizer = optax.chain(optax.MultiSteps(optax.adam(0.1), 3).gradient_transformation(), ema_of_params(0.7))
+    visited, opt_state = iterates(optimizer)
+    for name, leaf in averaged_params(opt_state, visited[-1]).items():
+        np.testing.assert_allclose(leaf, ema_by_definition([params[name] for params in visited], 0.7), rtol=2e-6)
+
+
 def test_inside_multi_steps_only_real_updates_count():
     visited, opt_state = iterates(optax.MultiSteps(optax.chain(optax.adam(0.1), ema_of_params(0.7)), 3))
     real = visited[2::3]
@@ -265,6 +289,25 @@ class TestTrainer:
         jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(trainer.model, nnx.Param)), averaged)
         raw = jax.jit(make_eval_step(squared_error))(trainer.state, regression(8, seed=1))
         assert abs(float(raw["loss"]) - validation["loss"]) > 1e-4  # else the test shows nothing
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda: optax.lookahead(optax.sgd(0.1), 2, 0.5),
+            optax.lbfgs,
+            lambda: optax.inject_hyperparams(optax.adam)(learning_rate=0.1),
+            lambda: contrib.schedule_free_sgd(0.1),
+            lambda: by_group({"*/kernel": optax.sgd(0.1), "*": optax.adam(0.1)}),
+        ],
+    )
+    def test_it_averages_what_any_optimizer_trains(self, make, tmp_path):
+        trainer = build(tmp_path, polyak_average(), model=Linear(4), optimizer=make())
+        visited = []
+        for seed in range(4):
+            trainer.train_step(regression(8, seed=seed))
+            visited.append(np.float64(trainer.state.params["layer"]["kernel"]))
+        found = nnx.to_pure_dict(nnx.state(trainer.model, nnx.Param))["layer"]["kernel"]
+        np.testing.assert_allclose(found, np.mean(visited, axis=0), rtol=1e-5, atol=1e-6)
 
     def test_the_trained_params_are_those_without_an_average(self, tmp_path):
         states = []

@@ -18,7 +18,16 @@ def by_group(groups: Mapping[str, optax.GradientTransformation]) -> optax.Gradie
 
     A param belongs to the first group whose pattern matches its path, as in `trainer.by_path`. Underneath is
     `optax.partition`, which optax calls ``multi_transform`` as well: each optimizer sees its own params only, so a
-    norm (of clipping, say) is that of its group. `group_table` shows what is in which group.
+    norm (of clipping, say) is that of its group. `group_table` shows what is in which group. A rate and a decay for
+    each is::
+
+        by_group(
+            {
+                "*bias": optax.adamw(1e-3, weight_decay=0.0),
+                "encoder/**": optax.adamw(1e-4, weight_decay=0.1),
+                "*": optax.adamw(1e-3, weight_decay=0.1),
+            }
+        )
 
     A group of ``optax.set_to_zero()`` stands still, and has its gradients computed nevertheless; what ``wrt`` leaves
     out has none.

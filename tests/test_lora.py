@@ -1,5 +1,6 @@
 """Low-rank adaptation: equal to its definition for every kind of layer, and what is frozen costs nothing."""
 
+import pickle
 import re
 
 import jax
@@ -123,6 +124,29 @@ def test_an_equation_given_in_the_call_is_obeyed():
     inputs = values(3, 4)
     found = adapted(inputs, "ni,oi->no")
     np.testing.assert_allclose(found, merge_lora(adapted)(inputs, "ni,oi->no"), rtol=1e-5, atol=1e-5)
+
+
+class Scaled(nnx.Linear):
+    """A layer of someone else's."""
+
+    def __call__(self, inputs):
+        return super().__call__(inputs)
+
+
+def test_a_subclass_of_a_layer_is_adapted_and_comes_back():
+    adapted = with_random_factors(add_lora(Scaled(4, 6, rngs=nnx.Rngs(0)), 2, rngs=nnx.Rngs(1)))
+    merged = merge_lora(adapted)
+    assert isinstance(adapted, Scaled)
+    assert type(merged) is Scaled
+    np.testing.assert_allclose(adapted(values(3, 4)), merged(values(3, 4)), rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapted_model_and_its_state_can_be_pickled():
+    adapted = with_random_factors(add_lora(Attention(), 2, rngs=nnx.Rngs(1)))
+    x = regression(4)["input"]
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(adapted))(x), adapted(x))
+    state = TrainState.create(adapted, optax.sgd(0.1), rng=jax.random.PRNGKey(0), wrt=nnx.LoRAParam)
+    assert pickle.loads(pickle.dumps(state)).graphdef is state.graphdef
 
 
 def test_stacked_layers_have_factors_of_their_own():

@@ -125,6 +125,12 @@ def create(wrt):
             ArgumentError,
             "the pattern 'norm/mean*' for variables of Param matches no whole path",
         ),
+        (
+            lambda: create("inner"),
+            ArgumentError,
+            "`wrt` is the string 'inner', a tag of nnx that no variable has. A pattern of paths has a `*` or a slash, "
+            "as in 'inner/**', or is trainer.by_path('inner').",
+        ),
         (lambda: create("(/*"), ArgumentError, "`wrt` has the pattern '(/*', which is no regular expression"),
         (lambda: by_path(), ArgumentError, "`patterns` is empty; pass one or more, such as by_path('encoder/**')."),
         (lambda: by_path(3), ArgumentTypeError, "`patterns` has the pattern 3 of type int; it must be a string"),

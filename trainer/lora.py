@@ -135,7 +135,7 @@ class _LowRank(nnx.Module):
         inputs, outputs = self.lora_axes(self)
         stacked = a.ndim - len(inputs) - 1
         lead, rank = a.shape[:stacked], a.shape[-1]
-        product = a.reshape(*lead, -1, rank) @ b.reshape(*lead, rank, -1)
+        product = jnp.matmul(a.reshape(*lead, -1, rank), b.reshape(*lead, rank, -1), precision="highest")
         product = product.reshape(*a.shape[:-1], *b.shape[stacked + 1 :])
         order = sorted(range(len(inputs + outputs)), key=(inputs + outputs).__getitem__)
         return product.transpose(*range(stacked), *(stacked + axis for axis in order))
@@ -146,13 +146,17 @@ class _LowRank(nnx.Module):
 
 
 class _LoRALinear(_LowRank):
+    precision: Any
+
     def __call__(self, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
         outputs: jax.Array = super().__call__(inputs, *args, **kwargs)
         a, b = self.lora_factors(outputs.dtype)
-        return outputs + self.lora_scale * (inputs.astype(outputs.dtype) @ a @ b)
+        hidden = jnp.matmul(inputs.astype(outputs.dtype), a, precision=self.precision)
+        return outputs + self.lora_scale * jnp.matmul(hidden, b, precision=self.precision)
 
 
 class _LoRALinearGeneral(_LowRank):
+    precision: Any
     axis: tuple[int, ...]
     batch_axis: Any
 
@@ -167,11 +171,13 @@ class _LoRALinearGeneral(_LowRank):
             return merged
         outputs: jax.Array = super().__call__(inputs, *args, **kwargs)
         a, b = self.lora_factors(outputs.dtype)
-        hidden = jnp.tensordot(inputs.astype(outputs.dtype), a, (self.axis, tuple(range(len(self.axis)))))
-        return outputs + self.lora_scale * jnp.tensordot(hidden, b, 1)
+        axes = (self.axis, tuple(range(len(self.axis))))
+        hidden = jnp.tensordot(inputs.astype(outputs.dtype), a, axes, precision=self.precision)
+        return outputs + self.lora_scale * jnp.tensordot(hidden, b, 1, precision=self.precision)
 
 
 class _LoRAEinsum(_LowRank):
+    precision: Any
     einsum_str: str
 
     @staticmethod
@@ -190,7 +196,8 @@ class _LoRAEinsum(_LowRank):
         rank = next(letter for letter in string.ascii_letters if letter not in self.einsum_str)
         a, b = self.lora_factors(outputs.dtype)
         equation = f"{operand},{of_a}{rank},{rank}{of_b}->{result}"
-        return outputs + self.lora_scale * jnp.einsum(equation, inputs.astype(outputs.dtype), a, b)
+        inputs = inputs.astype(outputs.dtype)
+        return outputs + self.lora_scale * jnp.einsum(equation, inputs, a, b, precision=self.precision)
 
 
 class _LoRAEmbed(_LowRank):
@@ -235,6 +242,10 @@ _KINDS: dict[type, type[_LowRank]] = {
 def _subclass(base: type) -> type[_LowRank]:
     kind = next(kind for layer, kind in _KINDS.items() if issubclass(base, layer))
     return type(base)(f"LoRA{base.__name__}", (kind, base), {"__module__": __name__, "base": base})
+
+
+# With names, the classes of Flax's own layers can be pickled.
+LoRALinear, LoRALinearGeneral, LoRAEinsum, LoRAEmbed, LoRAConv, LoRAConvTranspose = map(_subclass, _KINDS)
 
 
 def _adaptable(model: nnx.Module) -> dict[str, Any]:

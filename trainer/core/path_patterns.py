@@ -143,8 +143,16 @@ def check_selects(selection: nnx.filterlib.Filter, variables: Mapping[tuple[Any,
         variables: All variables of a module by path.
 
     Raises:
-        ArgumentError: Naming each pattern that selects nothing, and the nearest paths.
+        ArgumentError: Naming each pattern that selects nothing, and the nearest paths; or a tag of nnx that no variable
+            has.
     """
+    if isinstance(selection, str):
+        has_tag = nnx.filterlib.WithTag(selection)
+        if not any(has_tag(path, variable) for path, variable in variables.items()):
+            raise ArgumentError(
+                f"`wrt` is the string {selection!r}, a tag of nnx that no variable has. A pattern of paths has a `*` "
+                f"or a slash, as in '{selection}/**', or is trainer.by_path({selection!r})."
+            )
     problems = []
     for each in _by_paths(selection):
         is_kind = nnx.filterlib.to_predicate(each.of)

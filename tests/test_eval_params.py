@@ -1,7 +1,5 @@
 """Params for evaluation that an optimizer keeps: schedule-free, a moving average; slow params are in the table."""
 
-from typing import Any, NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,34 +9,20 @@ from flax import nnx
 from optax import contrib
 
 from tests.problems import Busy, Linear, config, regression, squared_error
-from trainer import ArgumentError, ArgumentTypeError, Trainer, TrainState, evaluate, make_eval_step
-
-
-class EmaState(NamedTuple):
-    average: Any
-
-
-def ema_of_params(decay=0.5):
-    """The last of a chain: keeps an exponential moving average of the params after each update."""
-
-    def init(params):
-        return EmaState(params)
-
-    def update(updates, state, params):
-        after = optax.apply_updates(params, updates)
-        return updates, EmaState(optax.incremental_update(after, state.average, 1 - decay))
-
-    return optax.GradientTransformation(init, update)
-
-
-def ema(opt_state, params):
-    del params
-    return opt_state[-1].average
-
+from trainer import (
+    ArgumentError,
+    ArgumentTypeError,
+    Trainer,
+    TrainState,
+    averaged_params,
+    ema_of_params,
+    evaluate,
+    make_eval_step,
+)
 
 CASES = {
     "schedule_free": (lambda: contrib.schedule_free_sgd(0.1), contrib.schedule_free_eval_params),
-    "ema": (lambda: optax.chain(optax.sgd(0.1), ema_of_params()), ema),
+    "ema": (lambda: optax.chain(optax.sgd(0.1), ema_of_params(0.5)), averaged_params),
 }
 
 

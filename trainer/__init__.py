@@ -17,6 +17,15 @@ from trainer.loop import Tick as Tick
 from trainer.api import Trainer as Trainer
 from trainer.types import LossFn as LossFn
 from trainer.types import StepFn as StepFn
+from trainer.core.path_patterns import by_path as by_path
+from trainer.averages import ema_of_params as ema_of_params
+from trainer.averages import polyak_average as polyak_average
+from trainer.averages import averaged_params as averaged_params
+from trainer.averages import with_averaged_params as with_averaged_params
+from trainer.groups import by_group as by_group
+from trainer.groups import group_table as group_table
+from trainer.lora import add_lora as add_lora
+from trainer.lora import merge_lora as merge_lora
 from trainer.extensions import Extension as Extension
 from trainer.extensions import ExtensionConfig as ExtensionConfig
 from trainer.config.training import TrainingConfig as TrainingConfig

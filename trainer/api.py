@@ -58,7 +58,7 @@ class Trainer(ReadOnly):
         log_callback: Called as ``log_callback(step, metrics, prefix="train")``, or ``"val"``.
         callbacks: A `trainer.CallbackList`, or any sequence of callbacks.
         extensions: By name, extensions that contribute losses or handle events.
-        wrt: Which variables of the model are trained, an nnx filter.
+        wrt: Which variables of the model are trained, an nnx filter or patterns of paths, see `trainer.by_path`.
         eval_params: ``eval_params(opt_state, params)`` returns the params for validation, `evaluate`,
             `predict` and `model`, such as ``optax.contrib.schedule_free_eval_params``; see `make_eval_step`.
         handle_signals: Whether SIGTERM and Ctrl-C end a run in order, saved.
@@ -74,6 +74,7 @@ class Trainer(ReadOnly):
             raises `NonFiniteError` when it next reads metrics, validates or saves, and holds the state of before.
         pad_to: "batch" pads short batches to ``batch_size`` rows, so that they compile nothing new, and adds to every
             batch a ``mask`` by which the objective averages, see `trainer.pad_batch`.
+        params_average: Such as ``ema_of_params(0.999)``: last of the optimizer, and its average the ``eval_params``.
 
     Attributes:
         run: What a checkpoint holds: the state, and the record that travels with it. The only attribute that changes.
@@ -113,6 +114,7 @@ class Trainer(ReadOnly):
         report: Iterable[str] | Mapping[str, Measure] = (),
         accumulate_steps: int = 1,
         pad_to: Literal["batch"] | None = None,
+        params_average: optax.GradientTransformation | None = None,
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name != "self"}
         self.setup, self.run = assemble(self, **arguments)

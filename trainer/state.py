@@ -81,15 +81,16 @@ class TrainState:
             model: The module. It is read, never changed.
             optimizer: Any optax transformation.
             rng: A typed key (``jax.random.key``) or a raw one (``jax.random.PRNGKey``).
-            wrt: Which variables the optimizer updates, an nnx filter. The rest is ``model_state``.
+            wrt: Which variables the optimizer updates, an nnx filter. The rest is ``model_state``. A string with a
+                ``*`` or a slash is a pattern of paths, ``"encoder/**"``, see `trainer.by_path`; so it is in a list.
             extensions: By name, the extensions whose weights and variables the state carries.
             nonfinite: That of the step, see `make_train_step`. All but "ignore" keep a record in the state, as
                 ``extensions["nonfinite"]``: ``skipped``, the number of steps left out, and more.
 
         Raises:
             ArgumentTypeError: ``model``, ``optimizer`` or ``rng`` is something else.
-            ArgumentError: A variable holds no array, or the optimizer cannot update a selected one; or an extension
-                has the name of a record.
+            ArgumentError: A variable holds no array, the optimizer cannot update a selected one, a pattern of ``wrt``
+                selects nothing, or an extension has the name of a record.
         """
         check_model(model)
         check_optimizer(optimizer)
@@ -219,16 +220,16 @@ def check_model(model: Any) -> None:
         )
 
 
-def check_optimizer(optimizer: Any) -> None:
-    """Raises `ArgumentTypeError` unless ``optimizer`` is an optax transformation."""
+def check_optimizer(optimizer: Any, name: str = "optimizer") -> None:
+    """Raises `ArgumentTypeError` unless ``optimizer``, the argument of this name, is an optax transformation."""
     if isinstance(optimizer, nnx.Optimizer):
         raise ArgumentTypeError(
-            f"`optimizer` is {_kind(optimizer)}, which holds its own state; pass the optax transformation that "
+            f"`{name}` is {_kind(optimizer)}, which holds its own state; pass the optax transformation that "
             f"it was made from."
         )
     if not (callable(getattr(optimizer, "init", None)) and callable(getattr(optimizer, "update", None))):
         raise ArgumentTypeError(
-            f"`optimizer` is {_kind(optimizer)}; it must be an optax.GradientTransformation, such as optax.adam(1e-3)."
+            f"`{name}` is {_kind(optimizer)}; it must be an optax.GradientTransformation, such as optax.adam(1e-3)."
         )
 
 

@@ -1,5 +1,6 @@
 """Params for evaluation that are not those that are trained: averages that an optimizer keeps."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -38,13 +39,15 @@ def check_eval_params(eval_params: Any) -> None:
         )
 
 
-def resolve_eval_params(eval_params: EvalParams | None, state: TrainState, *, has_clipping: bool) -> EvalParams | None:
+def resolve_eval_params(
+    eval_params: EvalParams | None, state: TrainState, own_state: Callable[[Any], Any]
+) -> EvalParams | None:
     """Returns ``eval_params`` as a function of the state of the trainer's optimizer, once it is known to work.
 
     Args:
         eval_params: The caller's, for the state of the optimizer that the caller made.
         state: The initial state; nothing is computed.
-        has_clipping: Whether the trainer's optimizer is a chain of clipping and the caller's.
+        own_state: Returns, of the state of the trainer's optimizer, that of the optimizer that the caller made.
 
     Raises:
         ArgumentTypeError: It is no callable.
@@ -54,10 +57,9 @@ def resolve_eval_params(eval_params: EvalParams | None, state: TrainState, *, ha
     if eval_params is None:
         return None
 
-    def after_clipping(opt_state: Any, params: Any) -> Any:
-        return eval_params(opt_state[1], params)
+    def resolved(opt_state: Any, params: Any) -> Any:
+        return eval_params(own_state(opt_state), params)
 
-    resolved = after_clipping if has_clipping else eval_params
     jax.eval_shape(lambda state: with_eval_params(state, resolved).params, state)
     return resolved
 

@@ -15,6 +15,7 @@ from flax import nnx
 from flax.nnx import graphlib
 from flax.typing import HashableMapping
 
+from trainer.core.path_patterns import as_filter, check_selects
 from trainer.core.static_values import copy_containers, token
 from trainer.core.tree_paths import join_path, leaf_path
 from trainer.errors import ObjectiveError
@@ -93,13 +94,13 @@ interned: weakref.WeakValueDictionary[Hashable, GraphDef] = weakref.WeakValueDic
 def split_module(module: nnx.Module, wrt: nnx.filterlib.Filter) -> tuple[GraphDef, Flat, Flat]:
     """Returns the static structure of a module, the values of its variables under ``wrt``, and those of all others."""
     graphdef, flat = _flatten(module)
-    selected, rest = flat.split(wrt, ...)
+    selected, rest = _split(flat, wrt)
     return GraphDef(graphdef, flat.paths), _values(selected), _values(rest)
 
 
 def split_variables(module: nnx.Module, wrt: nnx.filterlib.Filter) -> tuple[Flat, Flat]:
     """Returns the values of the variables under ``wrt``, and those of all others."""
-    selected, rest = _flatten(module)[1].split(wrt, ...)
+    selected, rest = _split(_flatten(module)[1], wrt)
     return _values(selected), _values(rest)
 
 
@@ -247,6 +248,13 @@ def _flatten(module: nnx.Module) -> tuple[nnx.GraphDef[Any], Any]:
         nnx.pop(module, nnx.Intermediate)
         graphdef, flat = nnx.flatten(module, graph=True)
     return _with_static_constants(_with_ordinary_variables(graphdef), flat)
+
+
+def _split(flat: Any, wrt: nnx.filterlib.Filter) -> Any:
+    """Returns the variables under a filter, which may hold path patterns, and all others."""
+    wrt = as_filter(wrt)
+    check_selects(wrt, dict(flat))
+    return flat.split(wrt, ...)
 
 
 def _with_static_constants(graphdef: nnx.GraphDef[Any], flat: Any) -> tuple[nnx.GraphDef[Any], Any]:

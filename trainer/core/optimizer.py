@@ -81,6 +81,8 @@ def adapt_optimizer(optimizer: optax.GradientTransformation) -> optax.GradientTr
             if not _has_lookahead(opt_state):
                 return opt_state
             return LookaheadOptState(optimizer.init(optax.LookaheadParams.init_synced(params)), params)
+        except ArgumentError:  # it says itself what is wrong
+            raise
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise ArgumentError(
                 f"`optimizer` cannot be initialized: {type(error).__name__}: {error!s:.600} — it is given the params "

@@ -13,6 +13,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
+from trainer.averages import averaged_params
 from trainer.callbacks.base import as_callback_list
 from trainer.callbacks.dispatch import CallbackDispatcher
 from trainer.checkpoints.checkpointer import Checkpointer
@@ -76,6 +77,7 @@ def assemble(
     report: Iterable[str] | Mapping[str, Measure],
     accumulate_steps: int,
     pad_to: Literal["batch"] | None,
+    params_average: optax.GradientTransformation | None,
 ) -> tuple[Setup, Run]:
     """Checks the arguments of `trainer.Trainer`, and returns its parts and its initial run.
 
@@ -88,6 +90,8 @@ def assemble(
     if optimizer is not None:
         check_optimizer(optimizer)
         warn_beside_optimizer(training_config)
+    if params_average is not None:
+        check_optimizer(params_average, "params_average")
     for name, loader in {"train_data_loader": train_data_loader, "val_data_loader": val_data_loader}.items():
         if loader is not None:
             check_loader(loader, name)
@@ -113,14 +117,14 @@ def assemble(
     rng = jax.random.PRNGKey(0) if rng is None else rng
     check_rng(rng)
     held = {"wrt": wrt, "extensions": losses, "nonfinite": nonfinite}
-    run = _initial_run(model, rng, training_config, optimizer, held, placement)
-    has_clipping = training_config.gradient_clip_norm is not None
-    eval_params = resolve_eval_params(eval_params, run.peek(), has_clipping=has_clipping)
+    make_whole = functools.partial(build_optimizer, training_config, optimizer, params_average)
+    run = _initial_run(model, rng, make_whole(_ANY_HORIZON), held, placement)
+    eval_params = _resolved_eval_params(eval_params, run, training_config, params_average)
     _warn_of_mode(run.peek().model(), wrt)
     live = Live(weakref.ref(trainer), validates=val_data_loader is not None)
     make = functools.partial(make_train_step, objective, wrt=wrt, extensions=losses, **settings)
     step, step_arguments = (
-        _made_step(make, report, training_config, optimizer, placement)
+        _made_step(make, report, training_config, optimizer, make_whole, placement)
         if step_fn is None
         else (own_step(step_fn), None)
     )
@@ -132,6 +136,7 @@ def assemble(
         config=training_config,
         loss_fn=loss_fn,
         given_optimizer=optimizer,
+        params_average=params_average,
         train_data_loader=train_data_loader,
         val_data_loader=val_data_loader,
         metrics_logger=metrics_logger,
@@ -153,7 +158,7 @@ def assemble(
         checkpointer=checkpointer,
         is_directory_given=any((workdir, checkpoint_dir, training_config.checkpoint_dir != default_directory)),
         fingerprints={
-            **fingerprints_of(loss_fn, step_fn, optimizer, losses, run),
+            **fingerprints_of(loss_fn, step_fn, optimizer, losses, run, params_average),
             "accumulate_steps": str(accumulate_steps),
             "pad_to": str(pad_to),
         },
@@ -181,14 +186,13 @@ def assemble(
 def _initial_run(
     model: Any,
     rng: jax.Array,
-    config: TrainingConfig,
-    optimizer: optax.GradientTransformation | None,
+    optimizer: optax.GradientTransformation,
     held: Mapping[str, Any],
     placement: Placement,
 ) -> Run:
     if isinstance(model, TrainState):
         return Run.start(placement.adopt(model.copy())).replace(position=None)
-    state = placement.create(model, build_optimizer(config, optimizer, _ANY_HORIZON), rng, held)
+    state = placement.create(model, optimizer, rng, held)
     if not jax.tree.leaves(state.params):
         raise ArgumentError(
             f"`model` has no parameters: `wrt` = {held['wrt']!r} selects none of its variables, so there is nothing to "
@@ -197,14 +201,32 @@ def _initial_run(
     return Run.start(state).replace(position=None)
 
 
+def _resolved_eval_params(
+    given: EvalParams | None, run: Run, config: TrainingConfig, average: optax.GradientTransformation | None
+) -> EvalParams | None:
+    """Returns the params for evaluation: those of the caller's function, else the average that the optimizer keeps."""
+    if given is None and average is not None:
+        return resolve_eval_params(averaged_params, run.peek(), lambda opt_state: opt_state)
+
+    def own_state(opt_state: Any) -> Any:
+        opt_state = opt_state if average is None else opt_state[0]
+        return opt_state if config.gradient_clip_norm is None else opt_state[1]
+
+    return resolve_eval_params(given, run.peek(), own_state)
+
+
 def build_optimizer(
-    config: TrainingConfig, given: optax.GradientTransformation | None, horizon: Any
+    config: TrainingConfig,
+    given: optax.GradientTransformation | None,
+    average: optax.GradientTransformation | None,
+    horizon: Any,
 ) -> optax.GradientTransformation:
-    """Returns the given or configured optimizer, with gradient clipping.
+    """Returns the given or configured optimizer, behind gradient clipping and before an average of the params.
 
     Args:
         config: The configuration.
         given: The caller's optimizer.
+        average: What sees its updates last, see `trainer.ema_of_params`.
         horizon: The step at which a computed schedule ends; it may be traced, so that a longer run compiles nothing.
 
     Raises:
@@ -215,9 +237,9 @@ def build_optimizer(
         rate, scheduler = config.optimizer.learning_rate, config.scheduler
         schedule = None if scheduler is None else make_schedule(scheduler, rate, horizon)
         optimizer = make_optimizer(config.optimizer, schedule)
-    if config.gradient_clip_norm is None:
-        return optimizer
-    return optax.chain(optax.clip_by_global_norm(config.gradient_clip_norm), adapt_optimizer(optimizer))
+    if config.gradient_clip_norm is not None:
+        optimizer = optax.chain(optax.clip_by_global_norm(config.gradient_clip_norm), adapt_optimizer(optimizer))
+    return optimizer if average is None else optax.chain(adapt_optimizer(optimizer), average)
 
 
 def _made_step(
@@ -225,6 +247,7 @@ def _made_step(
     report: Iterable[str] | Mapping[str, Measure],
     config: TrainingConfig,
     optimizer: optax.GradientTransformation | None,
+    make_whole: Callable[[Any], optax.GradientTransformation],
     placement: Placement,
 ) -> tuple[Any, Callable[[Run], tuple[Any, ...]] | None]:
     """Returns the step that ``make`` makes of the optimizer, and what it takes beside state and batch."""
@@ -234,7 +257,7 @@ def _made_step(
         known = MEASURES
         if optimizer is None:
             known = {**MEASURES, "learning_rate": functools.partial(_configured_rate, config, horizon)}
-        return make(build_optimizer(config, optimizer, horizon), report=resolve_report(report, known))
+        return make(make_whole(horizon), report=resolve_report(report, known))
 
     if optimizer is not None or scheduler is None or not needs_horizon(scheduler):
         return make_until(None), None
@@ -257,7 +280,7 @@ def _configured_rate(config: TrainingConfig, horizon: Any, update: Update) -> ja
         return jnp.asarray(rate, jnp.float32)
     # The optimizer counts the updates that it made; the step counts those as well that ``nonfinite`` left out.
     counts = optax.tree_utils.tree_get_all_with_path(update.opt_state, "count")
-    made = counts[-1][1] - 1 if counts else update.step
+    made = counts[0][1] - 1 if counts else update.step
     return jnp.asarray(make_schedule(scheduler, rate, horizon)(made), jnp.float32)
 
 

@@ -28,6 +28,7 @@ def fingerprints_of(
     optimizer: optax.GradientTransformation | None,
     extensions: Mapping[str, ExtensionLike],
     run: Run,
+    params_average: optax.GradientTransformation | None,
 ) -> dict[str, str]:
     """Returns hashes by which resume tells an objective, an optimizer, an extension or a model from another."""
     # Dropout rates and activations are static attributes of the model.
@@ -38,8 +39,9 @@ def fingerprints_of(
     }
     if step_fn is not None:
         told["step_fn"] = fingerprint(step_fn)
-    if optimizer is not None:
-        told["optimizer"] = fingerprint((optimizer.init, optimizer.update))
+    for name, transformation in (("optimizer", optimizer), ("params_average", params_average)):
+        if transformation is not None:
+            told[name] = fingerprint((transformation.init, transformation.update))
     return told | {
         f"extensions.{name}": fingerprint(getattr(type(one), "loss_fn", None)) for name, one in extensions.items()
     }

@@ -54,9 +54,11 @@ class ReadOnly:
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
-        """The given or configured optimizer, with gradient clipping.
+        """The given or configured optimizer, with gradient clipping and the average of params.
 
         Raises:
             ConfigError: Its schedule ends with the run, and the length of the run is not known yet.
         """
-        return build_optimizer(self.setup.config, self.setup.given_optimizer, self.run.horizon)
+        return build_optimizer(
+            self.setup.config, self.setup.given_optimizer, self.setup.params_average, self.run.horizon
+        )

@@ -62,6 +62,7 @@ class Setup:
     config: TrainingConfig
     loss_fn: LossFn | None
     given_optimizer: optax.GradientTransformation | None
+    params_average: optax.GradientTransformation | None
     train_data_loader: Any
     val_data_loader: Any
     metrics_logger: MetricsLoggerLike | None

@@ -5,10 +5,8 @@ from the shardings of its arguments. What is left to decide is a `NamedSharding`
 and of the batch, and that a step returns its state with the shardings that it came with (`jit_step`).
 """
 
-import difflib
 import functools
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +18,7 @@ from flax.core import spmd
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trainer.core.checks import did_you_mean
+from trainer.core.path_patterns import check_pattern, matches, matches_nothing
 from trainer.core.tree_paths import leaf_path
 from trainer.errors import ArgumentError, ArgumentTypeError
 from trainer.sharding.mesh import Axes, as_tuple
@@ -64,8 +63,8 @@ def partition(
         tree: A `TrainState`, or another tree, of arrays or `jax.ShapeDtypeStruct`. 1 and 3 apply to a
             `TrainState` only.
         mesh: The mesh, see `make_mesh`.
-        rules: Pattern to `PartitionSpec`. A pattern is a regular expression that has to match a
-            whole path, ``params/layers/.*/kernel``.
+        rules: Pattern to `PartitionSpec`. A pattern has to match a whole path in the state, as in
+            `trainer.by_path`: ``params/layers/*/kernel``, or a regular expression, ``params/layers/.*/kernel``.
         logical_axes: Name of a dimension to mesh axes, or to None for a dimension that is not split.
         min_size: Entries below which 4 replicates a leaf.
 
@@ -102,7 +101,7 @@ def partition(
         followed = _spec_like_param(decide(source), leaves[source].shape, leaf.shape) if source else None
         spec = named.get(keys, followed if source in named else None)
         for pattern, ruled in rules.items():
-            if re.fullmatch(pattern, path):
+            if matches(pattern, path):
                 matched[pattern] += 1
                 if spec is None:
                     decided_by[pattern] += 1
@@ -197,12 +196,7 @@ def _check_rules(rules: Mapping[str, PartitionSpec] | None) -> dict[str, Partiti
                 f"`rules[{pattern!r}]` is {spec!r} of type {type(spec).__name__}; it must be a "
                 f"jax.sharding.PartitionSpec, such as PartitionSpec(None, 'tensor')."
             )
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ArgumentError(
-                f"`rules` has the pattern {pattern!r}, which is no regular expression: {error}."
-            ) from None
+        check_pattern(pattern, "rules")
     return dict(rules)
 
 
@@ -305,10 +299,7 @@ def _misfits(path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh,
 def _unused_rule(pattern: str, matched: int, leaves: Mapping[Keys, Any]) -> str:
     if matched:
         return f"the rule {pattern!r} decides nothing, since names in metadata or rules before it decide every match"
-    paths = ["/".join(keys) for keys in leaves]
-    partly = [path for path in paths if re.search(pattern, path)]
-    near = partly[:3] or difflib.get_close_matches(pattern, paths, n=3, cutoff=0.0)
-    return f"the rule {pattern!r} matches no whole path; the nearest are {', '.join(near)}"
+    return f"the rule {pattern!r} {matches_nothing(pattern, ('/'.join(keys) for keys in leaves))}"
 
 
 def _keys(path: Sequence[Any]) -> Keys:

@@ -1,0 +1,165 @@
+"""Groups of params by path: an optimizer, a rate and a decay for each, and a table of them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from trainer.core.path_patterns import check_pattern, first_match, matches, matches_nothing
+from trainer.core.tree_paths import leaf_path
+from trainer.errors import ArgumentError, ArgumentTypeError
+from trainer.state import TrainState, check_optimizer
+
+
+def by_group(groups: Mapping[str, optax.GradientTransformation]) -> optax.GradientTransformationExtraArgs:
+    """Returns an optimizer that updates each group of params by an optimizer of its own.
+
+    A param belongs to the first group whose pattern matches its path, as in `trainer.by_path`. Underneath is
+    `optax.partition`, which optax calls ``multi_transform`` as well: each optimizer sees its own params only, so a
+    norm (of clipping, say) is that of its group. `group_table` shows what is in which group. A rate and a decay for
+    each is::
+
+        by_group(
+            {
+                "*bias": optax.adamw(1e-3, weight_decay=0.0),
+                "encoder/**": optax.adamw(1e-4, weight_decay=0.1),
+                "*": optax.adamw(1e-3, weight_decay=0.1),
+            }
+        )
+
+    A group of ``optax.set_to_zero()`` stands still, and has its gradients computed nevertheless; what ``wrt`` leaves
+    out has none.
+
+    Args:
+        groups: From pattern to optimizer, in the order in which they are tried. ``"*"`` at the end takes the rest.
+
+    Returns:
+        A transformation whose state has that of each optimizer under its pattern, ``inner_states["encoder/**"]``.
+
+        A rate can be set in a run (`TrainState.with_learning_rate`) where one optimizer keeps it, by
+        `optax.inject_hyperparams`. If several keep one, which is meant is not known: assign to the ``hyperparams`` of
+        each, or keep one rate of which theirs are multiples::
+
+            def make(learning_rate):
+                encoder, rest = optax.adamw(0.1 * learning_rate), optax.adamw(learning_rate)
+                return by_group({"encoder/**": encoder, "*": rest})
+
+            optimizer = optax.inject_hyperparams(make)(learning_rate=1e-3)
+
+    Raises:
+        ArgumentTypeError: ``groups`` is no mapping of patterns to optimizers.
+        ArgumentError: It is empty, or a pattern is no regular expression. ``init`` raises it if a param is in no group,
+            or a group has no param.
+
+    Example:
+        >>> params = {"encoder": {"kernel": jnp.zeros((2, 2))}, "head": {"kernel": jnp.zeros((2, 1))}}
+        >>> optimizer = by_group({"encoder/**": optax.sgd(0.1), "*": optax.sgd(1.0)})
+        >>> updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)
+        >>> print(updates["encoder"]["kernel"][0], updates["head"]["kernel"][0])
+        [-0.1 -0.1] [-1.]
+    """
+    groups = _check_groups(groups)
+    grouped = optax.partition(groups, lambda params: _labels(params, groups))
+
+    def init(params: Any) -> Any:
+        _check_labels(params, groups)
+        return grouped.init(params)
+
+    return optax.GradientTransformationExtraArgs(init, grouped.update)
+
+
+def group_table(params: Any, groups: Mapping[str, optax.GradientTransformation]) -> str:
+    """Returns a table of the groups of `by_group`, to print.
+
+    Args:
+        params: A `TrainState`, or its params: nested dicts of arrays or of `jax.ShapeDtypeStruct`.
+        groups: As for `by_group`.
+
+    Returns:
+        A line for each group, with its number, pattern, arrays, entries and the bytes of its optimizer's state, and a
+        line with the sums. Nothing is computed.
+
+    Raises:
+        ArgumentError: As `by_group` and its ``init``.
+
+    Example:
+        >>> params = {"encoder": {"kernel": jnp.zeros((8, 8))}, "head": {"kernel": jnp.zeros((8, 1))}}
+        >>> print(group_table(params, {"encoder/**": optax.adam(1e-4), "*": optax.sgd(1e-2)}))
+        group  pattern     arrays  entries  optimizer bytes
+            1  encoder/**       1       64              516
+            2  *                1        8                0
+        total                   2       72              516
+    """
+    params = params.params if isinstance(params, TrainState) else params
+    groups = _check_groups(groups)
+    held = jax.eval_shape(by_group(groups).init, params).inner_states
+    rows = [("group", "pattern", "arrays", "entries", "optimizer bytes")]
+    sums = [0, 0, 0]
+    for number, pattern in enumerate(groups, start=1):
+        leaves = [leaf for path, leaf in _paths(params) if first_match(groups, path) == pattern]
+        counts = [len(leaves), sum(map(jnp.size, leaves)), _bytes(held[pattern])]
+        sums = [before + count for before, count in zip(sums, counts, strict=True)]
+        rows.append(_row(str(number), pattern, counts))
+    rows.append(_row("total", "", sums))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) if index == 1 else cell.rjust(width) for index, (cell, width) in enumerate(cells))
+        for cells in (zip(row, widths, strict=True) for row in rows)
+    )
+
+
+def _row(number: str, pattern: str, counts: list[int]) -> tuple[str, str, str, str, str]:
+    arrays, entries, size = (f"{count:,}" for count in counts)
+    return number, pattern, arrays, entries, size
+
+
+def _check_groups(groups: Any) -> dict[str, optax.GradientTransformation]:
+    if not isinstance(groups, Mapping):
+        raise ArgumentTypeError(
+            f"`groups` is of type {type(groups).__name__}; it must map patterns to optimizers, such as "
+            f"{{'encoder/**': optax.adamw(1e-4), '*': optax.adamw(1e-3)}}."
+        )
+    if not groups:
+        raise ArgumentError("`groups` is empty; it must map patterns to optimizers, '*' to that of every param.")
+    for pattern, optimizer in groups.items():
+        check_pattern(pattern, "groups")
+        check_optimizer(optimizer, f"groups[{pattern!r}]")
+    return dict(groups)
+
+
+def _check_labels(params: Any, groups: Mapping[str, Any]) -> None:
+    """Checks that every param has a group, and every group a param."""
+    paths = [path for path, _ in _paths(params)]
+    taken = {path: first_match(groups, path) for path in paths}
+    lost = [f"`{path}`" for path, pattern in taken.items() if pattern is None]
+    problems = []
+    if lost:
+        more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
+        problems.append(f"no group has {', '.join(lost[:5])}{more}: add one, such as '*' at the end for all others")
+    for pattern in groups:
+        if pattern in taken.values():
+            continue
+        before = {str(taken[path]): None for path in paths if matches(pattern, path)}
+        if before:
+            problems.append(
+                f"the group {pattern!r} is left with no param, since {', '.join(map(repr, before))} before it "
+                f"{'have' if len(before) > 1 else 'has'} every match"
+            )
+        else:
+            problems.append(f"the group {pattern!r} {matches_nothing(pattern, paths)}")
+    if problems:
+        raise ArgumentError(f"`groups` does not fit the params: {'; '.join(problems)}.")
+
+
+def _labels(params: Any, groups: Mapping[str, Any]) -> Any:
+    return jax.tree.map_with_path(lambda path, _: first_match(groups, leaf_path(path)), params)
+
+
+def _paths(params: Any) -> list[tuple[str, Any]]:
+    return [(leaf_path(path), leaf) for path, leaf in jax.tree.leaves_with_path(params)]
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * int(leaf.dtype.itemsize) for leaf in jax.tree.leaves(tree))

@@ -18,6 +18,8 @@ from trainer.api import Trainer as Trainer
 from trainer.types import LossFn as LossFn
 from trainer.types import StepFn as StepFn
 from trainer.core.path_patterns import by_path as by_path
+from trainer.core.nonfinite import check_finite as check_finite
+from trainer.core.report import Update as Update
 from trainer.averages import ema_of_params as ema_of_params
 from trainer.averages import polyak_average as polyak_average
 from trainer.averages import averaged_params as averaged_params
@@ -34,8 +36,6 @@ from trainer.config.optimizers import make_optimizer as make_optimizer
 from trainer.config.schedules import SchedulerConfig as SchedulerConfig
 from trainer.config.schedules import make_schedule as make_schedule
 from trainer.data.memory import InMemoryData as InMemoryData
-from trainer.core.nonfinite import check_finite as check_finite
-from trainer.core.report import Update as Update
 from trainer.data.padding import pad_batch as pad_batch
 from trainer.compile.dispatch import CompiledStep as CompiledStep
 from trainer.compile.cost import ProgramCost as ProgramCost

@@ -413,7 +413,8 @@ class TestTrainer:
         chex.assert_trees_all_close(fused.state.params, single.state.params, rtol=1e-4, atol=1e-6)
         assert fused.history.to_dict()["step"] == single.history.to_dict()["step"] == list(range(1, 9))
 
-    @pytest.mark.parametrize("axes", [None, {"data": 8}])
+    @pytest.mark.parametrize("axes", [{"data": 8}, None])
+    @pytest.mark.few(1)
     def test_an_interrupted_run_resumes_to_the_same_bits(self, axes, tmp_path):
         devices = None if axes is None else make_mesh(axes)
         never, broken = (
@@ -462,6 +463,14 @@ class TestTrainer:
             trainer.train(regression(48), 1, 3)
         assert trainer.step == 0
         assert not list(tmp_path.glob("checkpoint*"))
+
+    def test_a_batch_of_a_loader_of_too_few_examples_leaves_the_run_as_it_was(self, tmp_path):
+        trainer = build(tmp_path)
+        with pytest.raises(BatchError, match="fewer than `accumulate_steps` = 4"):
+            trainer.train([regression(16), regression(2)], 1, 16)
+        assert trainer.step == 1
+        trainer.train_step(regression(16))
+        assert trainer.step == 2
 
     def test_devices_that_cannot_share_a_micro_batch_are_said(self, tmp_path):
         trainer = build(tmp_path, mesh=make_mesh({"data": 8}))

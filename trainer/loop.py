@@ -45,7 +45,7 @@ class Tick:
         run: The run after the call; its state may still be computing. Assign another to continue from that.
         metrics: Scalars on the device; where ``count`` is given, stacked as `trainer.fuse_steps` returns them.
         count: The number of steps in the call where they are fused, else None.
-        examples: The examples in each batch.
+        examples: The examples in each batch; where fused steps end with a padded batch (``pad_to``), its padding too.
     """
 
     run: Run

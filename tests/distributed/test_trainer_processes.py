@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.distributed.test_start import finish, run, start
+from tests.distributed.test_start import JOIN, finish, run, start
 from tests.sharding.test_trainer_mesh import Perceptron, config, data, objective
 from trainer import Callback, CheckpointError, Trainer, batch_sharding, latest_checkpoint, make_mesh
 
@@ -268,3 +268,60 @@ def test_the_example_trains_and_one_process_tells(tmp_path):
     assert "after 24 steps on 2 devices" in first["printed"]
     assert second["printed"] == ""
     assert latest_checkpoint(tmp_path).name == "checkpoint_24.orbax"
+
+
+PADDED = """
+from tests.distributed.test_trainer_processes import padded_course
+from trainer import make_mesh
+print(json.dumps(padded_course(make_mesh({"data": 4}))))
+"""
+
+
+def padded_course(mesh):
+    """Trains and evaluates with padding and accumulation; of a loader's batch each process has its part."""
+    tall, processes = data(42), jax.process_count()
+    parts = [
+        {name: column[start + jax.process_index() : end : processes] for name, column in tall.items()}
+        for start, end in ((0, 16), (16, 32), (32, 42))
+    ]
+    settings = config(batch_size=16 // processes, log_frequency=1)
+    trainer = Trainer(
+        Perceptron,
+        settings,
+        mesh=mesh,
+        loss_fn=masked_objective,
+        rng=jax.random.key(3),
+        save_interval=10**9,
+        train_data_loader=parts,
+        val_data_loader=parts,
+        accumulate_steps=2,
+        pad_to="batch",
+    )
+    result = trainer.train(data(42), 1, 16, data(13, seed=1))
+    return {
+        "result": result,
+        "epoch": trainer.run.average.compute(),
+        "evaluated": trainer.evaluate(data(21), 16),
+        "predicted": trainer.predict(data(21)["input"], 16).sum(axis=1).tolist(),
+        "weights": [trainer.train_epoch()[name] for name in ("batch_weight", "val_batch_weight")],
+    }
+
+
+def masked_objective(model, batch, rng, step):
+    del rng, step
+    weight = batch["mask"].sum()
+    losses = ((model(batch["input"]) - batch["target"]) ** 2).mean(axis=1)
+    return (losses * batch["mask"]).sum() / weight, {"batch_weight": weight}
+
+
+@pytest.mark.slow
+def test_processes_pad_and_accumulate_as_one_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    results, _ = finish(start(JOIN + PADDED, 2, devices=2), timeout=200)  # three programs, compiled by both
+    assert [status for status, _, _ in results] == [0] * 2, results
+    found = [json.loads(out.splitlines()[-1]) for _, out, _ in results]
+    assert found[0] == found[1]
+    assert found[0]["weights"] == [42, 42]
+    alone = padded_course(make_mesh({"data": 4}, jax.devices()[:4]))
+    # Dropout draws over all rows of a micro-batch, so the same rows in the same places learn the same.
+    assert flat(found[0]) == pytest.approx(flat(alone), rel=2e-4, abs=2e-5)

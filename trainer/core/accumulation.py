@@ -32,7 +32,8 @@ def accumulated(
 
     A batch of n rows is split into micro-batches of m = ⌈n / steps⌉ rows. With q = ⌊n / m⌋ of them, micro-batch i is
     the rows i, i + q, i + 2q, …; rows from q · m on are a shorter one at the end. So where a mesh splits the rows,
-    every device has its part of every micro-batch, and no row is moved, if the number of devices divides m.
+    every device has its part of every micro-batch, and no row is moved, if the number of devices divides m. Under
+    ``jit`` over a mesh the devices add up their gradients after every micro-batch, with ``axis_name`` once at the end.
 
     The rows are those of the leading dimension that most arrays of the batch have. What has another (a table, say) or
     none is handed to every micro-batch whole.

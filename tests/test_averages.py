@@ -55,6 +55,7 @@ def ema_by_definition(visited, decay, warmup=0, start=None):
     return mean / (1 - forgotten) if start is None else mean
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("warmup", [0, 1, 10])
 @pytest.mark.parametrize("decay", [0.0, 0.9, 0.9999])
 def test_ema_equals_its_definition(decay, warmup):
@@ -73,6 +74,7 @@ def test_ema_without_correction_starts_from_the_initial_params():
         np.testing.assert_allclose(leaf, wanted, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("start", [0, 5, 11, 12, 40])
 def test_polyak_equals_its_definition(start):
     visited, opt_state = iterates(optax.chain(optax.adam(0.1), polyak_average(start)))
@@ -165,6 +167,7 @@ WHERE = {
 }
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("where", WHERE)
 def test_it_is_found_wherever_it_is(where):
     optimizer = WHERE[where]()
@@ -290,6 +293,7 @@ class TestTrainer:
         raw = jax.jit(make_eval_step(squared_error))(trainer.state, regression(8, seed=1))
         assert abs(float(raw["loss"]) - validation["loss"]) > 1e-4  # else the test shows nothing
 
+    @pytest.mark.few(2)
     @pytest.mark.parametrize(
         "make",
         [

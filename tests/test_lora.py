@@ -78,6 +78,7 @@ def with_random_factors(model):
     return model
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("name", LAYERS)
 class TestLayers:
     def test_it_starts_equal_to_the_bit(self, name):

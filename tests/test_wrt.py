@@ -57,6 +57,7 @@ def test_what_a_pattern_matches(pattern, matched, others):
     assert [path for path in [*matched, *others] if matches(pattern, path)] == matched
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize(
     ("wrt", "trained"),
     [

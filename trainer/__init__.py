@@ -16,6 +16,7 @@ from trainer.loop import open_pass as open_pass
 from trainer.loop import Tick as Tick
 from trainer.api import Trainer as Trainer
 from trainer.types import LossFn as LossFn
+from trainer.precision import Precision as Precision
 from trainer.extensions import Extension as Extension
 from trainer.extensions import ExtensionConfig as ExtensionConfig
 from trainer.config.training import TrainingConfig as TrainingConfig

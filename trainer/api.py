@@ -26,9 +26,10 @@ from trainer.fit.plan import plan_epoch, plan_prediction, plan_run
 from trainer.fit.read_only import ReadOnly
 from trainer.loggers.base import Logger, MetricsLoggerLike, prefixed
 from trainer.loop import evaluate, evaluate_batch, predict
+from trainer.precision import Precision
 from trainer.run import Run
 from trainer.state import TrainState
-from trainer.types import Batch, EvalParams, ExtensionLike, LogCallback, LossFn, Metrics
+from trainer.types import Batch, EvalParams, ExtensionLike, LogCallback, LossFn, Metrics, Remat
 
 
 class Trainer(ReadOnly):
@@ -67,6 +68,10 @@ class Trainer(ReadOnly):
             those of one device, within rounding. With several processes, each makes the same calls; data in
             memory is the same in all, a batch is the part of its process, and process 0 alone logs.
         partition_rules: How the state is split over the mesh, see `trainer.partition`.
+        precision: What the model computes in, training and evaluated: "bfloat16", "float16" or a `trainer.Precision`.
+            The state stays in float32; see `make_train_step`.
+        remat: What the backward pass computes again to save memory: "blocks", a policy, or policies by path; see
+            `make_train_step`. `compile` tells the memory.
 
     Attributes:
         run: What a checkpoint holds: the state, and the record that travels with it. The only attribute that changes.
@@ -101,6 +106,8 @@ class Trainer(ReadOnly):
         steps_per_call: int | Literal["auto"] = "auto",
         mesh: Mesh | None = None,
         partition_rules: Mapping[str, PartitionSpec] | None = None,
+        precision: str | Precision | None = None,
+        remat: Remat = None,
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name != "self"}
         self.setup, self.run = assemble(self, **arguments)

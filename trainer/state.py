@@ -22,7 +22,8 @@ from trainer.core.nnx_bridge import Flat, GraphDef, Path, lookup, nest, split_mo
 from trainer.core.optimizer import adapt_optimizer
 from trainer.core.tree_paths import join_path, leaf_path
 from trainer.errors import ArgumentError, ArgumentTypeError, StateError
-from trainer.types import ExtensionLike
+from trainer.precision import Precision, as_precision
+from trainer.types import LOSS_SCALE, ExtensionLike
 
 if TYPE_CHECKING:  # for annotations only: importing chex takes a tenth of the time of `import trainer`
     import chex
@@ -69,6 +70,7 @@ class TrainState:
         rng: jax.Array,
         wrt: nnx.filterlib.Filter = nnx.Param,
         extensions: Mapping[str, ExtensionLike] | None = None,
+        precision: str | Precision | None = None,
     ) -> Self:
         """Copies the values out of a module and starts its optimizer.
 
@@ -81,6 +83,7 @@ class TrainState:
             rng: A typed key (``jax.random.key``) or a raw one (``jax.random.PRNGKey``).
             wrt: Which variables the optimizer updates, an nnx filter. The rest is ``model_state``.
             extensions: By name, the extensions whose weights and variables the state carries.
+            precision: That of the step, see `with_precision`.
 
         Raises:
             ArgumentTypeError: ``model``, ``optimizer`` or ``rng`` is something else.
@@ -92,7 +95,7 @@ class TrainState:
         graphdef, selected, rest = split_module(model, wrt)
         params = nest(_own_all(selected, "params"))
         _check_trainable(params)
-        return cls(
+        created = cls(
             params=params,
             model_state=nest(_own_all(rest, "model_state")),
             opt_state=_init_optimizer(optimizer, params),
@@ -108,6 +111,7 @@ class TrainState:
             },
             graphdef=graphdef,
         )
+        return created.with_precision(precision)
 
     def model(self) -> Any:
         """Returns a new module with the values of this state, in the mode it was created in.
@@ -141,6 +145,30 @@ class TrainState:
                 that a schedule sets anew in every step.
         """
         return self.replace(opt_state=with_learning_rate(self.opt_state, value))
+
+    def with_precision(self, precision: str | Precision | None) -> Self:
+        """Returns a state that a step of a precision can train: for float16 with a loss scale, else this one.
+
+        The loss scale is an entry of ``extensions``, ``{"scale": a float32 scalar, "good_steps": an int32 scalar}``.
+        One that is there is kept.
+
+        Raises:
+            ArgumentError: ``precision`` is none, or an extension has the name ``loss_scale``.
+        """
+        resolved = as_precision(precision)
+        if resolved is None or not resolved.has_loss_scale:
+            return self
+        held = self.extensions.get(LOSS_SCALE)
+        if held is not None and held.keys() != {"scale", "good_steps"}:
+            raise ArgumentError(
+                f"`extensions[{LOSS_SCALE!r}]` has the name of the loss scale of `precision` = {resolved.compute!r}; "
+                f"give the extension another."
+            )
+        started = {
+            "scale": jnp.asarray(resolved.initial_scale, jnp.float32),
+            "good_steps": jnp.zeros((), jnp.int32),
+        }
+        return self.replace(extensions={**self.extensions, LOSS_SCALE: started if held is None else held})
 
     def copy(self) -> Self:
         """Returns an equal state with buffers of its own, which outlives a donation of this one.

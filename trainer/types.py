@@ -1,6 +1,6 @@
 """The words that signatures are written in: aliases and documented callables, no logic."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -80,3 +80,9 @@ BATCH_WEIGHT = "batch_weight"
 
 MODEL_OUTPUTS = "model_outputs"
 """The metric under which an objective hands outputs of the model to extensions; it is not reported."""
+
+LOSS_SCALE = "loss_scale"
+"""The entry of ``state.extensions`` that holds the loss scale of a float16 step, and the metric that reports it."""
+
+Remat = str | Mapping[str, str | Callable[..., Any]] | Callable[..., Any] | None
+"""What is computed again in the backward pass: a policy of `jax.checkpoint` by name, policies by path, or none."""

@@ -21,6 +21,7 @@ from trainer.config.schedules import check_horizon, needs_horizon
 from trainer.core.averaged_params import resolve_eval_params
 from trainer.core.checks import check_count
 from trainer.core.modes import evaluated_as_a_whole
+from trainer.core.module_views import check_view, combined
 from trainer.core.objective import check_extensions, check_loss_fn, with_losses
 from trainer.core.optimizer import adapt_optimizer
 from trainer.data.loaders import check_loader
@@ -33,11 +34,13 @@ from trainer.fit.unused_settings import warn_beside_optimizer
 from trainer.loggers.base import Logger, MetricsLoggerLike, names_checked
 from trainer.loggers.fanout import MetricFanout
 from trainer.loggers.wandb import WandbLogger
+from trainer.precision import Precision, as_precision, in_precision
+from trainer.remat import in_parts, plan_of
 from trainer.run import Run
 from trainer.sharding.placement import Placement, placement_of
 from trainer.state import check_model, check_optimizer, check_rng
 from trainer.steps import make_eval_step, make_predict_step, make_train_step
-from trainer.types import Batch, EvalParams, ExtensionLike, LogCallback, LossFn
+from trainer.types import Batch, EvalParams, ExtensionLike, LogCallback, LossFn, Remat
 
 # Stands for the horizon where only the structure of an optimizer's state matters.
 _ANY_HORIZON = 2**31 - 1
@@ -67,6 +70,8 @@ def assemble(
     steps_per_call: int | Literal["auto"],
     mesh: Mesh | None,
     partition_rules: Mapping[str, PartitionSpec] | None,
+    precision: str | Precision | None,
+    remat: Remat,
 ) -> tuple[Setup, Run]:
     """Checks the arguments of `trainer.Trainer`, and returns its parts and its initial run.
 
@@ -93,7 +98,10 @@ def assemble(
     rng = jax.random.PRNGKey(0) if rng is None else rng
     check_rng(rng)
     losses = with_losses(extensions)
-    run = _initial_run(model, rng, training_config, optimizer, wrt, losses, placement)
+    precision = as_precision(precision)
+    plan_of(remat)
+    run = _initial_run(model, rng, training_config, optimizer, wrt, losses, placement, precision)
+    check_view(combined(in_precision(precision), in_parts(plan_of(remat))), run.peek())
     has_clipping = training_config.gradient_clip_norm is not None
     eval_params = resolve_eval_params(eval_params, run.peek(), has_clipping=has_clipping)
     _warn_of_mode(run.peek().model(), wrt)
@@ -102,6 +110,7 @@ def assemble(
     checkpointer = Checkpointer(
         Path(checkpoint_dir or workdir or training_config.checkpoint_dir), training_config.max_checkpoints
     )
+    evaluating: dict[str, Any] = {"eval_params": eval_params, "precision": precision}
     setup = Setup(
         config=training_config,
         loss_fn=loss_fn,
@@ -125,19 +134,30 @@ def assemble(
         checkpointer=checkpointer,
         is_directory_given=any((workdir, checkpoint_dir, training_config.checkpoint_dir != default_directory)),
         fingerprints=fingerprints_of(loss_fn, optimizer, losses, run),
-        step=_compiled_step(training_config, optimizer, loss_fn, wrt, losses, placement, steps_per_call, events, live),
-        eval_step=jax.jit(
-            names_checked(make_eval_step(loss_fn, eval_params=eval_params)), out_shardings=placement.replicated
+        step=_compiled_step(
+            functools.partial(make_train_step, loss_fn, wrt=wrt, extensions=losses, precision=precision, remat=remat),
+            training_config,
+            optimizer,
+            losses,
+            placement,
+            steps_per_call,
+            events,
+            live,
         ),
+        eval_step=jax.jit(names_checked(make_eval_step(loss_fn, **evaluating)), out_shardings=placement.replicated),
         # The same function again finds its compiled step.
         predict_step=functools.lru_cache(maxsize=8)(
-            lambda fn: jax.jit(make_predict_step(fn, eval_params=eval_params), out_shardings=placement.replicated)
+            lambda fn: jax.jit(make_predict_step(fn, **evaluating), out_shardings=placement.replicated)
         ),
         live=live,
     )
     if placement.num_processes > 1:
         run = run.replace(id=gathered(run.id)[0])
-    about = {"mesh": str(mesh and dict(mesh.shape)), "partition_rules": str(partition_rules)}
+    about = {
+        "mesh": str(mesh and dict(mesh.shape)),
+        "partition_rules": str(partition_rules),
+        "precision": str(precision),
+    }
     setup.agree("Trainer", {"training_config": training_config.to_dict(), "save_interval": save_interval, **about})
     return setup, run.replace(horizon=setup.horizon_of(train_data_loader))
 
@@ -150,13 +170,14 @@ def _initial_run(
     wrt: nnx.filterlib.Filter,
     extensions: dict[str, ExtensionLike],
     placement: Placement,
+    precision: Precision | None,
 ) -> Run:
     state = placement.create(model, build_optimizer(config, optimizer, _ANY_HORIZON), rng, wrt, extensions)
     if not jax.tree.leaves(state.params):
         raise ArgumentError(
             f"`model` has no parameters: `wrt` = {wrt!r} selects none of its variables, so there is nothing to train."
         )
-    return Run.start(state).replace(position=None)
+    return Run.start(placement.adopt(state.with_precision(precision))).replace(position=None)
 
 
 def build_optimizer(
@@ -183,17 +204,15 @@ def build_optimizer(
 
 
 def _compiled_step(
+    make: Callable[[optax.GradientTransformation], Any],
     config: TrainingConfig,
     optimizer: optax.GradientTransformation | None,
-    loss_fn: LossFn,
-    wrt: nnx.filterlib.Filter,
     extensions: dict[str, ExtensionLike],
     placement: Placement,
     steps_per_call: int | Literal["auto"],
     events: CallbackDispatcher,
     live: Live,
 ) -> CompiledStep:
-    make = functools.partial(make_train_step, loss_fn, wrt=wrt, extensions=extensions)
     scheduler = config.scheduler
     step: Any
     arguments: Callable[[Run], tuple[Any, ...]] | None = None

@@ -130,7 +130,8 @@ class Setup:
             name: {**state.extensions[name], "weight": jnp.asarray(weight, state.extensions[name]["weight"].dtype)}
             for name, weight in weights.items()
         }
-        state = self.placement.adopt(state.replace(extensions=held))
+        # Entries that are no extension's, as the loss scale, stay.
+        state = self.placement.adopt(state.replace(extensions={**state.extensions, **held}))
         return run.with_state(state, step=run.step).replace(weights=weights)
 
     def with_learning_rate(self, run: Run, value: float) -> Run:

@@ -359,13 +359,14 @@ def test_a_scale_changes_no_gradient_but_for_what_float16_cannot_hold():
         loss, metrics = squared_error(model, batch, rng, step)
         return loss * 1e-8, metrics
 
-    optimizer, batch = optax.sgd(1.0), regression(16)
+    rate = 2.0**20  # else a param would swallow its update
+    optimizer, batch = optax.sgd(rate), regression(16)
     moved = {}
     for scale in (1.0, 2.0**20):
         precision = Precision("float16", initial_scale=scale)
         state = create(precision=precision, optimizer=optimizer)
         after, _metrics = jax.jit(step_of(precision, tiny, optimizer))(state, batch)
-        grads = jax.tree.map(lambda a, b: a - b, state.params, after.params)
+        grads = jax.tree.map(lambda a, b: (a - b) / rate, state.params, after.params)
         moved[scale] = float(optax.tree.norm(grads))
     exact = jax.grad(lambda params: tiny(create().replace(params=params).model(), batch, None, 0)[0])(create().params)
     assert moved[2.0**20] == pytest.approx(float(optax.tree.norm(exact)), rel=0.02)
@@ -386,6 +387,7 @@ def test_fused_steps_are_the_same():
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.few(1)
 def test_an_ensemble_is_its_members(precision):
     def member(key):
         return TrainState.create(Mlp(rngs=nnx.Rngs(key)), optax.adam(1e-2), rng=key, precision=precision)
@@ -427,6 +429,7 @@ def build(tmp_path, precision, **changes):
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.few(1)
 def test_a_trainer_on_a_mesh_of_eight(precision, tmp_path):
     results = []
     for mesh in (None, make_mesh({"fsdp": 8})):
@@ -504,11 +507,10 @@ def test_evaluation_and_prediction_are_in_the_same_precision(tmp_path):
 @pytest.mark.parametrize(
     ("make", "kind", "message"),
     [
-        (lambda: step_of("bf16"), ArgumentError, "`precision` is 'bf16'; it must be did you mean 'bfloat16'?"),
         (
-            lambda: step_of("half"),
+            lambda: step_of("bf16"),
             ArgumentError,
-            "`precision` is 'half'; it must be known: bfloat16, float16, float32.",
+            "`precision` is 'bf16'; it must be one of 'float32', 'bfloat16', 'float16'",
         ),
         (
             lambda: step_of(16),

@@ -291,16 +291,17 @@ class Trainer(ReadOnly):
         """
         self.hold(self.setup.with_learning_rate(self.run, value))
 
-    def compile(self, batch: Batch) -> ProgramCost:
+    def compile(self, batch: Batch, *, without_remat: bool = False) -> ProgramCost:
         """Compiles `train_step` for batches like this one, without running it, and returns what it costs.
 
         Args:
             batch: Arrays as for `train_step`, or ``jax.ShapeDtypeStruct``: only shapes and dtypes matter.
+            without_remat: Compile the step without ``remat`` as well, to tell the memory that it saves.
 
         Returns:
             Operations, bytes and memory by XLA's own analysis. A warning says if the device has less memory.
         """
-        return epochs.compile_step(self, batch)
+        return epochs.compile_step(self, batch, without_remat)
 
     def save_checkpoint(
         self, path: str | os.PathLike[str] | None = None, *, background: bool | Literal["if_finite"] = False

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from trainer.core.checks import check_count, did_you_mean
+from trainer.core.checks import check_count
 from trainer.core.module_views import View, called_through, modules_of, no_view, owner_matches, refuse_unmatched
 from trainer.core.nnx_bridge import Path, nest
 from trainer.core.path_patterns import check_pattern
@@ -277,7 +277,6 @@ def _assign(model: Any, values: Mapping[Path, Any]) -> None:
 def _dtype_name(dtype: Any, argument: str) -> str:
     if isinstance(dtype, str) and dtype in DTYPES:
         return dtype
-    hint = did_you_mean(dtype, DTYPES) if isinstance(dtype, str) else f"one of {', '.join(map(repr, DTYPES))}."
     try:
         name = "" if isinstance(dtype, str) else str(jnp.dtype(dtype).name)
     except TypeError:
@@ -285,4 +284,4 @@ def _dtype_name(dtype: Any, argument: str) -> str:
     if name in DTYPES:
         return name
     kind = ArgumentError if isinstance(dtype, str) else ArgumentTypeError
-    raise kind(f"`{argument}` is {dtype!r:.60}; it must be {hint}")
+    raise kind(f"`{argument}` is {dtype!r:.60}; it must be one of {', '.join(map(repr, DTYPES))}.")

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 from flax import nnx
 
-from trainer.core.checks import did_you_mean
 from trainer.core.gradient import Objective
 from trainer.core.module_views import View, called_through, modules_of, no_view, refuse_unmatched
 from trainer.core.nnx_bridge import Path
@@ -176,7 +175,8 @@ def _policy(policy: Any, pattern: str | None = None) -> Policy:
             f"jax.checkpoint_policies.{policy}(...)."
         )
     raise ArgumentError(
-        f"`{argument}` is {policy!r}, which is no policy: {did_you_mean(policy, known)} Known are {', '.join(known)}."
+        f"`{argument}` is {policy!r}, which is no policy; known are {', '.join(map(repr, known))}, and what other "
+        f"functions of jax.checkpoint_policies return."
     )
 
 

@@ -110,6 +110,19 @@ def assemble(
     checkpointer = Checkpointer(
         Path(checkpoint_dir or workdir or training_config.checkpoint_dir), training_config.max_checkpoints
     )
+    make = functools.partial(
+        functools.partial, make_train_step, loss_fn, wrt=wrt, extensions=losses, precision=precision
+    )
+    compiled = functools.partial(
+        _compiled_step,
+        config=training_config,
+        optimizer=optimizer,
+        extensions=losses,
+        placement=placement,
+        steps_per_call=steps_per_call,
+        events=events,
+        live=live,
+    )
     evaluating: dict[str, Any] = {"eval_params": eval_params, "precision": precision}
     setup = Setup(
         config=training_config,
@@ -133,17 +146,9 @@ def assemble(
         fanout=_fanout(training_config, placement, log_callback, metrics_logger, logger),
         checkpointer=checkpointer,
         is_directory_given=any((workdir, checkpoint_dir, training_config.checkpoint_dir != default_directory)),
-        fingerprints=fingerprints_of(loss_fn, optimizer, losses, run),
-        step=_compiled_step(
-            functools.partial(make_train_step, loss_fn, wrt=wrt, extensions=losses, precision=precision, remat=remat),
-            training_config,
-            optimizer,
-            losses,
-            placement,
-            steps_per_call,
-            events,
-            live,
-        ),
+        fingerprints={**fingerprints_of(loss_fn, optimizer, losses, run), "precision": str(precision)},
+        step=compiled(make(remat=remat)),
+        step_without_remat=None if remat is None else compiled(make(remat=None)),
         eval_step=jax.jit(names_checked(make_eval_step(loss_fn, **evaluating)), out_shardings=placement.replicated),
         # The same function again finds its compiled step.
         predict_step=functools.lru_cache(maxsize=8)(

@@ -81,6 +81,7 @@ class Setup:
     is_directory_given: bool
     fingerprints: dict[str, str]
     step: CompiledStep
+    step_without_remat: CompiledStep | None
     eval_step: Callable[..., Metrics]
     predict_step: Callable[[Any], Callable[..., Any]]
     live: Live

@@ -15,7 +15,7 @@ import trainer
 
 ROOT = Path(__file__).parent.parent
 
-PURE = {"types", "errors", "batches", "core", "state", "steps"}
+PURE = {"types", "errors", "batches", "core", "precision", "remat", "state", "steps"}
 
 # What each file of the top folder, and each package, may import of the others.
 LOOP = PURE | {"compile", "data", "metrics", "run", "sharding"}
@@ -25,7 +25,9 @@ ARROWS = {
     "errors": set(),
     "batches": {"core", "errors", "types"},
     "core": {"batches", "errors", "state", "types"},  # the objective is called with a state
-    "state": {"core", "errors", "types"},
+    "precision": {"core", "errors", "types"},
+    "remat": {"core", "errors", "types"},
+    "state": {"core", "errors", "precision", "types"},
     "steps": PURE,
     "averages": {"core", "errors", "state"},
     "groups": {"core", "errors", "state"},
@@ -80,9 +82,9 @@ def test_every_package_has_its_arrows():
 def test_the_core_touches_no_files_clocks_or_loggers(name):
     allowed = {"__future__", "jax", "flax", "optax", "chex", "numpy", "trainer"}
     allowed |= {"collections", "copy", "dataclasses", "difflib", "functools", "hashlib", "inspect", "operator"}
-    allowed |= {"re", "reprlib", "types", "typing", "weakref", "zlib"}
+    allowed |= {"contextlib", "re", "reprlib", "types", "typing", "weakref", "zlib"}
     # For types and numbers only; and to warn at the caller's line.
-    allowed |= {"pathlib", "signal", "contextlib", "warnings"} if name == "errors" else set()
+    allowed |= {"pathlib", "signal", "warnings"} if name == "errors" else set()
     allowed |= {"atexit", "concurrent", "threading"} if name == "core" else set()  # core/private_api.py wraps them
     assert {module.split(".")[0] for path in files_of(name) for module in imports_of(path)} <= allowed
 

@@ -28,6 +28,7 @@ from trainer.groups import by_group as by_group
 from trainer.groups import group_table as group_table
 from trainer.lora import add_lora as add_lora
 from trainer.lora import merge_lora as merge_lora
+from trainer.precision import Precision as Precision
 from trainer.extensions import Extension as Extension
 from trainer.extensions import ExtensionConfig as ExtensionConfig
 from trainer.config.training import TrainingConfig as TrainingConfig

@@ -11,8 +11,6 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from trainer.callbacks.base import CallbackList
-from trainer.checkpoints.run_record import snapshot_run
-from trainer.checkpoints.snapshot import Snapshot
 from trainer.compile.cost import ProgramCost
 from trainer.config import TrainingConfig
 from trainer.core.checks import check_count
@@ -26,9 +24,10 @@ from trainer.fit.plan import plan_epoch, plan_prediction, plan_run
 from trainer.fit.read_only import ReadOnly
 from trainer.loggers.base import Logger, MetricsLoggerLike, prefixed
 from trainer.loop import evaluate, evaluate_batch, predict
+from trainer.precision import Precision
 from trainer.run import Run
 from trainer.state import TrainState
-from trainer.types import Batch, EvalParams, ExtensionLike, LogCallback, LossFn, Metrics, NonFinite, StepFn
+from trainer.types import Batch, EvalParams, ExtensionLike, LogCallback, LossFn, Metrics, NonFinite, Remat, StepFn
 
 
 class Trainer(ReadOnly):
@@ -70,8 +69,9 @@ class Trainer(ReadOnly):
         partition_rules: How the state is split over the mesh, see `trainer.partition`.
         step_fn: A step of your own in place of ``make_train_step(loss_fn, optimizer)``, see `trainer.StepFn`.
             ``loss_fn`` then only validates and evaluates, and may be None.
-        nonfinite, report, accumulate_steps: Of the step, see `make_train_step`. With ``nonfinite="raise"`` the trainer
-            raises `NonFiniteError` when it next reads metrics, validates or saves, and holds the state of before.
+        nonfinite, report, accumulate_steps, precision, remat: Of the step, see `make_train_step`. Evaluations have the
+            ``precision`` too. With ``nonfinite="raise"`` the trainer raises `NonFiniteError` when it next reads
+            metrics, validates or saves, and holds the state of before.
         pad_to: "batch" pads short batches to ``batch_size`` rows, so that they compile nothing new, and adds to every
             batch a ``mask`` by which the objective averages, see `trainer.pad_batch`.
         params_average: Such as ``ema_of_params(0.999)``: last of the optimizer, and its average the ``eval_params``.
@@ -115,6 +115,8 @@ class Trainer(ReadOnly):
         accumulate_steps: int = 1,
         pad_to: Literal["batch"] | None = None,
         params_average: optax.GradientTransformation | None = None,
+        precision: str | Precision | None = None,
+        remat: Remat = None,
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name != "self"}
         self.setup, self.run = assemble(self, **arguments)
@@ -296,15 +298,17 @@ class Trainer(ReadOnly):
         """
         self.hold(self.setup.with_learning_rate(self.run, value))
 
-    def compile(self, batch: Batch) -> ProgramCost:
+    def compile(self, batch: Batch, *, without_remat: bool = False) -> ProgramCost:
         """Compiles `train_step` for batches like this one, without running it, and returns what it costs.
 
-        Of the arrays in ``batch``, which may be ``jax.ShapeDtypeStruct``, only shapes and dtypes matter.
+        Args:
+            batch: Arrays as for `train_step`, or ``jax.ShapeDtypeStruct``: only shapes and dtypes matter.
+            without_remat: Compile the step without ``remat`` as well, to tell the memory that it saves.
 
         Returns:
             Operations, bytes and memory by XLA's own analysis. A warning says if the device has less memory.
         """
-        return epochs.compile_step(self, batch)
+        return epochs.compile_step(self, batch, without_remat)
 
     def save_checkpoint(
         self, path: str | os.PathLike[str] | None = None, *, background: bool | Literal["if_finite"] = False
@@ -335,11 +339,6 @@ class Trainer(ReadOnly):
         target = self.setup.checkpointer.save(run, path, background=background, **beside)
         self.setup.fanout.log_text("checkpoint", f"saved {target}", self.step)
         return target
-
-    def snapshot(self) -> Snapshot:
-        """Returns what a checkpoint holds. Copies nothing: write it before the next step, or copy it first."""
-        run, beside = self.setup.beside(self.run)
-        return snapshot_run(run, **beside)
 
     def load_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Restores what `save_checkpoint` wrote: it is ``trainer.run = load_run(path, trainer.run)``.

@@ -19,11 +19,12 @@ from flax import nnx
 
 from trainer.core.learning_rate import with_learning_rate
 from trainer.core.nnx_bridge import Flat, GraphDef, Path, lookup, nest, split_module, variables_of
-from trainer.core.nonfinite import NONFINITE, check_policy, record_of
+from trainer.core.nonfinite import check_policy, record_of
 from trainer.core.optimizer import adapt_optimizer
 from trainer.core.tree_paths import join_path, leaf_path
 from trainer.errors import ArgumentError, ArgumentTypeError, StateError
-from trainer.types import ExtensionLike, NonFinite
+from trainer.precision import Precision, as_precision
+from trainer.types import LOSS_SCALE, NONFINITE, ExtensionLike, NonFinite
 
 if TYPE_CHECKING:  # for annotations only: importing chex takes a tenth of the time of `import trainer`
     import chex
@@ -71,6 +72,7 @@ class TrainState:
         wrt: nnx.filterlib.Filter = nnx.Param,
         extensions: Mapping[str, ExtensionLike] | None = None,
         nonfinite: NonFinite = "ignore",
+        precision: str | Precision | None = None,
     ) -> Self:
         """Copies the values out of a module and starts its optimizer.
 
@@ -86,6 +88,7 @@ class TrainState:
             extensions: By name, the extensions whose weights and variables the state carries.
             nonfinite: That of the step, see `make_train_step`. All but "ignore" keep a record in the state, as
                 ``extensions["nonfinite"]``: ``skipped``, the number of steps left out, and more.
+            precision: That of the step, see `with_precision`.
 
         Raises:
             ArgumentTypeError: ``model``, ``optimizer`` or ``rng`` is something else.
@@ -102,7 +105,7 @@ class TrainState:
         records = {} if check_policy(nonfinite) == "ignore" else {NONFINITE: record_of(params, model_state)}
         if names := records.keys() & (extensions or {}).keys():
             raise ArgumentError(f"`extensions[{min(names)!r}]` has the name of a record of the state; rename it.")
-        return cls(
+        created = cls(
             params=params,
             model_state=model_state,
             opt_state=_init_optimizer(optimizer, params),
@@ -119,6 +122,7 @@ class TrainState:
             },
             graphdef=graphdef,
         )
+        return created.with_precision(precision)
 
     def model(self) -> Any:
         """Returns a new module with the values of this state, in the mode it was created in.
@@ -152,6 +156,30 @@ class TrainState:
                 that a schedule sets anew in every step.
         """
         return self.replace(opt_state=with_learning_rate(self.opt_state, value))
+
+    def with_precision(self, precision: str | Precision | None) -> Self:
+        """Returns a state that a step of a precision can train: for float16 with a loss scale, else this one.
+
+        The loss scale is an entry of ``extensions``, ``{"scale": a float32 scalar, "good_steps": an int32 scalar}``.
+        One that is there is kept.
+
+        Raises:
+            ArgumentError: ``precision`` is none, or an extension has the name ``loss_scale``.
+        """
+        resolved = as_precision(precision)
+        if resolved is None or not resolved.has_loss_scale:
+            return self
+        held = self.extensions.get(LOSS_SCALE)
+        if held is not None and held.keys() != {"scale", "good_steps"}:
+            raise ArgumentError(
+                f"`extensions[{LOSS_SCALE!r}]` has the name of the loss scale of `precision` = {resolved.compute!r}; "
+                f"give the extension another."
+            )
+        started = {
+            "scale": jnp.asarray(resolved.initial_scale, jnp.float32),
+            "good_steps": jnp.zeros((), jnp.int32),
+        }
+        return self.replace(extensions={**self.extensions, LOSS_SCALE: started if held is None else held})
 
     def copy(self) -> Self:
         """Returns an equal state with buffers of its own, which outlives a donation of this one.

@@ -19,8 +19,10 @@ from trainer.core.accumulation import accumulated
 from trainer.core.averaged_params import check_eval_params, with_eval_params
 from trainer.core.checks import check_count
 from trainer.core.gradient import gradient_of, make_objective
+from trainer.core.loss_scale import adapt_scale, as_it_is, scaled_gradient_of
 from trainer.core.mapped_axes import AxisName, average_over_axis, fold_in_device
 from trainer.core.modes import in_evaluation_mode
+from trainer.core.module_views import combined
 from trainer.core.nnx_bridge import lookup, split_variables
 from trainer.core.nonfinite import make_guard
 from trainer.core.objective import call_objective, check_extensions, check_loss_fn, with_losses
@@ -28,8 +30,10 @@ from trainer.core.optimizer import adapt_optimizer, extra_arguments
 from trainer.core.prediction import call_on_input, check_outputs
 from trainer.core.report import Measure, Update, make_report
 from trainer.errors import ArgumentError, ArgumentTypeError, BatchError
+from trainer.precision import Precision, as_precision, batch_in, in_precision, objective_in
+from trainer.remat import in_parts, plan_of, rematerialized
 from trainer.state import TrainState, check_optimizer
-from trainer.types import Batch, EvalParams, ExtensionLike, LossFn, Metrics, NonFinite
+from trainer.types import Batch, EvalParams, ExtensionLike, LossFn, Metrics, NonFinite, Remat
 
 _EVALUATION = crc32(b"evaluation")
 
@@ -44,6 +48,8 @@ def make_train_step(
     accumulate_steps: int = 1,
     nonfinite: NonFinite = "ignore",
     report: Iterable[str] | Mapping[str, Measure] = (),
+    precision: str | Precision | None = None,
+    remat: Remat = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Makes a train step: draw a key, differentiate the objective, update the params, carry the model state over.
 
@@ -90,6 +96,17 @@ def make_train_step(
         report: What else to report of each update: names among "gradient_norm" (before clipping), "update_ratio" (the
             norm of the update by that of the params) and "learning_rate" (where the optimizer keeps it, as that of
             ``optax.inject_hyperparams``), or functions of a `trainer.Update` by name.
+        precision: What the model computes in: "bfloat16", "float16", or a `trainer.Precision`, whose docstring has the
+            details; None and "float32" change nothing. The state stays in float32. "float16" scales the loss, see
+            `trainer.core.loss_scale.adapt_scale`: ``metrics`` then has the ``loss_scale`` of the step, and the state
+            comes from ``TrainState.create(..., precision=precision)``.
+        remat: What is not kept for the backward pass but computed again (Chen et al. 2016, "Training Deep Nets with
+            Sublinear Memory Cost"; `jax.checkpoint`). "blocks": all activations within each block, which is each of
+            the outermost modules that lists hold; "nothing_saveable" is the same. Another policy of
+            ``jax.checkpoint_policies`` by name ("dots_saveable", "dots_with_no_batch_dims_saveable"), or a policy, is
+            that of the objective as a whole. A mapping gives policies to modules by path, as
+            ``{"encoder/layers/*": "nothing_saveable"}``, in the patterns of `trainer.by_path`. Gradients, batch
+            statistics and random draws are the same, within rounding.
 
     Returns:
         A pure ``(state, batch) -> (state, metrics)``. ``metrics`` holds scalars on the device: what
@@ -98,7 +115,7 @@ def make_train_step(
 
     Raises:
         ArgumentTypeError: ``loss_fn``, ``optimizer``, an extension or ``accumulate_steps`` is something else.
-        ArgumentError: ``accumulate_steps`` is not positive. The
+        ArgumentError: ``accumulate_steps`` is not positive, ``precision`` or ``remat`` means nothing. The
             returned function raises `ObjectiveError`, `BatchError`, `ArgumentError` or `StateError`
             while it is traced, never while it runs compiled.
 
@@ -117,10 +134,17 @@ def make_train_step(
     check_loss_fn(loss_fn)
     check_optimizer(optimizer)
     optimizer = adapt_optimizer(optimizer)
-    objective = make_objective(loss_fn, wrt, with_losses(check_extensions(extensions)), axis_name)
+    precision, plan = as_precision(precision), plan_of(remat)
+    view = combined(in_precision(precision), in_parts(plan))
+    loss_fn = objective_in(precision, loss_fn)
+    objective = make_objective(loss_fn, wrt, with_losses(check_extensions(extensions)), axis_name, view)
+    objective = rematerialized(plan, objective)
+    is_scaled = precision is not None and precision.has_loss_scale
+    gradient = (scaled_gradient_of if is_scaled else gradient_of)(objective, axis_name)
     steps = check_count(accumulate_steps, "accumulate_steps")
-    objective, gradient = accumulated(objective, gradient_of(objective, axis_name), steps, axis_name)
-    guard = make_guard(nonfinite)
+    objective, gradient = accumulated(objective, gradient, steps, axis_name)
+    finish = adapt_scale(precision.growth_interval) if precision is not None and is_scaled else as_it_is
+    guard = make_guard(nonfinite, watches_gradient=not is_scaled)
     reported = make_report(report)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -140,6 +164,7 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         next_state = after.replace(params=params, opt_state=opt_state, step=state.step + 1)
         metrics = reported(Update(state.step, grads, updates, state.params, opt_state), metrics)
+        next_state, metrics = finish(state, next_state, grads, metrics)
         next_state, metrics = guard(state, next_state, grads, metrics)
         return next_state, {**metrics, "step": next_state.step}
 
@@ -215,7 +240,11 @@ def fuse_steps(
 
 
 def make_eval_step(
-    loss_fn: LossFn, *, eval_params: EvalParams | None = None, axis_name: AxisName | None = None
+    loss_fn: LossFn,
+    *,
+    eval_params: EvalParams | None = None,
+    axis_name: AxisName | None = None,
+    precision: str | Precision | None = None,
 ) -> Callable[..., Metrics]:
     """Makes the function that evaluates the objective with the model in evaluation mode.
 
@@ -229,6 +258,7 @@ def make_eval_step(
             `trainer.types.EvalParams`; the params themselves if left out. The other variables of the model, such as
             batch statistics, stay those of training.
         axis_name: The mapped axis over which metrics are averaged, as for `make_train_step`.
+        precision: What the model computes in, as for `make_train_step`.
 
     Returns:
         A pure ``(state, batch, index=0) -> metrics``. The objective's key is a function of ``state.rng`` and
@@ -241,13 +271,16 @@ def make_eval_step(
     """
     check_loss_fn(loss_fn)
     check_eval_params(eval_params)
+    precision = as_precision(precision)
+    view, loss_fn = in_precision(precision), objective_in(precision, loss_fn)
 
     def eval_step(state: TrainState, batch: Batch, index: jax.typing.ArrayLike = 0) -> Metrics:
         _check_call(state, batch)
         rng = jax.random.fold_in(jax.random.fold_in(state.rng, _EVALUATION), index)
         rng = fold_in_device(rng, axis_name)
         model = in_evaluation_mode(with_eval_params(state, eval_params).model())
-        loss, metrics, _ = call_objective(loss_fn, model, batch, rng, state.step)
+        with view(model):
+            loss, metrics, _ = call_objective(loss_fn, model, batch, rng, state.step)
         _, metrics = average_over_axis((), {**metrics, "loss": loss}, axis_name)
         return {**metrics, "step": state.step}
 
@@ -255,7 +288,10 @@ def make_eval_step(
 
 
 def make_predict_step(
-    fn: Callable[[Any, Batch], Any] | None = None, *, eval_params: EvalParams | None = None
+    fn: Callable[[Any, Batch], Any] | None = None,
+    *,
+    eval_params: EvalParams | None = None,
+    precision: str | Precision | None = None,
 ) -> Callable[[TrainState, Batch], Any]:
     """Makes the function that computes what the model, in evaluation mode, predicts for a batch.
 
@@ -264,6 +300,7 @@ def make_predict_step(
             called on the batch, if that is an array; on its only entry; or on the entry ``input`` or ``x`` of a mapping
             whose other entries are targets by their names (``y``, ``label``, ``target``, and plurals of these).
         eval_params: As for `make_eval_step`.
+        precision: What the model computes in, as for `make_train_step`. Outputs have the dtype of its ``output``.
 
     Returns:
         A pure ``(state, batch) -> outputs``. The state does not change, RNG counts included, so a model that draws in
@@ -285,11 +322,14 @@ def make_predict_step(
             f"`fn` is of type {type(fn).__name__}; it must be a callable fn(model, batch) -> outputs."
         )
     check_eval_params(eval_params)
+    precision = as_precision(precision)
+    view = in_precision(precision)
 
     def predict_step(state: TrainState, batch: Batch) -> Any:
         _check_call(state, batch)
         model = in_evaluation_mode(with_eval_params(state, eval_params).model())
-        outputs = (call_on_input if fn is None else fn)(model, batch)
+        with view(model):
+            outputs = (call_on_input if fn is None else fn)(model, batch_in(precision, batch))
         check_outputs(outputs, batch)
         return outputs
 

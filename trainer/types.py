@@ -1,6 +1,6 @@
 """The words that signatures are written in: aliases and documented callables, no logic."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
 
 import jax
@@ -102,11 +102,20 @@ BATCH_WEIGHT = "batch_weight"
 NonFinite = Literal["ignore", "skip", "raise"]
 """What becomes of a step whose loss, gradients or results are not finite; see `trainer.make_train_step`."""
 
-RECORDS = ("nonfinite",)
-"""The entries of ``state.extensions`` that belong to no extension: records that a step keeps."""
-
 SKIPPED = "skipped"
 """The metric under which a step with ``nonfinite`` reports whether it was left out: 0 or 1."""
 
 MODEL_OUTPUTS = "model_outputs"
 """The metric under which an objective hands outputs of the model to extensions; it is not reported."""
+
+LOSS_SCALE = "loss_scale"
+"""The entry of ``state.extensions`` that holds the loss scale of a float16 step, and the metric that reports it."""
+
+NONFINITE = "nonfinite"
+"""The entry of ``state.extensions`` that holds what happened in steps that were not finite."""
+
+RECORDS = (NONFINITE, LOSS_SCALE)
+"""The entries of ``state.extensions`` that belong to no extension: records that a step keeps."""
+
+Remat = str | Mapping[str, str | Callable[..., Any]] | Callable[..., Any] | None
+"""What is computed again in the backward pass: a policy of `jax.checkpoint` by name, policies by path, or none."""

@@ -27,7 +27,6 @@ from trainer.distributed.agreement import AllOrNone
 from trainer.errors import CheckpointError
 from trainer.sharding.arrays import place_like
 from trainer.state import TrainState
-from trainer.types import RECORDS
 
 PROGRESS: LeafPath = ("progress",)
 """Beside the fields of the state: where the run was, packed."""
@@ -178,11 +177,12 @@ class _Pickle:
         for name, (array, key) in read_pickle(path, like).items():
             leaf = Leaf(known.get(name, tuple(name.split("/"))), array.dtype.name, array.shape, key)
             self.leaves[leaf.path], self._arrays[leaf.path] = leaf, array
-        # That layout has no weights of extensions: the live ones stay.
-        for name, extension in ({} if like is None else like.extensions).items():
-            if name not in RECORDS:
-                leaf = describe(("extensions", name, "weight"), extension["weight"])
-                self.leaves[leaf.path], self._arrays[leaf.path] = leaf, extension["weight"]
+        # That layout has the variables of extensions only: weights and loss scales stay the live ones.
+        for name, entry in ({} if like is None else like.extensions).items():
+            for key, live in entry.items():
+                if key != "variables":
+                    leaf = describe(("extensions", name, key), live)
+                    self.leaves[leaf.path], self._arrays[leaf.path] = leaf, live
 
     def read(self, wanted: Mapping[LeafPath, jax.Array | None]) -> dict[LeafPath, Any]:
         values = {path: np.array(self._arrays[path]) for path in wanted}

@@ -26,6 +26,9 @@ class ProgramCost:
         temporary: Bytes of everything in between, activations and gathered params above all.
         available: Bytes of memory that the device has; None where it is not known.
         collectives: Communication with other devices, by kind of collective.
+        without_remat: The same of the step without ``remat``, where it was asked for, see `trainer.Trainer.compile`.
+            XLA for the CPU runs what is ready first, recomputation too, and saves next to nothing by default; with
+            ``XLA_FLAGS=--xla_cpu_enable_concurrency_optimized_scheduler=false`` it orders operations for memory.
     """
 
     seconds: float
@@ -39,6 +42,7 @@ class ProgramCost:
     temporary: int
     available: int | None
     collectives: dict[str, Traffic]
+    without_remat: "ProgramCost | None" = None
 
     @property
     def total(self) -> int:
@@ -54,6 +58,8 @@ class ProgramCost:
         sizes = {name: getattr(self, name) for name in ("state", "arguments", "temporary", "total", "available")}
         rows = [(name, f"{size:,}", "bytes") for name, size in sizes.items() if size is not None]
         rows += [(kind, f"{found.bytes:,}", f"bytes in {found.count}") for kind, found in self.collectives.items()]
+        if self.without_remat is not None:
+            rows.append(("saved by remat", f"{self.without_remat.temporary - self.temporary:,}", "bytes"))
         if self.flops is not None:
             rows.append(("operations", f"{self.flops:,.0f}", ""))
         rows.append(("compiled in", f"{self.seconds:.1f}", "s"))

@@ -8,6 +8,7 @@ from flax import nnx
 
 from trainer.core.mapped_axes import AxisName, average_if_changed, per_device
 from trainer.core.modes import in_training_mode
+from trainer.core.module_views import View, no_view
 from trainer.core.nnx_bridge import merge_updated, refuse_changed_attributes, split_variables, static_attributes
 from trainer.core.objective import NOT_REPORTED, call_objective, extension_losses, forward, refuse_shadowing
 from trainer.state import TrainState
@@ -40,8 +41,12 @@ def make_objective(
     wrt: nnx.filterlib.Filter,
     extensions: Mapping[str, ExtensionLike],
     axis_name: AxisName | None,
+    view: View = no_view,
 ) -> Objective:
-    """Returns the objective with the losses of its extensions, as a function of the params; see `make_train_step`."""
+    """Returns the objective with the losses of its extensions, as a function of the params; see `make_train_step`.
+
+    Within ``view`` the model computes in another way, in half precision say.
+    """
     reduce = average_if_changed(axis_name)
 
     def objective(
@@ -50,12 +55,13 @@ def make_objective(
         before = state.replace(params=params)
         model = in_training_mode(before.model())
         attributes = static_attributes(model)
-        loss, metrics, outputs = call_objective(loss_fn, model, batch, rng, state.step)
-        enabled = {name: e for name, e in extensions.items() if e.is_enabled()}
-        if enabled and outputs is NOT_REPORTED:
-            outputs = forward(before, batch)
-        context = {"model": model, "rng": rng, "step": state.step}
-        losses, extension_variables = extension_losses(enabled, state, batch, outputs, context)
+        with view(model):
+            loss, metrics, outputs = call_objective(loss_fn, model, batch, rng, state.step)
+            enabled = {name: e for name, e in extensions.items() if e.is_enabled()}
+            if enabled and outputs is NOT_REPORTED:
+                outputs = forward(before, batch, view)
+            context = {"model": model, "rng": rng, "step": state.step}
+            losses, extension_variables = extension_losses(enabled, state, batch, outputs, context)
         refuse_shadowing(metrics, losses)
         refuse_changed_attributes(attributes, model, "model")
         _, variables = split_variables(model, wrt)
@@ -80,6 +86,6 @@ def gradient_of(objective: Objective, axis_name: AxisName | None) -> GradientFn:
         evaluate = jax.value_and_grad(objective, has_aux=True)
         params = per_device(state.params, axis_name)
         (loss, (metrics, after)), grads = evaluate(params, state, batch, rng)
-        return Gradient(grads, {**metrics, "loss": loss}, after)
+        return Gradient(grads, {"loss": loss, **metrics}, after)
 
     return gradient

@@ -17,12 +17,10 @@ import numpy as np
 from trainer.core.checks import check_choice
 from trainer.core.tree_paths import leaf_path
 from trainer.errors import ArgumentError, NonFiniteError, ObjectiveError
-from trainer.types import RECORDS, SKIPPED, Metrics
+from trainer.types import NONFINITE, RECORDS, SKIPPED, Metrics
 
 if TYPE_CHECKING:
     from trainer.state import TrainState
-
-(NONFINITE,) = RECORDS
 
 Guard = Callable[["TrainState", "TrainState", Any, Metrics], tuple["TrainState", Metrics]]
 """From the states before and after an update, its gradients and its metrics to what the step returns."""
@@ -33,13 +31,15 @@ def check_policy(policy: Any) -> str:
     return check_choice(policy, ("ignore", "skip", "raise"), "nonfinite")
 
 
-def make_guard(policy: str) -> Guard:
+def make_guard(policy: str, *, watches_gradient: bool = True) -> Guard:
     """Returns what follows the update of a step, for the ``nonfinite`` of `make_train_step`.
 
     With ``finite = all(isfinite(loss, gradients, params', model_state'))``::
 
         "skip":  state'' = where(finite, state', state),  step + 1 in any case
         "raise": state'' = where(finite and no step before was not, state', state),  step included
+
+    With a loss scale, which overflows and is adapted, the gradient is not watched.
     """
     if check_policy(policy) == "ignore":
         return lambda before, after, grads, metrics: (after, metrics)
@@ -55,7 +55,8 @@ def make_guard(policy: str) -> Guard:
                 f"reports steps that were left out; use another name."
             )
         record = before.extensions[NONFINITE]
-        bad = jnp.stack([~jnp.all(jnp.isfinite(leaf)) for _, leaf in _checked(after, grads, metrics["loss"])])
+        watched = grads if watches_gradient else before.params
+        bad = jnp.stack([~jnp.all(jnp.isfinite(leaf)) for _, leaf in _checked(after, watched, metrics["loss"])])
         halted = (record["step"] > 0) if policy == "raise" else jnp.zeros((), bool)
         left_out = halted | jnp.any(bad)
         kept = jax.tree.map(lambda old, new: new if old is new else jnp.where(left_out, old, new), before, after)
@@ -65,7 +66,8 @@ def make_guard(policy: str) -> Guard:
             "step": jnp.where(left_out & ~halted, before.step + 1, record["step"]),
             "leaves": jnp.where(left_out & ~halted, bad, record["leaves"]),
         }
-        kept = kept.replace(step=step, extensions={**kept.extensions, NONFINITE: noted})
+        records = {name: after.extensions[name] for name in RECORDS if name in after.extensions}
+        kept = kept.replace(step=step, extensions={**kept.extensions, **records, NONFINITE: noted})
         return kept, {**metrics, SKIPPED: left_out.astype(jnp.float32)}
 
     return guard

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from trainer.batches import summarize
 from trainer.core.modes import in_training_mode
+from trainer.core.module_views import View
 from trainer.core.nnx_bridge import Flat, refuse_changed_attributes, static_attributes, variables_of, with_variables
 from trainer.core.partial_metrics import partial_metrics
 from trainer.errors import ArgumentError, ArgumentTypeError, ObjectiveError
@@ -56,7 +57,7 @@ def call_objective(
     return loss, _metrics(named), outputs
 
 
-def forward(state: TrainState, batch: Batch) -> Any:
+def forward(state: TrainState, batch: Batch, view: View) -> Any:
     """Returns ``model(batch["input"])`` where that can be called, else None.
 
     It runs on a model of its own that starts from the same variables, RNG counts included, so an extension
@@ -68,7 +69,8 @@ def forward(state: TrainState, batch: Batch) -> Any:
     if not isinstance(batch, Mapping) or "input" not in batch or not callable(model):
         return None
     try:
-        return model(batch["input"])
+        with view(model):
+            return model(batch["input"])
     except Exception as error:
         error.add_note(
             'raised in `model(batch["input"])`, called because an extension is enabled and `loss_fn` '

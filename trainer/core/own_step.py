@@ -35,7 +35,13 @@ def own_step(step_fn: StepFn) -> Callable[[TrainState, Batch], tuple[TrainState,
     return train_step
 
 
-_DEFAULTS: dict[str, Any] = {"nonfinite": "ignore", "accumulate_steps": 1, "extensions": {}, "report": ()}
+_DEFAULTS: dict[str, Any] = {
+    "nonfinite": "ignore",
+    "accumulate_steps": 1,
+    "extensions": {},
+    "report": (),
+    "remat": None,
+}
 
 
 def check_own_step(step_fn: Any, loss_fn: Any, settings: Mapping[str, Any]) -> None:

@@ -23,6 +23,7 @@ from trainer.config.schedules import check_horizon, needs_horizon
 from trainer.core.averaged_params import resolve_eval_params
 from trainer.core.checks import check_count
 from trainer.core.modes import evaluated_as_a_whole
+from trainer.core.module_views import check_view, combined
 from trainer.core.objective import check_extensions, check_loss_fn, requiring_weight, with_losses
 from trainer.core.optimizer import adapt_optimizer
 from trainer.core.own_step import check_own_step, no_loss_fn, own_step
@@ -38,11 +39,13 @@ from trainer.fit.unused_settings import warn_beside_optimizer
 from trainer.loggers.base import Logger, MetricsLoggerLike, names_checked
 from trainer.loggers.fanout import MetricFanout
 from trainer.loggers.wandb import WandbLogger
+from trainer.precision import Precision, as_precision, in_precision
+from trainer.remat import in_parts, plan_of
 from trainer.run import Run
 from trainer.sharding.placement import Placement, placement_of
 from trainer.state import TrainState, check_model, check_optimizer, check_rng
 from trainer.steps import make_eval_step, make_predict_step, make_train_step
-from trainer.types import Batch, EvalParams, ExtensionLike, LogCallback, LossFn, NonFinite, StepFn
+from trainer.types import Batch, EvalParams, ExtensionLike, LogCallback, LossFn, NonFinite, Remat, StepFn
 
 # Stands for the horizon where only the structure of an optimizer's state matters.
 _ANY_HORIZON = 2**31 - 1
@@ -78,6 +81,8 @@ def assemble(
     accumulate_steps: int,
     pad_to: Literal["batch"] | None,
     params_average: optax.GradientTransformation | None,
+    precision: str | Precision | None,
+    remat: Remat,
 ) -> tuple[Setup, Run]:
     """Checks the arguments of `trainer.Trainer`, and returns its parts and its initial run.
 
@@ -104,7 +109,7 @@ def assemble(
     if step_fn is None:
         check_loss_fn(loss_fn)
     else:
-        check_own_step(step_fn, loss_fn, {**settings, "extensions": losses, "report": report})
+        check_own_step(step_fn, loss_fn, {**settings, "extensions": losses, "report": report, "remat": remat})
     check_pad_to(pad_to)
     objective = no_loss_fn if loss_fn is None else loss_fn
     objective = objective if pad_to is None else requiring_weight(objective)
@@ -116,18 +121,25 @@ def assemble(
     placement = placement_of(mesh, partition_rules)
     rng = jax.random.PRNGKey(0) if rng is None else rng
     check_rng(rng)
+    precision = as_precision(precision)
     held = {"wrt": wrt, "extensions": losses, "nonfinite": nonfinite}
     make_whole = functools.partial(build_optimizer, training_config, optimizer, params_average)
-    run = _initial_run(model, rng, make_whole(_ANY_HORIZON), held, placement)
+    run = _initial_run(model, rng, make_whole(_ANY_HORIZON), held, placement, precision)
+    check_view(combined(in_precision(precision), in_parts(plan_of(remat))), run.peek())
     eval_params = _resolved_eval_params(eval_params, run, training_config, params_average)
     _warn_of_mode(run.peek().model(), wrt)
     live = Live(weakref.ref(trainer), validates=val_data_loader is not None)
-    make = functools.partial(make_train_step, objective, wrt=wrt, extensions=losses, **settings)
-    step, step_arguments = (
-        _made_step(make, report, training_config, optimizer, make_whole, placement)
-        if step_fn is None
-        else (own_step(step_fn), None)
-    )
+    make = functools.partial(make_train_step, objective, wrt=wrt, extensions=losses, precision=precision, **settings)
+
+    def compiled(remat: Remat) -> CompiledStep:
+        step, arguments = (
+            _made_step(functools.partial(make, remat=remat), report, training_config, optimizer, make_whole, placement)
+            if step_fn is None
+            else (own_step(step_fn), None)
+        )
+        return _compiled_step(step, arguments, losses, placement, steps_per_call, events, live)
+
+    evaluating: dict[str, Any] = {"eval_params": eval_params, "precision": precision}
     default_directory = TrainingConfig.checkpoint_dir
     checkpointer = Checkpointer(
         Path(checkpoint_dir or workdir or training_config.checkpoint_dir), training_config.max_checkpoints
@@ -161,24 +173,23 @@ def assemble(
             **fingerprints_of(loss_fn, step_fn, optimizer, losses, run, params_average),
             "accumulate_steps": str(accumulate_steps),
             "pad_to": str(pad_to),
+            "precision": str(precision),
         },
         accumulate_steps=accumulate_steps,
         pad_to=pad_to,
-        step=_compiled_step(step, step_arguments, losses, placement, steps_per_call, events, live),
-        eval_step=jax.jit(
-            names_checked(make_eval_step(objective, eval_params=eval_params)),
-            out_shardings=placement.replicated,
-        ),
+        step=compiled(remat),
+        step_without_remat=None if remat is None else compiled(None),
+        eval_step=jax.jit(names_checked(make_eval_step(objective, **evaluating)), out_shardings=placement.replicated),
         # The same function again finds its compiled step.
         predict_step=functools.lru_cache(maxsize=8)(
-            lambda fn: jax.jit(make_predict_step(fn, eval_params=eval_params), out_shardings=placement.replicated)
+            lambda fn: jax.jit(make_predict_step(fn, **evaluating), out_shardings=placement.replicated)
         ),
         live=live,
     )
     if placement.num_processes > 1:
         run = run.replace(id=gathered(run.id)[0])
     about: dict[str, Any] = {"mesh": str(mesh and dict(mesh.shape)), "partition_rules": str(partition_rules)}
-    about |= {"accumulate_steps": accumulate_steps, "pad_to": pad_to}
+    about |= {"accumulate_steps": accumulate_steps, "pad_to": pad_to, "precision": str(precision)}
     setup.agree("Trainer", {"training_config": training_config.to_dict(), "save_interval": save_interval, **about})
     return setup, run.replace(horizon=setup.horizon_of(train_data_loader))
 
@@ -189,6 +200,7 @@ def _initial_run(
     optimizer: optax.GradientTransformation,
     held: Mapping[str, Any],
     placement: Placement,
+    precision: Precision | None,
 ) -> Run:
     if isinstance(model, TrainState):
         return Run.start(placement.adopt(model.copy())).replace(position=None)
@@ -198,7 +210,7 @@ def _initial_run(
             f"`model` has no parameters: `wrt` = {held['wrt']!r} selects none of its variables, so there is nothing to "
             f"train."
         )
-    return Run.start(state).replace(position=None)
+    return Run.start(placement.adopt(state.with_precision(precision))).replace(position=None)
 
 
 def _resolved_eval_params(

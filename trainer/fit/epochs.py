@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -266,7 +267,7 @@ def _log_last_step(trainer: Trainer) -> None:
         trainer.setup.fanout.report("train", run.step, run.metrics)
 
 
-def compile_step(trainer: Trainer, batch: Batch) -> ProgramCost:
+def compile_step(trainer: Trainer, batch: Batch, without_remat: bool) -> ProgramCost:
     """Compiles the step for batches like this; see `Trainer.compile`."""
     setup = trainer.setup
     batch, _ = setup.placement.abstract_batch(setup.with_mask(batch))
@@ -278,11 +279,16 @@ def compile_step(trainer: Trainer, batch: Batch) -> ProgramCost:
     seconds = time.perf_counter() - start
     trainer.hold(run)
     cost = cost_of(compiled, run.leaves, seconds)
+    if without_remat and setup.step_without_remat is not None:
+        program, traced = setup.step_without_remat.trace(run, batch)
+        start = time.perf_counter()
+        compared = cost_of(program.compile(traced), run.leaves, time.perf_counter() - start)
+        cost = dataclasses.replace(cost, without_remat=compared)
     tell_compilation(trainer, program.name, seconds, None, run.step)
     if not cost.fits:
         warn(
             f"a step needs {cost.total:,} bytes and the device has {cost.available:,}: it will not "
-            f"fit. Smaller batches, jax.checkpoint in the model, or more devices (trainer.sharding) help."
+            f"fit. Smaller batches, `remat`, or more devices (trainer.sharding) help."
         )
     return cost
 

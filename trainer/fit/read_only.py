@@ -4,6 +4,8 @@ from typing import Any
 
 import optax
 
+from trainer.checkpoints.run_record import snapshot_run
+from trainer.checkpoints.snapshot import Snapshot
 from trainer.core.averaged_params import with_eval_params
 from trainer.core.modes import in_evaluation_mode
 from trainer.fit.assemble import build_optimizer
@@ -51,6 +53,11 @@ class ReadOnly:
         """A new module in evaluation mode with a copy of the current values; `state` has one in its first modes."""
         state = with_eval_params(self.run.state_with_edits(), self.setup.eval_params)
         return in_evaluation_mode(state.replace(opt_state=(), extensions={}).copy().model())
+
+    def snapshot(self) -> Snapshot:
+        """Returns what a checkpoint holds. Copies nothing: write it before the next step, or copy it first."""
+        run, beside = self.setup.beside(self.run)
+        return snapshot_run(run, **beside)
 
     @property
     def optimizer(self) -> optax.GradientTransformation:

@@ -87,6 +87,7 @@ class Setup:
     accumulate_steps: int
     pad_to: Literal["batch"] | None
     step: CompiledStep
+    step_without_remat: CompiledStep | None
     eval_step: Callable[..., Metrics]
     predict_step: Callable[[Any], Callable[..., Any]]
     live: Live
@@ -175,7 +176,8 @@ class Setup:
             name: {**state.extensions[name], "weight": jnp.asarray(weight, state.extensions[name]["weight"].dtype)}
             for name, weight in weights.items()
         }
-        state = self.placement.adopt(state.replace(extensions=held))
+        # Entries that are no extension's, as the loss scale, stay.
+        state = self.placement.adopt(state.replace(extensions={**state.extensions, **held}))
         return run.with_state(state, step=run.step).replace(weights=weights)
 
     def with_learning_rate(self, run: Run, value: float) -> Run:

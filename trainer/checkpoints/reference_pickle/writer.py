@@ -41,7 +41,7 @@ def write_pickle(file: BinaryIO, state: TrainState) -> None:
         state.opt_state,
         merged(state.params, state.model_state),
         state.rng,
-        {name: extension["variables"] for name, extension in state.extensions.items()},
+        {name: entry["variables"] for name, entry in state.extensions.items() if "variables" in entry},
     )
     file.write(pickle.PROTO + bytes([4]))
     for piece in _pickled(dict(zip(KEYS, content, strict=True))):

@@ -24,8 +24,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-# Frames of these files are not where a warning comes from.
-_OURS = (__file__.removesuffix("errors.py"), contextlib.__file__)
+# Frames of these files are not where a warning comes from; the constructor of a dataclass is in "<string>".
+_OURS = (__file__.removesuffix("errors.py"), contextlib.__file__, "<string>")
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:

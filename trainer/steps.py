@@ -115,9 +115,9 @@ def make_train_step(
 
     Raises:
         ArgumentTypeError: ``loss_fn``, ``optimizer``, an extension or ``accumulate_steps`` is something else.
-        ArgumentError: ``accumulate_steps`` is not positive, ``precision`` or ``remat`` means nothing. The
-            returned function raises `ObjectiveError`, `BatchError`, `ArgumentError` or `StateError`
-            while it is traced, never while it runs compiled.
+        ArgumentError: ``accumulate_steps`` is not positive, ``precision`` or ``remat`` means nothing. The returned
+            function raises `ObjectiveError`, `BatchError`, `ArgumentError` or `StateError` while it is traced, never
+            while it runs compiled.
 
     Example:
         >>> model, optimizer = nnx.Linear(2, 1, rngs=nnx.Rngs(0)), optax.sgd(0.5)

@@ -31,3 +31,14 @@ def test_every_row_names_a_test(page):
         if line.startswith("| ") and not re.match(r"\| [\w ]+ \|( [\w ]+ \|)* test \|", line)
     ]
     assert [row for row in rows if not NAMED.search(row)] == []
+
+
+@pytest.mark.slow
+def test_the_recipes_run_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    for number, recipe in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL)):
+        exec(compile(recipe, f"recipe {number}", "exec"), names)
+    assert names["winner"].step == 24
+    assert names["watched"].history[-1].keys() > {"learning_rate", "gradient_norm", "update_ratio"}

@@ -60,7 +60,9 @@ def learning_rate_of(opt_state: Any) -> jax.Array:
     return rate
 
 
-def _checked(value: Any) -> float:
+def _checked(value: Any) -> Any:
+    if isinstance(value, jax.core.Tracer) and value.shape == ():  # a sweep over rates
+        return value
     try:
         rate = float(value)
     except (TypeError, ValueError) as error:
@@ -72,7 +74,7 @@ def _checked(value: Any) -> float:
     return rate
 
 
-def _like(value: float, old: jax.Array) -> jax.Array:
+def _like(value: Any, old: jax.Array) -> jax.Array:
     array = jnp.full(old.shape, value, old.dtype)
     # An uncommitted array must stay so, or the compiled step sees another kind of argument.
     if isinstance(old, jax.core.Tracer) or not old.committed:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from trainer.core.private_api import names_of_metrics
 from trainer.errors import ObjectiveError
 
 
@@ -114,7 +115,7 @@ def partial_metrics(name: str, value: Any) -> dict[str, PartialMetric] | None:
         )
     if isinstance(value, nnx.metrics.MultiMetric):
         parts: dict[str, PartialMetric] = {}
-        for part in value._metric_names:
+        for part in names_of_metrics(value):
             parts |= partial_metrics(part, getattr(value, part)) or {}
         return parts
     if isinstance(value, nnx.Metric):

@@ -31,6 +31,12 @@ def coordination_client() -> Any:
         ) from error
 
 
+def names_of_metrics(metric: Any) -> tuple[str, ...]:
+    """Returns the names of the metrics in an `nnx.metrics.MultiMetric`, seen as ``_metric_names`` in Flax 0.12."""
+    names: tuple[str, ...] = metric._metric_names
+    return names
+
+
 def before_executors_shut_down(call: Callable[[], None]) -> None:
     """Runs a function when the interpreter exits, while executors still take work.
 

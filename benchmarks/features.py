@@ -11,16 +11,19 @@ from typing import Any
 
 import jax
 import optax
+from flax import nnx
 
 import by_hand
 import workloads
 from timing import Report, compared, in_turns, per
-from trainer import TrainState, make_train_step
+from trainer import TrainState, add_lora, ema_of_params, make_train_step, polyak_average
 from workloads import Workload
 
 MEBIBYTE = 2**20
 STEPS = 16
 """The micro-batches of a batch."""
+MEMBERS = 16
+"""The members of a sweep."""
 
 
 @dataclasses.dataclass
@@ -50,10 +53,18 @@ class Feature:
     contenders: Callable[[Workload], dict[str, Contender]]
 
 
-def ours(workload: Workload, batch: Mapping[str, Any] | None = None, **options: Any) -> Contender:
+def ours(
+    workload: Workload,
+    batch: Mapping[str, Any] | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    model: Any = None,
+    **options: Any,
+) -> Contender:
     """The step of this library with keywords of `make_train_step`."""
-    optimizer = workload.optimizer()
-    state = TrainState.create(workload.make_model(), optimizer, rng=jax.random.key(0))
+    optimizer = workload.optimizer() if optimizer is None else optimizer
+    held = {name: options[name] for name in ("nonfinite", "precision", "wrt") if name in options}
+    model = workload.make_model() if model is None else model
+    state = TrainState.create(model, optimizer, rng=jax.random.key(0), **held)
     step = jax.jit(make_train_step(workload.loss_fn, optimizer, **options), donate_argnums=0)
     return Contender(state, step, [workload.batch if batch is None else batch])
 
@@ -75,7 +86,97 @@ def accumulation(workload: Workload) -> dict[str, Contender]:
     }
 
 
-FEATURES = [Feature(f"gradient accumulation, {STEPS} micro-batches of a batch", accumulation)]
+def guard(workload: Workload) -> dict[str, Contender]:
+    guarded = optax.apply_if_finite(workload.optimizer(), 1000)
+    return {
+        "plain": ours(workload),
+        "nonfinite='skip'": ours(workload, nonfinite="skip"),
+        "nonfinite='raise'": ours(workload, nonfinite="raise"),
+        "by hand: optax.apply_if_finite": hand_written(workload, guarded),
+    }
+
+
+def average(workload: Workload) -> dict[str, Contender]:
+    return {
+        "plain": ours(workload),
+        "ema_of_params": ours(workload, optimizer=optax.chain(workload.optimizer(), ema_of_params(0.999))),
+        "polyak_average": ours(workload, optimizer=optax.chain(workload.optimizer(), polyak_average())),
+        "by hand: optax.incremental_update": averaged_by_hand(workload),
+    }
+
+
+def averaged_by_hand(workload: Workload) -> Contender:
+    """The step by hand, with an exponential average of the params beside it."""
+    state, step = by_hand.make_step(workload.make_model(), workload.loss_fn, workload.optimizer())
+
+    def averaged(both: Any, batch: Any) -> tuple[Any, Any]:
+        state, kept = both
+        (params, *rest), metrics = step(state, batch)
+        return ((params, *rest), optax.incremental_update(params, kept, 1e-3)), metrics
+
+    both = state, jax.tree.map(jax.numpy.copy, state[0])
+    return Contender(both, jax.jit(averaged, donate_argnums=0), [workload.batch])
+
+
+def reports(workload: Workload) -> dict[str, Contender]:
+    names = ["gradient_norm", "update_ratio"]
+    return {"plain": ours(workload), f"report={names}": ours(workload, report=names)}
+
+
+def precision(workload: Workload) -> dict[str, Contender]:
+    return {"plain": ours(workload)} | {
+        f"precision={name!r}": ours(workload, precision=name) for name in ("bfloat16", "float16")
+    }
+
+
+def trained_part(workload: Workload) -> dict[str, Contender]:
+    adapted = add_lora(workload.make_model(), 4, paths="**", rngs=nnx.Rngs(1))
+    return {
+        "plain": ours(workload),
+        "LoRA of rank 4, wrt=nnx.LoRAParam": ours(workload, model=adapted, wrt=nnx.LoRAParam),
+    }
+
+
+def rematerialization(workload: Workload) -> dict[str, Contender]:
+    names = ("blocks", "dots_saveable")
+    return {"plain": ours(workload)} | {f"remat={name!r}": ours(workload, remat=name) for name in names}
+
+
+class OneByOne(Contender):
+    """Members that are trained one after the other."""
+
+    def update(self) -> Any:
+        results = [self.step(state, self.batches[0]) for state in self.state]
+        self.state = [state for state, _ in results]
+        return [metrics for _, metrics in results]
+
+    @property
+    def scratch(self) -> int:
+        return self.step.lower(self.state[0], self.batches[0]).compile().memory_analysis().temp_size_in_bytes
+
+
+def sweep(workload: Workload) -> dict[str, Contender]:
+    one = ours(workload)
+    step = make_train_step(workload.loss_fn, workload.optimizer())
+    members = [jax.tree.map(jax.numpy.copy, one.state) for _ in range(MEMBERS)]
+    stacked = jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *members)
+    together = jax.jit(jax.vmap(step, in_axes=(0, None)), donate_argnums=0)
+    return {
+        f"{MEMBERS} members, one after the other": OneByOne(members, one.step, [workload.batch]),
+        f"{MEMBERS} members in one program": Contender(stacked, together, [workload.batch]),
+    }
+
+
+FEATURES = [
+    Feature(f"gradient accumulation, {STEPS} micro-batches of a batch", accumulation),
+    Feature("a guard against what is not finite", guard),
+    Feature("averages of params", average),
+    Feature("reports of the update", reports),
+    Feature("mixed precision", precision),
+    Feature("low-rank adaptation", trained_part),
+    Feature("rematerialization", rematerialization),
+]
+SWEEP = Feature("a sweep", sweep)
 
 
 def timed(contender: Contender, updates: int) -> Callable[[], float]:
@@ -128,6 +229,7 @@ def main():
     )
     for feature in FEATURES:
         compare(report, feature, workload, 1 if report.quick else 5)
+    compare(report, SWEEP, workloads.digits(64), 1 if report.quick else 20)
     memory_of_accumulation(report, workload)
     report.close()
 

@@ -204,7 +204,7 @@ class TestLightImport:
 def test_the_snippets_of_the_readme_run_in_order(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert len(snippets) == 13
+    assert len(snippets) == 14
     names = {}
     for number, snippet in enumerate(snippets):
         exec(compile(snippet, f"README snippet {number}", "exec"), names)

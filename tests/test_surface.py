@@ -32,6 +32,8 @@ ARROWS = {
     "averages": {"core", "errors", "state"},
     "groups": {"core", "errors", "state"},
     "lora": {"core", "errors", "state"},
+    "summary": {"core", "errors", "state"},
+    "search": PURE,
     "config": {"core", "errors"},
     "metrics": PURE,
     "data": PURE,

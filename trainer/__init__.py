@@ -29,6 +29,8 @@ from trainer.groups import group_table as group_table
 from trainer.lora import add_lora as add_lora
 from trainer.lora import merge_lora as merge_lora
 from trainer.precision import Precision as Precision
+from trainer.summary import summarize as summarize
+from trainer.search import find_learning_rate as find_learning_rate
 from trainer.extensions import Extension as Extension
 from trainer.extensions import ExtensionConfig as ExtensionConfig
 from trainer.config.training import TrainingConfig as TrainingConfig

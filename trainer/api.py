@@ -20,8 +20,8 @@ from trainer.fit import epochs
 from trainer.fit import resume as resuming
 from trainer.fit.assemble import assemble
 from trainer.fit.finite import hold_if_finite
+from trainer.fit.inspection import Inspection
 from trainer.fit.plan import plan_epoch, plan_prediction, plan_run
-from trainer.fit.read_only import ReadOnly
 from trainer.loggers.base import Logger, MetricsLoggerLike, prefixed
 from trainer.loop import evaluate, evaluate_batch, predict
 from trainer.precision import Precision
@@ -30,7 +30,7 @@ from trainer.state import TrainState
 from trainer.types import Batch, EvalParams, ExtensionLike, LogCallback, LossFn, Metrics, NonFinite, Remat, StepFn
 
 
-class Trainer(ReadOnly):
+class Trainer(Inspection):
     """Trains an NNX model on the caller's own objective.
 
     Everything it does is a pure function of the run that it holds; each method's docstring shows the lines it stands

@@ -161,6 +161,8 @@ def assemble(
         callbacks=callbacks,
         eval_params=eval_params,
         step_fn=step_fn,
+        make_step=functools.partial(make, remat=remat) if step_fn is None else None,
+        make_compiled_step=functools.partial(compiled, remat),
         nonfinite=nonfinite,
         extensions=extensions,
         seed=seed_from_key(rng),

@@ -75,6 +75,8 @@ class Setup:
     callbacks: Any
     eval_params: EvalParams | None
     step_fn: StepFn | None
+    make_step: Callable[[optax.GradientTransformation], Callable[..., Any]] | None
+    make_compiled_step: Callable[[], CompiledStep]
     nonfinite: NonFinite
     extensions: dict[str, ExtensionLike]
     seed: tuple[int, ...]

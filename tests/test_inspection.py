@@ -1,0 +1,138 @@
+"""What one may ask a trainer: it answers, and is as it was."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from tests.problems import Busy, Linear, config, regression, squared_error
+from tests.test_api import assert_same_bits
+from trainer import ArgumentError, Callback, Trainer, TrainState, find_learning_rate, make_mesh, summarize
+
+
+class Forbidden(Callback):
+    """Hears of no event."""
+
+    def on_compile_begin(self, trainer, name):
+        raise AssertionError(name)
+
+    def on_batch_end(self, trainer, step, logs):
+        raise AssertionError(step)
+
+
+def build(optimizer=None, **options):
+    settings = config(gradient_clip_norm=1.0)
+    return Trainer(Busy(), settings, optimizer, loss_fn=squared_error, callbacks=[Forbidden()], **options)
+
+
+def unchanged(trainer, ask):
+    before, history = trainer.state.copy(), len(trainer.history)
+    answer = ask(trainer)
+    assert_same_bits(trainer.state, before)
+    assert (trainer.step, trainer.epoch, len(trainer.history)) == (0, 0, history)
+    return answer
+
+
+class TestSummary:
+    def test_it_adds_up(self):
+        trainer = build(wrt="outer/**")
+        lines = [line.split() for line in unchanged(trainer, lambda trainer: trainer.summary()).splitlines()]
+        rows = {row[0]: row[1:] for row in lines[1:]}
+        assert rows["."][:2] == ["Busy", "9"]
+        assert rows["outer"][:5] == ["Linear", "9", "36", "0", "0"]
+        assert rows["inner"][:4] == ["Linear", "0", "0", "40"]
+        frozen = sum(leaf.size for leaf in jax.tree.leaves(trainer.state.model_state))
+        assert int(rows["."][3].replace(",", "")) == frozen
+
+    def test_it_counts_moments_by_their_param(self):
+        state = TrainState.create(Linear(4), optax.adam(0.1), rng=jax.random.key(0))
+        *_, layer = (line.split() for line in summarize(state).splitlines())
+        assert layer == ["layer", "Linear", "5", "20", "0", "0", "40"]
+
+    def test_it_is_cut_and_takes_shapes(self):
+        state = TrainState.create(Busy(), optax.adam(0.1), rng=jax.random.key(0))
+        assert summarize(jax.eval_shape(lambda: state)) == summarize(state)
+        assert len(summarize(state, depth=1).splitlines()) == 2
+        with pytest.raises(ArgumentError, match="`depth` is 0; it must be a positive integer"):
+            summarize(state, depth=0)
+
+
+class TestLearningRate:
+    @pytest.mark.parametrize("layout", [None, {"data": 4, "fsdp": 2}])
+    def test_it_suggests_a_rate_on_one_device_and_on_a_mesh(self, layout):
+        options = {} if layout is None else {"mesh": make_mesh(layout)}
+        trainer = build(**options)
+        found = unchanged(trainer, lambda trainer: trainer.find_learning_rate(regression(64), 16, high=10.0))
+        assert 1e-4 < found.suggestion < 5
+        assert len(found.rates) == len(found.losses) <= 100
+        assert np.all(np.diff(found.rates) > 0)
+        assert "the loss falls fastest at" in str(found)
+
+    def test_each_step_has_its_rate(self):
+        """The losses are those of a loop by hand."""
+        data = [regression(8, seed=seed) for seed in range(3)]
+        state = TrainState.create(Linear(4), optax.sgd(0.1), rng=jax.random.key(0))
+        found = find_learning_rate(squared_error, optax.sgd, state, data, low=1e-3, high=1e-1, steps=10)
+        rates, losses, params = np.geomspace(1e-3, 1e-1, 10), [], state.params
+        for index, rate in enumerate(rates):
+            batch = data[index % 3]
+
+            def loss_of(params, batch=batch):
+                return squared_error(state.replace(params=params).model(), batch, None, 0)[0]
+
+            loss, grads = jax.value_and_grad(loss_of)(params)
+            params = jax.tree.map(lambda param, grad, rate=rate: param - np.float32(rate) * grad, params, grads)
+            losses.append(float(loss))
+        np.testing.assert_allclose(found.losses, losses, rtol=1e-4)
+        np.testing.assert_allclose(found.rates, rates)
+
+    def test_it_ends_where_the_loss_diverges(self):
+        state = TrainState.create(Linear(4), optax.sgd(0.1), rng=jax.random.key(0))
+        found = find_learning_rate(squared_error, optax.sgd, state, [regression(32)], low=1e-3, high=1e6)
+        assert len(found.losses) < 100
+        assert found.suggestion < 10
+
+    def test_an_optimizer_of_the_callers_keeps_its_rate(self):
+        trainer = build(optax.inject_hyperparams(optax.sgd)(learning_rate=0.1))
+        found = unchanged(trainer, lambda trainer: trainer.find_learning_rate(regression(64), 16, steps=20))
+        assert len(found.rates) == 20
+        with pytest.raises(ArgumentError, match="no learning rate can be set, because the optimizer keeps none"):
+            build(optax.sgd(0.1)).find_learning_rate(regression(64), 16)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"steps": 5}, "`steps` is 5; a range test needs at least 10"),
+            ({"low": 1.0, "high": 0.1}, "`low` is 1.0 and `high` 0.1; they must be positive, finite and ascending"),
+        ],
+    )
+    def test_arguments(self, options, message):
+        with pytest.raises(ArgumentError, match=message):
+            build().find_learning_rate(regression(64), 16, **options)
+
+    def test_no_batch(self):
+        state = TrainState.create(Linear(4), optax.sgd(0.1), rng=jax.random.key(0))
+        with pytest.raises(ArgumentError, match="`batches` has no batch, or is an iterator with fewer than `steps`"):
+            find_learning_rate(squared_error, optax.sgd, state, iter([regression(8)]))
+
+
+class TestBatchSize:
+    def test_it_is_the_largest_that_fits(self):
+        costs = [Trainer(Busy(), config(), loss_fn=squared_error).compile(regression(size)).total for size in (64, 128)]
+        trainer = Trainer(Busy(), config(), loss_fn=squared_error)
+        memory = sum(costs) // 2
+        assert unchanged(trainer, lambda trainer: trainer.find_batch_size(regression(3), memory=memory)) == 64
+        assert unchanged(trainer, lambda trainer: trainer.find_batch_size(regression(3), high=100)) == 64
+        with pytest.raises(ArgumentError, match="no size of a batch fits: a step of 1 needs more memory than there is"):
+            trainer.find_batch_size(regression(3), memory=10)
+
+    def test_over_a_mesh_devices_can_share_it(self):
+        trainer = build(mesh=make_mesh({"data": 8}))
+        assert unchanged(trainer, lambda trainer: trainer.find_batch_size(regression(3), high=20)) == 16
+        with pytest.raises(ArgumentError, match="no size of a batch fits: `high` is 4"):
+            trainer.find_batch_size(regression(3), high=4)
+
+    def test_it_trains_afterwards_without_a_warning(self, tmp_path):
+        trainer = Trainer(Busy(), config(), loss_fn=squared_error, workdir=tmp_path)
+        trainer.find_batch_size(regression(3), high=64)
+        trainer.train(regression(20), 2, 8)

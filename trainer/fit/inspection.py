@@ -1,0 +1,117 @@
+"""What one may ask a `Trainer` without changing it: a table of its model, and settings that suit it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import optax
+
+from trainer.batches import batch_length
+from trainer.compile.cost import cost_of
+from trainer.config import make_optimizer
+from trainer.core.checks import check_count
+from trainer.core.optimizer import adapt_optimizer
+from trainer.errors import ArgumentError
+from trainer.fit.read_only import ReadOnly
+from trainer.search import RateSearch, try_rates
+from trainer.sharding.placement import next_batch_from
+from trainer.summary import summarize
+from trainer.types import Batch
+
+
+class Inspection(ReadOnly):
+    """The methods of a `trainer.Trainer` that leave it as it is, to the bit, and emit no event."""
+
+    def summary(self, depth: int | None = None) -> str:
+        """Returns a table of the model, to print: see `trainer.summarize`."""
+        return summarize(self.run.peek(), depth)
+
+    def find_learning_rate(
+        self, train_data: Any, batch_size: int, *, low: float = 1e-6, high: float = 1.0, steps: int = 100
+    ) -> RateSearch:
+        """Trains a copy for a few steps with ever larger rates, and says where the loss falls fastest.
+
+        It is `trainer.find_learning_rate` with the trainer's own step, from its state, on data in the order of a run.
+
+        Args:
+            train_data: Data in memory, as for `train`.
+            batch_size: Examples in a batch.
+            low, high, steps: As for `trainer.find_learning_rate`.
+
+        Raises:
+            ArgumentError: An argument cannot be used; or the optimizer is the caller's and keeps no learning rate in
+                its state; or the step is a ``step_fn``.
+        """
+        setup = self.setup
+        if setup.make_step is None:
+            raise ArgumentError("the learning rate of a `step_fn` is its own, and cannot be searched.")
+        data = setup.in_memory(train_data, check_count(batch_size, "batch_size"), "train_data")
+        state = self.run.state_with_edits().copy()
+        optimizer = self.optimizer if setup.given_optimizer is not None else self._optimizer_at(low)
+        if setup.given_optimizer is None:
+            opt_state = jax.tree.map(jax.numpy.array, adapt_optimizer(optimizer).init(state.params))
+            state = setup.placement.adopt(state.replace(opt_state=opt_state))
+        state.with_learning_rate(low)  # refused here, before anything is compiled
+
+        def batches() -> Iterator[Batch]:
+            for epoch in range(steps):
+                drawn = data.shuffled(setup.seed, epoch)
+                while (taken := next_batch_from(setup.placement, drawn)) is not None:
+                    yield taken[0]
+
+        return try_rates(setup.make_step(optimizer), state, batches(), low, high, steps)
+
+    def find_batch_size(self, example: Batch, *, high: int = 65536, memory: int | None = None) -> int:
+        """Returns the largest power of two of examples whose step fits into the memory of a device.
+
+        It compiles the step for some sizes, runs nothing, and asks XLA's own analysis, as `compile` does. What else
+        takes memory beside a step is not known, so leave some.
+
+        Args:
+            example: A batch of any size, or ``jax.ShapeDtypeStruct`` of one: the shapes behind the first dimension and
+                the dtypes matter.
+            high: The largest size to try.
+            memory: The bytes that may be used; by default those of the device.
+
+        Raises:
+            ArgumentError: Not even the smallest batch fits that the devices can share.
+        """
+        batch_length(example, "example")
+        step, run = self.setup.make_compiled_step(), self.setup.with_weights(self.run).with_edits()
+
+        def fits(size: int) -> bool:
+            rows = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype), example)
+            batch, _ = self.setup.placement.abstract_batch(rows)
+            program, traced = step.trace(run, batch)
+            cost = cost_of(program.compile(traced), run.leaves, 0.0)
+            room = cost.available if memory is None else memory
+            return room is None or cost.total <= room
+
+        sizes = [1 << exponent for exponent in range(check_count(high, "high").bit_length())]
+        sizes = [size for size in sizes if self._can_be_shared(size)]
+        if not sizes or not fits(sizes[0]):
+            smallest = f"a step of {sizes[0]} needs more memory than there is" if sizes else f"`high` is {high}"
+            raise ArgumentError(f"no size of a batch fits: {smallest}.")
+        least, most = 0, len(sizes) - 1
+        while least < most:
+            middle = (least + most + 1) // 2
+            least, most = (middle, most) if fits(sizes[middle]) else (least, middle - 1)
+        return sizes[least]
+
+    def _can_be_shared(self, size: int) -> bool:
+        try:
+            self.setup.placement.check_batch_size(size)
+        except ArgumentError:
+            return False
+        return True
+
+    def _optimizer_at(self, rate: float) -> optax.GradientTransformation:
+        """Returns the configured optimizer with its learning rate in its state, and no schedule."""
+        config = self.setup.config
+        optimizer = optax.inject_hyperparams(functools.partial(make_optimizer, config.optimizer))(learning_rate=rate)
+        if config.gradient_clip_norm is None:
+            return optimizer
+        return optax.chain(optax.clip_by_global_norm(config.gradient_clip_norm), adapt_optimizer(optimizer))

@@ -1,0 +1,146 @@
+"""Finding settings by trying them on a copy: the learning rate range test."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from trainer.core.checks import check_count
+from trainer.core.optimizer import adapt_optimizer
+from trainer.errors import ArgumentError
+from trainer.state import TrainState
+from trainer.steps import make_train_step
+from trainer.types import Batch, LossFn
+
+_SMOOTHING = 0.9
+_DIVERGED = 4.0
+
+
+@dataclasses.dataclass(frozen=True)
+class RateSearch:
+    """What a range test found.
+
+    Attributes:
+        rates: The learning rates that were tried, ascending.
+        losses: The loss of each step, before its update.
+        suggestion: The rate at which the smoothed loss falls fastest; None where it never falls.
+    """
+
+    rates: np.ndarray[Any, Any]
+    losses: np.ndarray[Any, Any]
+    suggestion: float | None
+
+    @property
+    def smoothed(self) -> np.ndarray[Any, Any]:
+        """The losses, averaged exponentially with bias correction."""
+        return _smoothed(self.losses)
+
+    def __str__(self) -> str:
+        tried = f"{len(self.rates)} learning rates from {self.rates[0]:.2g} to {self.rates[-1]:.2g}"
+        if self.suggestion is None:
+            return f"{tried}: the loss falls at none of them"
+        return f"{tried}: the loss falls fastest at {self.suggestion:.2g}"
+
+
+def find_learning_rate(
+    loss_fn: LossFn,
+    make_optimizer: Callable[..., optax.GradientTransformation],
+    state: TrainState,
+    batches: Iterable[Batch],
+    *,
+    low: float = 1e-6,
+    high: float = 1.0,
+    steps: int = 100,
+    **options: Any,
+) -> RateSearch:
+    """Trains a copy of a state for a few steps, each with a larger learning rate than the one before.
+
+    Step i of n has the rate ``low · (high / low)^(i / (n - 1))``. It ends early where the smoothed loss is not finite,
+    or four times its smallest value so far. This is the range test of Smith 2017, "Cyclical Learning Rates for Training
+    Neural Networks"; as in fastai, the suggestion is where the loss falls fastest by the logarithm of the rate. Take it
+    as the place to start, not as the best.
+
+    Args:
+        loss_fn: The objective.
+        make_optimizer: Makes the optimizer, ``make_optimizer(learning_rate=...)``, such as ``optax.adam``.
+        state: The state to start from. It stays as it is; the state of its optimizer is not used.
+        batches: An iterable, which is begun again where it ends.
+        low, high: The first and the last learning rate.
+        steps: How many to try, at least 10.
+        options: Further arguments of `make_train_step`.
+
+    Raises:
+        ArgumentError: An argument cannot be used, or there is no batch.
+
+    Example:
+        >>> from flax import nnx
+        >>> import jax.numpy as jnp
+        >>> state = TrainState.create(nnx.Linear(2, 1, rngs=nnx.Rngs(0)), optax.sgd(0.1), rng=jax.random.key(0))
+        >>> def loss_fn(model, batch, rng, step):
+        ...     return jnp.mean((model(batch["x"]) - 1.0) ** 2), {}
+        >>> found = find_learning_rate(loss_fn, optax.sgd, state, [{"x": jnp.eye(2)}])
+        >>> 1e-3 < found.suggestion < 1
+        True
+    """
+    optimizer = adapt_optimizer(optax.inject_hyperparams(make_optimizer)(learning_rate=low))
+    start = state.copy()
+    start = start.replace(opt_state=jax.tree.map(jax.numpy.array, optimizer.init(start.params)))
+    return try_rates(make_train_step(loss_fn, optimizer, **options), start, _endless(batches), low, high, steps)
+
+
+def try_rates(
+    step: Callable[..., Any], state: TrainState, batches: Iterator[Batch], low: float, high: float, steps: int
+) -> RateSearch:
+    """Runs the range test with a step and a state whose optimizer keeps its learning rate; it donates the state."""
+    if check_count(steps, "steps") < 10:
+        raise ArgumentError(f"`steps` is {steps}; a range test needs at least 10.")
+    if not 0 < low < high < math.inf:
+        raise ArgumentError(f"`low` is {low!r} and `high` {high!r}; they must be positive, finite and ascending.")
+
+    def step_at(state: TrainState, batch: Batch, rate: Any) -> tuple[TrainState, jax.Array]:
+        state, metrics = step(state.with_learning_rate(rate), batch)
+        return state, metrics["loss"]
+
+    compiled = jax.jit(step_at, donate_argnums=0)
+    rates, losses = np.geomspace(low, high, steps), []
+    for rate, batch in zip(rates, batches, strict=False):
+        state, loss = compiled(state, batch, np.float32(rate))
+        losses.append(float(loss))
+        smoothed = _smoothed(np.array(losses))
+        if not math.isfinite(smoothed[-1]) or smoothed[-1] > _DIVERGED * smoothed.min():
+            break
+    return RateSearch(rates[: len(losses)], np.array(losses), _steepest(rates[: len(losses)], np.array(losses)))
+
+
+def _endless(batches: Iterable[Batch]) -> Iterator[Batch]:
+    for _ in itertools.count():
+        empty = True
+        for batch in batches:
+            empty = False
+            yield batch
+        if empty:
+            raise ArgumentError("`batches` has no batch, or is an iterator with fewer than `steps`.")
+
+
+def _smoothed(losses: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    total, averages = 0.0, []
+    for count, loss in enumerate(losses, start=1):
+        total = _SMOOTHING * total + (1 - _SMOOTHING) * loss
+        averages.append(total / (1 - _SMOOTHING**count))
+    return np.array(averages)
+
+
+def _steepest(rates: np.ndarray[Any, Any], losses: np.ndarray[Any, Any]) -> float | None:
+    smoothed = _smoothed(losses)
+    known = np.isfinite(smoothed)
+    # What comes after the smallest loss is on its way to divergence.
+    end = int(np.argmin(np.where(known, smoothed, np.inf))) + 1
+    if end < 3:
+        return None
+    slopes = np.gradient(smoothed[:end], np.log(rates[:end]))
+    return float(rates[int(np.argmin(slopes))]) if slopes.min() < 0 else None

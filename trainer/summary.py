@@ -1,0 +1,84 @@
+"""A table of a model: what its modules hold, what of it is trained, and what that costs beside."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from trainer.core.checks import check_count
+from trainer.core.tree_paths import leaf_path
+from trainer.state import TrainState
+
+
+def summarize(state: TrainState, depth: int | None = None) -> str:
+    """Returns a table with a line for each module, to print. Nothing is computed.
+
+    A module's line counts what is below it as well. "state" are variables that no optimizer updates: batch statistics,
+    random counts, and params that are frozen by ``wrt``. "optimizer" is what the optimizer keeps beside the params.
+
+    Args:
+        state: The state, of arrays or `jax.ShapeDtypeStruct`.
+        depth: How many levels of attributes to show, the model itself being the first; None for all.
+
+    Raises:
+        ArgumentError: ``depth`` is not positive.
+
+    Example:
+        >>> import optax
+        >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(8, 2, rngs=nnx.Rngs(1)))
+        >>> print(summarize(TrainState.create(model, optax.adam(1e-3), rng=jax.random.key(0))))
+        module    type        trained  bytes  state  bytes  optimizer bytes
+        .         Sequential       58    232      0      0              468
+        layers/0  Linear           40    160      0      0              320
+        layers/2  Linear           18     72      0      0              144
+    """
+    if depth is not None:
+        depth = check_count(depth, "depth")
+    trees = {name: _leaves(getattr(state, name)) for name in ("params", "model_state")}
+    kept = _leaves(state.opt_state)
+    paths = list(trees["params"])
+    rows: list[tuple[str, ...]] = [("module", "type", "trained", "bytes", "state", "bytes", "optimizer bytes")]
+    for path, kind in _modules(state):
+        level = len(path) + 1
+        if depth is not None and level > depth:
+            continue
+        name = "/".join(map(str, path))
+        own = {tree: [leaf for where, leaf in held.items() if _is_below(where, name)] for tree, held in trees.items()}
+        below = [where for where in paths if _is_below(where, name)]
+        moments = [leaf for where, leaf in kept.items() if not name or any(_ends(where, one) for one in below)]
+        counts = [*_sizes(own["params"]), *_sizes(own["model_state"]), _sizes(moments)[1]]
+        rows.append((name or ".", kind, *(f"{count:,}" for count in counts)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) if index < 2 else cell.rjust(width) for index, (cell, width) in enumerate(cells))
+        for cells in (zip(row, widths, strict=True) for row in rows)
+    )
+
+
+def _modules(state: TrainState) -> Iterator[tuple[tuple[Any, ...], str]]:
+    """Yields the path and the class of each module that holds a variable, the model first."""
+    held = [*_leaves(state.params), *_leaves(state.model_state)]
+    model = state.graphdef.merge([jax.ShapeDtypeStruct((), np.float32)] * len(state.graphdef.paths))
+    modules = ((tuple(path), module) for path, module in nnx.iter_modules(model))
+    found = {path: type(module).__name__ for path, module in modules if not isinstance(module, nnx.List | nnx.Dict)}
+    for path in sorted(found, key=lambda path: [str(part).zfill(9 * isinstance(part, int)) for part in path]):
+        if any(_is_below(where, "/".join(map(str, path))) for where in held):
+            yield path, found[path]
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    return {leaf_path(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def _is_below(path: str, module: str) -> bool:
+    return not module or path.startswith(f"{module}/")
+
+
+def _ends(path: str, param: str) -> bool:
+    return f"/{path}".endswith(f"/{param}")
+
+
+def _sizes(leaves: list[Any]) -> tuple[int, int]:
+    return sum(leaf.size for leaf in leaves), sum(leaf.size * int(leaf.dtype.itemsize) for leaf in leaves)

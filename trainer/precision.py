@@ -12,7 +12,16 @@ import numpy as np
 from flax import nnx
 
 from trainer.core.checks import check_count
-from trainer.core.module_views import View, called_through, modules_of, no_view, owner_matches, refuse_unmatched
+from trainer.core.module_views import (
+    View,
+    called_through,
+    is_of_nnx,
+    modules_of,
+    no_view,
+    owner_matches,
+    raw_value,
+    refuse_unmatched,
+)
 from trainer.core.nnx_bridge import Path, nest
 from trainer.core.path_patterns import check_pattern
 from trainer.errors import ArgumentError, ArgumentTypeError, warn
@@ -179,14 +188,14 @@ def _cast_variables(model: Any, precision: Precision, modules: Mapping[Path, Any
     for pattern in precision.exceptions:
         if not any(owner_matches(pattern, path) for path in (*leaves, *modules)):
             refuse_unmatched("Precision.exceptions", pattern, (*modules, *leaves))
-    before = {path: _raw(leaf) for path, leaf in leaves.items()}
+    before = {path: raw_value(leaf) for path, leaf in leaves.items()}
     during = {
         path: value if isinstance(leaves[path], nnx.BatchStat) else _cast(value, precision.dtype_at(path))
         for path, value in before.items()
     }
     _assign(model, {path: value for path, value in during.items() if value is not before[path]})
     yield
-    after = {path: _raw(leaf) for path, leaf in nnx.flatten(model, graph=True)[1] if path in before}
+    after = {path: raw_value(leaf) for path, leaf in nnx.flatten(model, graph=True)[1] if path in before}
     assigned = {path: value for path, value in after.items() if value is not during[path]}
     unchanged = {path: before[path] for path, value in after.items() if value is during[path] is not before[path]}
     _assign(model, {path: _like(value, before[path]) for path, value in assigned.items()} | unchanged)
@@ -232,14 +241,14 @@ def _casts_by_itself(module: Any) -> bool:
 
 def _cast(tree: Any, dtype: str) -> Any:
     """Returns a tree with the floating arrays in another dtype; modules and variables in it stay what they are."""
-    return jax.tree.map(lambda leaf: _as(leaf, dtype) if _is_floating(leaf) else leaf, tree, is_leaf=_is_of_nnx)
+    return jax.tree.map(lambda leaf: _as(leaf, dtype) if _is_floating(leaf) else leaf, tree, is_leaf=is_of_nnx)
 
 
 def _widened(tree: Any) -> Any:
     def widen(leaf: Any) -> Any:
         return _as(leaf, "float32") if _is_floating(leaf) and leaf.dtype.itemsize < 4 else leaf
 
-    return jax.tree.map(widen, tree, is_leaf=_is_of_nnx)
+    return jax.tree.map(widen, tree, is_leaf=is_of_nnx)
 
 
 def _like(value: Any, before: Any) -> Any:
@@ -259,14 +268,6 @@ def _is_floating(leaf: Any) -> bool:
     # Numbers of eight bits are a model's own quantization.
     is_array = isinstance(leaf, jax.Array | np.ndarray | np.generic)
     return is_array and jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize > 1
-
-
-def _is_of_nnx(node: Any) -> bool:
-    return isinstance(node, nnx.Pytree | nnx.Module | nnx.Variable)
-
-
-def _raw(leaf: Any) -> Any:
-    return leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf
 
 
 def _assign(model: Any, values: Mapping[Path, Any]) -> None:

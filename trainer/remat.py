@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from trainer.core.gradient import Objective
-from trainer.core.module_views import View, called_through, modules_of, no_view, refuse_unmatched
+from trainer.core.module_views import View, called_through, is_of_nnx, modules_of, no_view, raw_value, refuse_unmatched
 from trainer.core.nnx_bridge import Path
 from trainer.core.path_patterns import check_pattern, matches
 from trainer.errors import ArgumentError, ArgumentTypeError
@@ -103,10 +103,10 @@ class _Rematerialize:
 
     def __call__(self, call: Callable[..., Any], module: Any, args: Any, kwargs: Any) -> Any:
         # What is no array, a flag say, is a constant of the traced call, and so it is among the outputs.
-        leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=_is_of_nnx)
+        leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_of_nnx)
         traced = [leaf if _is_traced(leaf) else None for leaf in leaves]
         before = dict(nnx.flatten(module, graph=True)[1])
-        values = {path: _raw(leaf) for path, leaf in before.items()}
+        values = {path: raw_value(leaf) for path, leaf in before.items()}
         assigned: set[Path] = set()
         constants: list[Any] = []
         structure: Any = None
@@ -116,9 +116,9 @@ class _Rematerialize:
             args, kwargs = jax.tree.unflatten(
                 treedef, [leaf if arg is None else arg for leaf, arg in zip(leaves, traced, strict=True)]
             )
-            held = {path: _raw(leaf) for path, leaf in nnx.flatten(module, graph=True)[1]}
-            outputs, structure = jax.tree.flatten(call(module, *args, **kwargs), is_leaf=_is_of_nnx)
-            after = {path: _raw(leaf) for path, leaf in nnx.flatten(module, graph=True)[1]}
+            held = {path: raw_value(leaf) for path, leaf in nnx.flatten(module, graph=True)[1]}
+            outputs, structure = jax.tree.flatten(call(module, *args, **kwargs), is_leaf=is_of_nnx)
+            after = {path: raw_value(leaf) for path, leaf in nnx.flatten(module, graph=True)[1]}
             assigned.update(path for path, value in after.items() if path not in held or value is not held[path])
             constants[:] = [None if _is_traced(leaf) else leaf for leaf in outputs]
             return [leaf if _is_traced(leaf) else None for leaf in outputs]
@@ -181,12 +181,4 @@ def _policy(policy: Any, pattern: str | None = None) -> Policy:
 
 
 def _is_traced(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray) or _is_of_nnx(leaf)
-
-
-def _is_of_nnx(node: Any) -> bool:
-    return isinstance(node, nnx.Pytree | nnx.Module | nnx.Variable)
-
-
-def _raw(leaf: Any) -> Any:
-    return leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf
+    return isinstance(leaf, jax.Array | np.ndarray) or is_of_nnx(leaf)

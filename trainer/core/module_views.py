@@ -94,6 +94,16 @@ def refuse_unmatched(name: str, pattern: str, paths: Any) -> None:
     raise ArgumentError(f"`{name}` has the pattern {pattern!r}, which {matches_nothing(pattern, listed)}.")
 
 
+def is_of_nnx(node: Any) -> bool:
+    """Tells whether a node of a tree is a module or a variable, to be left whole."""
+    return isinstance(node, nnx.Pytree | nnx.Module | nnx.Variable)
+
+
+def raw_value(leaf: Any) -> Any:
+    """Returns the array that a variable holds; any other leaf is returned as it is."""
+    return leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf
+
+
 @functools.cache
 def _wrapped(kind: Any, wrapper: Wrapper) -> type:
     """Returns a subclass with a wrapped ``__call__``, one for each class and wrapper: JAX keeps classes of nodes."""

@@ -186,7 +186,7 @@ class TestArgumentsOfOptax:
         ],
         ids=["lbfgs", "backtracking", "momo", "sam"],
     )
-    @pytest.mark.few(3)
+    @pytest.mark.few(1)
     def test_a_run_is_that_of_the_whole_batch(self, optimizer):
         runs = []
         for steps in (1, 4):
@@ -275,6 +275,7 @@ class TestTransforms:
             np.testing.assert_allclose(metrics[name], value, **CLOSE)
 
     @pytest.mark.parametrize("check_vma", [True, False])
+    @pytest.mark.slow
     def test_batch_statistics_and_line_searches_under_shard_map(self, check_vma):
         optimizer = optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(15))
         step = make_train_step(squared_error, optimizer, axis_name="data", accumulate_steps=2)
@@ -348,6 +349,7 @@ class TestMemory:
         [SGD, optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(15))],
         ids=["sgd", "line search"],
     )
+    @pytest.mark.slow
     def test_it_falls_with_the_number_of_micro_batches(self, optimizer):
         one, four, sixteen = (self.scratch(steps, 4096, optimizer) for steps in (1, 4, 16))
         assert sixteen < four < one / 2
@@ -406,6 +408,7 @@ class TestTrainer:
         assert float(metrics["loss"]) == float(expected["loss"])
         assert trainer.step == 3
 
+    @pytest.mark.slow
     def test_fusing_changes_nothing(self, tmp_path):
         fused, single = (build(tmp_path / str(n), save_interval=10**9, steps_per_call=n) for n in (4, 1))
         for trainer in (fused, single):
@@ -414,7 +417,7 @@ class TestTrainer:
         assert fused.history.to_dict()["step"] == single.history.to_dict()["step"] == list(range(1, 9))
 
     @pytest.mark.parametrize("axes", [{"data": 8}, None])
-    @pytest.mark.few(1)
+    @pytest.mark.slow
     def test_an_interrupted_run_resumes_to_the_same_bits(self, axes, tmp_path):
         devices = None if axes is None else make_mesh(axes)
         never, broken = (
@@ -430,6 +433,7 @@ class TestTrainer:
         assert_same_bits(again.state, never.state)
         assert again.history.to_dict() == never.history.to_dict()
 
+    @pytest.mark.slow
     def test_over_a_mesh_it_learns_what_it_learns_on_one_device(self, tmp_path):
         runs = [
             build(tmp_path / name, 2, mesh=devices, save_interval=10**9)

@@ -346,6 +346,7 @@ class TestTrainer:
         assert set(seen) == {jax.tree.structure(optimizer.init(trainer.state.params))}
 
     @pytest.mark.parametrize("average", [ema_of_params(0.9, warmup=10), polyak_average(4)])
+    @pytest.mark.few(1)
     def test_killed_and_resumed_it_is_the_same_to_the_bit(self, average, tmp_path):
         def run(trainer, **options):
             return trainer.train(regression(58), 2, 4, regression(10, seed=1), val_interval=4, **options)
@@ -365,6 +366,7 @@ class TestTrainer:
         with pytest.warns(UserWarning, match="`params_average` differs"):
             other.train(regression(40), 2, 8, resume=True)
 
+    @pytest.mark.slow
     def test_on_a_mesh_it_is_sharded_as_the_params_and_the_numbers_are_those_of_one_device(self, tmp_path):
         class Wide(nnx.Module):
             def __init__(self, rngs):

@@ -141,6 +141,7 @@ class TestTrainer:
         )
 
     @pytest.mark.parametrize("mesh", [None, {"data": 2, "fsdp": 4}])
+    @pytest.mark.slow
     def test_killed_and_resumed_it_is_the_same_to_the_bit(self, mesh, tmp_path):
         mesh = mesh and make_mesh(mesh)
         whole = self.build(tmp_path / "whole", mesh=mesh)
@@ -153,6 +154,7 @@ class TestTrainer:
         resumed.train(regression(40), 2, 8, resume=True)
         assert_same_bits(resumed.state, whole.state)
 
+    @pytest.mark.slow
     def test_on_a_mesh_the_moments_of_every_group_are_sharded_as_the_params(self):
         optimizer = by_group(GROUPS)
         state = create_sharded(

@@ -59,6 +59,7 @@ class TestSummary:
 
 class TestLearningRate:
     @pytest.mark.parametrize("layout", [None, {"data": 4, "fsdp": 2}])
+    @pytest.mark.few(1)
     def test_it_suggests_a_rate_on_one_device_and_on_a_mesh(self, layout):
         options = {} if layout is None else {"mesh": make_mesh(layout)}
         trainer = build(**options)
@@ -117,6 +118,7 @@ class TestLearningRate:
 
 
 class TestBatchSize:
+    @pytest.mark.slow
     def test_it_is_the_largest_that_fits(self):
         costs = [Trainer(Busy(), config(), loss_fn=squared_error).compile(regression(size)).total for size in (64, 128)]
         trainer = Trainer(Busy(), config(), loss_fn=squared_error)
@@ -126,6 +128,7 @@ class TestBatchSize:
         with pytest.raises(ArgumentError, match="no size of a batch fits: a step of 1 needs more memory than there is"):
             trainer.find_batch_size(regression(3), memory=10)
 
+    @pytest.mark.slow
     def test_over_a_mesh_devices_can_share_it(self):
         trainer = build(mesh=make_mesh({"data": 8}))
         assert unchanged(trainer, lambda trainer: trainer.find_batch_size(regression(3), high=20)) == 16

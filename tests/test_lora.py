@@ -242,6 +242,7 @@ class TestModels:
         resumed.train(regression(40), 2, 8, resume=True)
         assert_same_bits(resumed.state, whole.state)
 
+    @pytest.mark.slow
     def test_a_mesh_of_eight_trains_the_same(self):
         def make(rngs):
             return add_lora(Attention(rngs=rngs), 2, paths=self.PATHS, rngs=rngs)
@@ -262,6 +263,7 @@ class TestModels:
             losses.append(float(metrics["loss"]))
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
+    @pytest.mark.slow
     def test_an_ensemble_of_adapters(self):
         optimizer, keys = optax.sgd(0.1), jax.random.split(jax.random.key(0), 3)
 

@@ -215,6 +215,7 @@ def test_a_callback_that_saves_after_the_bad_step_hears_of_it(tmp_path):
     assert trainer.step == 2
 
 
+@pytest.mark.slow
 def test_on_a_mesh(tmp_path):
     mesh = make_mesh({"data": 4, "fsdp": 2})
     trainer = build(tmp_path, "skip", spoiled_at(2), mesh=mesh)
@@ -224,6 +225,7 @@ def test_on_a_mesh(tmp_path):
     assert trainer.state.extensions["nonfinite"]["skipped"] == 1
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path):
     class Stops(Callback):
         def on_batch_end(self, trainer, step, logs):

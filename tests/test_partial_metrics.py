@@ -84,6 +84,7 @@ def build(tmp_path=None, callbacks=(), **options):
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 32, 50])
+@pytest.mark.few(2)
 def test_over_uneven_batches(batch_size):
     trainer, data = build(), regression(50)
     averages = trainer.evaluate(data, batch_size)
@@ -92,6 +93,7 @@ def test_over_uneven_batches(batch_size):
 
 
 @pytest.mark.parametrize("axes", [{"data": 8}, {"data": 2, "fsdp": 4}])
+@pytest.mark.few(1)
 def test_over_a_mesh(axes):
     trainer, data = build(mesh=make_mesh(axes)), regression(52)
     averages = trainer.evaluate(data, 16)

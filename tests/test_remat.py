@@ -118,7 +118,7 @@ def test_none_is_the_program_without_it():
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 def test_the_step_is_the_same_within_rounding(name):
     plain, again = create(), create()
     step, recomputing = jax.jit(step_of(None)), jax.jit(step_of(SETTINGS[name]))
@@ -131,6 +131,7 @@ def test_the_step_is_the_same_within_rounding(name):
     assert [int(again.model_state["layers"][index]["calls"]) for index in range(3)] == [3, 3, 3]
 
 
+@pytest.mark.slow
 def test_gradients_are_the_same_to_the_bit_operation_by_operation():
     """What differs in a compiled step is how XLA fuses it."""
     optimizer = optax.sgd(1.0)
@@ -215,6 +216,7 @@ MEMORY = """
 """
 
 
+@pytest.mark.slow
 def test_compile_tells_the_memory_that_it_saves():
     """By the scheduler of XLA for the CPU that minds memory; its default one runs what is ready, recomputation too."""
     flags = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
@@ -235,6 +237,7 @@ def build(tmp_path, remat="blocks", model=None, **changes):
     return Trainer(model or Deep(), config(), loss_fn=squared_error, remat=remat, workdir=tmp_path, **changes)
 
 
+@pytest.mark.slow
 def test_the_cost_says_what_is_saved_when_asked(tmp_path):
     trainer = build(tmp_path)
     assert trainer.compile(regression(8)).without_remat is None
@@ -247,6 +250,7 @@ def test_the_cost_says_what_is_saved_when_asked(tmp_path):
     assert build(tmp_path, None).compile(regression(8), without_remat=True).without_remat is None
 
 
+@pytest.mark.slow
 def test_fused_steps_and_ensembles():
     step = step_of("blocks")
     batches = jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), regression(16))
@@ -262,6 +266,7 @@ def test_fused_steps_and_ensembles():
     chex.assert_trees_all_close(jax.tree.map(lambda leaf: leaf[1], states.params), alone.params, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_devices_of_a_mapped_axis():
     mesh, results = make_mesh({"data": 8}), []
     for remat in (None, "blocks"):
@@ -271,6 +276,7 @@ def test_devices_of_a_mapped_axis():
     chex.assert_trees_all_close(*map(bits, results), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_trainer_on_a_mesh_of_eight(tmp_path):
     results = []
     for remat in (None, "blocks"):
@@ -280,6 +286,7 @@ def test_a_trainer_on_a_mesh_of_eight(tmp_path):
     chex.assert_trees_all_close(*results, rtol=1e-2, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_bit(tmp_path):
     whole = build(tmp_path / "whole")
     whole.train(regression(40), 3, 8)

@@ -84,6 +84,7 @@ def test_nothing_asked_is_the_same_program():
         (SchedulerConfig(scheduler_type="exponential", decay_rate=0.9, decay_steps=2), {}),
     ],
 )
+@pytest.mark.few(1)
 def test_a_trainer_knows_the_rate_of_its_configuration(scheduler, options, tmp_path):
     rate = 0.01
     settings = TrainingConfig(

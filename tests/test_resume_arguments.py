@@ -68,6 +68,7 @@ def other_dropout():
     ],
     ids=["rate", "clip", "optax", "objective", "scale", "dropout", "interval", "val_data"],
 )
+@pytest.mark.few(2)
 def test_what_differs_is_said(first, second, call, said, tmp_path):
     train(build(tmp_path, **first))
     with pytest.warns(UserWarning, match=said) as warned:

@@ -102,6 +102,7 @@ def test_it_is_the_loop_by_hand(name, steps_per_call, tmp_path):
 
 
 @pytest.mark.parametrize("name", STEPS)
+@pytest.mark.few(1)
 def test_it_resumes_to_the_bit(name, tmp_path):
     class Stops(Callback):
         def on_batch_end(self, trainer, step, logs):
@@ -118,6 +119,7 @@ def test_it_resumes_to_the_bit(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", STEPS)
+@pytest.mark.few(1)
 def test_on_a_mesh(name, tmp_path):
     trainers = [build(tmp_path / "one", name), build(tmp_path / "mesh", name, mesh=make_mesh({"data": 8}))]
     one, other = (trainer.train(regression(64), 2, 8) for trainer in trainers)

@@ -232,6 +232,7 @@ class TestTrainer:
         np.testing.assert_allclose(padded.history.to_dict()["loss"], plain.history.to_dict()["loss"], rtol=1e-4)
 
     @pytest.mark.parametrize("as_loader", [False, True])
+    @pytest.mark.slow
     def test_an_interrupted_run_resumes_to_the_same_bits(self, as_loader, tmp_path):
         class Stopping(Callback):
             def on_batch_begin(self, trainer, step):

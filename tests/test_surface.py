@@ -46,7 +46,7 @@ ARROWS = {
     "callbacks": PURE | {"checkpoints", "distributed", "loggers"},
     "extensions": PURE | {"callbacks", "config"},
     "loop": LOOP,
-    "fit": EVERYONE | {"api", "averages"},  # for the type of the trainer only
+    "fit": EVERYONE | {"averages", "search", "summary", "api"},  # the last for the type of the trainer only
     "api": EVERYONE | {"fit"},
     "cli": PURE | {"checkpoints"},
     "__main__": {"cli"},

@@ -29,7 +29,7 @@ from trainer import (
     make_train_step,
 )
 from trainer.core.gradient import make_objective
-from trainer.remat import in_parts, plan_of, rematerialized
+from trainer.core.remat import in_parts, plan_of, rematerialized
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using .Module.sow..:DeprecationWarning")
 

@@ -14,7 +14,7 @@ import trainer
 
 ROOT = Path(__file__).parent.parent
 
-PURE = {"types", "errors", "batches", "core", "precision", "remat", "state", "steps"}
+PURE = {"types", "errors", "batches", "core", "state", "steps"}
 
 # What each file of the top folder, and each package, may import of the others.
 LOOP = PURE | {"compile", "data", "metrics", "run", "sharding"}
@@ -24,15 +24,9 @@ ARROWS = {
     "errors": set(),
     "batches": {"core", "errors", "types"},
     "core": {"batches", "errors", "state", "types"},  # the objective is called with a state
-    "precision": {"core", "errors", "types"},
-    "remat": {"core", "errors", "types"},
-    "state": {"core", "errors", "precision", "types"},
+    "state": {"core", "errors", "types"},
     "steps": PURE,
-    "averages": {"core", "errors", "state"},
-    "groups": {"core", "errors", "state"},
-    "lora": {"core", "errors", "state"},
-    "summary": {"core", "errors", "state"},
-    "search": PURE,
+    "features": PURE,
     "config": {"core", "errors"},
     "metrics": PURE,
     "data": PURE,
@@ -45,7 +39,7 @@ ARROWS = {
     "callbacks": PURE | {"checkpoints", "distributed", "loggers"},
     "extensions": PURE | {"callbacks", "config"},
     "loop": LOOP,
-    "fit": EVERYONE | {"averages", "search", "summary", "api"},  # the last for the type of the trainer only
+    "fit": EVERYONE | {"features", "api"},  # the latter for the type of the trainer only
     "api": EVERYONE | {"fit"},
     "cli": PURE | {"checkpoints"},
     "__main__": {"cli"},

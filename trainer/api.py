@@ -14,6 +14,7 @@ from trainer.callbacks.base import CallbackList
 from trainer.compile.cost import ProgramCost
 from trainer.config import TrainingConfig
 from trainer.core.checks import check_count
+from trainer.core.precision import Precision
 from trainer.core.report import Measure
 from trainer.errors import ArgumentTypeError
 from trainer.fit import epochs
@@ -24,7 +25,6 @@ from trainer.fit.inspection import Inspection
 from trainer.fit.plan import plan_epoch, plan_prediction, plan_run
 from trainer.loggers.base import Logger, MetricsLoggerLike, prefixed
 from trainer.loop import evaluate, evaluate_batch, predict
-from trainer.precision import Precision
 from trainer.run import Run
 from trainer.state import TrainState
 from trainer.types import Batch, EvalParams, ExtensionLike, LogCallback, LossFn, Metrics, NonFinite, Remat, StepFn

@@ -21,9 +21,9 @@ from trainer.core.learning_rate import with_learning_rate
 from trainer.core.nnx_bridge import Flat, GraphDef, Path, lookup, nest, split_module, variables_of
 from trainer.core.nonfinite import check_policy, record_of
 from trainer.core.optimizer import adapt_optimizer
+from trainer.core.precision import Precision, as_precision
 from trainer.core.tree_paths import join_path, leaf_path
 from trainer.errors import ArgumentError, ArgumentTypeError, StateError
-from trainer.precision import Precision, as_precision
 from trainer.types import LOSS_SCALE, NONFINITE, ExtensionLike, NonFinite
 
 if TYPE_CHECKING:  # for annotations only: importing chex takes a tenth of the time of `import trainer`

@@ -27,11 +27,11 @@ from trainer.core.nnx_bridge import lookup, split_variables
 from trainer.core.nonfinite import make_guard
 from trainer.core.objective import call_objective, check_extensions, check_loss_fn, with_losses
 from trainer.core.optimizer import adapt_optimizer, extra_arguments
+from trainer.core.precision import Precision, as_precision, batch_in, in_precision, objective_in
 from trainer.core.prediction import call_on_input, check_outputs
+from trainer.core.remat import in_parts, plan_of, rematerialized
 from trainer.core.report import Measure, Update, make_report
 from trainer.errors import ArgumentError, ArgumentTypeError, BatchError
-from trainer.precision import Precision, as_precision, batch_in, in_precision, objective_in
-from trainer.remat import in_parts, plan_of, rematerialized
 from trainer.state import TrainState, check_optimizer
 from trainer.types import Batch, EvalParams, ExtensionLike, LossFn, Metrics, NonFinite, Remat
 

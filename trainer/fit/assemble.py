@@ -13,7 +13,6 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from trainer.averages import averaged_params
 from trainer.callbacks.base import as_callback_list
 from trainer.callbacks.dispatch import CallbackDispatcher
 from trainer.checkpoints.checkpointer import Checkpointer
@@ -27,20 +26,21 @@ from trainer.core.module_views import check_view, combined
 from trainer.core.objective import check_extensions, check_loss_fn, requiring_weight, with_losses
 from trainer.core.optimizer import adapt_optimizer
 from trainer.core.own_step import check_own_step, no_loss_fn, own_step
+from trainer.core.precision import Precision, as_precision, in_precision
+from trainer.core.remat import in_parts, plan_of
 from trainer.core.report import MEASURES, Measure, Update, resolve_report
 from trainer.data.loaders import check_loader
 from trainer.data.memory import seed_from_key
 from trainer.data.padding import check_pad_to
 from trainer.distributed.agreement import check_agreement, gathered
 from trainer.errors import ArgumentError, ArgumentTypeError, warn
+from trainer.features.averages import averaged_params
 from trainer.fit.fingerprint import fingerprints_of
 from trainer.fit.setup import Live, Setup
 from trainer.fit.unused_settings import warn_beside_optimizer
 from trainer.loggers.base import Logger, MetricsLoggerLike, names_checked
 from trainer.loggers.fanout import MetricFanout
 from trainer.loggers.wandb import WandbLogger
-from trainer.precision import Precision, as_precision, in_precision
-from trainer.remat import in_parts, plan_of
 from trainer.run import Run
 from trainer.sharding.placement import Placement, placement_of
 from trainer.state import TrainState, check_model, check_optimizer, check_rng

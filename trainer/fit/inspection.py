@@ -15,10 +15,10 @@ from trainer.config import make_optimizer
 from trainer.core.checks import check_count
 from trainer.core.optimizer import adapt_optimizer
 from trainer.errors import ArgumentError
+from trainer.features.search import RateSearch, try_rates
+from trainer.features.summary import summarize
 from trainer.fit.read_only import ReadOnly
-from trainer.search import RateSearch, try_rates
 from trainer.sharding.placement import next_batch_from
-from trainer.summary import summarize
 from trainer.types import Batch
 
 

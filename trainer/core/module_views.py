@@ -1,6 +1,6 @@
 """Views of a model: for a while its modules compute in another way, and nothing of that outlasts it.
 
-A model that somebody else wrote is changed without touching its code: each module concerned becomes an instance of a
+A model is changed without an edit of its code: each module concerned becomes an instance of a
 subclass whose ``__call__`` is wrapped, and is given back its class afterwards. So ``isinstance``, attributes, methods,
 and splitting and merging by nnx work as before.
 """

@@ -152,7 +152,7 @@ def objective_in(precision: Precision | None, loss_fn: Any) -> Any:
     def objective(model: Any, batch: Any, rng: Any, step: Any) -> Any:
         result = loss_fn(model, batch_in(precision, batch), rng, step)
         if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], Mapping):
-            return result  # refused, with a message, by whoever called
+            return result  # `call_objective` refuses it
         loss, metrics = result
         # Extensions get the outputs of the model as the objective reported them.
         wide = {name: value if name == MODEL_OUTPUTS else _widened(value) for name, value in metrics.items()}

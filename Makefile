@@ -4,6 +4,9 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
+# Tests start some hundred processes; without bytecode each would compile all modules anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-all third-party kills lint types format bench clean
 
 demo: $(READY)

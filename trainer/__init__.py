@@ -2,6 +2,10 @@
 
 __version__ = "0.1.0"
 
+from typing import TYPE_CHECKING
+
+from trainer.lazy_names import imported_when_used as _imported_when_used
+
 # In reading order: the state, the steps, the run, the loop, the trainer; then what each package adds.
 from trainer.state import TrainState as TrainState
 from trainer.steps import make_train_step as make_train_step
@@ -21,16 +25,6 @@ from trainer.core.path_patterns import by_path as by_path
 from trainer.core.nonfinite import check_finite as check_finite
 from trainer.core.report import Update as Update
 from trainer.core.precision import Precision as Precision
-from trainer.features.averages import ema_of_params as ema_of_params
-from trainer.features.averages import polyak_average as polyak_average
-from trainer.features.averages import averaged_params as averaged_params
-from trainer.features.averages import with_averaged_params as with_averaged_params
-from trainer.features.groups import by_group as by_group
-from trainer.features.groups import group_table as group_table
-from trainer.features.lora import add_lora as add_lora
-from trainer.features.lora import merge_lora as merge_lora
-from trainer.features.summary import summarize as summarize
-from trainer.features.search import find_learning_rate as find_learning_rate
 from trainer.extensions import Extension as Extension
 from trainer.extensions import ExtensionConfig as ExtensionConfig
 from trainer.config.training import TrainingConfig as TrainingConfig
@@ -42,7 +36,6 @@ from trainer.data.memory import InMemoryData as InMemoryData
 from trainer.data.padding import pad_batch as pad_batch
 from trainer.compile.dispatch import CompiledStep as CompiledStep
 from trainer.compile.cost import ProgramCost as ProgramCost
-from trainer.compile.planning import plan as plan
 from trainer.sharding.mesh import make_mesh as make_mesh
 from trainer.sharding.mesh import batch_sharding as batch_sharding
 from trainer.sharding.partition import partition as partition
@@ -58,14 +51,8 @@ from trainer.checkpoints.run_record import load_run as load_run
 from trainer.checkpoints.checkpointer import Checkpointer as Checkpointer
 from trainer.callbacks.base import Callback as Callback
 from trainer.callbacks.base import CallbackList as CallbackList
-from trainer.callbacks.progress import Progress as Progress
-from trainer.callbacks.early_stopping import EarlyStopping as EarlyStopping
-from trainer.callbacks.model_checkpoint import ModelCheckpoint as ModelCheckpoint
 from trainer.loggers.base import Logger as Logger
 from trainer.loggers.base import MetricsLogger as MetricsLogger
-from trainer.loggers.console import ConsoleLogger as ConsoleLogger
-from trainer.loggers.jsonl import FileLogger as FileLogger
-from trainer.loggers.wandb import WandbLogger as WandbLogger
 from trainer.metrics.average import WeightedAverage as WeightedAverage
 from trainer.metrics.history import History as History
 from trainer.metrics.throughput import Meter as Meter
@@ -82,3 +69,41 @@ from trainer.errors import DistributedError as DistributedError
 from trainer.errors import CheckpointError as CheckpointError
 from trainer.errors import UnreadableError as UnreadableError
 from trainer.errors import TrainingInterrupted as TrainingInterrupted
+
+# The same for names whose module is imported when they are first used: no run needs all of them.
+if TYPE_CHECKING:
+    from trainer.features.averages import ema_of_params as ema_of_params
+    from trainer.features.averages import polyak_average as polyak_average
+    from trainer.features.averages import averaged_params as averaged_params
+    from trainer.features.averages import with_averaged_params as with_averaged_params
+    from trainer.features.groups import by_group as by_group
+    from trainer.features.groups import group_table as group_table
+    from trainer.features.lora import add_lora as add_lora
+    from trainer.features.lora import merge_lora as merge_lora
+    from trainer.features.summary import summarize as summarize
+    from trainer.features.search import find_learning_rate as find_learning_rate
+    from trainer.compile.planning import plan as plan
+    from trainer.callbacks.progress import Progress as Progress
+    from trainer.callbacks.early_stopping import EarlyStopping as EarlyStopping
+    from trainer.callbacks.model_checkpoint import ModelCheckpoint as ModelCheckpoint
+    from trainer.loggers.console import ConsoleLogger as ConsoleLogger
+    from trainer.loggers.jsonl import FileLogger as FileLogger
+    from trainer.loggers.wandb import WandbLogger as WandbLogger
+
+__getattr__ = _imported_when_used(
+    __name__,
+    {
+        "trainer.features.averages": ("ema_of_params", "polyak_average", "averaged_params", "with_averaged_params"),
+        "trainer.features.groups": ("by_group", "group_table"),
+        "trainer.features.lora": ("add_lora", "merge_lora"),
+        "trainer.features.summary": ("summarize",),
+        "trainer.features.search": ("find_learning_rate",),
+        "trainer.compile.planning": ("plan",),
+        "trainer.callbacks.progress": ("Progress",),
+        "trainer.callbacks.early_stopping": ("EarlyStopping",),
+        "trainer.callbacks.model_checkpoint": ("ModelCheckpoint",),
+        "trainer.loggers.console": ("ConsoleLogger",),
+        "trainer.loggers.jsonl": ("FileLogger",),
+        "trainer.loggers.wandb": ("WandbLogger",),
+    },
+)

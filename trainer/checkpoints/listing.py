@@ -10,14 +10,16 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
 from trainer.checkpoints.atomic import remove_directory, restore
 from trainer.checkpoints.file_format import END, MAGIC, Bundle
-from trainer.checkpoints.orbax_directory import OrbaxDirectory
 from trainer.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from trainer.checkpoints.orbax_directory import OrbaxDirectory
 
 _OWN_NAME = re.compile(r"checkpoint_(0|[1-9]\d*)\.(msgpack|orbax)")
 
@@ -136,10 +138,21 @@ def info_of(path: Path) -> Mapping[str, Any]:
     Raises:
         UnreadableError: It cannot be read.
     """
-    if path.suffix == ".orbax":
-        return OrbaxDirectory(path).info
-    with Bundle(path) as bundle:
-        return bundle.info
+    with open_named(path) as source:
+        return source.info
+
+
+def open_named(path: Path) -> "Bundle | OrbaxDirectory":
+    """Opens a checkpoint with a default name, whose ending tells the format.
+
+    Raises:
+        UnreadableError: It cannot be read.
+    """
+    if path.suffix != ".orbax":
+        return Bundle(path)
+    from trainer.checkpoints.orbax_directory import OrbaxDirectory  # here, since few runs need it
+
+    return OrbaxDirectory(path)
 
 
 def _run_and_time(path: Path) -> tuple[str | None, float, bool]:

@@ -18,9 +18,7 @@ import msgpack
 import numpy as np
 
 from trainer.checkpoints.file_format import Bundle, Leaf
-from trainer.checkpoints.orbax_directory import OrbaxDirectory
 from trainer.checkpoints.plain_values import unpack
-from trainer.checkpoints.reference_pickle import read_pickle
 from trainer.checkpoints.weights_files import WeightsFile, weights_kind
 from trainer.core.tree_paths import LeafPath, parts_of
 from trainer.distributed.agreement import AllOrNone
@@ -92,6 +90,8 @@ def open_source(
     """
     path = Path(path)
     if path.is_dir():
+        from trainer.checkpoints.orbax_directory import OrbaxDirectory  # here, since few runs need it
+
         return OrbaxDirectory(path, agreement)
     if is_pickle(path):
         return _Pickle(path, like)
@@ -168,6 +168,8 @@ class _Pickle:
     """A pickle in the reference's layout; nothing in it is executed, and nothing has a checksum."""
 
     def __init__(self, path: Path, like: TrainState | None) -> None:
+        from trainer.checkpoints.reference_pickle import read_pickle  # here, since few runs need it
+
         self.path = path
         self.info: dict[str, Any] = {}
         self.leaves: dict[LeafPath, Leaf] = {}

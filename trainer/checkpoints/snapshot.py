@@ -15,9 +15,7 @@ from trainer.checkpoints.atomic import replacing
 from trainer.checkpoints.file_format import DTYPES, Leaf, write_bundle
 from trainer.checkpoints.names import refuse_foreign, suffix_of
 from trainer.checkpoints.open import PROGRESS, describe
-from trainer.checkpoints.orbax_directory import begin_directory
 from trainer.checkpoints.plain_values import pack, to_plain
-from trainer.checkpoints.reference_pickle import write_pickle
 from trainer.checkpoints.weights_files import write_safetensors
 from trainer.core.tree_paths import parts_of
 from trainer.distributed.agreement import AllOrNone
@@ -53,7 +51,13 @@ class Snapshot:
         Raises:
             CheckpointError: The directory cannot be written.
         """
-        return dataclasses.replace(self, finish=begin_directory(path, self.info, self.leaves))
+        return dataclasses.replace(self, finish=_begin_directory(path, self))
+
+
+def _begin_directory(path: Path, snapshot: Snapshot) -> Callable[[], None]:
+    from trainer.checkpoints.orbax_directory import begin_directory  # here, since few runs need it
+
+    return begin_directory(path, snapshot.info, snapshot.leaves)
 
 
 def take_snapshot(state: TrainState, info: Mapping[str, Any] | None = None, *, progress: Progress = None) -> Snapshot:
@@ -109,7 +113,7 @@ def write_snapshot(path: Path, snapshot: Snapshot) -> None:
     refuse_foreign(path)
     suffix = suffix_of(path)
     if suffix == ".orbax":
-        finish = snapshot.finish or begin_directory(path, snapshot.info, snapshot.leaves)
+        finish = snapshot.finish or _begin_directory(path, snapshot)
         finish()
         return
     for leaf, array in snapshot.leaves:
@@ -118,6 +122,8 @@ def write_snapshot(path: Path, snapshot: Snapshot) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         leaves = [(leaf, functools.partial(_to_host, array)) for leaf, array in snapshot.leaves]
         if suffix == ".pkl":
+            from trainer.checkpoints.reference_pickle import write_pickle  # here, since few runs need it
+
             with replacing(path, 0) as file:
                 write_pickle(cast(BinaryIO, file), snapshot.state)
         elif suffix == ".safetensors":

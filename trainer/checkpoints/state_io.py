@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from trainer.checkpoints.file_format import DTYPES, Bundle, Leaf
-from trainer.checkpoints.listing import Entry, entries_in
+from trainer.checkpoints.file_format import DTYPES, Leaf
+from trainer.checkpoints.listing import Entry, entries_in, open_named
 from trainer.checkpoints.open import Source, describe, open_source, read_progress
-from trainer.checkpoints.orbax_directory import OrbaxDirectory
 from trainer.checkpoints.snapshot import is_multiprocess_state, take_snapshot, write_snapshot
 from trainer.checkpoints.weights_files import WEIGHTS, WeightsFile
 from trainer.core.checks import did_you_mean
@@ -173,11 +172,8 @@ def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
     """
 
     def verified(path: Path) -> Path:
-        if path.suffix == ".orbax":
-            OrbaxDirectory(path).verify()
-            return path
-        with Bundle(path) as bundle:
-            bundle.verify()
+        with open_named(path) as source:
+            source.verify()
         return path
 
     return _newest(directory, [entry.name for entry in entries_in(Path(directory))], verified)

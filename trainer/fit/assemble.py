@@ -34,7 +34,6 @@ from trainer.data.memory import seed_from_key
 from trainer.data.padding import check_pad_to
 from trainer.distributed.agreement import check_agreement, gathered
 from trainer.errors import ArgumentError, ArgumentTypeError, warn
-from trainer.features.averages import averaged_params
 from trainer.fit.fingerprint import fingerprints_of
 from trainer.fit.setup import Live, Setup
 from trainer.fit.unused_settings import warn_beside_optimizer
@@ -220,6 +219,8 @@ def _resolved_eval_params(
 ) -> EvalParams | None:
     """Returns the params for evaluation: those of the caller's function, else the average that the optimizer keeps."""
     if given is None and average is not None:
+        from trainer.features.averages import averaged_params  # here, since few runs need it
+
         return resolve_eval_params(averaged_params, run.peek(), lambda opt_state: opt_state)
 
     def own_state(opt_state: Any) -> Any:

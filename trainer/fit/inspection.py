@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import optax
@@ -15,11 +15,12 @@ from trainer.config import make_optimizer
 from trainer.core.checks import check_count
 from trainer.core.optimizer import adapt_optimizer
 from trainer.errors import ArgumentError
-from trainer.features.search import RateSearch, try_rates
-from trainer.features.summary import summarize
 from trainer.fit.read_only import ReadOnly
 from trainer.sharding.placement import next_batch_from
 from trainer.types import Batch
+
+if TYPE_CHECKING:
+    from trainer.features.search import RateSearch
 
 
 class Inspection(ReadOnly):
@@ -27,6 +28,8 @@ class Inspection(ReadOnly):
 
     def summary(self, depth: int | None = None) -> str:
         """Returns a table of the model, to print: see `trainer.summarize`."""
+        from trainer.features.summary import summarize  # here, as below: no run needs it
+
         return summarize(self.run.peek(), depth)
 
     def find_learning_rate(
@@ -45,6 +48,8 @@ class Inspection(ReadOnly):
             ArgumentError: An argument cannot be used; or the optimizer is the caller's and keeps no learning rate in
                 its state; or the step is a ``step_fn``.
         """
+        from trainer.features.search import try_rates
+
         setup = self.setup
         if setup.make_step is None:
             raise ArgumentError("the learning rate of a `step_fn` is its own, and cannot be searched.")

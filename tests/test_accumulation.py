@@ -161,6 +161,7 @@ class TestWeightZero:
 
 
 class TestModelState:
+    @pytest.mark.slow
     def test_it_passes_through_the_micro_batches_in_order(self):
         batch = regression(14)
         still = optax.sgd(0.0)
@@ -444,6 +445,7 @@ class TestTrainer:
         one, other = (np.array(trainer.history.to_dict()["loss"]) for trainer in runs)
         np.testing.assert_allclose(other, one, rtol=1e-4)
 
+    @pytest.mark.slow
     def test_resuming_with_another_number_says_so(self, tmp_path):
         first = build(tmp_path, callbacks=[Stopping(5)])
         with pytest.raises(InterruptedError):

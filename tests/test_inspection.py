@@ -135,6 +135,7 @@ class TestBatchSize:
         with pytest.raises(ArgumentError, match="no size of a batch fits: `high` is 4"):
             trainer.find_batch_size(regression(3), high=4)
 
+    @pytest.mark.slow
     def test_it_trains_afterwards_without_a_warning(self, tmp_path):
         trainer = Trainer(Busy(), config(), loss_fn=squared_error, workdir=tmp_path)
         trainer.find_batch_size(regression(3), high=64)

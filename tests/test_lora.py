@@ -142,6 +142,7 @@ def test_a_subclass_of_a_layer_is_adapted_and_comes_back():
     np.testing.assert_allclose(adapted(values(3, 4)), merged(values(3, 4)), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_adapted_model_and_its_state_can_be_pickled():
     adapted = with_random_factors(add_lora(Attention(), 2, rngs=nnx.Rngs(1)))
     x = regression(4)["input"]
@@ -221,6 +222,7 @@ class TestModels:
         loaded = load_state(tmp_path / "merged.msgpack", plain)
         np.testing.assert_array_equal(loaded.model()(x), merged(x))
 
+    @pytest.mark.slow
     def test_killed_and_resumed_it_is_the_same_to_the_bit(self, tmp_path):
         def build(name, *callbacks):
             return Trainer(

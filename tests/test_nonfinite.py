@@ -70,6 +70,7 @@ def test_a_skipped_step_leaves_everything_but_the_count():
     assert bool(states[-1].is_finite())
 
 
+@pytest.mark.slow
 def test_of_finite_steps_it_changes_rounding_at_most():
     """XLA on the CPU fuses the larger program in another way, and rounds other products."""
     plain, _ = advanced("ignore", squared_error)
@@ -132,6 +133,7 @@ def test_fused_steps_are_single_ones():
     assert metrics["skipped"].tolist() == [0, 0, 1, 0, 1, 0]
 
 
+@pytest.mark.slow
 def test_over_a_mapped_axis_all_devices_decide_alike():
     def loss_fn(model, batch, rng, step):
         loss, metrics = squared_error(model, batch, rng, step)
@@ -147,6 +149,7 @@ def test_over_a_mapped_axis_all_devices_decide_alike():
         assert_same_bits(jax.tree.map(lambda leaf, i=index: leaf[i], learned(states)), learned(state))
 
 
+@pytest.mark.slow
 def test_members_of_an_ensemble_decide_for_themselves():
     def loss_fn(model, batch, rng, step):
         loss, metrics = squared_error(model, batch["data"], rng, step)
@@ -167,6 +170,7 @@ def build(tmp_path, policy, loss_fn, **options):
 
 @pytest.mark.parametrize("steps_per_call", [1, "auto"])
 class TestTrainer:
+    @pytest.mark.few(1)
     def test_averages_leave_skipped_steps_out(self, steps_per_call, tmp_path):
         trainer = build(tmp_path, "skip", spoiled_at(2), steps_per_call=steps_per_call)
         averages = trainer.train(regression(40), 1, 8)
@@ -176,6 +180,7 @@ class TestTrainer:
         assert averages["loss"] == pytest.approx(np.mean(losses))
 
     @pytest.mark.parametrize("epochs", [1, 3])
+    @pytest.mark.few(1)
     def test_a_raise_names_the_step_and_holds_the_state_of_before(self, epochs, steps_per_call, tmp_path):
         trainer = build(tmp_path, "raise", spoiled_at(3), steps_per_call=steps_per_call)
         with pytest.raises(NonFiniteError, match="step 4 is not finite: `loss`"):
@@ -194,6 +199,7 @@ class TestTrainer:
         assert max(trainer.history.series("loss")[0]) == 3
         check_finite(trainer.state)
 
+    @pytest.mark.few(1)
     def test_nothing_of_later_steps_is_saved_or_validated(self, steps_per_call, tmp_path):
         options = {"save_interval": 2, "steps_per_call": steps_per_call}
         trainer = build(tmp_path, "raise", spoiled_at(2), **options)

@@ -84,7 +84,7 @@ def build(tmp_path=None, callbacks=(), **options):
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 32, 50])
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_over_uneven_batches(batch_size):
     trainer, data = build(), regression(50)
     averages = trainer.evaluate(data, batch_size)
@@ -102,6 +102,7 @@ def test_over_a_mesh(axes):
 
 
 @pytest.mark.parametrize("transform", ["vmap", "shard_map"])
+@pytest.mark.slow
 def test_over_a_mapped_axis(transform):
     state, data = build().state, regression(32)
     step = make_eval_step(loss_fn, axis_name="data")
@@ -134,6 +135,7 @@ def test_a_device_whose_weight_is_zero_counts_for_nothing():
     assert {n: float(found[n]) for n in NAMES} == pytest.approx({n: float(v) for n, v in wanted.items()}, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_over_micro_batches():
     """Of 11, 11 and 10 rows, and of 8, 8, 8 and 6."""
     optimizer, data = optax.sgd(0.1), regression(32)

@@ -170,6 +170,7 @@ def test_float32_is_the_program_without_it(precision):
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.few(2)
 def test_every_product_is_computed_in_it_and_the_state_stays_float32(name, precision):
     state, batch = create(MODELS[name](), precision), regression(8)
     step = step_of(precision)
@@ -296,6 +297,7 @@ def test_extensions_see_the_model_in_the_same_precision():
     assert int(after.extensions["calling"]["variables"]["evaluations"]) == 1
 
 
+@pytest.mark.slow
 def test_digits_are_learned_as_well():
     from sklearn.datasets import load_digits
 
@@ -389,7 +391,7 @@ def test_fused_steps_are_the_same():
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-@pytest.mark.few(1)
+@pytest.mark.slow
 def test_an_ensemble_is_its_members(precision):
     def member(key):
         return TrainState.create(Mlp(rngs=nnx.Rngs(key)), optax.adam(1e-2), rng=key, precision=precision)
@@ -456,7 +458,7 @@ class KillAt(Callback):
 
 @pytest.mark.parametrize("precision", ["bfloat16", Precision("float16", initial_scale=2.0**30, growth_interval=3)])
 @pytest.mark.parametrize("format", [".msgpack", ".orbax"])
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_a_killed_run_resumes_to_the_bit(precision, format, tmp_path):
     data = regression(40)
     whole = build(tmp_path / "whole", precision)
@@ -474,6 +476,7 @@ def test_a_killed_run_resumes_to_the_bit(precision, format, tmp_path):
     chex.assert_trees_all_equal(again.state.replace(rng=0), whole.state.replace(rng=0))
 
 
+@pytest.mark.slow
 def test_pickles_of_the_reference_leave_the_scale_alone(tmp_path):
     trainer = build(tmp_path, "float16")
     trainer.train(regression(16), 1, 8)
@@ -484,6 +487,7 @@ def test_pickles_of_the_reference_leave_the_scale_alone(tmp_path):
     chex.assert_trees_all_equal(again.state.params, trainer.state.params)
 
 
+@pytest.mark.slow
 def test_weights_of_extensions_that_change_leave_the_scale_alone(tmp_path):
     extension = Counting(ExtensionConfig(weight=0.1))
     trainer = build(tmp_path, "float16", extensions={"counting": extension})

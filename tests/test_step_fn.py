@@ -80,6 +80,7 @@ def build(tmp_path, name, callbacks=(), **options):
 
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize("steps_per_call", [1, 4])
+@pytest.mark.few(2)
 def test_it_is_the_loop_by_hand(name, steps_per_call, tmp_path):
     given, step_fn = STEPS[name]()
     seen, losses = [], []

@@ -469,7 +469,7 @@ class TestFusedSteps:
         return state, make_train_step(squared_error, optimizer, extensions=extensions)
 
     @pytest.mark.parametrize("count", [None, 0, 1, 3, 5])
-    @pytest.mark.few(2)
+    @pytest.mark.few(1)
     def test_it_is_so_many_single_steps_to_the_bit(self, count):
         state, step = self.state_and_step()
         batches = self.batches(5)
@@ -528,6 +528,7 @@ class TestFusedSteps:
             chex.assert_trees_all_close(after.params, found.params, rtol=0, atol=2 * np.finfo(np.float32).eps)
             state = after
 
+    @pytest.mark.slow
     def test_a_convolution_differs_in_rounding_only(self):
         """XLA's CPU backend has other code for it inside of loops."""
 
@@ -566,6 +567,7 @@ class TestFusedSteps:
             fuse_steps(step, 5)(state, self.batches(5), count)
 
     @pytest.mark.parametrize("count", [0, np.int32(5)], ids=repr)
+    @pytest.mark.few(1)
     def test_the_first_and_the_last_count_are_taken(self, count):
         state, step = self.state_and_step()
         after, metrics = fuse_steps(step, 5)(state, self.batches(5), count)

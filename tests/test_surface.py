@@ -210,6 +210,7 @@ class TestLightImport:
     def test_nothing_heavy_is_loaded(self):
         assert not loaded_beyond_base("import trainer") & HEAVY
 
+    @pytest.mark.slow
     def test_the_check_would_notice(self):
         assert "grain" in loaded_beyond_base("import trainer, datarax.sources") & HEAVY
 

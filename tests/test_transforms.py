@@ -149,6 +149,7 @@ class TestVmap:
         chex.assert_trees_all_close(together.params, stacked.params, rtol=1e-3, atol=1e-5)
         chex.assert_trees_all_equal(jax.random.key_data(together.rng), jax.random.key_data(stacked.rng))
 
+    @pytest.mark.slow
     def test_an_axis_name_averages_gradients_over_the_mapped_axis(self):
         step = make_train_step(squared_error, optax.sgd(0.1), axis_name="data")
         state = create(Linear(features=4), optax.sgd(0.1))

@@ -75,6 +75,7 @@ def test_what_a_pattern_matches(pattern, matched, others):
         (nnx.Param, ALL),
     ],
 )
+@pytest.mark.few(3)
 def test_what_is_trained(wrt, trained):
     state = TrainState.create(Busy(), optax.sgd(0.1), rng=jax.random.key(0), wrt=wrt)
     if trained is None:
@@ -153,6 +154,7 @@ class TestTrainer:
             Busy(), config(), loss_fn=squared_error, workdir=directory, wrt=["inner/**", "*/bias"], **options
         )
 
+    @pytest.mark.slow
     def test_killed_and_resumed_it_is_the_same_to_the_bit(self, tmp_path):
         whole = self.build(tmp_path / "whole")
         whole.train(regression(40), 2, 8)

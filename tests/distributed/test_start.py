@@ -206,6 +206,7 @@ class TestBarrier:
 
 
 class TestClusters:
+    @pytest.mark.slow
     def test_slurm_is_detected(self):
         body = """
             process = int(os.environ.pop("JAX_PROCESS_ID"))

@@ -203,6 +203,7 @@ class TestErrors:
                 f"process {missing} of 2 did not come to the agreement where to stop, since it left the run.\n"
             )
 
+    @pytest.mark.slow
     def test_runs_of_different_lengths_are_told(self):
         body = """
             from trainer.distributed.stop import CommonStop

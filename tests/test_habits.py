@@ -275,13 +275,12 @@ class TestSettingsThatDoNothing:
             make(tmp_path, config(gradient_clip_norm=1.0, scheduler=off), optax.sgd(0.1))
 
     def test_arguments_of_train(self, tmp_path):
-        settings = config(batch_size=8, num_epochs=7, save_frequency=5, steps_per_epoch=2)
+        settings = config(batch_size=8, num_epochs=7, save_frequency=5)
         with pytest.warns(UserWarning, match="training_config") as warned:
             make(tmp_path, settings).train(regression(), 1, 16)
         assert [str(one.message) for one in warned] == [
             "train() does not use of `training_config`: `num_epochs` = 7 (the argument of train() is 1), `batch_size` "
-            "= 8 (the argument of train() is 16), `save_frequency` = 5 (`save_interval` of the Trainer is 1000), "
-            "`steps_per_epoch` = 2 (data in memory are used whole)."
+            "= 8 (the argument of train() is 16), `save_frequency` = 5 (`save_interval` of the Trainer is 1000)."
         ]
 
     def test_settings_that_agree_or_are_defaults_are_not_said(self, tmp_path):

@@ -82,6 +82,7 @@ if TYPE_CHECKING:
     from trainer.features.lora import merge_lora as merge_lora
     from trainer.features.summary import summarize as summarize
     from trainer.features.search import find_learning_rate as find_learning_rate
+    from trainer.features.debugging import make_check_step as make_check_step
     from trainer.compile.planning import plan as plan
     from trainer.callbacks.progress import Progress as Progress
     from trainer.callbacks.early_stopping import EarlyStopping as EarlyStopping
@@ -98,6 +99,7 @@ __getattr__ = _imported_when_used(
         "trainer.features.lora": ("add_lora", "merge_lora"),
         "trainer.features.summary": ("summarize",),
         "trainer.features.search": ("find_learning_rate",),
+        "trainer.features.debugging": ("make_check_step",),
         "trainer.compile.planning": ("plan",),
         "trainer.callbacks.progress": ("Progress",),
         "trainer.callbacks.early_stopping": ("EarlyStopping",),

@@ -22,9 +22,9 @@ from trainer.fit import resume as resuming
 from trainer.fit.assemble import assemble
 from trainer.fit.finite import hold_if_finite
 from trainer.fit.inspection import Inspection
-from trainer.fit.plan import plan_epoch, plan_prediction, plan_run
+from trainer.fit.plan import plan_epoch, plan_run
 from trainer.loggers.base import Logger, MetricsLoggerLike, prefixed
-from trainer.loop import evaluate, evaluate_batch, predict
+from trainer.loop import evaluate, evaluate_batch
 from trainer.run import Run
 from trainer.state import TrainState
 from trainer.types import Batch, EvalParams, ExtensionLike, LogCallback, LossFn, Metrics, NonFinite, Remat, StepFn
@@ -75,6 +75,12 @@ class Trainer(Inspection):
         pad_to: "batch" pads short batches to ``batch_size`` rows, so that they compile nothing new, and adds to every
             batch a ``mask`` by which the objective averages, see `trainer.pad_batch`.
         params_average: Such as ``ema_of_params(0.999)``: last of the optimizer, and its average the ``eval_params``.
+        fast_dev_run: So many batches (True is 1) of training and of validation in one epoch, to see that all works:
+            nothing is logged, and nothing saved but by your own calls; callbacks that save are left out.
+        overfit_batches: Train on the first so many batches only, the same in every epoch, and validate on them where
+            validation data are given: a model that cannot learn these has a bug.
+        debug: Look into every step before it is made, see `trainer.make_check_step`: checks of ``checkify`` in the
+            objective raise, and what is not finite is traced to a module. Several times slower.
 
     Attributes:
         run: What a checkpoint holds: the state, and the record that travels with it. The only attribute that changes.
@@ -117,6 +123,9 @@ class Trainer(Inspection):
         params_average: optax.GradientTransformation | None = None,
         precision: str | Precision | None = None,
         remat: Remat = None,
+        fast_dev_run: bool | int = False,
+        overfit_batches: int | None = None,
+        debug: bool = False,
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name != "self"}
         self.setup, self.run = assemble(self, **arguments)
@@ -267,29 +276,6 @@ class Trainer(Inspection):
         self.setup.agree_on_run("evaluate", self.run, {"batch_size": batch_size}, data=held)
         state = self.run.state_with_edits()
         return evaluate(self.setup.eval_step, state, held.in_order(), placement=self.setup.placement)
-
-    def predict(self, data: Any, batch_size: int, fn: Callable[[Any, Batch], Any] | None = None) -> Any:
-        """Returns what the model, in evaluation mode, predicts for every example, in their order.
-
-        It changes nothing and emits no event. For data in memory it is::
-
-            predict(jax.jit(make_predict_step(fn)), trainer.state, InMemoryData(data, batch_size).in_order())
-
-        Args:
-            data: Data in memory or a loader, as ``train_data`` of `train`.
-            batch_size: Examples in a batch; the last may be short.
-            fn: ``fn(model, batch) -> outputs``, traced like ``loss_fn``; see `make_predict_step` if left out. Each
-                function compiles once for each shape of a batch, so pass the same one again, not a new lambda.
-
-        Returns:
-            The outputs of all processes, a pytree of NumPy arrays of shape ``(num_examples, ...)``.
-
-        Raises:
-            ArgumentError, BatchError: An argument cannot be used, or ``fn`` returned no row for each example.
-        """
-        batches = plan_prediction(self.setup, self.run, data, check_count(batch_size, "batch_size"))
-        state = self.run.state_with_edits()
-        return predict(self.setup.predict_step(fn), state, batches, placement=self.setup.placement)
 
     def set_learning_rate(self, value: float) -> None:
         """Sets the learning rate from the next step on; any callback may do so, and a checkpoint holds it.

@@ -177,13 +177,15 @@ def plan_dispatch(
 ) -> DispatchPlan:
     """Decides how many steps over these batches go into a call; arguments as for `run_epoch`.
 
-    Batches that are not in memory are not known before they are drawn, so their steps are not fused.
+    Batches that are not in memory are not known before they are drawn, so their steps are not fused. Neither are steps
+    while ``jax_debug_nans`` or ``jax_debug_infs`` is on, whose error then names the step.
     """
+    debugs = jax.config.jax_debug_nans or jax.config.jax_debug_infs  # type: ignore[attr-defined]
     if not isinstance(batches, Epoch) or not batches.full_batches:
         return DispatchPlan()
     placement = SingleDevice() if placement is None else placement
     most = min(*sync_every, batches.full_batches_in_epoch) if sync_every else batches.full_batches_in_epoch
-    return step.plan(run, placement.abstract_batch_of(batches), most if fuse else 1, sync_every)
+    return step.plan(run, placement.abstract_batch_of(batches), most if fuse and not debugs else 1, sync_every)
 
 
 def evaluate(

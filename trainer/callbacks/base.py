@@ -242,6 +242,13 @@ def flatten(callbacks: Iterable[Any]) -> Iterator[Any]:
             yield callback
 
 
+def without_savers(callbacks: Any) -> Any:
+    """Returns callbacks without those that save the states of others, which have ``runs_last``."""
+    if not isinstance(callbacks, CallbackList):
+        return callbacks
+    return CallbackList(callback for callback in flatten(callbacks.callbacks) if not runs_last(callback))
+
+
 def is_callback(value: Any) -> bool:
     """Returns whether an object has a method for any event, or ``should_stop``. A class is no callback."""
     return not isinstance(value, type) and any(hasattr(value, name) for name in (*EVENTS, "should_stop"))

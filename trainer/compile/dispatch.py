@@ -260,6 +260,8 @@ class CompiledStep:
         try:
             leaves, metrics = program(run.leaves, *arguments)
         except Exception as error:
+            if isinstance(error, FloatingPointError):  # of `jax_debug_nans`
+                error.add_note(f"in step {run.step + 1}" if count in (None, 1) else f"in steps from {run.step + 1} on")
             explain_lost_state(run.peek(), error)
             raise
         self._latest = program

@@ -29,8 +29,9 @@ class TrainingConfig(Config):
         save_frequency: ``train_epoch`` saves every ``save_frequency`` steps.
         max_checkpoints: How many checkpoints with default names a run keeps: those that it wrote last.
         log_frequency: Training metrics are logged at the first step and every ``log_frequency`` steps.
-        steps_per_epoch: The most batches of a training loader in an epoch, None for all. An endless one needs it.
-        validation_steps: The most batches of a validation loader in a validation, None for all; likewise.
+        steps_per_epoch: The most batches of training data in an epoch, None for all. An endless loader needs it; of
+            data in memory every epoch draws others.
+        validation_steps: The most batches of validation data in a validation, None for all; likewise.
         use_wandb: Whether to log to Weights & Biases too (the extra ``wandb``).
         wandb_project: The project to log to.
     """

@@ -98,7 +98,7 @@ def check_finite(state: TrainState) -> None:
     raise NonFiniteError(
         f"step {step} is not finite: {listed}{more} {'is' if len(leaves) == 1 else 'are'} NaN or infinite. The state "
         f"is that before the step. A smaller learning rate or `gradient_clip_norm` may help; `nonfinite` = 'skip' "
-        f"leaves such steps out; `jax_debug_nans` finds the operation.",
+        f"leaves such steps out; `debug` = True (trainer.make_check_step) finds where it begins.",
         step,
         leaves,
         state.replace(extensions={**state.extensions, NONFINITE: jax.tree.map(jnp.zeros_like, record)}),

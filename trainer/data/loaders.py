@@ -4,6 +4,7 @@ A loader is an iterable of batches, or a callable that returns one. An iterable 
 called for every pass. The batch size is passed by name, so that no other option of the callable receives it.
 """
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
@@ -89,6 +90,12 @@ def one_pass(loader: Any, batch_size: int, name: str, limit: int | None, *, boun
         check_drawn(batch, drawn, loader, name, limit, bound)
         drawn += 1
         yield batch
+
+
+def first_batches(loader: Any, batch_size: int, name: str, count: int) -> list[Batch]:
+    """Returns copies of the first batches of a pass, at most ``count``; errors as for `one_pass`."""
+    # A loader may fill one buffer again and again.
+    return [copy.deepcopy(batch) for batch in one_pass(loader, batch_size, name, count, bound="")]
 
 
 def check_drawn(batch: Any, drawn: int, loader: Any, name: str, limit: int | None, bound: str) -> None:

@@ -34,6 +34,8 @@ class InMemoryData:
         pad_to: "batch" pads the last batch to ``batch_size`` rows, with one of the examples, and gives every batch an
             entry ``mask`` that is 0 for padding, see `trainer.pad_batch`.
         mask: Whether a padded batch has that entry; predictions need none.
+        limit: The most batches of a pass, None for all. A shuffled pass is cut off behind them, so that every epoch
+            draws others.
 
     Raises:
         BatchError: A leaf of ``data`` is no numeric array, leading dimensions differ, or there is no example; or a mask
@@ -49,6 +51,7 @@ class InMemoryData:
         *,
         pad_to: Literal["batch"] | None = None,
         mask: bool = True,
+        limit: int | None = None,
     ) -> None:
         check_pad_to(pad_to)
         if pad_to is not None and mask:
@@ -58,11 +61,25 @@ class InMemoryData:
         self.pad_to, self.has_mask = pad_to, pad_to is not None and mask
         leaves, self._structure = jax.tree.flatten(data)
         self._columns = [_on_host(leaf) for leaf in leaves]
+        self.limit = limit
         self._source: Future[Any] | None = None
 
     def __len__(self) -> int:
         """Returns the number of batches in an epoch, a short last one included."""
-        return -(-self.num_examples // self.batch_size)
+        count = -(-self.num_examples // self.batch_size)
+        return count if self.limit is None else min(count, self.limit)
+
+    @property
+    def examples_per_epoch(self) -> int:
+        """The number of examples in an epoch: all, but for ``limit``."""
+        return min(self.num_examples, len(self) * self.batch_size)
+
+    def head(self, batches: int) -> "InMemoryData":
+        """Returns the examples of the first batches, in the order in which they were given; nothing is copied."""
+        columns, structure = self.columns()
+        rows = [column[: batches * self.batch_size] for column in columns]
+        data = jax.tree.unflatten(structure, rows)
+        return type(self)(data, self.batch_size, pad_to=self.pad_to, mask=self.has_mask)
 
     def in_order(self) -> "Epoch":
         """Returns a pass over every example once, in the order in which they were given."""
@@ -149,14 +166,15 @@ class Epoch(Iterator[Batch]):
 
     def __init__(self, data: InMemoryData, order: np.ndarray[Any, Any] | None, skip: int) -> None:
         self._data, (self._columns, self._structure) = data, data.columns()
-        self._num_examples, self.batch_size = data.num_examples, data.batch_size
-        self._num_rows = data.num_examples if data.pad_to is None else len(data) * data.batch_size
+        self._num_examples, self.batch_size = data.examples_per_epoch, data.batch_size
+        self._num_rows = self._num_examples if data.pad_to is None else len(data) * data.batch_size
+        order = order if order is None else order[: self._num_examples]
         padding = self._num_rows - self._num_examples
         if padding:
             order = np.arange(self._num_examples) if order is None else order
-            order = np.concatenate([order, np.full(padding, self._num_examples, order.dtype)])
+            order = np.concatenate([order, np.full(padding, data.num_examples, order.dtype)])
         if data.has_mask:
-            self._columns, self._structure = _with_mask_column(self._columns, self._structure, self._num_examples)
+            self._columns, self._structure = _with_mask_column(self._columns, self._structure, data.num_examples)
         self._order = order
         self._start = self._position = skip * data.batch_size
         self.full_batches_in_epoch = self._num_rows // data.batch_size

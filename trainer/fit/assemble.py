@@ -1,5 +1,6 @@
 """`assemble`: checks the arguments of a trainer, and makes its parts and its initial run."""
 
+import dataclasses
 import functools
 import os
 import weakref
@@ -13,7 +14,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from trainer.callbacks.base import as_callback_list
+from trainer.callbacks.base import as_callback_list, without_savers
 from trainer.callbacks.dispatch import CallbackDispatcher
 from trainer.checkpoints.checkpointer import Checkpointer
 from trainer.compile.dispatch import CompiledStep
@@ -45,6 +46,9 @@ from trainer.sharding.placement import Placement, placement_of
 from trainer.state import TrainState, check_model, check_optimizer, check_rng
 from trainer.steps import make_eval_step, make_predict_step, make_train_step
 from trainer.types import Batch, EvalParams, ExtensionLike, LogCallback, LossFn, NonFinite, Remat, StepFn
+
+# An interval that no run reaches.
+_NEVER = 2**62
 
 # Stands for the horizon where only the structure of an optimizer's state matters.
 _ANY_HORIZON = 2**31 - 1
@@ -82,6 +86,9 @@ def assemble(
     params_average: optax.GradientTransformation | None,
     precision: str | Precision | None,
     remat: Remat,
+    fast_dev_run: bool | int,
+    overfit_batches: int | None,
+    debug: bool,
 ) -> tuple[Setup, Run]:
     """Checks the arguments of `trainer.Trainer`, and returns its parts and its initial run.
 
@@ -116,7 +123,16 @@ def assemble(
         raise ArgumentTypeError(f"`log_callback` is of type {type(log_callback).__name__}; it must be callable.")
     save_interval = check_count(save_interval, "save_interval")
     callbacks = as_callback_list(callbacks)
-    events = CallbackDispatcher(callbacks, extensions)
+    dry = int(fast_dev_run) if isinstance(fast_dev_run, bool) else check_count(fast_dev_run, "fast_dev_run")
+    if overfit_batches is not None:
+        overfit_batches = check_count(overfit_batches, "overfit_batches")
+    if dry and overfit_batches is not None:
+        raise ArgumentError("`fast_dev_run` and `overfit_batches` contradict each other; pass one of them.")
+    if dry:
+        training_config = dataclasses.replace(training_config, validation_steps=dry, save_frequency=_NEVER)
+        save_interval, workdir, checkpoint_dir = _NEVER, None, None
+        log_callback = metrics_logger = logger = None
+    events = CallbackDispatcher(without_savers(callbacks) if dry else callbacks, extensions)
     placement = placement_of(mesh, partition_rules)
     rng = jax.random.PRNGKey(0) if rng is None else rng
     check_rng(rng)
@@ -169,7 +185,8 @@ def assemble(
         events=events,
         fanout=_fanout(training_config, placement, log_callback, metrics_logger, logger),
         checkpointer=checkpointer,
-        is_directory_given=any((workdir, checkpoint_dir, training_config.checkpoint_dir != default_directory)),
+        is_directory_given=not dry
+        and any((workdir, checkpoint_dir, training_config.checkpoint_dir != default_directory)),
         fingerprints={
             **fingerprints_of(loss_fn, step_fn, optimizer, losses, run, params_average),
             "accumulate_steps": str(accumulate_steps),
@@ -177,6 +194,9 @@ def assemble(
             "precision": str(precision),
         },
         accumulate_steps=accumulate_steps,
+        fast_dev_run=dry,
+        overfit_batches=overfit_batches,
+        debug=_check_step(loss_fn, step_fn, wrt, losses, precision) if debug else None,
         pad_to=pad_to,
         step=compiled(remat),
         step_without_remat=None if remat is None else compiled(None),
@@ -297,6 +317,22 @@ def _configured_rate(config: TrainingConfig, horizon: Any, update: Update) -> ja
     counts = optax.tree_utils.tree_get_all_with_path(update.opt_state, "count")
     made = counts[0][1] - 1 if counts else update.step
     return jnp.asarray(make_schedule(scheduler, rate, horizon)(made), jnp.float32)
+
+
+def _check_step(
+    loss_fn: LossFn | None,
+    step_fn: StepFn | None,
+    wrt: nnx.filterlib.Filter,
+    losses: dict[str, ExtensionLike],
+    precision: Precision | None,
+) -> Callable[[TrainState, Batch], None]:
+    """Returns what looks at every step before it is made, with ``debug``."""
+    from trainer.features.debugging import make_check_own_step, make_check_step  # here, since few runs need it
+
+    if step_fn is not None:
+        return make_check_own_step(own_step(step_fn))
+    assert loss_fn is not None
+    return make_check_step(loss_fn, wrt=wrt, extensions=losses, precision=precision)
 
 
 def _compiled_step(

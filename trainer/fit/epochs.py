@@ -73,6 +73,9 @@ def train_step(trainer: Trainer, batch: Batch) -> Metrics:
     setup = trainer.setup
     setup.events.emit("on_batch_begin", trainer, trainer.run.step)
     run = setup.with_weights(trainer.run)
+    if setup.debug is not None:
+        run = run.with_edits()
+        setup.debug(run.peek(), batch)
     run, metrics = setup.step(run, batch, run.drawn)
     trainer.hold(run)
     _after_call(trainer, metrics, None, defer=False)
@@ -150,12 +153,13 @@ def _run_epoch(
         assert plan.held_out is not None
         validate(trainer, plan.held_out, signals.check)
     overridden = _overrides_train_step(trainer)
-    observed = overridden or setup.events.handles("on_batch_begin") or setup.events.handles("on_batch_end")
+    listens = setup.events.handles("on_batch_begin") or setup.events.handles("on_batch_end")
+    observed = overridden or listens or setup.debug is not None
     run = setup.with_weights(trainer.run)
     dispatch = plan_dispatch(
         setup.step, run, batches, sync_every=plan.sync_every, placement=setup.placement, fuse=not observed
     )
-    if observed:
+    if overridden or listens:
         _advise(setup, dispatch.fusable_steps, run.step)
 
     def each(run: Run, batch: Batch, examples: int) -> tuple[Run, Metrics]:

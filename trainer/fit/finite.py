@@ -43,6 +43,6 @@ def react_if_not_finite(trainer: Trainer, average: WeightedAverage) -> None:
     trainer.setup.live.has_warned = True
     warn(
         f"the loss is {found[1]} at step {found[0]}, and training continues. A smaller learning rate or "
-        f"`gradient_clip_norm` may help; `jax_debug_nans` finds the operation, and "
+        f"`gradient_clip_norm` may help; `debug` = True finds where it begins, and "
         f"EarlyStopping ends a run whose monitor is not finite."
     )

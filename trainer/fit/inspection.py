@@ -1,9 +1,9 @@
-"""What one may ask a `Trainer` without changing it: a table of its model, and settings that suit it."""
+"""What one may ask a `Trainer` without changing it: a table of its model, predictions, and settings that suit it."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -15,7 +15,9 @@ from trainer.config import make_optimizer
 from trainer.core.checks import check_count
 from trainer.core.optimizer import adapt_optimizer
 from trainer.errors import ArgumentError
+from trainer.fit.plan import plan_prediction
 from trainer.fit.read_only import ReadOnly
+from trainer.loop import predict
 from trainer.sharding.placement import next_batch_from
 from trainer.types import Batch
 
@@ -31,6 +33,29 @@ class Inspection(ReadOnly):
         from trainer.features.summary import summarize  # here, as below: no run needs it
 
         return summarize(self.run.peek(), depth)
+
+    def predict(self, data: Any, batch_size: int, fn: Callable[[Any, Batch], Any] | None = None) -> Any:
+        """Returns what the model, in evaluation mode, predicts for every example, in their order.
+
+        It changes nothing and emits no event. For data in memory it is::
+
+            predict(jax.jit(make_predict_step(fn)), trainer.state, InMemoryData(data, batch_size).in_order())
+
+        Args:
+            data: Data in memory or a loader, as ``train_data`` of `train`.
+            batch_size: Examples in a batch; the last may be short.
+            fn: ``fn(model, batch) -> outputs``, traced like ``loss_fn``; see `make_predict_step` if left out. Each
+                function compiles once for each shape of a batch, so pass the same one again, not a new lambda.
+
+        Returns:
+            The outputs of all processes, a pytree of NumPy arrays of shape ``(num_examples, ...)``.
+
+        Raises:
+            ArgumentError, BatchError: An argument cannot be used, or ``fn`` returned no row for each example.
+        """
+        batches = plan_prediction(self.setup, self.run, data, check_count(batch_size, "batch_size"))
+        state = self.run.state_with_edits()
+        return predict(self.setup.predict_step(fn), state, batches, placement=self.setup.placement)
 
     def find_learning_rate(
         self, train_data: Any, batch_size: int, *, low: float = 1e-6, high: float = 1.0, steps: int = 100

@@ -68,7 +68,13 @@ def plan_run(
     """Returns the plan of a call of ``train``, on which all processes agree; ``counts`` are its other arguments."""
     counts = {name: check_count(value, name) for name, value in counts.items()}
     num_epochs, batch_size, val_interval = counts["num_epochs"], counts["batch_size"], counts["val_interval"]
+    if setup.fast_dev_run:
+        num_epochs = 1
     held_out, val_in_memory = _held_out(setup, val_data, batch_size)
+    in_memory = not _is_loader(train_data)
+    if setup.is_limited and not in_memory:
+        train_data = setup.limited_loader(train_data, batch_size, "train_data")
+        held_out = setup.limited_validation(held_out, _again(setup, train_data))
     common: dict[str, Any] = {
         "caller": "train",
         "num_epochs": num_epochs,
@@ -78,16 +84,18 @@ def plan_run(
         "held_out": held_out,
     }
     if setup.train_data_loader is None:  # else `train_epoch` obeys the configuration
-        in_memory = not _is_loader(train_data)
-        warn_of_overridden(setup.config, setup.save_interval, num_epochs, batch_size, in_memory=in_memory)
+        warn_of_overridden(setup.config, setup.save_interval, num_epochs, batch_size)
     counts["resume"] = str(resume)
     told = {"val_interval": common["validate_every"]}
-    if _is_loader(train_data):
+    if not in_memory:
         common["arguments"] = describe_call(setup, told, val_data=val_in_memory)
         setup.agree_on_run("train", run, counts, val_data=val_in_memory)
         horizon = setup.horizon_of(train_data, num_epochs)
         return _over_loader(run, train_data, "train_data", horizon=horizon, first_step=run.step, **common)
-    data = setup.in_memory(train_data, batch_size, "train_data")
+    data = setup.in_memory(train_data, batch_size, "train_data", limit=setup.config.steps_per_epoch)
+    if setup.is_limited:
+        data = setup.limited_data(data)
+        common["held_out"] = setup.limited_validation(held_out, data.in_order)
     setup.check_micro_batches(data)
     if batch_size > data.num_examples:
         warn(
@@ -118,12 +126,16 @@ def plan_epoch(setup: Setup, run: Run, resume: Any) -> FitPlan:
     size, loader, held_out = setup.config.batch_size, setup.val_data_loader, None
     if loader is not None:
         held_out = _passes_over(setup, loader, size, "val_data_loader")
+    training = setup.train_data_loader
+    if setup.is_limited:
+        training = setup.limited_train_data_loader
+        held_out = setup.limited_validation(held_out, _again(setup, training))
     # Consecutive calls are one run, so that early stopping counts over all of them.
     before = run.position
     continues = isinstance(before, FromLoader) and before.batch == 0
     return _over_loader(
         run,
-        setup.train_data_loader,
+        training,
         "train_data_loader",
         caller="train_epoch",
         num_epochs=1,
@@ -194,6 +206,10 @@ def _passes_over(setup: Setup, loader: Any, batch_size: int, name: str) -> Calla
     return opened
 
 
+def _again(setup: Setup, batches: list[Batch]) -> Callable[[], Iterator[Batch]]:
+    return lambda: setup.padded(iter(batches))
+
+
 def _held_out(
     setup: Setup, val_data: Any, batch_size: int
 ) -> tuple[Callable[[], Iterator[Batch]] | None, InMemoryData | None]:
@@ -202,5 +218,5 @@ def _held_out(
         return None, None
     if _is_loader(val_data):
         return _passes_over(setup, val_data, batch_size, "val_data"), None
-    held_out = setup.in_memory(val_data, batch_size, "val_data")
+    held_out = setup.in_memory(val_data, batch_size, "val_data", limit=setup.config.validation_steps)
     return held_out.in_order, held_out

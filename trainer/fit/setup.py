@@ -17,6 +17,7 @@ from trainer.compile.dispatch import CompiledStep
 from trainer.config import TrainingConfig, make_schedule
 from trainer.config.schedules import check_horizon, needs_horizon
 from trainer.core.objective import check_weight, with_losses
+from trainer.data.loaders import first_batches
 from trainer.data.memory import InMemoryData
 from trainer.data.padding import PaddedBatches, with_mask
 from trainer.data.resumable import LoaderPass, LoaderPosition
@@ -28,6 +29,7 @@ from trainer.loggers.fanout import MetricFanout
 from trainer.metrics.throughput import Throughput
 from trainer.run import FromLoader, Run
 from trainer.sharding.placement import Placement
+from trainer.state import TrainState
 from trainer.types import Batch, EvalParams, ExtensionLike, LogCallback, LossFn, Metrics, NonFinite, StepFn
 
 _BYTES_COMPARED = 256 * 2**20
@@ -87,6 +89,9 @@ class Setup:
     is_directory_given: bool
     fingerprints: dict[str, str]
     accumulate_steps: int
+    fast_dev_run: int
+    overfit_batches: int | None
+    debug: Callable[[TrainState, Batch], None] | None
     pad_to: Literal["batch"] | None
     step: CompiledStep
     step_without_remat: CompiledStep | None
@@ -117,12 +122,38 @@ class Setup:
         if self.placement.num_processes > 1:
             check_replicas(run.with_edits().peek())
 
-    def in_memory(self, data: Any, batch_size: int, name: str, *, mask: bool = True) -> InMemoryData:
+    def in_memory(
+        self, data: Any, batch_size: int, name: str, *, mask: bool = True, limit: int | None = None
+    ) -> InMemoryData:
         """Returns data in memory, if it can be used and its full batches can be shared by the devices."""
-        held = InMemoryData(data, batch_size, name, pad_to=self.pad_to, mask=mask)
+        held = InMemoryData(data, batch_size, name, pad_to=self.pad_to, mask=mask, limit=limit)
         if held.num_examples >= batch_size or self.pad_to is not None:
             self.placement.check_batch_size(batch_size)
         return held
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether a run trains on some batches only, the same in every epoch."""
+        return self.fast_dev_run > 0 or self.overfit_batches is not None
+
+    def limited_data(self, data: InMemoryData) -> InMemoryData:
+        """Returns the examples that a limited run trains on."""
+        return data.head(self.fast_dev_run or self.overfit_batches or len(data))
+
+    def limited_loader(self, loader: Any, batch_size: int, name: str) -> list[Batch]:
+        """Returns the batches that a limited run trains on."""
+        return first_batches(loader, batch_size, name, self.fast_dev_run or self.overfit_batches or 1)
+
+    @functools.cached_property
+    def limited_train_data_loader(self) -> list[Batch]:
+        """The batches of ``train_data_loader`` that a limited run trains on, drawn once."""
+        return self.limited_loader(self.train_data_loader, self.config.batch_size, "train_data_loader")
+
+    def limited_validation(
+        self, held_out: Callable[[], Iterator[Batch]] | None, training: Callable[[], Iterator[Batch]]
+    ) -> Callable[[], Iterator[Batch]] | None:
+        """Returns what a run validates on: with ``overfit_batches`` the batches that it trains on."""
+        return held_out if held_out is None or self.overfit_batches is None else training
 
     def with_mask(self, batch: Any) -> Any:
         """Returns a single batch with the mask that an objective of padded batches asks for, where they are padded."""
@@ -143,14 +174,14 @@ class Setup:
             ArgumentError: A batch has fewer examples than micro-batches.
         """
         steps, size = self.accumulate_steps, min(data.batch_size, data.num_examples)
-        last = data.num_examples % data.batch_size or size
+        last = data.examples_per_epoch % data.batch_size or size
         if self.pad_to is not None:
             size = last = data.batch_size
         if steps > min(size, last):
             which = "a batch" if size < steps else "the last batch"
             raise ArgumentError(
                 f"`accumulate_steps` is {steps}, and {which} has {min(size, last)} examples (`batch_size` = "
-                f"{data.batch_size}, {data.num_examples} examples in all); make it at most that"
+                f"{data.batch_size}, {data.examples_per_epoch} examples in all); make it at most that"
                 + (", or pad the last batch: `pad_to`='batch'." if size >= steps else ".")
             )
         try:

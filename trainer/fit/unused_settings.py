@@ -22,9 +22,7 @@ def warn_beside_optimizer(config: TrainingConfig) -> None:
         )
 
 
-def warn_of_overridden(
-    config: TrainingConfig, save_interval: int, num_epochs: int, batch_size: int, *, in_memory: bool
-) -> None:
+def warn_of_overridden(config: TrainingConfig, save_interval: int, num_epochs: int, batch_size: int) -> None:
     """Warns of what the configuration says and `train` does not do, because an argument says otherwise."""
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     decided: dict[str, tuple[int, str]] = {
@@ -37,7 +35,5 @@ def warn_of_overridden(
         for name, (value, by) in decided.items()
         if getattr(config, name) not in (defaults[name], value)
     ]
-    if in_memory and config.steps_per_epoch is not None:
-        said.append(f"`steps_per_epoch` = {config.steps_per_epoch} (data in memory are used whole)")
     if said:
         warn(f"train() does not use of `training_config`: {', '.join(said)}.")

@@ -1,0 +1,261 @@
+"""Where a step goes wrong: checks of the caller's own, and the origin of NaN."""
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import checkify
+
+from trainer.core.gradient import Objective, make_objective
+from trainer.core.module_views import called_through, combined, modules_of
+from trainer.core.objective import check_extensions, check_loss_fn, with_losses
+from trainer.core.precision import Precision, as_precision, in_precision, objective_in
+from trainer.core.tree_paths import leaf_path
+from trainer.errors import NonFiniteError
+from trainer.state import TrainState
+from trainer.types import Batch, ExtensionLike, LossFn
+
+_CHECKS = checkify.user_checks
+
+
+def make_check_step(
+    loss_fn: LossFn,
+    *,
+    wrt: nnx.filterlib.Filter = nnx.Param,
+    extensions: Mapping[str, ExtensionLike] | None = None,
+    precision: str | Precision | None = None,
+) -> Callable[[TrainState, Batch], None]:
+    """Makes the function that looks for what is wrong in a step, before it is made; ``debug=True`` of a `Trainer`.
+
+    It computes the loss and the gradient of a batch, as a step does, with the checks of ``jax.experimental.checkify``
+    compiled in, waits for them, and changes nothing. A step takes about three times as long with it.
+
+    Args:
+        loss_fn, wrt, extensions, precision: As for `make_train_step`.
+
+    Returns:
+        ``check(state, batch)``, to be called as it is and not within ``jit``.
+
+        * A failed ``checkify.check`` or ``checkify.debug_check`` of the objective or the model raises the error of
+          checkify, with the number of the step. Without this function ``debug_check`` does nothing and costs nothing.
+          (Index checks of checkify are left out: they also fire where ``mode="fill"`` or ``"drop"`` was meant.)
+        * Where the loss or a gradient is NaN or infinite it raises `NonFiniteError`, which names where that began: a
+          leaf of the batch and its row, a parameter, the path of the module that made it in the forward or in the
+          backward pass, or the objective itself; and for NaN the operation and its line.
+
+    Example:
+        >>> import optax
+        >>> class Net(nnx.Module):
+        ...     def __init__(self, rngs):
+        ...         self.head = Head(rngs)
+        ...     def __call__(self, x):
+        ...         return self.head(x)
+        >>> class Head(nnx.Module):
+        ...     def __init__(self, rngs):
+        ...         self.out = nnx.Linear(2, 1, rngs=rngs)
+        ...     def __call__(self, x):
+        ...         return jnp.log(self.out(x) - 1e6)
+        >>> def loss_fn(model, batch, rng, step):
+        ...     return model(batch["x"]).mean(), {}
+        >>> state = TrainState.create(Net(nnx.Rngs(0)), optax.sgd(0.1), rng=jax.random.key(0))
+        >>> check = make_check_step(loss_fn)
+        >>> check(state, {"x": jnp.ones((3, 2))})
+        Traceback (most recent call last):
+        trainer.errors.NonFiniteError: step 1 is not finite: `head` (Head) made it of finite inputs. ...
+    """
+    check_loss_fn(loss_fn)
+    precision = as_precision(precision)
+    losses = with_losses(check_extensions(extensions))
+    loss_fn = objective_in(precision, loss_fn)
+    has_scale = precision is not None and precision.has_loss_scale
+
+    def made(*views: Any) -> Objective:
+        return make_objective(loss_fn, wrt, losses, None, combined(in_precision(precision), *views))
+
+    def evaluated(objective: Objective, state: TrainState, batch: Batch) -> tuple[jax.Array, Any]:
+        rng = jax.random.fold_in(state.rng, state.step)
+        (loss, _), grads = jax.value_and_grad(objective, has_aux=True)(state.params, state, batch, rng)
+        # With a loss scale a gradient may overflow: the step is left out then, and the scale adapted.
+        return loss, {} if has_scale else grads
+
+    plain = functools.partial(evaluated, made())
+    checked = jax.jit(checkify.checkify(plain, errors=_CHECKS))
+    nan_checked = jax.jit(checkify.checkify(plain, errors=checkify.nan_checks))
+
+    def check(state: TrainState, batch: Batch) -> None:
+        step = int(state.step) + 1
+        error, (loss, grads) = checked(state, batch)
+        try:
+            error.throw()
+        except Exception as failure:
+            failure.add_note(f"in step {step}")
+            raise
+        named = {"loss": loss, **{f"grads/{leaf_path(path)}": leaf for path, leaf in jax.tree.leaves_with_path(grads)}}
+        leaves = tuple(name for name, leaf in named.items() if not _is_finite(leaf))
+        if not leaves:
+            return
+        recording = _Recording()
+        token = _RECORDING.set(recording)
+        try:
+            evaluated(made(_probing), state, batch)
+        finally:
+            _RECORDING.reset(token)
+        operation = nan_checked(state, batch)[0].get()
+        said = "" if operation is None else f" {_sentence(operation)}"
+        raise NonFiniteError(
+            f"step {step} is not finite: {_origin(state, batch, recording)}.{said}", step, leaves, state
+        )
+
+    return check
+
+
+def make_check_own_step(step_fn: Callable[[TrainState, Batch], Any]) -> Callable[[TrainState, Batch], None]:
+    """Makes the same for a step of the caller's, of which no objective is known: only the operation can be named."""
+    checked = jax.jit(checkify.checkify(step_fn, errors=_CHECKS))
+    nan_checked = jax.jit(checkify.checkify(step_fn, errors=checkify.nan_checks))
+
+    def check(state: TrainState, batch: Batch) -> None:
+        step = int(state.step) + 1
+        error, (after, metrics) = checked(state, batch)
+        try:
+            error.throw()
+        except Exception as failure:
+            failure.add_note(f"in step {step}")
+            raise
+        named = {leaf_path(path): leaf for path, leaf in jax.tree.leaves_with_path(after)}
+        named = {name: leaf for name, leaf in named.items() if name.startswith(("params/", "model_state/"))}
+        leaves = tuple(name for name, leaf in {**metrics, **named}.items() if not _is_finite(leaf))
+        if leaves:
+            operation = nan_checked(state, batch)[0].get() or "No operation made NaN, so it is an overflow."
+            raise NonFiniteError(
+                f"step {step} is not finite in `{leaves[0]}`. {_sentence(operation)}",
+                step,
+                leaves,
+                state,
+            )
+
+    return check
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """A call of a module, in the order of their ends."""
+
+    path: str
+    kind: str
+    makes_it: bool
+    """Whether an output is not finite while all inputs are."""
+
+
+class _Recording:
+    """What the modules of one forward and backward pass have made."""
+
+    def __init__(self) -> None:
+        self.paths: dict[int, str] = {}
+        self.forward: list[_Call] = []
+        self.backward: dict[int, list[Any]] = {}
+        """By the number of a call: its path, its class, and whether the cotangents of its outputs and of its inputs
+        are finite; those that nobody asked for count as finite."""
+
+
+_RECORDING: contextvars.ContextVar[_Recording] = contextvars.ContextVar("recording")
+
+
+@contextlib.contextmanager
+def _probing(model: Any) -> Iterator[None]:
+    """A view in which every call of a module is recorded."""
+    modules = modules_of(model)
+    recording = _RECORDING.get()
+    recording.paths = {id(module): "/".join(map(str, path)) for path, module in modules.items()}
+    with called_through((module, _recorded) for module in modules.values()):
+        yield
+
+
+def _recorded(call: Callable[..., Any], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    recording = _RECORDING.get()
+    number, path = len(recording.backward), recording.paths.get(id(module), "")
+    kind = type(module).__name__
+    recording.backward[number] = [path, kind, True, True]
+    inputs: list[bool] = []
+    outputs: list[bool] = []
+    args, kwargs = _watched((args, kwargs), inputs.append, functools.partial(_note, recording, number, 3))
+    result = call(module, *args, **kwargs)
+    result = _watched(result, outputs.append, functools.partial(_note, recording, number, 2))
+    recording.forward.append(_Call(path, kind, all(inputs) and not all(outputs)))
+    return result
+
+
+def _note(recording: _Recording, number: int, place: int, is_finite: bool) -> None:
+    recording.backward[number][place] &= is_finite
+
+
+def _watched(tree: Any, forward: Callable[[bool], None], backward: Callable[[bool], None]) -> Any:
+    """Returns a tree whose floating arrays tell whether they, and later their cotangents, are finite."""
+
+    @jax.custom_vjp
+    def told(array: jax.Array) -> jax.Array:
+        return told_forward(array)[0]
+
+    def told_forward(array: jax.Array) -> tuple[jax.Array, None]:
+        forward(_is_finite(array))
+        return array, None
+
+    def told_backward(residual: None, cotangent: jax.Array) -> tuple[jax.Array]:
+        del residual
+        backward(_is_finite(cotangent))
+        return (cotangent,)
+
+    told.defvjp(told_forward, told_backward)
+    return jax.tree.map(lambda leaf: told(leaf) if _is_floating(leaf) else leaf, tree, is_leaf=_is_of_nnx)
+
+
+def _sentence(operation: str) -> str:
+    """Returns what checkify says of an operation, as one sentence: "nan generated by primitive: log."."""
+    said = operation.splitlines()[0].strip().rstrip(".")
+    return said[:1].upper() + said[1:].replace("primitive:", "the operation") + "."
+
+
+def _is_of_nnx(node: Any) -> bool:
+    return isinstance(node, nnx.Module | nnx.Variable | nnx.State)
+
+
+def _is_floating(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray) and bool(jnp.issubdtype(leaf.dtype, jnp.inexact))
+
+
+def _is_finite(leaf: Any) -> bool:
+    """Tells whether an array is finite; one that is traced, as within `jax.lax.scan`, counts as finite."""
+    return isinstance(leaf, jax.core.Tracer) or bool(jnp.all(jnp.isfinite(leaf)))
+
+
+def _is_below(path: str, other: str) -> bool:
+    return path != other and (not other or path.startswith(f"{other}/"))
+
+
+def _origin(state: TrainState, batch: Batch, recording: _Recording) -> str:
+    """Returns in words where the first value that is not finite was made."""
+    for path, leaf in jax.tree.leaves_with_path(batch):
+        if _is_floating(leaf) and not _is_finite(leaf):
+            rows = np.argwhere(~np.isfinite(np.asarray(leaf, np.float32)))
+            row = f", first in row {rows[0][0]}" if rows.shape[1] else ""
+            return f"`{leaf_path(path) or 'the batch'}` of the batch holds NaN or infinity{row}"
+    for name, tree in {"params": state.params, "model_state": state.model_state}.items():
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            if _is_floating(leaf) and not _is_finite(leaf):
+                return f"`{name}/{leaf_path(path)}` was NaN or infinite before"
+    # Calls of inner modules end before the calls that they are a part of, so the first is the innermost.
+    for call in recording.forward:
+        if call.makes_it:
+            return f"`{call.path or 'model'}` ({call.kind}) made it of finite inputs"
+    spoilt = [(path, kind) for path, kind, outputs, inputs in recording.backward.values() if outputs and not inputs]
+    for path, kind in spoilt:
+        if not any(_is_below(inner, path) for inner, _ in spoilt):
+            return f"`{path or 'model'}` ({kind}) made it in the backward pass; its outputs are finite"
+    return "the objective made it of what the model returned, which is finite"

@@ -65,7 +65,11 @@ from trainer.loggers.base import Logger as Logger
 from trainer.loggers.base import MetricsLogger as MetricsLogger
 from trainer.loggers.console import ConsoleLogger as ConsoleLogger
 from trainer.loggers.jsonl import FileLogger as FileLogger
+from trainer.loggers.csv import CSVLogger as CSVLogger
+from trainer.loggers.tensorboard import TensorBoardLogger as TensorBoardLogger
 from trainer.loggers.wandb import WandbLogger as WandbLogger
+from trainer.loggers.mlflow import MLflowLogger as MLflowLogger
+from trainer.loggers.background import InBackground as InBackground
 from trainer.metrics.average import WeightedAverage as WeightedAverage
 from trainer.metrics.history import History as History
 from trainer.metrics.throughput import Meter as Meter

@@ -205,9 +205,31 @@ def test_a_new_column_on_a_full_disk_changes_nothing(tmp_path, monkeypatch):
         patched.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
             again.log_scalars({"b": 1}, 4)
+        assert table(again.path)[-1] == {"step": 4, "a": 4}
     again.log_scalars({"b": 2}, 5)
     again.close()
     assert table(again.path)[-2:] == [{"step": 4, "a": 4}, {"step": 5, "b": 2}]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_ctrl_c_around_the_replacement_loses_no_later_row(tmp_path, monkeypatch, moment):
+    again = written(tmp_path, 3)
+    again.log_scalars({"a": 4}, 4)
+    replace = os.replace
+
+    def interrupted(*paths):
+        if moment == "after":
+            replace(*paths)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            again.log_scalars({"b": 1}, 5)
+    again.log_scalars({"a": 6}, 6)
+    again.close()
+    assert steps(again.path) == ([1, 2, 3, 4, 5, 6] if moment == "after" else [1, 2, 3, 4, 6])
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
 
 

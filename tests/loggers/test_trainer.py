@@ -14,6 +14,7 @@ from trainer import (
     EarlyStopping,
     FileLogger,
     Logger,
+    ModelCheckpoint,
     Trainer,
     WeightedAverage,
 )
@@ -172,6 +173,14 @@ def test_every_checkpoint_is_told_once_when_it_is_complete(tmp_path):
         (20, later.name),
     ]
     assert all(exists for *_, exists in told)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_the_best_checkpoints_are_told_too(tmp_path, background):
+    spy = Spy()
+    best = ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=-1, background=background)
+    build(spy, callbacks=[best]).train(DATA, 2, 4, regression(8))
+    assert spy.of("checkpoint") == [(10, tmp_path / "10", True), (20, tmp_path / "20", True)]
 
 
 def test_a_checkpoint_that_was_not_written_is_not_told(tmp_path):

@@ -95,6 +95,26 @@ class TestTensorBoard:
         assert self.scalars(tmp_path, "w/not_finite") == [(1, 2.0)]
         assert self.read(tmp_path).Tags()["histograms"] == []
 
+    def test_what_comes_after_half_an_event_is_read(self, tmp_path):
+        logger = TensorBoardLogger(tmp_path)
+        logger.log_scalar("loss", 1.0, 1)
+        record = logger._writer._py_recordio_writer._writer
+
+        class Full:
+            def __getattr__(self, name):
+                return getattr(record, name)
+
+            def write(self, data):
+                record.write(data[:3])
+                raise OSError("No space left on device")
+
+        logger._writer._py_recordio_writer._writer = Full()
+        with pytest.raises(OSError, match="No space left"):
+            logger.log_scalar("loss", 2.0, 2)
+        logger.log_scalar("loss", 3.0, 3)
+        logger.close()
+        assert sorted(self.scalars(path, "loss") for path in tmp_path.iterdir()) == [[(1, 1.0)], [(3, 3.0)]]
+
     def test_a_run(self, tmp_path):
         logger = TensorBoardLogger(tmp_path)
         trainer = train(logger)

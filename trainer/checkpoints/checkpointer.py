@@ -185,6 +185,10 @@ class Checkpointer:
         """Waits for the save in flight, and raises what it raised, once."""
         warn_of_state(self._saver.wait())
 
+    def add_complete(self, path: Path, step: int) -> None:
+        """Counts a checkpoint that was written by another, in any thread, among those of `take_complete`."""
+        self._complete.append((path, step))
+
     def take_complete(self) -> list[tuple[Path, int]]:
         """Returns the paths and steps of checkpoints that are complete since the last call; waits for none.
 
@@ -197,7 +201,7 @@ class Checkpointer:
         if run is not None:
             self._written.add(target.name, run)
             self._written.prune(self._max_checkpoints)
-        self._complete.append((target, step))
+        self.add_complete(target, step)
 
     def _check_name(self, target: Path, run: Run) -> None:
         """Refuses, in all processes, to replace what is no checkpoint. Warns, once, of one of another run."""

@@ -220,12 +220,16 @@ class _Table:
                     file.write(_encoded([_text(step), *(cells.get(name, "") for name in columns)]))
                 file.flush()
                 os.fsync(file.fileno())
+            self.close()
             os.replace(temporary, self._path)
+            self._open()
         except BaseException:
+            # Also after Ctrl-C between two lines: what is open is the file of this name.
             temporary.unlink(missing_ok=True)
+            self.close()
+            if self._path.exists():
+                self._open()
             raise
-        self.close()
-        self._open()
 
     def _rows(self) -> Iterator[Row]:
         return (self._row(entries) for _, entries, start, _ in self._lines() if start > 0)

@@ -1,6 +1,7 @@
 """`TensorBoardLogger`: event files of TensorBoard, without TensorFlow."""
 
 import atexit
+import contextlib
 import json
 import os
 import secrets
@@ -93,8 +94,11 @@ class TensorBoardLogger(Logger):
             writer.close()
 
     def _write(self, summaries: Any, step: int | None) -> None:
-        for summary in summaries:
-            self._write_event(self._events.Event(step=step, summary=summary))
+        if summaries:
+            whole, *rest = summaries
+            for summary in rest:
+                whole.MergeFrom(summary)
+            self._write_event(self._events.Event(step=step, summary=whole))
 
     def _write_event(self, event: Any) -> None:
         if self._writer is None:
@@ -103,7 +107,13 @@ class TensorBoardLogger(Logger):
             self._writer = self._open(str(self.directory / "events"), f".{os.getpid()}.{secrets.token_hex(4)}")
             atexit.register(self.close)
         event.wall_time = time.time()
-        self._writer.write_event(event)
-        if event.wall_time >= self._flushed_at + _FLUSH_SECONDS:
-            self._flushed_at = event.wall_time
-            self._writer.flush()
+        try:
+            self._writer.write_event(event)
+            if event.wall_time >= self._flushed_at + _FLUSH_SECONDS:
+                self._flushed_at = event.wall_time
+                self._writer.flush()
+        except BaseException:
+            # No reader gets past half an event, so the next one goes to a new file.
+            with contextlib.suppress(Exception):
+                self.close()
+            raise

@@ -53,7 +53,8 @@ class WandbLogger(Logger):
                 since wandb by itself would replace that run.
             id: The id of the run, which a resumed run needs.
             log_checkpoints: Upload every checkpoint of the trainer, as a version of an artifact
-                ``checkpoint-<id>`` of type "model" with the alias ``step-<step>``.
+                ``checkpoint-<id>`` of type "model" with the alias ``step-<step>``. wandb copies it first, while the
+                training waits; for large ones put `InBackground` around this logger.
 
         Raises:
             ArgumentError: The package is missing, ``directory`` is a file, or ``mode`` or ``resume`` is none of these.

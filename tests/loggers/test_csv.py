@@ -132,11 +132,31 @@ def test_rewinding_before_there_is_a_table_makes_none(logger):
     assert not logger.directory.exists()
 
 
-def test_without_rewinding_what_would_repeat_is_dropped(tmp_path):
+def test_without_rewinding_a_step_that_comes_again_replaces_its_cells(tmp_path):
     again = written(tmp_path, 9)
-    again.log_scalars({"a": 5.5}, 5)
+    again.log_scalars({"a": 5.5, "b": 1}, 5)
     again.close()
-    assert steps(again.path) == [1, 2, 3, 4, 5]
+    assert steps(again.path) == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert table(again.path)[4] == {"step": 5, "a": 5.5, "b": 1}
+
+
+def test_a_checkpoint_that_is_loaded_to_evaluate_it_costs_no_row(tmp_path):
+    logger = CSVLogger(tmp_path / "log")
+    trainer = Trainer(Linear(4), config(log_frequency=3), loss_fn=squared_error, logger=logger, workdir=tmp_path)
+    first = trainer.save_checkpoint()
+    trainer.train(regression(40), 1, 4)
+    middle = trainer.save_checkpoint()
+    trainer.train(regression(40), 1, 4)
+    logged = steps(logger.path)
+    for path in (first, middle):
+        trainer.load_checkpoint(path)
+    trainer.validate_step(regression(8))
+    assert steps(logger.path) == logged
+    assert "val/loss" in table(logger.path)[logged.index(10)]
+    for _ in range(2):
+        trainer.train_step(regression(8))  # now the run goes on from there
+    assert steps(logger.path) == [step for step in logged if step <= 10] + [12]
+    logger.close()
 
 
 def test_a_run_from_the_start_keeps_the_table_of_another(tmp_path):

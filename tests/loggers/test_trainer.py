@@ -200,6 +200,8 @@ def test_the_loggers_hear_where_a_run_is_resumed_and_loaded(tmp_path):
     resumed = build(spy, workdir=tmp_path)
     resumed.train(DATA, 2, 4, resume=True)
     resumed.load_checkpoint(tmp_path / "checkpoint_10.msgpack")
+    assert spy.of("rewind") == [(10,)]
+    resumed.train(DATA, 1, 4)
     assert spy.of("rewind") == [(10,), (10,)]
     kinds = [kind for kind, _ in itertools.groupby(event[0] for event in spy.events)]
     assert kinds[:2] == ["hyperparams", "rewind"]

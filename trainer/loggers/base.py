@@ -75,6 +75,11 @@ class MetricsLogger:
         """Wraps a logger, which stays the caller's to close."""
         self.logger = logger
 
+    def rewind(self, step: int) -> None:
+        """Tells the logger that the run is resumed; see `Logger.rewind`."""
+        if hasattr(self.logger, "rewind"):
+            self.logger.rewind(step)
+
     def log_training_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Records the metrics of a training step."""
         self.logger.log_scalars(prefixed("train/", metrics), step)

@@ -30,8 +30,8 @@ class CSVLogger(Logger):
     Texts, histograms, hyperparameters and images go to ``events.jsonl`` and ``events_images`` beside it, as
     `FileLogger` writes them.
 
-    No step is in the file twice. A run that is resumed drops the rows after its checkpoint, and measures them again. In
-    a loop of your own call `rewind`; else rows are dropped from the first step on that comes again. A run from the
+    No step is in the file twice. A run that is resumed drops the rows after its checkpoint, and measures them again; in
+    a loop of your own call `rewind`. Without it, a step that comes again replaces the cells of its row. A run from the
     start in a directory that has a table keeps that table as ``metrics.1.csv``, with a warning. The format:
     https://www.rfc-editor.org/rfc/rfc4180.
 
@@ -65,8 +65,8 @@ class CSVLogger(Logger):
         table = self._opened()
         if self._may_be_new and step is not None:
             self._may_be_new = False
-            if table.last is not None and step <= table.last:
-                table = self._begin_again(table, step)
+            if table.first is not None and step <= table.first:
+                table = self._begin_again(table)
         table.write(step, cells)
 
     def log_text(self, name: str, text: str, step: int | None = None) -> None:
@@ -101,13 +101,8 @@ class CSVLogger(Logger):
             self._table = _Table(self.path)
         return self._table
 
-    def _begin_again(self, table: _Table, step: int) -> _Table:
-        """Makes place for a run whose first row is of a step that the table has passed."""
-        assert table.first is not None
-        if step > table.first:
-            table.keep(lambda known: known is None or known < step)
-            return table
-        # Nothing would be left: it is the table of another run.
+    def _begin_again(self, table: _Table) -> _Table:
+        """Makes place for a run whose first row is not after the first one of the table, which is of another run."""
         last = table.last
         self.close()
         number = 1

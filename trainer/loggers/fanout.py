@@ -43,6 +43,7 @@ class MetricFanout:
         self._owned = tuple(owned)
         self._has_hyperparams = False
         self._failed: set[int] = set()
+        self._rewind_to: int | None = None
         # Averages of an epoch stand among the metrics of steps, and are computed when they are sent.
         self._deferred: collections.deque[tuple[str, int, Mapping[str, Any] | WeightedAverage]] = collections.deque()
 
@@ -90,6 +91,7 @@ class MetricFanout:
     def log_text(self, name: str, text: str, step: int) -> None:
         """Sends a text to the loggers."""
         self.flush()
+        self._reach(step)
         self._tell_all("log_text", name, text, step)
 
     def log_hyperparams(self, params: Mapping[str, Any]) -> None:
@@ -103,14 +105,21 @@ class MetricFanout:
         self._tell_all("log_checkpoint", path, step)
 
     def rewind(self, step: int) -> None:
-        """Tells the loggers that the run is at an earlier step again, or in another process."""
+        """Tells the loggers that a run is resumed at ``step``, and that later steps come again."""
         self.flush()
-        self._tell_all("rewind", step)
+        self._rewind_to = step
+        self._reach(step + 1)
+
+    def rewind_later(self, step: int) -> None:
+        """Tells the loggers so before anything of a later step: what was loaded may be meant to be evaluated only."""
+        self.flush()
+        self._rewind_to = step
 
     def log_throughput(self, step: int, throughput: Throughput) -> None:
         """Sends the known speeds of an epoch to the loggers, under ``speed/``."""
         self.flush()
         known = {name: value for name, value in dataclasses.asdict(throughput).items() if value is not None}
+        self._reach(step)
         self._tell_all("log_scalars", prefixed("speed/", known), step)
 
     def log_test_metrics(self, metrics: Mapping[str, float]) -> None:
@@ -127,6 +136,7 @@ class MetricFanout:
             self.flush()
 
     def _send(self, prefix: str, step: int, metrics: Mapping[str, Any] | WeightedAverage) -> None:
+        self._reach(step)
         if isinstance(metrics, WeightedAverage):
             self._tell_all("log_scalars", prefixed("epoch/", metrics.compute()), step)
             return
@@ -142,6 +152,14 @@ class MetricFanout:
         for logger in self._loggers:
             if logger is not wrapped:
                 self._tell(logger, "log_scalars", row, step)
+
+    def _reach(self, step: int) -> None:
+        if self._rewind_to is not None and step > self._rewind_to:
+            to, self._rewind_to = self._rewind_to, None
+            # Rows that are deferred come after this one, so nothing is flushed here.
+            self._tell_all("rewind", to)
+            if self._metrics_logger is not None:
+                self._tell(self._metrics_logger, "rewind", to)
 
     def _tell_all(self, method: str, *arguments: Any) -> None:
         for logger in self._loggers:

@@ -24,10 +24,20 @@ test: $(READY)
 test-all: $(READY)
 	$(RUN) -m pytest $(PARALLEL) -m "not long and not third_party" $(ARGS)
 
-# Models of packages that nothing else needs. They go to a folder of their own, and not into the environment.
+# Models and loggers of packages that nothing else needs. They go to a folder of their own, and not into the environment.
+# Of what the packages of loggers ask for, what a run that is offline imports. TensorBoard 2.21 wants another protobuf.
+MODELS := bijx==1.3.2 jax-autovmap==0.3.0 diffrax==0.7.2 equinox==0.13.8 lineax==0.1.1 optimistix==0.1.0 einops==0.8.2
+LOGGERS := tensorboardX==2.6.5 tensorboard==2.20.0 wandb==0.31.0 mlflow-skinny==3.17.2 \
+	alembic==1.20.1 annotated-doc==0.0.7 annotated-types==0.8.0 anyio==4.16.0 cachetools==8.0.2 \
+	certifi==2026.10.19.post1 cffi==2.1.1 charset-normalizer==3.5.3 click==8.5.1 cryptography==50.0.2 \
+	databricks-sdk==0.162.0 fastapi==0.165.0 idna==3.20 importlib-metadata==8.7.0 mako==1.4.3 markupsafe==3.0.4 \
+	opentelemetry-api==1.45.2 opentelemetry-exporter-otlp-proto-common==1.45.2 \
+	opentelemetry-exporter-otlp-proto-http==1.45.2 opentelemetry-proto==1.45.2 opentelemetry-sdk==1.45.2 \
+	opentelemetry-semantic-conventions==0.66b2 platformdirs==4.14.8 pydantic==2.14.4 pydantic-core==2.50.5 \
+	requests==2.34.2 sqlalchemy==2.1.9 sqlparse==0.6.1 starlette==1.10.0 typing-inspection==0.4.5 urllib3==2.8.0
 third-party: $(READY)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .third-party \
-		bijx==1.3.2 jax-autovmap==0.3.0 diffrax==0.7.2 equinox==0.13.8 lineax==0.1.1 optimistix==0.1.0 einops==0.8.2
+		$(MODELS) $(LOGGERS)
 	PYTHONPATH=.third-party $(RUN) -m pytest -m third_party tests/third_party $(ARGS)
 
 # A hundred kills, a process for every step to resume from, an array of 4 GiB; minutes, and 10 GiB of memory.

@@ -42,3 +42,22 @@ def test_the_recipes_run_in_order(tmp_path, monkeypatch):
         exec(compile(recipe, f"recipe {number}", "exec"), names)
     assert names["winner"].step == 24
     assert names["watched"].history[-1].keys() > {"learning_rate", "gradient_norm", "update_ratio"}
+
+
+def test_the_page_of_loggers_runs(tmp_path, monkeypatch, capsys):
+    """What needs packages of others is run by `third_party/test_loggers.py`."""
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "loggers.md").read_text(encoding="utf-8")
+    names = {}
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL)):
+        exec(compile(block, f"block {number}", "exec"), names)
+    assert len(re.findall(r"^```python", text, re.MULTILINE)) == number + 2
+    printed = capsys.readouterr()
+    assert printed.out.startswith("[ 1.  5.  8. 10.")
+    assert "here it would post 5 {'train/loss': " in printed.out
+    assert "step 8 is in runs/copies/checkpoint_8.msgpack" in printed.out
+    assert "epoch/loss" in printed.err
+    assert sorted(path.name for path in (tmp_path / "runs" / "own").rglob("*.png")) == ["00000008.png", "00000016.png"]
+    with (tmp_path / "runs" / "resumed" / "metrics.csv").open() as file:
+        steps = [line.split(",")[0] for line in file]
+    assert len(steps) == len(set(steps)) > 5

@@ -182,7 +182,7 @@ def fresh_python(code):
 
 
 BASE = "import jax, flax.nnx, optax"
-HEAVY = {"datarax", "grain", "matplotlib", "orbax", "sklearn", "tensorflow", "wandb"}
+HEAVY = {"PIL", "datarax", "grain", "matplotlib", "mlflow", "orbax", "sklearn", "tensorboardX", "tensorflow", "wandb"}
 
 
 def loaded_beyond_base(statement):
@@ -265,7 +265,7 @@ def test_pins_are_names_and_versions_only():
 
 
 # Packages whose name is not that of the module that they bring.
-BRINGS = {"orbax-checkpoint": "orbax", "PyYAML": "yaml"}
+BRINGS = {"orbax-checkpoint": "orbax", "pillow": "PIL", "PyYAML": "yaml"}
 
 
 def declared():
@@ -283,7 +283,7 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
     runtime, extras = declared()
     assert imported - runtime - extras == set()
     assert runtime - imported == set()
-    assert imported & extras == {"safetensors", "wandb"}
+    assert imported & extras == {"PIL", "mlflow", "safetensors", "tensorboardX", "wandb"}
 
 
 def test_extras_load_when_they_are_used():

@@ -89,7 +89,11 @@ if TYPE_CHECKING:
     from trainer.callbacks.model_checkpoint import ModelCheckpoint as ModelCheckpoint
     from trainer.loggers.console import ConsoleLogger as ConsoleLogger
     from trainer.loggers.jsonl import FileLogger as FileLogger
+    from trainer.loggers.csv import CSVLogger as CSVLogger
+    from trainer.loggers.tensorboard import TensorBoardLogger as TensorBoardLogger
     from trainer.loggers.wandb import WandbLogger as WandbLogger
+    from trainer.loggers.mlflow import MLflowLogger as MLflowLogger
+    from trainer.loggers.background import InBackground as InBackground
 
 __getattr__ = _imported_when_used(
     __name__,
@@ -106,6 +110,10 @@ __getattr__ = _imported_when_used(
         "trainer.callbacks.model_checkpoint": ("ModelCheckpoint",),
         "trainer.loggers.console": ("ConsoleLogger",),
         "trainer.loggers.jsonl": ("FileLogger",),
+        "trainer.loggers.csv": ("CSVLogger",),
+        "trainer.loggers.tensorboard": ("TensorBoardLogger",),
         "trainer.loggers.wandb": ("WandbLogger",),
+        "trainer.loggers.mlflow": ("MLflowLogger",),
+        "trainer.loggers.background": ("InBackground",),
     },
 )

@@ -1,7 +1,7 @@
 """`Trainer`: holds a `Run`, and replaces it by the run that a pure function returns."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -51,7 +51,7 @@ class Trainer(Inspection):
         rng: The initial key, raw or typed; ``jax.random.PRNGKey(0)`` by default. It also seeds the order of data.
         loss_fn: The objective, see `trainer.LossFn`.
         metrics_logger: Receives the metrics of training, of validation, and of the end of a run.
-        logger: Receives the same as scalars, with hyperparameters and texts. The caller closes it.
+        logger: Receives the same as scalars, averages of epochs, texts, …; or several. The caller closes them.
         checkpoint_dir: Where checkpoints without a path go. It is made at the first save.
         save_interval: `train` saves a checkpoint at multiples of this step.
         log_callback: Called as ``log_callback(step, metrics, prefix="train")``, or ``"val"``.
@@ -103,7 +103,7 @@ class Trainer(Inspection):
         *,
         loss_fn: LossFn | None,
         metrics_logger: MetricsLoggerLike | None = None,
-        logger: Logger | None = None,
+        logger: Logger | Sequence[Logger] | None = None,
         checkpoint_dir: str | os.PathLike[str] | None = None,
         save_interval: int = 1000,
         log_callback: LogCallback | None = None,
@@ -323,7 +323,7 @@ class Trainer(Inspection):
         hold_if_finite(self)
         run, beside = self.setup.beside(self.run)
         target = self.setup.checkpointer.save(run, path, background=background, **beside)
-        self.setup.fanout.log_text("checkpoint", f"saved {target}", self.step)
+        self.setup.tell_saving(target, self.step)
         return target
 
     def load_checkpoint(self, path: str | os.PathLike[str]) -> None:
@@ -341,7 +341,7 @@ class Trainer(Inspection):
     def close(self) -> None:
         """Waits for the save in flight (`CheckpointError` if it failed); closes the loggers that this trainer made."""
         try:
-            self.setup.checkpointer.wait()
+            self.setup.finish_saves()
         finally:
             self.setup.fanout.close()
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from tests.problems import Linear, config, regression, squared_error
-from trainer import Logger, MetricsLogger, Throughput, Trainer
+from trainer import Logger, MetricsLogger, Throughput, Trainer, WeightedAverage
 from trainer.loggers.fanout import MetricFanout
 
 
@@ -112,7 +112,8 @@ def test_all_are_closed_where_a_destination_raises():
     second.close = lambda: 1 / 0
     fanout = MetricFanout(broken, None, (), owned=[first, second])
     fanout.defer("train", 1, metrics(0.5, 1))
-    with pytest.raises(ZeroDivisionError):
+    said = pytest.warns(UserWarning, match=r"^Spy failed in close: ZeroDivisionError")
+    with said, pytest.raises(ZeroDivisionError):
         fanout.close()
     assert first.closed == 1
 
@@ -162,3 +163,127 @@ def test_a_metrics_logger_takes_the_step_by_position():
         (5, {"test/loss": 3.0}),
         (6, {"train/loss": 4.0}),
     ]
+
+
+class Failing(Logger):
+    """Fails in every method, or passes a given exception on."""
+
+    def __init__(self, error=None):
+        self.calls = []
+
+        def method(name):
+            def fail(*arguments, **named):
+                self.calls.append(name)
+                raise error or OSError("no server")
+
+            return fail
+
+        for name in CALLS:
+            setattr(self, name, method(name))
+
+
+CALLS = ("log_scalars", "log_text", "log_hyperparams", "log_checkpoint", "rewind", "close")
+
+
+def tell_everything(fanout):
+    fanout.log_hyperparams({})
+    fanout.rewind(0)
+    for step in (1, 2):
+        fanout.report("train", step, metrics(0.5, step))
+    fanout.log_text("note", "text", 2)
+    fanout.log_checkpoint("path", 2)
+    fanout.log_throughput(2, Throughput(1.0, 2.0, 0.0))
+    fanout.close()
+
+
+def test_a_logger_that_fails_is_said_once_and_the_others_get_everything():
+    failing, spy = Failing(), Spy()
+    said = r"^Failing failed in log_hyperparams: OSError\('no server'\). The training continues, what it cannot log is"
+    with pytest.warns(UserWarning, match=said) as warned:
+        tell_everything(MetricFanout(None, None, [failing, spy], owned=[failing]))
+    assert len(warned) == 1
+    assert set(failing.calls) == set(CALLS)
+    assert [row[0] for row in spy.rows] == ["hyperparameters", 1, 2, 2, 2]
+
+
+def test_each_of_several_is_named():
+    class Other(Failing):
+        pass
+
+    with pytest.warns(UserWarning, match="failed in") as warned:
+        tell_everything(MetricFanout(None, MetricsLogger(Other()), [Failing(), Other()]))
+    names = [str(one.message).split(" failed in ")[0] for one in warned]
+    assert names == ["Failing", "Other", "MetricsLogger(Other)"]
+
+
+def test_ctrl_c_passes():
+    failing = Failing(KeyboardInterrupt())
+    for tell in (
+        lambda fanout: fanout.log_text("note", "text", 1),
+        lambda fanout: fanout.log_hyperparams({}),
+        lambda fanout: fanout.report("train", 1, metrics(0.5, 1)),
+        lambda fanout: fanout.close(),
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            tell(MetricFanout(None, None, [failing], owned=[failing]))
+
+
+def test_a_logger_needs_no_method_that_came_later():
+    class Old:
+        def __init__(self):
+            self.rows = []
+
+        def log_scalars(self, scalars, step=None):
+            self.rows.append(step)
+
+        def log_text(self, name, text, step=None):
+            self.rows.append(name)
+
+        def log_hyperparams(self, params):
+            self.rows.append("hyperparameters")
+
+    old = Old()
+    tell_everything(MetricFanout(None, None, [old]))
+    assert old.rows == ["hyperparameters", 1, 2, "note", 2]
+
+
+def test_a_logger_that_is_given_twice_gets_a_row_once():
+    spy = Spy()
+    MetricFanout(None, None, [spy, spy], owned=[spy]).report("train", 1, metrics(0.5, 1))
+    assert spy.rows == [(1, {"train/loss": 0.5})]
+
+
+class Average(WeightedAverage):
+    def __init__(self, loss):
+        super().__init__()
+        self.add({"loss": loss}, 1)
+        self.computed = 0
+
+    def compute(self):
+        self.computed += 1
+        return super().compute()
+
+
+def test_an_average_waits_for_a_row_behind_it():
+    """The device may be computing it; with a row of the next epoch it has finished."""
+    spy, average = Spy(), Average(2.0)
+    fanout = MetricFanout(None, None, [spy])
+    fanout.defer("train", 8, metrics(0.5, 8))
+    fanout.defer_average(8, average)
+    fanout.flush_rows()
+    fanout.flush_rows()
+    assert (average.computed, spy.rows) == (0, [(8, {"train/loss": 0.5})])
+    fanout.defer("train", 10, metrics(0.25, 10))
+    fanout.flush_rows()
+    assert spy.rows[1:] == [(8, {"epoch/loss": 2.0}), (10, {"train/loss": 0.25})]
+    fanout.defer_average(16, Average(1.0))
+    fanout.close()
+    assert spy.rows[3:] == [(16, {"epoch/loss": 1.0})]
+
+
+def test_an_average_is_not_computed_for_a_callback_alone():
+    average = Average(2.0)
+    fanout = MetricFanout(lambda step, row, prefix: None, None, ())
+    fanout.defer_average(8, average)
+    fanout.close()
+    assert average.computed == 0

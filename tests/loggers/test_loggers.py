@@ -3,17 +3,15 @@
 import io
 import json
 import math
-import sys
-from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trainer import ArgumentError, ConsoleLogger, FileLogger, Logger, MetricsLogger, ObjectiveError, WandbLogger
+from trainer import ArgumentTypeError, ConsoleLogger, FileLogger, Logger, MetricsLogger, ObjectiveError
 from trainer.loggers.base import check_metric_names, prefixed
 
-IMAGE = np.array([[0.0, 1.0], [2.0, 5.0]])
+IMAGE = np.array([[0.0, 1.0], [0.5, 0.25]])
 
 
 class Recording(Logger):
@@ -35,6 +33,8 @@ def test_the_base_ignores_everything_and_passes_single_scalars_on():
         logger.log_image("image", IMAGE, 3)
         logger.log_histogram("weights", IMAGE, 3)
         logger.log_hyperparams({"a": 1})
+        logger.log_checkpoint("checkpoint", 3)
+        logger.rewind(2)
         logger.close()
     assert recording.rows == [({"loss": 1.0}, 3), ({"loss": 2.0}, None)]
 
@@ -47,7 +47,7 @@ def test_the_base_ignores_everything_and_passes_single_scalars_on():
         (lambda to: to.log_scalars({"a": jnp.float32(0.5)}), "a 0.5\n"),
         (lambda to: to.log_text("note", "hello", 2), "step 2  note: hello\n"),
         (lambda to: to.log_image("image", IMAGE, 2), "step 2  image: image (2, 2)\n"),
-        (lambda to: to.log_histogram("w", jnp.asarray(IMAGE)), "w: min 0  mean 2  max 5\n"),
+        (lambda to: to.log_histogram("w", jnp.asarray(IMAGE)), "w: min 0  mean 0.4375  max 1\n"),
         (
             lambda to: to.log_hyperparams({"rate": 1e-3, "kind": int}),
             'hyperparameters: {"rate": 0.001, "kind": "<class \'int\'>"}\n',
@@ -84,7 +84,7 @@ def to_file(tmp_path):
         (lambda to: to.log_text("note", "äöü\nzwei", 0), {"step": 0, "note": "äöü\nzwei"}),
         (
             lambda to: to.log_image("image", IMAGE, 2),
-            {"step": 2, "image": {"shape": [2, 2], "min": 0.0, "mean": 2.0, "max": 5.0}},
+            {"step": 2, "image": {"file": "log_images/image/00000002.png", "min": 0.0, "mean": 0.4375, "max": 1.0}},
         ),
         (
             lambda to: to.log_hyperparams({"rate": 1e-3, "kind": int}),
@@ -130,6 +130,33 @@ def test_file_is_appended_to_after_closing(to_file):
     assert [row["step"] for row in rows(to_file.path)] == [1, 2]
 
 
+@pytest.mark.parametrize(
+    ("given", "file"),
+    [
+        ("new", "new/metrics.jsonl"),
+        ("deep/new", "deep/new/metrics.jsonl"),
+        ("there", "there/metrics.jsonl"),
+        ("there.d", "there.d/metrics.jsonl"),
+        ("log.jsonl", "log.jsonl"),
+        ("log", "log"),
+    ],
+)
+def test_file_is_named_by_itself_or_by_its_directory(tmp_path, given, file):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there.d").mkdir()
+    (tmp_path / "log").touch()
+    logger = FileLogger(tmp_path / given)
+    logger.log_scalar("loss", 1.0)
+    logger.close()
+    assert logger.path == tmp_path / file
+    assert rows(tmp_path / file) == [{"loss": 1.0}]
+
+
+def test_file_is_a_path():
+    with pytest.raises(ArgumentTypeError, match="`path` of FileLogger is of type int; it must be a path"):
+        FileLogger(1)
+
+
 def test_metrics_are_named_after_where_they_come_from():
     recording = Recording()
     metrics = MetricsLogger(recording)
@@ -159,67 +186,3 @@ def test_names_of_validation_averages_are_refused():
     check_metric_names({"loss": 1.0, "interval_loss": 2.0, "val": 3.0, "step": 4})
     with pytest.raises(ObjectiveError, match=r"`val_loss`, but names .* rename it, for example to `own_val_loss`"):
         check_metric_names({"loss": 1.0, "val_loss": 2.0})
-
-
-class FakeRun:
-    def __init__(self):
-        self.calls, self.axes = [], {}
-        self.config = SimpleNamespace(update=lambda params: self.calls.append(("config", params)))
-
-    def define_metric(self, name, step_metric=None):
-        self.axes[name] = step_metric
-
-    def log(self, row):
-        self.calls.append(("log", row))
-
-    def finish(self):
-        self.calls.append(("finish",))
-
-
-@pytest.fixture
-def wandb(monkeypatch):
-    run = FakeRun()
-    fake = SimpleNamespace(run=run, started=[], Image=lambda x: ("image", x), Histogram=lambda x: ("histogram", x))
-    fake.init = lambda **how: fake.started.append(how) or run
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    return fake
-
-
-def test_wandb_gets_every_event(wandb):
-    logger = WandbLogger("project", "name")
-    logger.log_scalar("loss", 1.0, 3)
-    logger.log_scalars({"a": 1.0, "b": 2.0})
-    logger.log_text("note", "text", 4)
-    logger.log_hyperparams({"rate": 1e-3})
-    logger.close()
-    assert wandb.started == [{"project": "project", "name": "name"}]
-    # Its own step must never go back, and a resumed run does: ours is a metric.
-    assert wandb.run.axes == {"step": None, "*": "step"}
-    assert wandb.run.calls == [
-        ("log", {"loss": 1.0, "step": 3}),
-        ("log", {"a": 1.0, "b": 2.0}),
-        ("log", {"note": "text", "step": 4}),
-        ("config", {"rate": 1e-3}),
-        ("finish",),
-    ]
-
-
-@pytest.mark.parametrize(("method", "kind"), [("log_image", "image"), ("log_histogram", "histogram")])
-def test_wandb_gets_arrays_of_the_host(wandb, method, kind):
-    getattr(WandbLogger(), method)("x", jnp.asarray(IMAGE), 5)
-    ((_, row),) = wandb.run.calls
-    made, array = row["x"]
-    assert (made, type(array), row["step"]) == (kind, np.ndarray, 5)
-    np.testing.assert_array_equal(array, IMAGE)
-
-
-def test_wandb_chooses_a_name_where_there_is_none(wandb):
-    WandbLogger(name="")
-    assert wandb.started == [{"project": None, "name": None}]
-
-
-def test_missing_wandb_says_how_to_get_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ArgumentError) as caught:
-        WandbLogger("project")
-    assert str(caught.value) == "WandbLogger needs wandb, which is not installed; run `pip install wandb`."

@@ -235,9 +235,12 @@ class ModelCheckpoint(Callback):
         snapshot = trainer.snapshot()
         info = {**snapshot.info, "monitor": self._monitor.name, "score": score}
         finish = begin_directory(self.dirpath / str(step), info, snapshot.leaves)
+        setup = getattr(trainer, "setup", None)
 
         def write() -> None:
             finish()  # before anything is deleted: if the save fails, what there was stays
+            if setup is not None:
+                setup.checkpointer.add_complete(self.dirpath / str(step), step)
             for known in scores.keys() - kept if jax.process_index() == 0 else ():
                 # Another run in the same directory may have replaced it since.
                 written_by = _written_by(self.dirpath / str(known))

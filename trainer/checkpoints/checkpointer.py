@@ -1,5 +1,6 @@
 """The checkpoints of a trainer: where they go, how many are kept, and saves beside the training."""
 
+import collections
 import copy
 import functools
 import os
@@ -42,6 +43,7 @@ class Checkpointer:
         self._saver = BackgroundSaver()
         self._written = Written(self.directory)
         self._saved: tuple[str, int] | None = None
+        self._complete: collections.deque[tuple[Path, int]] = collections.deque(maxlen=100)  # a thread adds to it
         self._has_warned = False
 
     def save(
@@ -74,7 +76,7 @@ class Checkpointer:
         target = self.directory / default_name(run.step, run.leaves) if path is None else Path(path)
         only_finite = background == "if_finite"
         beside: dict[str, Any] = {"info": info, "listeners": listeners, "loaders": loaders}
-        write = functools.partial(self._write, target, run.id if path is None else None)
+        write = functools.partial(self._write, target, run.step, run.id if path is None else None)
         refuse_foreign(target)  # now, not in the background
         suffix = suffix_of(target)
         self.wait()
@@ -183,11 +185,23 @@ class Checkpointer:
         """Waits for the save in flight, and raises what it raised, once."""
         warn_of_state(self._saver.wait())
 
-    def _write(self, target: Path, run: str | None, snapshot: Snapshot) -> None:
+    def add_complete(self, path: Path, step: int) -> None:
+        """Counts a checkpoint that was written by another, in any thread, among those of `take_complete`."""
+        self._complete.append((path, step))
+
+    def take_complete(self) -> list[tuple[Path, int]]:
+        """Returns the paths and steps of checkpoints that are complete since the last call; waits for none.
+
+        One that was removed since is among them. Of many, the latest 100 are known.
+        """
+        return [self._complete.popleft() for _ in range(len(self._complete))]
+
+    def _write(self, target: Path, step: int, run: str | None, snapshot: Snapshot) -> None:
         write_snapshot(target, snapshot)
         if run is not None:
             self._written.add(target.name, run)
             self._written.prune(self._max_checkpoints)
+        self.add_complete(target, step)
 
     def _check_name(self, target: Path, run: Run) -> None:
         """Refuses, in all processes, to replace what is no checkpoint. Warns, once, of one of another run."""

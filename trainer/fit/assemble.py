@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +39,7 @@ from trainer.fit.fingerprint import fingerprints_of
 from trainer.fit.setup import Live, Setup
 from trainer.fit.unused_settings import warn_beside_optimizer
 from trainer.loggers.base import Logger, MetricsLoggerLike, names_checked
-from trainer.loggers.fanout import MetricFanout
+from trainer.loggers.fanout import MetricFanout, as_loggers
 from trainer.loggers.wandb import WandbLogger
 from trainer.run import Run
 from trainer.sharding.placement import Placement, placement_of
@@ -66,7 +66,7 @@ def assemble(
     rng: jax.Array | None,
     loss_fn: LossFn | None,
     metrics_logger: MetricsLoggerLike | None,
-    logger: Logger | None,
+    logger: Logger | Sequence[Logger] | None,
     checkpoint_dir: str | os.PathLike[str] | None,
     save_interval: int,
     log_callback: LogCallback | None,
@@ -368,13 +368,13 @@ def _fanout(
     placement: Placement,
     log_callback: LogCallback | None,
     metrics_logger: MetricsLoggerLike | None,
-    logger: Logger | None,
+    logger: Logger | Sequence[Logger] | None,
 ) -> MetricFanout:
     """Returns the destinations of metrics: none in any process but the first."""
+    loggers = as_loggers(logger)
     if not placement.is_primary_process:
         return MetricFanout(None, None, ())
-    loggers = [] if logger is None else [logger]
-    owned = [WandbLogger(config.wandb_project, config.name)] if config.use_wandb else []
+    owned = [WandbLogger(project=config.wandb_project, name=config.name)] if config.use_wandb else []
     return MetricFanout(log_callback, metrics_logger, [*loggers, *owned], owned)
 
 

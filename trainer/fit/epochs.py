@@ -102,6 +102,7 @@ def _run_epochs(
         setup.fanout.log_hyperparams(setup.config.to_dict())
         if restored is not None:
             where = f"epoch {trainer.run.epoch}, batch {trainer.run.batch}"
+            setup.fanout.rewind(trainer.run.step)
             setup.fanout.log_text("checkpoint", f"resumed {restored.path}, {where}", trainer.run.step)
         if trainer.run.is_new or plan.caller == "train":
             setup.fanout.log_text("training", plan.about, trainer.run.step)
@@ -125,6 +126,7 @@ def _run_epochs(
         _log_last_step(trainer)
         trainer.run.average.compute()  # the caller reads it next
         react_if_not_finite(trainer, trainer.run.average)
+        setup.fanout.flush()
         if plan.held_out is not None and _not_validated(trainer.run):
             validate(trainer, plan.held_out, signals.check)
         if plan.caller == "train" and trainer.run.validation is not None and plan.held_out is not None:
@@ -192,6 +194,7 @@ def _run_epoch(
         # Several processes wait for a save at the same point, before the next one.
         if setup.placement.num_processes == 1:
             setup.checkpointer.check()
+        setup.tell_saved()
         signals.check()
         tick.run = setup.with_weights(trainer.run)
     setup.fanout.flush()
@@ -203,6 +206,7 @@ def _run_epoch(
         validate(trainer, plan.held_out, signals.check)
     validation = prefixed("val_", trainer.run.validation_of_epoch)
     trainer.hold(trainer.run.end_epoch())
+    setup.fanout.defer_average(trainer.run.step, trainer.run.average)
     # The average waits for the device, so it is computed only for those who handle the event.
     if setup.events.handles("on_epoch_end"):
         setup.events.emit("on_epoch_end", trainer, epoch, {**trainer.run.average.compute(), **validation})
@@ -234,7 +238,7 @@ def _after_call(trainer: Trainer, metrics: Metrics, count: int | None, *, defer:
         # At the step before the call: the rows of fused steps follow, and some loggers drop a row of an earlier step.
         tell_compilation(trainer, report.name, report.seconds, report.warning, run.step - (count or 1))
         _check_counted(trainer)
-    setup.fanout.flush()
+    setup.fanout.flush_rows()
     react_if_not_finite(trainer, run.average)
     step, every = run.step, setup.config.log_frequency
     if count is None:
@@ -316,7 +320,7 @@ def _running(trainer: Trainer) -> Iterator[Signals]:
         try:
             setup.events.emit("on_train_begin", trainer)
             yield signals
-            setup.checkpointer.wait()
+            setup.finish_saves()
             # A signal that came after the last step must not be lost: it wants the process to end.
             signals.check()
         except BaseException as error:
@@ -351,7 +355,7 @@ def _end(trainer: Trainer) -> list[Exception]:
     """Emits the last event of a run, waits for what callbacks have begun to save at it, and returns the failures."""
     failures = trainer.setup.events.emit_to_all("on_train_end", trainer)
     try:
-        trainer.setup.checkpointer.wait()
+        trainer.setup.finish_saves()
     except Exception as failure:
         failures.append(failure)
     return failures
@@ -360,7 +364,7 @@ def _end(trainer: Trainer) -> list[Exception]:
 def _finish_saves(trainer: Trainer, signals: Signals, error: BaseException) -> None:
     """Waits for the save in flight and, if a signal came, saves for ``resume``; no failure hides the error."""
     try:
-        trainer.setup.checkpointer.wait()
+        trainer.setup.finish_saves()
     except Exception as unsaved:
         error.add_note(f"and a save in the background raised {unsaved!r}")
     if signals.received is None:

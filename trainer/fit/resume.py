@@ -39,6 +39,7 @@ def load(trainer: Trainer, path: str | os.PathLike[str]) -> None:
         # A callback rolls the state back: the run goes through its data as before.
         run = run.replace(position=own.position, epoch=own.epoch, arguments=own.arguments)
     trainer.hold(run)
+    setup.fanout.rewind_later(trainer.run.step)
     setup.fanout.log_text("checkpoint", f"loaded {path}", trainer.run.step)
 
 

@@ -4,7 +4,8 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from pathlib import Path
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -68,7 +69,7 @@ class Setup:
     train_data_loader: Any
     val_data_loader: Any
     metrics_logger: MetricsLoggerLike | None
-    logger: Logger | None
+    logger: Logger | Sequence[Logger] | None
     log_callback: LogCallback | None
     save_interval: int
     workdir: str | os.PathLike[str] | None
@@ -252,6 +253,23 @@ class Setup:
         """Returns the run with what has to be known of its loader, and what is saved beside it: see `snapshot_run`."""
         run, loaders = self._with_positions(run)
         return run, {"info": self._info, "listeners": self.events.state_dict, "loaders": loaders}
+
+    def tell_saving(self, path: Path, step: int) -> None:
+        """Tells the loggers of a save that is written, or begun in the background."""
+        self.fanout.log_text("checkpoint", f"saved {path}", step)
+        self.tell_saved()
+
+    def tell_saved(self) -> None:
+        """Tells the loggers of checkpoints that are complete since the last call; waits for none."""
+        for path, step in self.checkpointer.take_complete():
+            self.fanout.log_checkpoint(path, step)
+
+    def finish_saves(self) -> None:
+        """Waits for the save in flight, and tells the loggers of it; raises what it raised."""
+        try:
+            self.checkpointer.wait()
+        finally:
+            self.tell_saved()
 
     @functools.cached_property
     def _info(self) -> dict[str, Any]:

@@ -13,13 +13,21 @@ from trainer.lazy_names import imported_when_used as _imported_when_used
 if TYPE_CHECKING:
     from trainer.loggers.console import ConsoleLogger as ConsoleLogger
     from trainer.loggers.jsonl import FileLogger as FileLogger
+    from trainer.loggers.csv import CSVLogger as CSVLogger
+    from trainer.loggers.tensorboard import TensorBoardLogger as TensorBoardLogger
     from trainer.loggers.wandb import WandbLogger as WandbLogger
+    from trainer.loggers.mlflow import MLflowLogger as MLflowLogger
+    from trainer.loggers.background import InBackground as InBackground
 
 __getattr__ = _imported_when_used(
     __name__,
     {
         "trainer.loggers.console": ("ConsoleLogger",),
         "trainer.loggers.jsonl": ("FileLogger",),
+        "trainer.loggers.csv": ("CSVLogger",),
+        "trainer.loggers.tensorboard": ("TensorBoardLogger",),
         "trainer.loggers.wandb": ("WandbLogger",),
+        "trainer.loggers.mlflow": ("MLflowLogger",),
+        "trainer.loggers.background": ("InBackground",),
     },
 )

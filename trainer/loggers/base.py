@@ -1,16 +1,23 @@
 """The methods of a logger, and of a metrics logger. Compiled code calls none of them."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from trainer.errors import ObjectiveError
+from trainer.errors import ArgumentError, ArgumentTypeError, ObjectiveError
 
 
 class Logger:
-    """A logger that drops everything: override the methods that you need. Any object with these methods works."""
+    """A logger that drops everything: override the methods that you need.
+
+    Any object with these methods works; it may lack `log_checkpoint` and `rewind`. If a method raises, the trainer
+    warns once, names the logger, and trains on.
+    """
 
     def log_scalar(self, name: str, value: float, step: int | None = None) -> None:
         """Records one number."""
@@ -23,13 +30,29 @@ class Logger:
         """Records a text."""
 
     def log_image(self, name: str, image: Any, step: int | None = None) -> None:
-        """Records an image, an array of shape (height, width) or (height, width, channels)."""
+        """Records an image.
+
+        Args:
+            name: The name; ``/`` makes groups.
+            image: An array of shape (height, width), or (height, width, channels) with 1, 3 or 4 channels: floats from
+                0 to 1, or integers from 0 to 255. What is outside is cut off, with a warning.
+            step: The updates finished.
+        """
 
     def log_histogram(self, name: str, values: Any, step: int | None = None) -> None:
         """Records the distribution of the entries of an array."""
 
     def log_hyperparams(self, params: Mapping[str, Any]) -> None:
-        """Records the configuration of a run."""
+        """Records the configuration of a run, which begins or is resumed; values may be nested dicts."""
+
+    def log_checkpoint(self, path: str | os.PathLike[str], step: int) -> None:
+        """Records that a checkpoint is complete: a file, or a directory.
+
+        A checkpoint that is written in the background is complete some steps after ``step``.
+        """
+
+    def rewind(self, step: int) -> None:
+        """Forgets rows of steps after ``step``, where the run is resumed and will measure them again."""
 
     def close(self) -> None:
         """Closes files and connections. The code that made a logger closes it."""
@@ -51,6 +74,11 @@ class MetricsLogger:
     def __init__(self, logger: Logger) -> None:
         """Wraps a logger, which stays the caller's to close."""
         self.logger = logger
+
+    def rewind(self, step: int) -> None:
+        """Tells the logger that the run is resumed; see `Logger.rewind`."""
+        if hasattr(self.logger, "rewind"):
+            self.logger.rewind(step)
 
     def log_training_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Records the metrics of a training step."""
@@ -105,6 +133,73 @@ def summary(values: Any) -> dict[str, float]:
         "mean": float(array.mean()),
         "max": float(array.max()),
     }
+
+
+def histogram_of(values: Any) -> tuple[np.ndarray[Any, Any], list[int], list[float], int]:
+    """Returns the finite entries of an array, their counts in 30 bins, the 31 edges, and how many are not finite.
+
+    ``np.histogram`` refuses NaN and infinity. A reader most wants to know that they are there, so they are counted.
+    """
+    array = np.asarray(values, np.float64)
+    finite = array[np.isfinite(array)]
+    counts, edges = np.histogram(finite, bins=30)
+    return finite, counts.tolist(), edges.tolist(), array.size - finite.size
+
+
+def flattened(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested hyperparameters as one dict, whose keys are joined by ``/``; what is no number becomes a text."""
+    flat: dict[str, Any] = {}
+    for name, value in params.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flattened(value, f"{prefix}{name}/")
+        else:
+            flat[f"{prefix}{name}"] = value if isinstance(value, bool | int | float | str) else str(value)
+    return flat
+
+
+@contextlib.contextmanager
+def needed(by: str, package: str, extra: str) -> Iterator[None]:
+    """Turns a failing import of an optional package into an error that says what to install.
+
+    Raises:
+        ArgumentError: The package is not installed, or cannot be imported.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise ArgumentError(
+            f"{by} needs {package}, which cannot be imported ({error}); run `pip install nnx-trainer[{extra}]`."
+        ) from error
+
+
+def as_directory(directory: Any, by: str) -> Path:
+    """Returns the directory of a logger, which need not exist yet.
+
+    Raises:
+        ArgumentTypeError: It is no path.
+        ArgumentError: It is a file.
+    """
+    if not isinstance(directory, str | os.PathLike):
+        raise ArgumentTypeError(f"`directory` of {by} is of type {type(directory).__name__}; it must be a path.")
+    path = Path(directory)
+    if path.exists() and not path.is_dir():
+        raise ArgumentError(f"`directory` of {by} is `{path}`, which is a file; it must be a directory.")
+    return path
+
+
+def check_logger(logger: Any, name: str) -> Any:
+    """Returns a logger.
+
+    Raises:
+        ArgumentTypeError: It is a class, or has no method ``log_scalars``.
+    """
+    if isinstance(logger, type):
+        raise ArgumentTypeError(f"`{name}` is the class {logger.__name__}; pass an instance, {logger.__name__}(…).")
+    if not callable(getattr(logger, "log_scalars", None)):
+        raise ArgumentTypeError(
+            f"`{name}` is of type {type(logger).__name__}; it must have the methods of trainer.Logger."
+        )
+    return logger
 
 
 def names_checked(step: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,19 +3,25 @@
 import collections
 import contextlib
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainer.loggers.base import Logger, MetricsLoggerLike, prefixed
-from trainer.metrics.average import read
+from trainer.errors import ObjectiveError, warn
+from trainer.loggers.base import Logger, MetricsLoggerLike, check_logger, prefixed
+from trainer.metrics.average import WeightedAverage, read
 from trainer.metrics.throughput import Throughput
 from trainer.types import LogCallback
+
+_OPTIONAL = ("log_checkpoint", "rewind")
+"""What a logger may lack."""
 
 
 class MetricFanout:
     """Sends metrics, read from the device as plain numbers, to every destination; without one it reads nothing.
 
-    Everything arrives in the order in which it was reported: deferred metrics are sent before anything newer.
+    Everything arrives in the order in which it was reported: deferred metrics are sent before anything newer. A logger
+    that raises is named in a warning, once, and called again the next time. What the log callback raises is raised.
 
     Args:
         log_callback: Called as ``log_callback(step, metrics, prefix="train")``, or ``"val"``.
@@ -33,10 +39,13 @@ class MetricFanout:
     ) -> None:
         self._log_callback = log_callback
         self._metrics_logger = metrics_logger
-        self._loggers = (*loggers, *(logger for logger in owned if all(logger is not other for other in loggers)))
+        self._loggers = tuple({id(logger): logger for logger in (*loggers, *owned)}.values())
         self._owned = tuple(owned)
         self._has_hyperparams = False
-        self._deferred: collections.deque[tuple[str, int, Mapping[str, Any]]] = collections.deque()
+        self._failed: set[int] = set()
+        self._rewind_to: int | None = None
+        # Averages of an epoch stand among the metrics of steps, and are computed when they are sent.
+        self._deferred: collections.deque[tuple[str, int, Mapping[str, Any] | WeightedAverage]] = collections.deque()
 
     @property
     def has_destination(self) -> bool:
@@ -54,10 +63,24 @@ class MetricFanout:
         if self.has_destination:
             self._deferred.append((prefix, step, metrics))
 
+    def defer_average(self, step: int, average: WeightedAverage) -> None:
+        """Keeps the average of an epoch that ended at ``step``, which the loggers get under ``epoch/``."""
+        if self._loggers:
+            self._deferred.append(("epoch", step, average))
+
     def flush(self) -> None:
-        """Sends the deferred metrics; waits for the device to finish them."""
+        """Sends all that is deferred; waits for the device to finish it."""
         while self._deferred:
             # Taken out first: if a destination raises, the next flush does not send the same row again.
+            self._send(*self._deferred.popleft())
+
+    def flush_rows(self) -> None:
+        """Sends the deferred metrics of steps, and what is older; waits for the device to finish those steps.
+
+        The average of an epoch after them stays: the device may not have finished the epoch. It has when it finishes
+        a step of the next epoch.
+        """
+        while any(prefix != "epoch" for prefix, *_ in self._deferred):
             self._send(*self._deferred.popleft())
 
     def report(self, prefix: str, step: int, metrics: Mapping[str, Any]) -> None:
@@ -68,45 +91,107 @@ class MetricFanout:
     def log_text(self, name: str, text: str, step: int) -> None:
         """Sends a text to the loggers."""
         self.flush()
-        for logger in self._loggers:
-            logger.log_text(name, text, step)
+        self._reach(step)
+        self._tell_all("log_text", name, text, step)
 
     def log_hyperparams(self, params: Mapping[str, Any]) -> None:
         """Sends the configuration of the run to the loggers, at the first call only."""
         if not self._has_hyperparams:
-            for logger in self._loggers:
-                logger.log_hyperparams(params)
+            self._tell_all("log_hyperparams", params)
         self._has_hyperparams = True
+
+    def log_checkpoint(self, path: str | os.PathLike[str], step: int) -> None:
+        """Tells the loggers of a checkpoint that is complete."""
+        self._tell_all("log_checkpoint", path, step)
+
+    def rewind(self, step: int) -> None:
+        """Tells the loggers that a run is resumed at ``step``, and that later steps come again."""
+        self.flush()
+        self._rewind_to = step
+        self._reach(step + 1)
+
+    def rewind_later(self, step: int) -> None:
+        """Tells the loggers so before anything of a later step: what was loaded may be meant to be evaluated only."""
+        self.flush()
+        self._rewind_to = step
 
     def log_throughput(self, step: int, throughput: Throughput) -> None:
         """Sends the known speeds of an epoch to the loggers, under ``speed/``."""
         self.flush()
         known = {name: value for name, value in dataclasses.asdict(throughput).items() if value is not None}
-        for logger in self._loggers:
-            logger.log_scalars(prefixed("speed/", known), step)
+        self._reach(step)
+        self._tell_all("log_scalars", prefixed("speed/", known), step)
 
     def log_test_metrics(self, metrics: Mapping[str, float]) -> None:
         """Sends the averages at the end of a run to the metrics logger."""
         self.flush()
         if self._metrics_logger is not None:
-            self._metrics_logger.log_test_metrics(metrics)
+            self._tell(self._metrics_logger, "log_test_metrics", metrics)
 
     def close(self) -> None:
-        """Sends the deferred metrics and closes the loggers that the trainer made, all of them if any raises."""
+        """Sends all that is deferred and closes the loggers that the trainer made, all of them if any raises."""
         with contextlib.ExitStack() as stack:
             for logger in self._owned:
-                stack.callback(logger.close)
+                stack.callback(self._tell, logger, "close")
             self.flush()
 
-    def _send(self, prefix: str, step: int, metrics: Mapping[str, Any]) -> None:
+    def _send(self, prefix: str, step: int, metrics: Mapping[str, Any] | WeightedAverage) -> None:
+        self._reach(step)
+        if isinstance(metrics, WeightedAverage):
+            self._tell_all("log_scalars", prefixed("epoch/", metrics.compute()), step)
+            return
         numbers = {**read(metrics), "step": step}
         if self._log_callback is not None:
             self._log_callback(step, numbers, prefix=prefix)
         if self._metrics_logger is not None:
-            log = self._metrics_logger
-            (log.log_training_metrics if prefix == "train" else log.log_validation_metrics)(numbers, step=step)
+            method = "log_training_metrics" if prefix == "train" else "log_validation_metrics"
+            self._tell(self._metrics_logger, method, numbers, step=step)
         # A MetricsLogger has sent the numbers to the logger inside it; that logger must not get them twice.
         wrapped = getattr(self._metrics_logger, "logger", None)
+        row = prefixed(f"{prefix}/", numbers)
         for logger in self._loggers:
             if logger is not wrapped:
-                logger.log_scalars(prefixed(f"{prefix}/", numbers), step)
+                self._tell(logger, "log_scalars", row, step)
+
+    def _reach(self, step: int) -> None:
+        if self._rewind_to is not None and step > self._rewind_to:
+            to, self._rewind_to = self._rewind_to, None
+            # Rows that are deferred come after this one, so nothing is flushed here.
+            self._tell_all("rewind", to)
+            if self._metrics_logger is not None:
+                self._tell(self._metrics_logger, "rewind", to)
+
+    def _tell_all(self, method: str, *arguments: Any) -> None:
+        for logger in self._loggers:
+            self._tell(logger, method, *arguments)
+
+    def _tell(self, logger: Any, method: str, *arguments: Any, **named: Any) -> None:
+        """Calls a method of a logger; what it raises is a warning, the first time."""
+        if method in _OPTIONAL and not hasattr(logger, method):
+            return
+        try:
+            getattr(logger, method)(*arguments, **named)
+        except ObjectiveError:  # two metrics of one name
+            raise
+        except Exception as error:
+            if id(logger) not in self._failed:
+                self._failed.add(id(logger))
+                inner = getattr(logger, "logger", None)
+                name = type(logger).__name__ + ("" if inner is None else f"({type(inner).__name__})")
+                warn(
+                    f"{name} failed in {method}: {error!r}. The training continues, what it cannot log is lost, and "
+                    f"its next failures are not reported."
+                )
+
+
+def as_loggers(given: Any) -> list[Logger]:
+    """Returns the loggers of a trainer's argument ``logger``: none, one, or a sequence of them.
+
+    Raises:
+        ArgumentTypeError: One of them is no logger.
+    """
+    if given is None:
+        return []
+    if not isinstance(given, list | tuple):
+        return [check_logger(given, "logger")]
+    return [check_logger(logger, f"logger[{index}]") for index, logger in enumerate(given)]

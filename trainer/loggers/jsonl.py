@@ -6,20 +6,41 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-import numpy as np
-
-from trainer.loggers.base import Logger, summary
+from trainer.errors import ArgumentTypeError
+from trainer.loggers.base import Logger, histogram_of, summary
+from trainer.loggers.images import write_png
 
 
 class FileLogger(Logger):
-    """Appends a JSON object per call to a file, which ``pandas.read_json(path, lines=True)`` reads.
+    """Appends a JSON object per call to a file, which ``pandas.read_json(path, lines=True)`` reads::
 
-    Numbers that are not finite are written as ``NaN`` and ``Infinity``, as Python's ``json`` does.
+        trainer = Trainer(model, config, loss_fn=loss_fn, logger=FileLogger("runs/mine"))
+
+    writes ``runs/mine/metrics.jsonl``, and images beside it as PNG (needs pillow, the extra ``images``):
+    ``runs/mine/metrics_images/<name>/<step>.png``. A row is in the file when the call returns. A resumed run appends,
+    so the last row of a step counts. Numbers that are not finite are written as ``NaN`` and ``Infinity``, as Python's
+    ``json`` does. The format: https://jsonlines.org.
+
+    Attributes:
+        path: The file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Makes a logger that writes to ``path``. The file and its directory are created at the first call."""
-        self.path = Path(path)
+        """Makes a logger that writes to a file, or to ``metrics.jsonl`` in a directory.
+
+        The file and its directory are created at the first call.
+
+        Args:
+            path: A file; or a directory: one that exists, or a name without an ending (``runs/mine``).
+
+        Raises:
+            ArgumentTypeError: It is no path.
+        """
+        if not isinstance(path, str | os.PathLike):
+            raise ArgumentTypeError(f"`path` of FileLogger is of type {type(path).__name__}; it must be a path.")
+        given = Path(path)
+        is_directory = given.is_dir() or not (given.suffix or given.exists())
+        self.path = given / "metrics.jsonl" if is_directory else given
         self._file: TextIO | None = None
 
     def log_scalars(self, scalars: Mapping[str, float], step: int | None = None) -> None:
@@ -29,15 +50,13 @@ class FileLogger(Logger):
         self._write(step, {name: text})
 
     def log_image(self, name: str, image: Any, step: int | None = None) -> None:
-        self._write(step, {name: {"shape": list(np.shape(image)), **summary(image)}})
+        folder = self.path.with_name(f"{self.path.stem}_images")
+        file = write_png(folder, name, step, image, by="FileLogger").relative_to(self.path.parent)
+        self._write(step, {name: {"file": file.as_posix(), **summary(image)}})
 
     def log_histogram(self, name: str, values: Any, step: int | None = None) -> None:
-        array = np.asarray(values, np.float64)
-        # np.histogram refuses NaN and infinity; a reader most wants to know that they are there, so they are counted.
-        finite = array[np.isfinite(array)]
-        counts, edges = np.histogram(finite, bins=30)
-        row = {"counts": counts.tolist(), "edges": edges.tolist(), "not_finite": array.size - finite.size}
-        self._write(step, {name: row})
+        _, counts, edges, not_finite = histogram_of(values)
+        self._write(step, {name: {"counts": counts, "edges": edges, "not_finite": not_finite}})
 
     def log_hyperparams(self, params: Mapping[str, Any]) -> None:
         self._write(None, {"hyperparameters": dict(params)})

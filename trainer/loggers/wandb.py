@@ -1,33 +1,88 @@
 """`WandbLogger`: runs of Weights & Biases."""
 
-from collections.abc import Mapping
-from typing import Any
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
-import numpy as np
-
-from trainer.errors import ArgumentError
-from trainer.loggers.base import Logger
+from trainer.core.checks import check_choice
+from trainer.loggers.base import Logger, as_directory, histogram_of, needed
+from trainer.loggers.images import as_pixels
 
 
 class WandbLogger(Logger):
-    """Logs to a run of Weights & Biases. Needs the package ``wandb``.
+    """Logs to a run of Weights & Biases::
 
-    The step is a metric ``step``, over which wandb plots all others. Its own step, the number of the row, must never
-    go back: wandb drops rows of earlier steps, as a resumed run has them, and counts on at every row without a step.
+        logger = WandbLogger("runs/mine", project="flows", tags=["baseline"], mode="offline")
+        trainer = Trainer(model, config, loss_fn=loss_fn, logger=logger)
+        trainer.train(data, num_epochs=5, batch_size=64)
+        logger.close()
+
+    Everything is under its name; files are in ``runs/mine/wandb``, from where ``wandb sync`` uploads a run that was
+    offline. The step is a metric ``step``, over which wandb plots all others. Its own step, the number of the row, must
+    never go back: wandb drops rows of earlier steps, as a resumed run has them, and counts on at every row without a
+    step. wandb sends from a process of its own, so a slow server keeps no step waiting; `close` waits for it.
+
+    It needs wandb (the extra ``wandb``): https://docs.wandb.ai/ref/python. With several processes, make it in process 0
+    only, since it starts the run at once.
     """
 
-    def __init__(self, project: str | None = None, name: str | None = None) -> None:
-        """Starts a run in ``project``, with a name that wandb draws if ``name`` is left out.
+    def __init__(
+        self,
+        directory: str | os.PathLike[str] | None = None,
+        *,
+        project: str | None = None,
+        name: str | None = None,
+        entity: str | None = None,
+        tags: Sequence[str] | None = None,
+        mode: Literal["online", "offline", "shared", "disabled"] | None = None,
+        resume: bool | Literal["allow", "must", "never", "auto"] | None = None,
+        id: str | None = None,
+        log_checkpoints: bool = False,
+    ) -> None:
+        """Starts a run.
+
+        Args:
+            directory: Where its files go, in a folder ``wandb``; the current directory if left out.
+            project: The project.
+            name: The name of the run, which wandb draws if it is left out.
+            entity: The user or team.
+            tags: Tags of the run.
+            mode: Whether to send; by default as the environment variable ``WANDB_MODE`` says.
+            resume: Whether to continue the run ``id``, see ``wandb.init``. By default "allow" where an ``id`` is given,
+                since wandb by itself would replace that run.
+            id: The id of the run, which a resumed run needs.
+            log_checkpoints: Upload every checkpoint of the trainer, as a version of an artifact
+                ``checkpoint-<id>`` of type "model" with the alias ``step-<step>``. wandb copies it first, while the
+                training waits; for large ones put `InBackground` around this logger.
 
         Raises:
-            ArgumentError: The package is not installed.
+            ArgumentError: The package is missing, ``directory`` is a file, or ``mode`` or ``resume`` is none of these.
+            Exception: What ``wandb.init`` raises, such as that nobody is logged in.
         """
-        try:
+        if mode is not None:
+            check_choice(mode, ("online", "offline", "shared", "disabled"), "mode")
+        if not isinstance(resume, bool | None):
+            check_choice(resume, ("allow", "must", "never", "auto"), "resume")
+        path = None if directory is None else as_directory(directory, "WandbLogger")
+        if isinstance(tags, str):
+            tags = [tags]
+        with needed("WandbLogger", "wandb", extra="wandb"):
             import wandb  # not at the top: it is optional, and slow to import
-        except ImportError as error:
-            raise ArgumentError("WandbLogger needs wandb, which is not installed; run `pip install wandb`.") from error
         self._wandb: Any = wandb
-        self._run = self._wandb.init(project=project, name=name or None)
+        self._log_checkpoints = log_checkpoints
+        if path is not None:
+            path.mkdir(parents=True, exist_ok=True)  # where it is missing, wandb writes to a temporary one
+        self._run = self._wandb.init(
+            dir=None if path is None else str(path),
+            project=project,
+            name=name or None,
+            entity=entity,
+            tags=tags,
+            mode=mode,
+            resume="allow" if resume is None and id is not None else resume,
+            id=id,
+        )
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
@@ -38,13 +93,22 @@ class WandbLogger(Logger):
         self._log({name: text}, step)
 
     def log_image(self, name: str, image: Any, step: int | None = None) -> None:
-        self._log({name: self._wandb.Image(np.asarray(image))}, step)
+        self._log({name: self._wandb.Image(as_pixels(image, name))}, step)
 
     def log_histogram(self, name: str, values: Any, step: int | None = None) -> None:
-        self._log({name: self._wandb.Histogram(np.asarray(values))}, step)
+        _, counts, edges, not_finite = histogram_of(values)
+        row = {name: self._wandb.Histogram(np_histogram=(counts, edges))}
+        self._log(row | ({f"{name}/not_finite": not_finite} if not_finite else {}), step)
 
     def log_hyperparams(self, params: Mapping[str, Any]) -> None:
-        self._run.config.update(dict(params))
+        # A resumed run may train for more epochs, and the config tells what it does now.
+        self._run.config.update(dict(params), allow_val_change=True)
+
+    def log_checkpoint(self, path: str | os.PathLike[str], step: int) -> None:
+        if self._log_checkpoints:
+            artifact = self._wandb.Artifact(f"checkpoint-{self._run.id}", type="model", metadata={"step": step})
+            (artifact.add_dir if Path(path).is_dir() else artifact.add_file)(str(path))
+            self._run.log_artifact(artifact, aliases=["latest", f"step-{step}"])
 
     def close(self) -> None:
         self._run.finish()

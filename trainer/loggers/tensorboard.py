@@ -1,0 +1,119 @@
+"""`TensorBoardLogger`: event files of TensorBoard, without TensorFlow."""
+
+import atexit
+import contextlib
+import json
+import os
+import secrets
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from trainer.loggers.base import Logger, as_directory, flattened, histogram_of, needed
+from trainer.loggers.images import as_pixels
+
+_FLUSH_SECONDS = 5.0
+"""A row is on the disk after so many seconds, if another one comes."""
+
+
+class TensorBoardLogger(Logger):
+    """Writes an event file into a directory, for ``tensorboard --logdir runs``::
+
+        trainer = Trainer(model, config, loss_fn=loss_fn, logger=TensorBoardLogger("runs/mine"))
+
+    Scalars, images, histograms and texts are under their names, in the tabs of TensorBoard that are called so.
+    Hyperparameters are in the tab HPARAMS, nested ones as ``optimizer/learning_rate``, and as a text. Entries of a
+    histogram that are not finite are left out of it, and counted by the scalar ``<name>/not_finite``. A resumed run
+    writes a new file, in which an event says that earlier ones after its checkpoint do not count; TensorBoard hides
+    them. Rows come to the disk after 5 seconds, at `close` and at the exit of Python.
+
+    It needs tensorboardX (the extra ``tensorboard``), which builds and writes events; TensorBoard itself is needed to
+    look at them only. The format: https://github.com/tensorflow/tensorboard/blob/master/tensorboard/compat/proto/event.proto.
+
+    Attributes:
+        directory: Where the event files are.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        """Makes a logger that writes into a directory. Nothing is created before the first call.
+
+        Raises:
+            ArgumentTypeError: ``directory`` is no path.
+            ArgumentError: It is a file; or tensorboardX is missing.
+        """
+        self.directory = as_directory(directory, "TensorBoardLogger")
+        with needed("TensorBoardLogger", "tensorboardX", extra="tensorboard"):
+            import tensorboardX.event_file_writer  # not at the top: it is optional
+            import tensorboardX.proto.event_pb2
+            import tensorboardX.summary
+        self._summary: Any = tensorboardX.summary
+        self._events: Any = tensorboardX.proto.event_pb2
+        # Not its SummaryWriter, which writes in a thread: if that dies, the next calls wait for it for ever.
+        self._open: Any = tensorboardX.event_file_writer.EventsWriter
+        self._writer: Any = None
+        self._flushed_at = 0.0
+
+    def log_scalars(self, scalars: Mapping[str, float], step: int | None = None) -> None:
+        self._write([self._summary.scalar(name, float(value)) for name, value in scalars.items()], step)
+
+    def log_text(self, name: str, text: str, step: int | None = None) -> None:
+        self._write([self._summary.text(name, text)], step)
+
+    def log_image(self, name: str, image: Any, step: int | None = None) -> None:
+        pixels = as_pixels(image, name)
+        with needed("an image of TensorBoardLogger", "pillow", extra="tensorboard"):
+            summary = self._summary.image(name, pixels, dataformats="HW" if pixels.ndim == 2 else "HWC")
+        self._write([summary], step)
+
+    def log_histogram(self, name: str, values: Any, step: int | None = None) -> None:
+        finite, counts, edges, not_finite = histogram_of(values)
+        summaries = []
+        if finite.size:
+            # TensorBoard knows the right edges only, so an empty bin tells the first left edge.
+            about = finite.min(), finite.max(), finite.size, finite.sum(), np.square(finite).sum()
+            summaries.append(self._summary.histogram_raw(name, *map(float, about), edges, [0, *counts]))
+        if not_finite:
+            summaries.append(self._summary.scalar(f"{name}/not_finite", float(not_finite)))
+        self._write(summaries, step)
+
+    def log_hyperparams(self, params: Mapping[str, Any]) -> None:
+        text = json.dumps(params, indent=2, default=str)
+        self._write(self._summary.hparams(flattened(params), {}), None)
+        self._write([self._summary.text("hyperparameters", f"```json\n{text}\n```")], None)
+
+    def rewind(self, step: int) -> None:
+        log = self._events.SessionLog
+        self._write_event(self._events.Event(step=step + 1, session_log=log(status=log.START)))
+
+    def close(self) -> None:
+        if self._writer is not None:
+            atexit.unregister(self.close)
+            writer, self._writer = self._writer, None
+            writer.close()
+
+    def _write(self, summaries: Any, step: int | None) -> None:
+        if summaries:
+            whole, *rest = summaries
+            for summary in rest:
+                whole.MergeFrom(summary)
+            self._write_event(self._events.Event(step=step, summary=whole))
+
+    def _write_event(self, event: Any) -> None:
+        if self._writer is None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            # Its own name has the time in seconds only, and a file of that name would be replaced.
+            self._writer = self._open(str(self.directory / "events"), f".{os.getpid()}.{secrets.token_hex(4)}")
+            atexit.register(self.close)
+        event.wall_time = time.time()
+        try:
+            self._writer.write_event(event)
+            if event.wall_time >= self._flushed_at + _FLUSH_SECONDS:
+                self._flushed_at = event.wall_time
+                self._writer.flush()
+        except BaseException:
+            # No reader gets past half an event, so the next one goes to a new file.
+            with contextlib.suppress(Exception):
+                self.close()
+            raise

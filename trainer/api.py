@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from trainer.callbacks.base import CallbackList
+from trainer.callbacks.progress import Progress
 from trainer.compile.cost import ProgramCost
 from trainer.config import TrainingConfig
 from trainer.core.checks import check_count
@@ -57,12 +58,10 @@ class Trainer(Inspection):
         log_callback: Called as ``log_callback(step, metrics, prefix="train")``, or ``"val"``.
         callbacks: A `trainer.CallbackList`, or any sequence of callbacks.
         extensions: By name, extensions that contribute losses or handle events.
-        wrt: Which variables of the model are trained, an nnx filter or patterns of paths, see `trainer.by_path`.
-        eval_params: ``eval_params(opt_state, params)`` returns the params for validation, `evaluate`,
-            `predict` and `model`, such as ``optax.contrib.schedule_free_eval_params``; see `make_eval_step`.
+        wrt: Which variables of the model are trained: an nnx filter, or patterns of paths (`trainer.by_path`).
+        eval_params: From ``(opt_state, params)`` to the params to evaluate and predict with, see `make_eval_step`.
         handle_signals: Whether SIGTERM and Ctrl-C end a run in order, saved.
-        steps_per_call: How many steps to fuse into one call where the host does not need the state in between.
-            "auto" fuses steps that compute little (`trainer.compile.FusionPolicy`); 1 never does.
+        steps_per_call: How many steps to fuse into a call. "auto": many that compute little (`FusionPolicy`); 1: none.
         mesh: The devices to train on, see `trainer.make_mesh`; JAX's default device if left out. The numbers are
             those of one device, within rounding. With several processes, each makes the same calls; data in
             memory is the same in all, a batch is the part of its process, and process 0 alone logs.
@@ -74,6 +73,7 @@ class Trainer(Inspection):
             metrics, validates or saves, and holds the state of before.
         pad_to: "batch" pads short batches to ``batch_size`` rows, so that they compile nothing new, and adds to every
             batch a ``mask`` by which the objective averages, see `trainer.pad_batch`.
+        progress: Whether to show, on standard error, how far a run is; or a `trainer.Progress`.
         params_average: Such as ``ema_of_params(0.999)``: last of the optimizer, and its average the ``eval_params``.
 
     Attributes:
@@ -117,6 +117,7 @@ class Trainer(Inspection):
         params_average: optax.GradientTransformation | None = None,
         precision: str | Precision | None = None,
         remat: Remat = None,
+        progress: bool | Progress = True,
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name != "self"}
         self.setup, self.run = assemble(self, **arguments)

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from trainer.callbacks.base import as_callback_list
 from trainer.callbacks.dispatch import CallbackDispatcher
+from trainer.callbacks.progress import progress_for
 from trainer.checkpoints.checkpointer import Checkpointer
 from trainer.compile.dispatch import CompiledStep
 from trainer.config import TrainingConfig, make_optimizer, make_schedule
@@ -83,6 +84,7 @@ def assemble(
     params_average: optax.GradientTransformation | None,
     precision: str | Precision | None,
     remat: Remat,
+    progress: Any,
 ) -> tuple[Setup, Run]:
     """Checks the arguments of `trainer.Trainer`, and returns its parts and its initial run.
 
@@ -117,7 +119,7 @@ def assemble(
         raise ArgumentTypeError(f"`log_callback` is of type {type(log_callback).__name__}; it must be callable.")
     save_interval = check_count(save_interval, "save_interval")
     callbacks = as_callback_list(callbacks)
-    events = CallbackDispatcher(callbacks, extensions)
+    events = CallbackDispatcher(callbacks, extensions, progress_for(progress, callbacks))
     placement = placement_of(mesh, partition_rules)
     rng = jax.random.PRNGKey(0) if rng is None else rng
     check_rng(rng)

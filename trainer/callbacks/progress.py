@@ -298,7 +298,7 @@ class Progress(Callback):
         if path is not None:
             yield f"checkpoint {path}"
             yield (
-                "resume it with the same call and resume=True" if failure else "restore it with trainer.load_checkpoint"
+                "resume with the same call and resume=True" if failure else "restore it with trainer.load_checkpoint"
             )
 
     def _numbers(self, metrics: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

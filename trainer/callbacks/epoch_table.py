@@ -1,7 +1,7 @@
 """The table of finished epochs, a row at a time: which columns fit, and what their values look like."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 _WIDEST = 16
@@ -90,9 +90,9 @@ def counted(value: int, of: int | None) -> str:
     return f"{value}" if of is None else f"{value}/{of}"
 
 
-def in_words(names: Sequence[str], cells: Mapping[str, str]) -> str:
+def in_words(cells: Mapping[str, str]) -> str:
     """Returns the row as a line that names its values, for where there is no heading."""
-    return "  ".join(cells[name] if name in ("time",) else f"{name} {cells[name]}" for name in names)
+    return "  ".join(text if name == "time" else f"{name} {text}" for name, text in cells.items())
 
 
 def _joined(cells: Mapping[str, str], widths: Mapping[str, int]) -> str:

@@ -25,7 +25,7 @@ ROW_EVERY = 0.2
 _SAMPLES = 16
 """The times of which the first and the last give the speed; they are half a second apart, or more."""
 
-_NOT_SHOWN = ("step", BATCH_WEIGHT)
+_NOT_SHOWN = ("step", "epoch", "time", BATCH_WEIGHT)
 
 
 @dataclasses.dataclass
@@ -61,13 +61,14 @@ class Progress(Callback):
     # What is known of the run that is shown, or of the latest: calls of `train_epoch` continue it.
     _table: EpochTable
     _epoch: _Epoch | None  # in progress
-    _pending: _Epoch | None  # finished, its row due
+    _pending: list[_Epoch]  # finished, their rows due
     _metrics: Mapping[str, Any]  # of the call before
     _validation: Mapping[str, float]  # the latest
     _monitor: Monitor
     _best: tuple[float, int] | None  # the value and its step
     _rows: int
-    _row_at: float
+    _row_at: float  # when the latest of them became due
+    _shown_at: float  # when rows were shown
     _has_compiled: bool
     _began: float
     _validating: float
@@ -119,15 +120,15 @@ class Progress(Callback):
             # Where the run has failed, so may reading what it left.
             with contextlib.suppress(Exception) if failure else contextlib.nullcontext():
                 self._end_epoch(trainer, is_last=is_last)
-                self._show_row(trainer)
+                self._show_rows(trainer)
             if is_last:
                 self._say(*self._ending(trainer, failure))
         finally:
             self._display.close()
             self._reached = trainer.step
             # Nothing that lives on a device outlives the run.
-            self._display = self._epoch = self._pending = None
-            self._metrics = {}
+            self._display = self._epoch = None
+            self._pending, self._metrics = [], {}
 
     def on_epoch_begin(self, trainer: Any, epoch: int) -> None:
         if self._display is None:
@@ -157,8 +158,8 @@ class Progress(Callback):
         now = self._clock()
         if not self._samples or now - self._samples[-1][0] >= 0.5:
             self._samples.append((now, step))
-        if self._pending is not None:
-            self._show_row(trainer)
+        if self._pending and now - self._shown_at >= ROW_EVERY:
+            self._show_rows(trainer)
         if now >= self._next_line:
             self._draw(trainer, step, now)
         self._metrics = logs
@@ -186,10 +187,10 @@ class Progress(Callback):
 
     def _start(self) -> None:
         self._table = EpochTable()
-        self._epoch = self._pending = self._best = None
-        self._metrics, self._validation = {}, {}
+        self._epoch = self._best = None
+        self._pending, self._metrics, self._validation = [], {}, {}
         self._monitor = Monitor("val_loss", "min")
-        self._rows, self._row_at = 0, 0.0
+        self._rows, self._row_at, self._shown_at = 0, 0.0, 0.0
         self._has_compiled = False
         self._began = self._validating = self._next_line = self._paused = self._compiled = 0.0
         self._validations = 0
@@ -216,30 +217,35 @@ class Progress(Callback):
         self._epoch = None
         epoch.seconds = now - epoch.began
         if is_last or self._rows < FEW_EPOCHS or now - self._row_at >= ROW_EVERY:
-            self._pending, self._row_at = epoch, now
+            self._pending, self._row_at = [*self._pending, epoch], now
             self._rows += 1
             # The next call may be far off; and of a long epoch, waiting for its last step costs little.
             if epoch.seconds > 1.0:
-                self._show_row(trainer)
+                self._show_rows(trainer)
 
-    def _show_row(self, trainer: Any) -> None:
-        """Shows the row that is due. It waits for the last step of its epoch, while the device has another to do."""
-        epoch, self._pending, display = self._pending, None, self._display
-        if epoch is None or display is None:
-            return
+    def _show_rows(self, trainer: Any) -> None:
+        """Shows the rows that are due. It waits for the last step of their epochs, while the device does the next."""
+        pending, self._pending, self._shown_at = self._pending, [], self._clock()
+        rows: list[str] = []
+        for epoch in pending:
+            heading, row = self._row(trainer, epoch)
+            if heading is not None:
+                self._say(*rows)
+                rows = []
+                self._say(heading, style="bold")
+            rows.append(row)
+        self._say(*rows)
+
+    def _row(self, trainer: Any, epoch: _Epoch) -> tuple[str | None, str]:
+        """Returns the heading, if one is due, and the row of an epoch."""
         averages = {} if epoch.average is None else epoch.average.compute()
         cells = {"epoch": counted(epoch.index + 1, trainer.planned.last_epoch)}
         cells |= self._numbers(averages) | self._numbers(epoch.validation, "val_")
-        if not display.has_table:
-            cells = {"epoch": cells.pop("epoch"), "step": counted(epoch.step, trainer.planned.last_step), **cells}
-        cells["time"] = duration(epoch.seconds)
-        if not display.has_table:
-            self._say(in_words(list(cells), cells))
-            return
-        heading, row = self._table.add(cells, display.width)
-        if heading is not None:
-            display.say([heading], "bold")
-        display.say([row])
+        time_taken = {"time": duration(epoch.seconds)}
+        if self._display is None or not self._display.has_table:
+            where = {"epoch": cells.pop("epoch"), "step": counted(epoch.step, trainer.planned.last_step)}
+            return None, in_words({**where, **cells, **time_taken})
+        return self._table.add({**cells, **time_taken}, self._display.width)
 
     def _draw(self, trainer: Any, step: int, now: float, doing: str = "") -> None:
         """Draws the line that says where the run is, from the metrics of the call before."""
@@ -308,9 +314,9 @@ class Progress(Callback):
         texts = {printable(prefix + name, encoding): number(metrics[name]) for name in names}
         return {name: text for name, text in texts.items() if text is not None}
 
-    def _say(self, *lines: str) -> None:
-        if self._display is not None:
-            self._display.say(lines)
+    def _say(self, *lines: str, style: str = "") -> None:
+        if self._display is not None and lines:
+            self._display.say(lines, style)
 
 
 def progress_for(given: Any, callbacks: Any) -> Progress | None:

@@ -3,9 +3,13 @@
 import gc
 import io
 import logging
+import os
 import re
+import signal
+import subprocess
 import sys
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -439,7 +443,7 @@ class TestEnd:
         resumed = build(tmp_path, save_interval=3)
         resumed.train(data, 3, 8, val_data, val_interval=2, resume=True)
         lines = capsys.readouterr().err.splitlines()
-        assert lines[0] == "resumed at epoch 1, step 3"
+        assert lines[0] == "resumed at step 3, after 0 epochs"
         best = min(zip(*resumed.history.series("val_loss")[::-1], strict=True))
         assert f"best val_loss {best[0]:.4g} at step {best[1]}" in lines
 
@@ -521,6 +525,53 @@ class TestOfATrainer:
         played.is_primary_process = False
         played.play()
         assert stream.getvalue() == ""
+
+
+ON_A_TERMINAL = """
+import time
+from tests.problems import Linear, config, regression, squared_error
+from trainer import Callback, Trainer
+
+class Slow(Callback):
+    def on_call_end(self, trainer, step, logs):
+        time.sleep(0.1)
+
+trainer = Trainer(Linear(4), config(), loss_fn=squared_error, callbacks=[Slow()], steps_per_call=1, save_interval=10**9)
+trainer.train(regression(32), 1000, 8, regression(8))
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_real_terminal_clean(tmp_path):
+    reading, writing = os.openpty()
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONIOENCODING": "utf-8"}
+    command = [sys.executable, "-c", ON_A_TERMINAL]
+    shown = Terminal()
+    with subprocess.Popen(command, stdout=writing, stderr=writing, cwd=tmp_path, env=environment) as process:
+        os.close(writing)
+        while data := _read(reading):
+            running = "epoch 2/1000  " not in shown.getvalue()
+            shown.write(data)
+            if running and "epoch 2/1000  " in shown.getvalue():
+                process.send_signal(signal.SIGINT)
+    os.close(reading)
+    # What Python says of the exception comes after what the display says, and there is nothing of the line left.
+    lines = shown.screen
+    (ending,) = [index for index, line in enumerate(lines) if line.startswith("interrupted after ")]
+    assert lines[ending - 1].split()[0].endswith("/1000")
+    assert lines[ending + 2].startswith("checkpoint ")
+    assert lines[ending + 3 : ending + 5] == [
+        "resume with the same call and resume=True",
+        "Traceback (most recent call last):",
+    ]
+    assert shown.getvalue().rindex("\x1b[?25h") > shown.getvalue().rindex("\x1b[?25l")
+
+
+def _read(terminal):
+    try:
+        return os.read(terminal, 65536).decode(errors="replace")
+    except OSError:  # the other end is closed
+        return ""
 
 
 class TestNotebook:

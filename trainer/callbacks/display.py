@@ -65,7 +65,8 @@ class Display:
 
         def write(stream: TextIO) -> None:
             stream.write("".join(f"{printable(line, self.encoding)}\n" for line in lines))
-            stream.flush()
+            if hasattr(stream, "flush"):
+                stream.flush()
 
         self._attempt(write)
 

@@ -104,7 +104,7 @@ class Progress(Callback):
             self._began = now
             self._monitor = _watched(trainer.callbacks)
             if not trainer.is_new_run:
-                self._say(f"resumed at epoch {trainer.epoch + 1}, step {trainer.step}")
+                self._say(f"resumed at step {trainer.step}, after {_epochs(trainer.epoch)}")
                 self._best = self._best_in(trainer.history)
         # What happened between two calls of `train_epoch` took none of this run's time.
         self._next_line, self._samples = now + self._display.line_every, collections.deque(maxlen=_SAMPLES)
@@ -291,7 +291,7 @@ class Progress(Callback):
         epochs, took = trainer.epoch, duration(self._clock() - self._began)
         reasons = "; ".join(trainer.setup.events.stop_reasons())
         is_early = trainer.planned.last_epoch is None or epochs < trainer.planned.last_epoch
-        at = f"after {epochs} epoch{'s' * (epochs != 1)}, step {trainer.step}, {took}"
+        at = f"after {_epochs(epochs)}, step {trainer.step}, {took}"
         if failure:
             yield f"{failure} {at}"
         else:
@@ -341,6 +341,10 @@ def _watched(callbacks: Any) -> Monitor:
         if isinstance(monitor, Monitor) and monitor.of_validation:
             return monitor
     return Monitor("val_loss", "min")
+
+
+def _epochs(count: int) -> str:
+    return f"{count} epoch{'s' * (count != 1)}"
 
 
 def _keeps_best(callback: Any) -> bool:

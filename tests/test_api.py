@@ -615,7 +615,7 @@ class TestLogging:
         for name in ("average", "history"):
             where = f"trainer.metrics.{name}.read"
             monkeypatch.setattr(where, lambda rows: reads.append(trainer.step) or read(rows))
-        trainer = build(settings=config(log_frequency=2))
+        trainer = build(settings=config(log_frequency=2), progress=False)
         trainer.train(regression(64), 2, 8)
         assert reads == [16, 16]  # at the end: of the epoch before, which has finished, and of the last
 

@@ -208,6 +208,17 @@ class TestTerminal:
         drawn = [line for line in stream.draws if "step" in line]
         assert 40 <= len(set(drawn)) <= 50
 
+    def test_a_resumed_run_that_owes_a_validation_shows_that_it_validates(self):
+        stream = Terminal()
+        played = Played(stream, epochs=1, batches=3)
+        played.setup.live.meter = None
+        played.progress.on_train_begin(played)
+        played.progress.on_epoch_begin(played, 0)
+        played.progress.on_validation_begin(played)
+        played.progress.on_validation_end(played, {"loss": 0.25})
+        assert "validating ...  epoch 1/1" in re.sub(r"\x1b\[[\d;]*m", "", stream.getvalue())
+        played.progress.on_train_end(played)
+
     def test_what_is_reported_of_the_learning_rate_is_shown(self):
         stream = Terminal()
         Played(stream, epochs=1, batches=3).play(lambda step: {"loss": 1.0, "learning_rate": 0.001})

@@ -273,8 +273,9 @@ class Progress(Callback):
             if whole and whole > done:
                 trained = max(now - self._began - self._paused - self._compiled, 1e-3)
                 parts.append(Part(f"eta {duration((whole - done) / rate * (1.0 + self._paused / trained))}", 3))
-        waiting = trainer.setup.live.meter.waiting_for_data
-        parts.append(Part(f"data wait {waiting:.0%}", 7))
+        meter = trainer.setup.live.meter
+        if meter is not None:  # as in the validation that an interrupted run still owed
+            parts.append(Part(f"data wait {meter.waiting_for_data:.0%}", 7))
         display.draw([Part(doing, 0), *parts] if doing else parts)
         # By the clock after drawing, so that a slow terminal is drawn less often.
         self._next_line = self._clock() + display.line_every

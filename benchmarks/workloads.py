@@ -42,14 +42,14 @@ class Workload:
         return optax.adam(LEARNING_RATE)
 
     def trainer(self, log_frequency: int | None = None, **options: Any) -> Any:
-        """Makes a `trainer.Trainer` with nothing but defaults, except for ``options``."""
+        """Makes a `trainer.Trainer` with nothing but defaults, except for ``options``, and shows no progress."""
         # A process in which a loop is written by hand has nothing of this library in it.
         from trainer import OptimizerConfig, Trainer, TrainingConfig
 
         optimizer = OptimizerConfig(optimizer_type="adam", learning_rate=LEARNING_RATE)
         changes = {} if log_frequency is None else {"log_frequency": log_frequency}
         config = TrainingConfig(optimizer=optimizer, **changes)
-        return Trainer(self.make_model(), config, loss_fn=self.loss_fn, **options)
+        return Trainer(self.make_model(), config, loss_fn=self.loss_fn, **{"progress": False, **options})
 
 
 class Mlp(nnx.Module):

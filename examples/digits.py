@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 from sklearn.datasets import load_digits
 
-from trainer import OptimizerConfig, Progress, SchedulerConfig, Trainer, TrainingConfig
+from trainer import OptimizerConfig, SchedulerConfig, Trainer, TrainingConfig
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -60,7 +60,7 @@ def digits():
     )
 
 
-def make_trainer(workdir, callbacks=()):
+def make_trainer(workdir):
     config = TrainingConfig(
         name="digits",
         optimizer=OptimizerConfig(optimizer_type="adamw", learning_rate=3e-3, weight_decay=1e-4, decay_mask=True),
@@ -68,7 +68,7 @@ def make_trainer(workdir, callbacks=()):
         gradient_clip_norm=1.0,
         log_frequency=5,
     )
-    return Trainer(ConvNet(nnx.Rngs(0)), config, loss_fn=cross_entropy, workdir=workdir, callbacks=callbacks)
+    return Trainer(ConvNet(nnx.Rngs(0)), config, loss_fn=cross_entropy, workdir=workdir)
 
 
 def plot(history, path):
@@ -94,7 +94,7 @@ def main(argv=None):
     steps_per_epoch = -(-len(train_data["label"]) // 128)
     for earlier in arguments.workdir.glob("checkpoint_*.msgpack"):  # of which the trainer would warn
         earlier.unlink()
-    trainer = make_trainer(arguments.workdir, callbacks=[Progress()])
+    trainer = make_trainer(arguments.workdir)
     result = trainer.train(train_data, arguments.epochs, 128, val_data, val_interval=steps_per_epoch)
     checkpoint = trainer.save_checkpoint()
 

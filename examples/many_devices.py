@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 from digits import ConvNet, cross_entropy, digits
 
-from trainer import OptimizerConfig, Progress, Trainer, TrainingConfig, make_mesh
+from trainer import OptimizerConfig, Trainer, TrainingConfig, make_mesh
 from trainer.distributed import initialize
 
 
@@ -44,7 +44,6 @@ def main(argv=None):
         mesh=make_mesh(arguments.mesh),
         workdir=arguments.workdir,
         save_interval=20,
-        callbacks=[Progress()],
     )
     train_data, val_data = digits()
     result = trainer.train(train_data, arguments.epochs, 128, val_data, val_interval=50, resume=True)

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from trainer.callbacks.base import CallbackList
+from trainer.callbacks.progress import Progress
 from trainer.compile.cost import ProgramCost
 from trainer.config import TrainingConfig
 from trainer.core.checks import check_count
@@ -57,12 +58,10 @@ class Trainer(Inspection):
         log_callback: Called as ``log_callback(step, metrics, prefix="train")``, or ``"val"``.
         callbacks: A `trainer.CallbackList`, or any sequence of callbacks.
         extensions: By name, extensions that contribute losses or handle events.
-        wrt: Which variables of the model are trained, an nnx filter or patterns of paths, see `trainer.by_path`.
-        eval_params: ``eval_params(opt_state, params)`` returns the params for validation, `evaluate`,
-            `predict` and `model`, such as ``optax.contrib.schedule_free_eval_params``; see `make_eval_step`.
+        wrt: Which variables of the model are trained: an nnx filter, or patterns of paths (`trainer.by_path`).
+        eval_params: From ``(opt_state, params)`` to the params to evaluate and predict with, see `make_eval_step`.
         handle_signals: Whether SIGTERM and Ctrl-C end a run in order, saved.
-        steps_per_call: How many steps to fuse into one call where the host does not need the state in between.
-            "auto" fuses steps that compute little (`trainer.compile.FusionPolicy`); 1 never does.
+        steps_per_call: How many steps to fuse into a call. "auto": many that compute little (`FusionPolicy`); 1: none.
         mesh: The devices to train on, see `trainer.make_mesh`; JAX's default device if left out. The numbers are
             those of one device, within rounding. With several processes, each makes the same calls; data in
             memory is the same in all, a batch is the part of its process, and process 0 alone logs.
@@ -81,6 +80,7 @@ class Trainer(Inspection):
             validation data are given: a model that cannot learn these has a bug.
         debug: Look into every step before it is made, see `trainer.make_check_step`: checks of ``checkify`` in the
             objective raise, and what is not finite is traced to a module. Several times slower.
+        progress: Whether to show, on standard error, how far a run is; or a `trainer.Progress`.
 
     Attributes:
         run: What a checkpoint holds: the state, and the record that travels with it. The only attribute that changes.
@@ -126,6 +126,7 @@ class Trainer(Inspection):
         fast_dev_run: bool | int = False,
         overfit_batches: int | None = None,
         debug: bool = False,
+        progress: bool | Progress = True,
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name != "self"}
         self.setup, self.run = assemble(self, **arguments)

@@ -299,11 +299,22 @@ class Run:
         """
         return self.recorded_rows([(self.step if step is None else step, metrics)], prefix=prefix)
 
-    def recorded_rows(self, rows: Sequence[tuple[int, Mapping[str, Any]]], *, prefix: str = "") -> Self:
-        """Returns the run with several rows in its history: the steps and their metrics, in ascending order."""
+    def recorded_rows(
+        self, rows: Sequence[tuple[int, Mapping[str, Any]]], *, prefix: str = "", logged: int | None = None
+    ) -> Self:
+        """Returns the run with several rows in its history.
+
+        Args:
+            rows: The steps and their metrics, in ascending order.
+            prefix: As for `recorded`.
+            logged: The latest step that loggers got, where that is not the last of the rows.
+        """
+        if not rows:
+            return self
         history = self.history.copy()
         history.extend(rows, prefix)
-        return self.replace(history=history, logged_step=self.logged_step if prefix or not rows else rows[-1][0])
+        logged = rows[-1][0] if logged is None else logged
+        return self.replace(history=history, logged_step=self.logged_step if prefix else logged)
 
     def validated(self, averages: Mapping[str, float]) -> Self:
         """Returns the run with the averages of a validation of its state, recorded in the history."""

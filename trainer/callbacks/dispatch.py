@@ -14,12 +14,13 @@ class CallbackDispatcher:
         callbacks: What `trainer.callbacks.base.as_callback_list` returned. A `CallbackList` is read at every event,
             so it may change during a run; a list of any other class dispatches to its members itself.
         extensions: The extensions by name. Their methods for events are called like those of callbacks.
+        display: A callback that gets every event after all of these, and has no state; None for no such.
     """
 
-    def __init__(self, callbacks: Any, extensions: Mapping[str, Any]) -> None:
+    def __init__(self, callbacks: Any, extensions: Mapping[str, Any], display: Any = None) -> None:
         self._callbacks = callbacks
         self._extensions = extensions
-        self._all = CallbackList((callbacks, *extensions.values()))
+        self._all = CallbackList((callbacks, *extensions.values(), *([] if display is None else [display])))
 
     def emit(self, event: str, *args: Any) -> None:
         """Calls the method named ``event`` with ``args``, on each that has one."""

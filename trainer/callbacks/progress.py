@@ -1,61 +1,357 @@
 """`Progress`: a callback that shows how far a run is."""
 
-import sys
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TextIO
 
-from trainer.callbacks.base import Callback
+from trainer.callbacks.base import Callback, flatten
+from trainer.callbacks.display import Display, Notebook, Part, open_display, printable
+from trainer.callbacks.epoch_table import EpochTable, counted, duration, in_words, number
+from trainer.callbacks.monitor import Monitor
+from trainer.errors import ArgumentTypeError
+from trainer.types import BATCH_WEIGHT
+
+FEW_EPOCHS = 10
+"""The epochs of a run that have a row each, however short they are."""
+
+ROW_EVERY = 0.2
+"""The seconds from row to row of all later epochs, at least; of shorter epochs, some have no row."""
+
+_SAMPLES = 16
+"""The times of which the first and the last give the speed; they are half a second apart, or more."""
+
+_NOT_SHOWN = ("step", "epoch", "time", BATCH_WEIGHT)
+
+
+@dataclasses.dataclass
+class _Epoch:
+    """An epoch: its number from 0, when it began, and what is known of it."""
+
+    index: int
+    began: float
+    average: Any = None
+    validation: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
+    step: int = 0
 
 
 class Progress(Callback):
-    """Shows a run's progress: a line per epoch, and on a terminal a line that is redrawn in place.
+    """Shows a run's progress: a row for each finished epoch, which stays, and a line that says where the run is.
 
-    The redrawn line shows the metrics of the call before, which are finished by then, so that drawing it hardly
-    ever waits for the device. It is drawn at most ten times a second. A file or a pipe gets the lines per epoch
-    only. Of several processes only the primary one writes.
+    On a terminal the line is drawn in place, below the rows; in a notebook both are one output that is replaced. A
+    file or a pipe gets a plain line per epoch, one every 30 seconds within an epoch, and no control character. At the
+    end it says why the run ended, its best validation, and where the checkpoint is.
+
+    It costs the loop next to nothing: steps stay fused, no thread runs, the line is drawn at most five times a second,
+    and from the metrics of the call before, which are finished by then. Of epochs shorter than 0.2 s only the first
+    ten have a row each. Of several processes only the primary one writes. A stream that is closed, or was never there,
+    ends the display and nothing else.
+
+    A `trainer.Trainer` has one by default (``progress``). Consecutive calls of ``train_epoch`` are one run.
     """
+
+    # After all others, so that what they have saved is known.
+    runs_last = True
+
+    # What is known of the run that is shown, or of the latest: calls of `train_epoch` continue it.
+    _table: EpochTable
+    _epoch: _Epoch | None  # in progress
+    _pending: list[_Epoch]  # finished, their rows due
+    _metrics: Mapping[str, Any]  # of the call before
+    _validation: Mapping[str, float]  # the latest
+    _monitor: Monitor
+    _best: tuple[float, int] | None  # the value and its step
+    _rows: int
+    _row_at: float  # when the latest of them became due
+    _shown_at: float  # when rows were shown
+    _has_compiled: bool
+    _began: float
+    _validating: float
+    _validations: int
+    _paused: float  # the seconds of all validations
+    _compiled: float  # the seconds of all compilations
+    _next_line: float
+    _samples: collections.deque[tuple[float, int]]  # times and steps, for the speed
 
     def __init__(self, stream: TextIO | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
         """Makes a progress display.
 
         Args:
-            stream: Where to write; standard error if left out.
+            stream: Where to write; standard error if left out, or the output of a notebook's cell.
             clock: Returns the time in seconds.
         """
-        self._stream = sys.stderr if stream is None else stream
+        self._stream = stream
         self._clock = clock
-        self._started = self._drawn = 0.0
-        self._previous: Mapping[str, Any] = {}
-        self._width = 0
+        self._notebook: Notebook | None = None
+        self._display: Display | None = None
+        self._reached: int | None = None
+        self._start()
+
+    def on_train_begin(self, trainer: Any) -> None:
+        if not trainer.is_primary_process:
+            return
+        self._display = self._open()
+        if self._display is None:
+            return
+        now = self._clock()
+        if trainer.is_new_run or self._reached != trainer.step:
+            self._start()
+            self._began = now
+            self._monitor = _watched(trainer.callbacks)
+            if not trainer.is_new_run:
+                self._say(f"resumed at step {trainer.step}, after {_epochs(trainer.epoch)}")
+                self._best = self._best_in(trainer.history)
+        # What happened between two calls of `train_epoch` took none of this run's time.
+        self._next_line, self._samples = now + self._display.line_every, collections.deque(maxlen=_SAMPLES)
+
+    def on_train_end(self, trainer: Any) -> None:
+        if self._display is None:
+            return
+        failure = trainer.setup.live.failure
+        planned = trainer.planned
+        is_over = planned.last_epoch is not None and trainer.epoch >= planned.last_epoch
+        is_last = bool(failure) or is_over or trainer.should_stop
+        try:
+            # Where the run has failed, so may reading what it left.
+            with contextlib.suppress(Exception) if failure else contextlib.nullcontext():
+                self._end_epoch(trainer, is_last=is_last)
+                self._show_rows(trainer)
+            if is_last:
+                self._say(*self._ending(trainer, failure))
+        finally:
+            self._display.close()
+            self._reached = trainer.step
+            # Nothing that lives on a device outlives the run.
+            self._display = self._epoch = None
+            self._pending, self._metrics = [], {}
 
     def on_epoch_begin(self, trainer: Any, epoch: int) -> None:
-        del trainer, epoch
-        self._started = self._clock()
+        if self._display is None:
+            return
+        self._end_epoch(trainer, is_last=False)
+        self._epoch = _Epoch(epoch, self._clock())
 
     def on_compile_begin(self, trainer: Any, what: str) -> None:
-        if trainer.is_primary_process and self._stream.isatty():
-            self._write(f"compiling {what} …", {}, self._clock(), end="\r")
+        if self._display is None:
+            return
+        text = f"compiling {what}, once ..."
+        if self._display.has_table:
+            self._display.draw([Part(text, 0)])
+        elif not self._has_compiled:
+            self._say(text)
+        self._has_compiled = True
 
     def on_compile_end(self, trainer: Any, what: str, seconds: float) -> None:
-        if trainer.is_primary_process:
-            self._write(f"compiled {what} in {seconds:.1f} s", {}, self._clock(), end="\n")
+        if self._display is not None:
+            self._say(f"compiled {what} in {seconds:.1f} s")
+            self._samples.clear()
+            self._compiled += seconds
 
     def on_call_end(self, trainer: Any, step: int, logs: Mapping[str, Any]) -> None:
+        if self._display is None or self._epoch is None:
+            return
         now = self._clock()
-        if trainer.is_primary_process and self._stream.isatty() and now - self._drawn >= 0.1:
-            self._write(f"epoch {trainer.epoch + 1}  step {step}", self._previous, now, end="\r")
-            self._drawn = now
-        self._previous = logs
+        if not self._samples or now - self._samples[-1][0] >= 0.5:
+            self._samples.append((now, step))
+        if self._pending and now - self._shown_at >= ROW_EVERY:
+            self._show_rows(trainer)
+        if now >= self._next_line:
+            self._draw(trainer, step, now)
+        self._metrics = logs
+        self._epoch.average, self._epoch.step = trainer.run.average, step
 
-    def on_epoch_end(self, trainer: Any, epoch: int, logs: dict[str, float]) -> None:
-        if trainer.is_primary_process:
-            self._write(f"epoch {epoch + 1}  step {trainer.step}", logs, self._clock(), end="\n")
+    def on_validation_begin(self, trainer: Any) -> None:
+        self._validating = self._clock()
+        is_long = self._validations == 0 or self._paused > 0.2 * self._validations
+        if self._display is not None and self._display.has_table and is_long:
+            self._draw(trainer, trainer.step, self._validating, doing="validating ...")
 
-    def _write(self, head: str, logs: Mapping[str, Any], now: float, end: str) -> None:
-        shown = [f"{name} {float(value):.4g}" for name, value in logs.items() if name != "step"]
-        line = "  ".join([head, *shown, f"{now - self._started:.1f} s"])
-        # Padding overwrites the rest of a longer line.
-        self._stream.write(f"{line:<{self._width}}{end}" if self._stream.isatty() else f"{line}{end}")
-        self._width = len(line) if end == "\r" else 0
-        self._stream.flush()
+    def on_validation_end(self, trainer: Any, logs: dict[str, float]) -> None:
+        if self._display is None:
+            return
+        paused = self._clock() - self._validating
+        self._paused, self._validations = self._paused + paused, self._validations + 1
+        self._samples = collections.deque(((when + paused, step) for when, step in self._samples), maxlen=_SAMPLES)
+        self._validation = logs
+        if self._epoch is not None:
+            self._epoch.validation = logs
+        if self._monitor.of_validation and (value := logs.get(self._monitor.name.removeprefix("val_"))) is not None:
+            best = self._best
+            if best is None or self._monitor.rank(value) > self._monitor.rank(best[0]):
+                self._best = (float(value), trainer.step)
+
+    def _start(self) -> None:
+        self._table = EpochTable()
+        self._epoch = self._best = None
+        self._pending, self._metrics, self._validation = [], {}, {}
+        self._monitor = Monitor("val_loss", "min")
+        self._rows, self._row_at, self._shown_at = 0, 0.0, 0.0
+        self._has_compiled = False
+        self._began = self._validating = self._next_line = self._paused = self._compiled = 0.0
+        self._validations = 0
+        self._samples = collections.deque(maxlen=_SAMPLES)
+
+    def _best_in(self, history: Any) -> tuple[float, int] | None:
+        rows = [(float(row[self._monitor.name]), row["step"]) for row in history if self._monitor.name in row]
+        return max(rows, key=lambda row: self._monitor.rank(row[0]), default=None)
+
+    def _open(self) -> Display | None:
+        display = open_display(self._stream)
+        if not isinstance(display, Notebook):
+            return display
+        # Calls of `train_epoch` in one cell share its output.
+        if self._notebook is None or self._notebook.cell != display.cell:
+            self._notebook = display
+        return self._notebook
+
+    def _end_epoch(self, trainer: Any, *, is_last: bool) -> None:
+        """Notes the epoch that has ended, if it is to have a row."""
+        epoch, now = self._epoch, self._clock()
+        if epoch is None or trainer.epoch <= epoch.index:
+            return
+        self._epoch = None
+        epoch.seconds = now - epoch.began
+        if is_last or self._rows < FEW_EPOCHS or now - self._row_at >= ROW_EVERY:
+            self._pending, self._row_at = [*self._pending, epoch], now
+            self._rows += 1
+            # The next call may be far off; and of a long epoch, waiting for its last step costs little.
+            if epoch.seconds > 1.0:
+                self._show_rows(trainer)
+
+    def _show_rows(self, trainer: Any) -> None:
+        """Shows the rows that are due. It waits for the last step of their epochs, while the device does the next."""
+        pending, self._pending, self._shown_at = self._pending, [], self._clock()
+        rows: list[str] = []
+        for epoch in pending:
+            heading, row = self._row(trainer, epoch)
+            if heading is not None:
+                self._say(*rows)
+                rows = []
+                self._say(heading, style="bold")
+            rows.append(row)
+        self._say(*rows)
+
+    def _row(self, trainer: Any, epoch: _Epoch) -> tuple[str | None, str]:
+        """Returns the heading, if one is due, and the row of an epoch."""
+        averages = {} if epoch.average is None else epoch.average.compute()
+        cells = {"epoch": counted(epoch.index + 1, trainer.planned.last_epoch)}
+        cells |= self._numbers(averages) | self._numbers(epoch.validation, "val_")
+        time_taken = {"time": duration(epoch.seconds)}
+        if self._display is None or not self._display.has_table:
+            where = {"epoch": cells.pop("epoch"), "step": counted(epoch.step, trainer.planned.last_step)}
+            return None, in_words({**where, **cells, **time_taken})
+        return self._table.add({**cells, **time_taken}, self._display.width)
+
+    def _draw(self, trainer: Any, step: int, now: float, doing: str = "") -> None:
+        """Draws the line that says where the run is, from the metrics of the call before."""
+        display, epoch = self._display, self._epoch
+        if display is None or epoch is None:
+            return
+        planned, shown = trainer.planned, self._numbers(self._metrics)
+        rate, last = self._rate(step, now), planned.last_step
+        if last is None and planned.steps_per_epoch is not None:
+            done, whole = trainer.run.batch, planned.steps_per_epoch
+        else:
+            done, whole = step - planned.first_step, planned.num_steps
+        learning_rate, loss = shown.pop("learning_rate", None), shown.pop("loss", None)
+        parts = [Part(f"epoch {counted(epoch.index + 1, planned.last_epoch)}", 0)]
+        if whole:
+            parts.append(Part(" " * 12, 4, done / whole))
+        parts.append(Part(f"step {counted(step, last)}", 1))
+        parts += [Part(f"loss {loss}", 2)] if loss is not None else []
+        if "loss" in self._validation:
+            parts.append(Part(f"val_loss {number(self._validation['loss'])}", 5))
+        parts += [Part(f"{name} {value}", 8 + index) for index, (name, value) in enumerate(shown.items())]
+        parts += [Part(f"lr {learning_rate}", 6)] if learning_rate is not None else []
+        if rate:
+            parts.append(Part(f"{rate:,.3g} steps/s" if rate < 1000 else f"{rate:,.0f} steps/s", 3))
+            if whole and whole > done:
+                trained = max(now - self._began - self._paused - self._compiled, 1e-3)
+                parts.append(Part(f"eta {duration((whole - done) / rate * (1.0 + self._paused / trained))}", 3))
+        meter = trainer.setup.live.meter
+        if meter is not None:  # as in the validation that an interrupted run still owed
+            parts.append(Part(f"data wait {meter.waiting_for_data:.0%}", 7))
+        display.draw([Part(doing, 0), *parts] if doing else parts)
+        # By the clock after drawing, so that a slow terminal is drawn less often.
+        self._next_line = self._clock() + display.line_every
+
+    def _rate(self, step: int, now: float) -> float | None:
+        """Returns the steps per second lately, without compilations and validations; None if that is not known."""
+        if not self._samples or now <= self._samples[0][0] or step <= self._samples[0][1]:
+            return None
+        began, first = self._samples[0]
+        return (step - first) / (now - began)
+
+    def _ending(self, trainer: Any, failure: str) -> Iterable[str]:
+        """Yields why the run ended, its best validation, where the checkpoint is, and how to go on."""
+        epochs, took = trainer.epoch, duration(self._clock() - self._began)
+        reasons = "; ".join(trainer.setup.events.stop_reasons())
+        is_early = trainer.planned.last_epoch is None or epochs < trainer.planned.last_epoch
+        at = f"after {_epochs(epochs)}, step {trainer.step}, {took}"
+        if failure:
+            yield f"{failure} {at}"
+        else:
+            yield f"stopped {at}: {reasons}" if reasons and is_early else f"finished {at}"
+        if self._best is not None:
+            value, step = self._best
+            kept = next((one.best_model_path for one in _members(trainer.callbacks) if _keeps_best(one)), None)
+            yield f"best {self._monitor.name} {number(value)} at step {step}" + (f", kept in {kept}" if kept else "")
+        path = trainer.setup.checkpointer.saved_path(trainer.run)
+        if path is not None:
+            yield f"checkpoint {path}"
+            yield (
+                "resume with the same call and resume=True" if failure else "restore it with trainer.load_checkpoint"
+            )
+
+    def _numbers(self, metrics: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+        """Returns metrics as texts by names that the display can show, the loss first."""
+        encoding = "utf-8" if self._display is None else self._display.encoding
+        names = sorted((name for name in metrics if name not in _NOT_SHOWN), key=lambda name: name != "loss")
+        texts = {printable(prefix + name, encoding): number(metrics[name]) for name in names}
+        return {name: text for name, text in texts.items() if text is not None}
+
+    def _say(self, *lines: str, style: str = "") -> None:
+        if self._display is not None and lines:
+            self._display.say(lines, style)
+
+
+def progress_for(given: Any, callbacks: Any) -> Progress | None:
+    """Returns the display of a trainer: that which was given, or a new one; None where callbacks bring one.
+
+    Raises:
+        ArgumentTypeError: ``given`` is neither a bool nor a `Progress`.
+    """
+    if not isinstance(given, bool | Progress):
+        raise ArgumentTypeError(
+            f"`progress` is of type {type(given).__name__}; it must be True, False, or a trainer.Progress."
+        )
+    if given is False or any(isinstance(one, Progress) for one in _members(callbacks)):
+        return None
+    return Progress() if given is True else given
+
+
+def _watched(callbacks: Any) -> Monitor:
+    """Returns what the first callback watches that watches a validation, else the loss."""
+    for one in _members(callbacks):
+        monitor = getattr(one, "_monitor", None)
+        if isinstance(monitor, Monitor) and monitor.of_validation:
+            return monitor
+    return Monitor("val_loss", "min")
+
+
+def _epochs(count: int) -> str:
+    return f"{count} epoch{'s' * (count != 1)}"
+
+
+def _keeps_best(callback: Any) -> bool:
+    return getattr(callback, "best_model_path", None) is not None
+
+
+def _members(callbacks: Any) -> Iterable[Any]:
+    held = getattr(callbacks, "callbacks", None)
+    return flatten(held if isinstance(held, list | tuple) else [callbacks])

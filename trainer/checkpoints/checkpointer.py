@@ -42,7 +42,7 @@ class Checkpointer:
         self._max_checkpoints = max_checkpoints
         self._saver = BackgroundSaver()
         self._written = Written(self.directory)
-        self._saved: tuple[str, int] | None = None
+        self._saved: tuple[str, int, Path] | None = None
         self._complete: collections.deque[tuple[Path, int]] = collections.deque(maxlen=100)  # a thread adds to it
         self._has_warned = False
 
@@ -82,7 +82,7 @@ class Checkpointer:
         self.wait()
         if path is None:
             self._check_name(target, run)
-            self._saved = run.id, run.step
+            self._saved = run.id, run.step, target
         if not background or suffix in (".pkl", ".safetensors"):
             write(snapshot_run(run, **beside))
         elif suffix == ".orbax":
@@ -153,10 +153,15 @@ class Checkpointer:
         """
         return self._saved[1] if self._saved is not None and self._saved[0] == run.id else None
 
+    def saved_path(self, run: Run) -> Path | None:
+        """Returns the checkpoint that `saved_step` tells of, None if it is not there."""
+        path = self._saved[2] if self._saved is not None and self._saved[0] == run.id else None
+        return path if path is not None and path.exists() else None
+
     def _restored(self, loaded: Loaded, current: Run) -> Restored:
         restored = restore(loaded, current)
         if loaded.path.parent.absolute() == self.directory.absolute():
-            self._saved = restored.run.id, restored.run.step
+            self._saved = restored.run.id, restored.run.step, loaded.path
         return restored
 
     def warn_of_later(self, run: Run) -> None:

@@ -28,7 +28,9 @@ class TrainingConfig(Config):
         checkpoint_dir: Where checkpoints go if the Trainer gets no directory.
         save_frequency: ``train_epoch`` saves every ``save_frequency`` steps.
         max_checkpoints: How many checkpoints with default names a run keeps: those that it wrote last.
-        log_frequency: Training metrics are logged at the first step and every ``log_frequency`` steps.
+        log_frequency: Loggers get the training metrics of the first step, of every ``log_frequency``-th, and of the
+            last. The history has these rows and more: at least a hundred of a run that has as many steps, all of a
+            shorter one; see `trainer.fit.cadence`.
         steps_per_epoch: The most batches of training data in an epoch, None for all. An endless loader needs it; of
             data in memory every epoch draws others.
         validation_steps: The most batches of validation data in a validation, None for all; likewise.

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from trainer.callbacks.base import as_callback_list, without_savers
 from trainer.callbacks.dispatch import CallbackDispatcher
+from trainer.callbacks.progress import progress_for
 from trainer.checkpoints.checkpointer import Checkpointer
 from trainer.compile.dispatch import CompiledStep
 from trainer.config import TrainingConfig, make_optimizer, make_schedule
@@ -89,6 +90,7 @@ def assemble(
     fast_dev_run: bool | int,
     overfit_batches: int | None,
     debug: bool,
+    progress: Any,
 ) -> tuple[Setup, Run]:
     """Checks the arguments of `trainer.Trainer`, and returns its parts and its initial run.
 
@@ -132,7 +134,9 @@ def assemble(
         training_config = dataclasses.replace(training_config, validation_steps=dry, save_frequency=_NEVER)
         save_interval, workdir, checkpoint_dir = _NEVER, None, None
         log_callback = metrics_logger = logger = None
-    events = CallbackDispatcher(without_savers(callbacks) if dry else callbacks, extensions)
+    events = CallbackDispatcher(
+        without_savers(callbacks) if dry else callbacks, extensions, progress_for(progress, callbacks)
+    )
     placement = placement_of(mesh, partition_rules)
     rng = jax.random.PRNGKey(0) if rng is None else rng
     check_rng(rng)

@@ -19,10 +19,11 @@ from trainer.checkpoints.run_record import Restored
 from trainer.compile.cost import ProgramCost, cost_of
 from trainer.distributed.signals import Signals
 from trainer.errors import ObjectiveError, TrainingInterrupted, warn
+from trainer.fit.cadence import steps_due
 from trainer.fit.finite import hold_if_finite, react_if_not_finite
 from trainer.fit.plan import FitPlan
 from trainer.fit.resume import checked, find, planned_end, put_back
-from trainer.fit.setup import Setup
+from trainer.fit.setup import Planned, Setup
 from trainer.loggers.base import prefixed
 from trainer.loop import evaluate, open_pass, plan_dispatch, rare_collections, run_epoch
 from trainer.metrics.average import metrics_at
@@ -39,6 +40,7 @@ def fit(trainer: Trainer, plan: FitPlan, resume: bool | str | os.PathLike[str]) 
     setup, before = trainer.setup, trainer.run
     setup.live.validates = plan.held_out is not None
     restored = find(setup, before, plan, resume)
+    setup.live.planned, setup.live.failure = plan.planned, ""
     opening: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if restored is None:
         run = before.replace(position=plan.position, arguments=plan.arguments)
@@ -48,6 +50,7 @@ def fit(trainer: Trainer, plan: FitPlan, resume: bool | str | os.PathLike[str]) 
         trainer.hold(setup.with_horizon(run, planned_end(run.step, plan)))
     else:
         run = checked(setup, plan, restored)
+        setup.live.planned = _resumed(plan, _position(run))
         setup.agree_on_state(run)
         listeners = copy.deepcopy(setup.events.state_dict())
         with put_back(trainer, before, listeners):
@@ -170,7 +173,7 @@ def _run_epoch(
         metrics = trainer.train_step(batch)
         return trainer.run, metrics
 
-    meter = Meter(dispatch.flops)
+    setup.live.meter = meter = Meter(dispatch.flops)
     ticks = run_epoch(
         setup.step,
         run,
@@ -240,21 +243,16 @@ def _after_call(trainer: Trainer, metrics: Metrics, count: int | None, *, defer:
         _check_counted(trainer)
     setup.fanout.flush_rows()
     react_if_not_finite(trainer, run.average)
-    step, every = run.step, setup.config.log_frequency
-    if count is None:
-        if step == 1 or step % every == 0:
-            trainer.hold(trainer.run.recorded(metrics))
-            (setup.fanout.defer if defer else setup.fanout.report)("train", step, metrics)
-        setup.events.emit("on_batch_end", trainer, step, metrics)
-        setup.events.emit("on_call_end", trainer, step, metrics)
-        return
-    first = step - count + 1
-    due = set(range(first + -first % every, step + 1, every)) | ({1} if first == 1 else set())
-    rows = [(number, metrics_at(metrics, number - first)) for number in sorted(due)]
-    trainer.hold(trainer.run.recorded_rows(rows))
+    step, first = run.step, run.step - (count or 1) + 1
+    logged, due = steps_due(setup, run, count or 1)
+    rows = [(number, metrics if count is None else metrics_at(metrics, number - first)) for number in sorted(due)]
+    trainer.hold(trainer.run.recorded_rows(rows, logged=max(logged, default=run.logged_step)))
     for number, row in rows:
-        setup.fanout.defer("train", number, row)
-    setup.events.emit("on_call_end", trainer, step, metrics_at(metrics, count - 1))
+        if number in logged:
+            (setup.fanout.defer if defer else setup.fanout.report)("train", number, row)
+    if count is None:
+        setup.events.emit("on_batch_end", trainer, step, metrics)
+    setup.events.emit("on_call_end", trainer, step, metrics if count is None else metrics_at(metrics, count - 1))
 
 
 def _check_counted(trainer: Trainer) -> None:
@@ -324,6 +322,8 @@ def _running(trainer: Trainer) -> Iterator[Signals]:
             # A signal that came after the last step must not be lost: it wants the process to end.
             signals.check()
         except BaseException as error:
+            is_interrupt = isinstance(error, KeyboardInterrupt | TrainingInterrupted)
+            setup.live.failure = "interrupted" if is_interrupt else f"failed ({type(error).__name__})"
             with contextlib.suppress(Exception):  # the metrics of finished steps are logged if they can be
                 setup.fanout.flush()
             try:
@@ -395,6 +395,12 @@ def _is_to_be_saved(setup: Setup, plan: FitPlan, run: Run) -> bool:
         return False
     is_end = plan.caller == "train" or run.epoch >= setup.config.num_epochs or setup.events.should_stop
     return is_end or saved is None
+
+
+def _resumed(plan: FitPlan, position: Position) -> Planned:
+    """Returns how far a run that is resumed is meant to go."""
+    first_epoch = position.first_epoch if plan.caller == "train" else plan.planned.first_epoch
+    return dataclasses.replace(plan.planned, first_step=position.first_step, first_epoch=first_epoch)
 
 
 def _is_finished(plan: FitPlan, run: Run) -> bool:

@@ -6,12 +6,13 @@ from typing import Any
 
 import jax
 
+from trainer.config import TrainingConfig
 from trainer.core.checks import check_count
 from trainer.data.loaders import check_loader, one_pass, takes_batch_size
 from trainer.data.memory import InMemoryData
 from trainer.errors import ArgumentError, warn
 from trainer.fit.identity import describe_call
-from trainer.fit.setup import Setup
+from trainer.fit.setup import Planned, Setup
 from trainer.fit.unused_settings import warn_of_overridden
 from trainer.run import FromLoader, InMemory, Position, Run
 from trainer.types import Batch
@@ -29,7 +30,8 @@ class FitPlan:
         data: The data in memory; None for a loader.
         loader: The loader; None for data in memory.
         name: The argument that the data came in, for messages.
-        horizon: The step at which the run ends, None if that is not known.
+        horizon: The steps of the call, None if they are not known.
+        planned: How far the run of which the call is a part is meant to go.
         save_every: Save at multiples of this step.
         validate_every: Validate at multiples of this step, beside the end of every epoch; None for no other.
         held_out: Opens the validation data; None where nothing is validated.
@@ -45,6 +47,7 @@ class FitPlan:
     loader: Any
     name: str
     horizon: int | None
+    planned: Planned
     save_every: int
     validate_every: int | None
     held_out: Callable[[], Iterator[Batch]] | None
@@ -91,6 +94,7 @@ def plan_run(
         common["arguments"] = describe_call(setup, told, val_data=val_in_memory)
         setup.agree_on_run("train", run, counts, val_data=val_in_memory)
         horizon = setup.horizon_of(train_data, num_epochs)
+        common["planned"] = Planned(run.step, horizon, setup.horizon_of(train_data, 1), run.epoch, num_epochs)
         return _over_loader(run, train_data, "train_data", horizon=horizon, first_step=run.step, **common)
     data = setup.in_memory(train_data, batch_size, "train_data", limit=setup.config.steps_per_epoch)
     if setup.is_limited:
@@ -110,6 +114,7 @@ def plan_run(
         loader=None,
         name="train_data",
         horizon=num_epochs * len(data),
+        planned=Planned(run.step, num_epochs * len(data), len(data), run.epoch, num_epochs),
         about=f"{num_epochs} epochs of {len(data)} steps, batch size {batch_size}",
         **common,
     )
@@ -133,6 +138,8 @@ def plan_epoch(setup: Setup, run: Run, resume: Any) -> FitPlan:
     # Consecutive calls are one run, so that early stopping counts over all of them.
     before = run.position
     continues = isinstance(before, FromLoader) and before.batch == 0
+    first_step = before.first_step if continues and before is not None else run.step
+    is_counted = setup.config.num_epochs != TrainingConfig.num_epochs
     return _over_loader(
         run,
         training,
@@ -141,7 +148,14 @@ def plan_epoch(setup: Setup, run: Run, resume: Any) -> FitPlan:
         num_epochs=1,
         batch_size=size,
         horizon=None,
-        first_step=before.first_step if continues and before is not None else run.step,
+        planned=Planned(
+            first_step,
+            setup.horizon_of(setup.train_data_loader) if is_counted else None,
+            setup.horizon_of(setup.train_data_loader, 1),
+            0,
+            setup.config.num_epochs if is_counted else None,
+        ),
+        first_step=first_step,
         save_every=setup.config.save_frequency,
         validate_every=None,
         held_out=held_out,

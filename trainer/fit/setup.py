@@ -27,7 +27,7 @@ from trainer.distributed.replicas import check_replicas
 from trainer.errors import ArgumentError, CheckpointError, warn
 from trainer.loggers.base import Logger, MetricsLoggerLike
 from trainer.loggers.fanout import MetricFanout
-from trainer.metrics.throughput import Throughput
+from trainer.metrics.throughput import Meter, Throughput
 from trainer.run import FromLoader, Run
 from trainer.sharding.placement import Placement
 from trainer.state import TrainState
@@ -35,6 +35,36 @@ from trainer.types import Batch, EvalParams, ExtensionLike, LogCallback, LossFn,
 
 _BYTES_COMPARED = 256 * 2**20
 """How much of data in memory the processes compare: a quarter of a second's work. Of more, rows spread over all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """How far a call of ``train``, or a sequence of calls of ``train_epoch``, is meant to go.
+
+    Attributes:
+        first_step: The updates finished when it began.
+        num_steps: Its steps in all; None where they are not known.
+        steps_per_epoch: The steps of an epoch; None where they are not known.
+        first_epoch: The epochs finished when it began; 0 for calls of ``train_epoch``.
+        num_epochs: Its epochs in all. None for calls of ``train_epoch`` where the configuration leaves ``num_epochs``
+            as it is: they end when the caller has had enough.
+    """
+
+    first_step: int
+    num_steps: int | None
+    steps_per_epoch: int | None
+    first_epoch: int
+    num_epochs: int | None
+
+    @property
+    def last_epoch(self) -> int | None:
+        """The epochs finished at its end; None where that is not known."""
+        return None if self.num_epochs is None else self.first_epoch + self.num_epochs
+
+    @property
+    def last_step(self) -> int | None:
+        """The updates finished at its end; None where that is not known."""
+        return None if self.num_steps is None else self.first_step + self.num_steps
 
 
 @dataclasses.dataclass
@@ -45,6 +75,9 @@ class Live:
         trainer: The trainer that events are about; a weak reference, since the trainer holds this.
         is_running: Whether a call of ``train`` or ``train_epoch`` is in progress.
         validates: Whether it, or the latest, validates on anything.
+        planned: How far it, or the latest, is meant to go; None before the first.
+        meter: Measures the epoch in progress, or the latest.
+        failure: What ended it, in words, if it raised; empty otherwise.
         throughput: The speed of the latest epoch.
         has_advised: Whether fusing was recommended.
         has_warned: Whether it was said that the loss is not finite.
@@ -53,6 +86,9 @@ class Live:
     trainer: Callable[[], Any]
     is_running: bool = False
     validates: bool = False
+    planned: Planned | None = None
+    meter: Meter | None = None
+    failure: str = ""
     throughput: Throughput | None = None
     has_advised: bool = False
     has_warned: bool = False

@@ -29,7 +29,8 @@ class History(Sequence[Row]):
     """The rows that were logged, oldest first; ``history[-1]`` is the latest.
 
     A row holds ``step`` and the metrics of that step: training metrics under their names, validation
-    averages as ``val_<name>``. Values are read from the device on demand, or when far newer ones have been added.
+    averages as ``val_<name>``. Of a trainer, `TrainingConfig.log_frequency` says which steps have one. Values are read
+    from the device on demand, or when far newer ones have been added.
 
     A copy costs nothing: the two share their parts, which are replaced and never mutated.
 

@@ -114,13 +114,22 @@ class Meter:
         self._steps += steps
         self._examples += steps * examples
 
+    @property
+    def waiting_for_data(self) -> float:
+        """The fraction of the time so far in which the devices were idle because the next batch was not ready."""
+        return min(self._waited / self._seconds, 1.0)
+
+    @property
+    def _seconds(self) -> float:
+        return max(self._clock() - self._started - self._paused, 1e-9)
+
     def read(self, devices: Collection[jax.Device]) -> Throughput:
         """Returns the throughput since the meter was made.
 
         Args:
             devices: All devices that the step runs on, of one kind.
         """
-        seconds = max(self._clock() - self._started - self._paused, 1e-9)
+        seconds = self._seconds
         flops = None if self._flops is None else self._steps * self._flops / seconds
         peak = PEAK_FLOPS.get(next(iter(devices)).device_kind) if self._is_bfloat16 else None
         return Throughput(

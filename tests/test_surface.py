@@ -26,9 +26,10 @@ ARROWS = {
     "core": {"batches", "errors", "state", "types"},  # the objective is called with a state
     "state": {"core", "errors", "types"},
     "steps": PURE,
-    "features": PURE,
+    "plots": PURE,
+    "features": PURE | {"plots"},
     "config": {"core", "errors"},
-    "metrics": PURE,
+    "metrics": PURE | {"plots"},
     "data": PURE,
     "distributed": PURE,
     "sharding": PURE | {"data"},
@@ -41,8 +42,8 @@ ARROWS = {
     "loop": LOOP,
     "fit": EVERYONE | {"features", "api"},  # the latter for the type of the trainer only
     "api": EVERYONE | {"fit"},
-    "cli": PURE | {"checkpoints"},
-    "__main__": {"cli"},
+    "commands": EVERYONE | {"api", "fit", "plots", "__init__"},
+    "__main__": {"commands"},
 }
 
 
@@ -154,7 +155,7 @@ def fresh_python(code):
 
 
 BASE = "import jax, flax.nnx, optax"
-HEAVY = {"datarax", "grain", "matplotlib", "orbax", "sklearn", "tensorflow", "wandb"}
+HEAVY = {"datarax", "grain", "matplotlib", "orbax", "pandas", "sklearn", "tensorflow", "wandb"}
 
 
 def loaded_beyond_base(statement):
@@ -236,7 +237,7 @@ def test_pins_are_names_and_versions_only():
 
 
 # Packages whose name is not that of the module that they bring.
-BRINGS = {"orbax-checkpoint": "orbax", "PyYAML": "yaml"}
+BRINGS = {"orbax-checkpoint": "orbax", "PyYAML": "yaml", "scikit-learn": "sklearn"}
 
 
 def declared():
@@ -254,7 +255,7 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
     runtime, extras = declared()
     assert imported - runtime - extras == set()
     assert runtime - imported == set()
-    assert imported & extras == {"safetensors", "wandb"}
+    assert imported & extras == {"matplotlib", "pandas", "safetensors", "sklearn", "wandb"}
 
 
 def test_extras_load_when_they_are_used():

@@ -70,6 +70,7 @@ from trainer.metrics.average import WeightedAverage as WeightedAverage
 from trainer.metrics.history import History as History
 from trainer.metrics.throughput import Meter as Meter
 from trainer.metrics.throughput import Throughput as Throughput
+from trainer.plots.figure import plot_runs as plot_runs
 from trainer.errors import TrainerError as TrainerError
 from trainer.errors import ArgumentError as ArgumentError
 from trainer.errors import ArgumentTypeError as ArgumentTypeError

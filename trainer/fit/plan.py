@@ -150,6 +150,14 @@ def plan_prediction(setup: Setup, run: Run, data: Any, batch_size: int) -> Itera
     return held.in_order()
 
 
+def first_batch(setup: Setup, plan: FitPlan) -> Batch:
+    """Returns the first batch of a plan, of a pass of its own: what `Trainer.compile` takes."""
+    if plan.data is not None:
+        return next(plan.data.in_order())
+    batches = one_pass(plan.loader, plan.batch_size, plan.name, 1, bound="")
+    return next(setup.padded(batches, plan.batch_size))
+
+
 def _over_loader(
     run: Run, loader: Any, name: str, *, batch_size: int, num_epochs: int, first_step: int, **more: Any
 ) -> FitPlan:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import msgpack
@@ -115,6 +116,39 @@ class History(Sequence[Row]):
         rows = self._rows()
         names = dict.fromkeys(name for row in rows for name in row)
         return {name: [row.get(name) for row in rows] for name in names}
+
+    def to_pandas(self) -> Any:
+        """Returns a ``pandas.DataFrame`` of these columns, NaN where a row lacks a value; its index is the step.
+
+        Raises:
+            ImportError: pandas is not installed (the extra ``pandas``).
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("History.to_pandas() needs pandas: pip install 'nnx-trainer[pandas]'") from error
+        # A column of None and numbers would be one of objects.
+        columns = {name: pandas.Series(values) for name, values in self.to_dict().items()}
+        return pandas.DataFrame({name: column.infer_objects() for name, column in columns.items()}).set_index("step")
+
+    def plot(self, path: str | os.PathLike[str] | None = None, metrics: Collection[str] | None = None) -> Any:
+        """Draws the history: loss, other metrics, learning rate and gradient norm, training and validation together.
+
+        Args:
+            path: Where to write it, a name in ``.png``, ``.svg`` or ``.pdf``.
+            metrics: Which metrics to show, in this order; all if left out.
+
+        Returns:
+            The ``matplotlib.figure.Figure``, which a notebook shows; None where it was written to ``path``. See
+            `trainer.plot_runs`, which draws several runs over each other, for what it shows and how.
+
+        Raises:
+            ArgumentError: Nothing was recorded, a metric was not, or ``path`` has another ending.
+            ImportError: matplotlib is not installed (the extra ``plot``).
+        """
+        from trainer.plots import plot_runs
+
+        return plot_runs({"": self._rows()}, path, metrics)
 
     def series(self, name: str) -> tuple[list[int], list[Any]]:
         """Returns the steps at which ``name`` was logged, and its values there.

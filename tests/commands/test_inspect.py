@@ -14,7 +14,8 @@ import trainer
 from tests.problems import Linear
 from trainer import TrainState, save_state
 from trainer.checkpoints.file_format import Leaf, write_bundle
-from trainer.cli import _human, main
+from trainer.commands.main import main
+from trainer.commands.text import human_size
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def test_it_runs_as_a_module(tmp_path):
     ("size", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 * 2**30, "3.0 GiB"), (2**52, "4096.0 TiB")]
 )
 def test_sizes_are_readable(size, text):
-    assert _human(size) == text
+    assert human_size(size) == text
 
 
 def test_a_directory_is_inspected_like_a_file(checkpoint, tmp_path):

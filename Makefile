@@ -24,7 +24,8 @@ test-all: $(READY)
 # Models of packages that nothing else needs. They go to a folder of their own, and not into the environment.
 third-party: $(READY)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .third-party \
-		bijx==1.3.2 jax-autovmap==0.3.0 diffrax==0.7.2 equinox==0.13.8 lineax==0.1.1 optimistix==0.1.0 einops==0.8.2
+		bijx==1.3.2 jax-autovmap==0.3.0 diffrax==0.7.2 equinox==0.13.8 lineax==0.1.1 optimistix==0.1.0 einops==0.8.2 \
+		pandas==2.3.3 python-dateutil==2.9.0.post0 pytz==2025.2 six==1.17.0 tzdata==2025.2
 	PYTHONPATH=.third-party $(RUN) -m pytest -m third_party tests/third_party $(ARGS)
 
 # A hundred kills, a process for every step to resume from, an array of 4 GiB; minutes, and 10 GiB of memory.

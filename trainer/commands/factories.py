@@ -106,7 +106,7 @@ def _check_module(name: str, where: str) -> None:
     parent = ""
     for part in name.split("."):
         whole = f"{parent}.{part}" if parent else part
-        if whole not in sys.modules and importlib.util.find_spec(whole) is None:
+        if not _exists(whole):
             places = list(vars(sys.modules[parent]).get("__path__", [])) if parent else sys.path[:2]
             near = {path.stem for place in places for path in Path(place or ".").glob("*.py")}
             listed = " and ".join(f"`{place or '.'}`" for place in places) or f"`{parent}`, which is no package"
@@ -116,6 +116,13 @@ def _check_module(name: str, where: str) -> None:
         if whole != name:  # a package, which tells where its modules are
             importlib.import_module(whole)
         parent = whole
+
+
+def _exists(module: str) -> bool:
+    try:
+        return module in sys.modules or importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # what is before the last dot is no package
+        return False
 
 
 def as_factory(value: Any) -> Any:

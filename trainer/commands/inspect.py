@@ -47,12 +47,13 @@ def inspect_run(path: Path, *, verify: bool = False, out: TextIO) -> None:
         out: Where to print.
 
     Raises:
-        CheckpointError: With ``verify``, if a checkpoint is damaged; or ``run.json`` cannot be read.
+        CheckpointError: With ``verify``, if a checkpoint is damaged.
     """
+    starts: list[dict[str, Any]] = []
     try:
         starts = read_starts(path / RUN_FILE) or []
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"`{path / RUN_FILE}` cannot be read: {error}.") from error
+        print(f"{RUN_FILE:<13}cannot be read: {printable(str(error))}", file=out)
     for name, value in _about_run(starts):
         print(f"{name:<13}{shown(value)}", file=out)
     if starts:

@@ -128,8 +128,9 @@ class History(Sequence[Row]):
         except ImportError as error:
             raise ImportError("History.to_pandas() needs pandas: pip install 'nnx-trainer[pandas]'") from error
         # A column of None and numbers would be one of objects.
-        columns = {name: pandas.Series(values) for name, values in self.to_dict().items()}
-        return pandas.DataFrame({name: column.infer_objects() for name, column in columns.items()}).set_index("step")
+        columns = {"step": [], **self.to_dict()}
+        frame = pandas.DataFrame({name: pandas.Series(values).infer_objects() for name, values in columns.items()})
+        return frame.set_index("step")
 
     def plot(self, path: str | os.PathLike[str] | None = None, metrics: Collection[str] | None = None) -> Any:
         """Draws the history: loss, other metrics, learning rate and gradient norm, training and validation together.

@@ -279,7 +279,7 @@ def test_a_thread_other_than_the_main_one_trains_without(tmp_path):
 
 def test_what_goes_wrong_in_saving_does_not_hide_the_interruption(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(TrainingInterrupted) as caught:
+    with pytest.warns(UserWarning, match=r"run.json.* could not"), pytest.raises(TrainingInterrupted) as caught:
         run(build(tmp_path / "file", [Sending(signal.SIGTERM, "on_batch_end", 2)]))
     assert "the state could not be saved: `" in caught.value.__notes__[0]
     assert caught.value.path is None

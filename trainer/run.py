@@ -303,6 +303,8 @@ class Run:
         """Returns the run with several rows in its history: the steps and their metrics, in ascending order."""
         history = self.history.copy()
         history.extend(rows, prefix)
+        if isinstance(self.position, InMemory):
+            history.know_batches(self.position.first_step, self.position.num_examples, self.position.batch_size)
         return self.replace(history=history, logged_step=self.logged_step if prefix or not rows else rows[-1][0])
 
     def validated(self, averages: Mapping[str, float]) -> Self:

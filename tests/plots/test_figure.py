@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.problems import config, regression, squared_error
+from tests.problems import Linear, config, regression, squared_error
 from trainer import ArgumentError, History, Trainer, plot_runs
+from trainer.commands.histories import read_rows
 from trainer.features.search import RateSearch
+from trainer.plots import panels_of
 from trainer.plots.figure import COLOURS
 
 
@@ -46,6 +48,19 @@ def test_a_run_of_a_trainer_is_drawn_with_what_it_reports(tmp_path):
     trainer.train(regression(32), 2, 8, regression(16))
     titles = [axes.get_title() for axes in trainer.history.plot().axes]
     assert titles == ["loss", "learning rate", "gradient norm"]
+
+
+def test_short_last_batches_of_data_in_memory_are_known(tmp_path):
+    trainer = Trainer(Linear(4), config(log_frequency=1), loss_fn=squared_error, workdir=tmp_path)
+    trainer.train(regression(33), 3, 8)
+    for rows in (trainer.history.weighted(), read_rows(tmp_path)):
+        (panel,) = panels_of({"a": rows}, ["loss"])
+        lone = panel.curves[0].steps[panel.curves[0].is_lone]
+        assert set(lone) >= {5, 10, 15}
+    assert "batch_weight" not in trainer.history[-1]
+    assert drawn(trainer.history.plot(metrics=["loss"]).axes[0])[0].get_xdata().tolist() == [
+        step for step in range(1, 16) if step not in lone
+    ]
 
 
 @pytest.mark.parametrize(("name", "begins"), [("a.png", b"\x89PNG"), ("b/c.SVG", b"<?xml"), ("d.pdf", b"%PDF")])

@@ -10,6 +10,9 @@ from typing import Any
 from trainer.checkpoints.listing import entries_in
 from trainer.checkpoints.open import open_source, read_progress
 from trainer.errors import ArgumentError, CheckpointError
+from trainer.plots import with_weights
+
+_SIZES = ("first_step", "num_examples", "batch_size")
 
 Row = dict[str, Any]
 
@@ -82,7 +85,13 @@ def _rows_of_checkpoint(path: Path) -> list[Row]:
         raise CheckpointError(f"`{path}` holds a history that cannot be understood.")
     if not rows:
         raise CheckpointError(f"`{path}` holds no history.")
-    return rows
+    run = progress.get("run")
+    found = [run.get(name) for name in _SIZES] if isinstance(run, dict) else []
+    sizes = [size for size in found if isinstance(size, int)]
+    if len(sizes) < len(_SIZES) or min(sizes[1:]) < 1:  # data of a loader
+        return rows
+    first_step, num_examples, batch_size = sizes
+    return [dict(row) for row in with_weights(rows, first_step, num_examples, batch_size)]
 
 
 def _rows_of_newest_log(directory: Path, problems: list[str]) -> list[Row]:

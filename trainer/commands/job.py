@@ -26,6 +26,7 @@ from typing import Any, Self
 
 import jax
 import numpy as np
+import yaml
 from flax import nnx
 
 from trainer.api import Trainer
@@ -98,7 +99,7 @@ class Job:
         Raises:
             ConfigError: The file cannot be read as one, or an override or a field cannot be used.
         """
-        data = load_yaml(path.read_text(encoding="utf-8"), f"`{path}`")
+        data = _plain(path.read_text(encoding="utf-8"), f"`{path}`")
         if not isinstance(data, Mapping):
             raise ConfigError(f"`{path}` holds no mapping of fields.")
         data = {name: as_factory(value) if name in _FACTORIES else value for name, value in data.items()}
@@ -152,7 +153,7 @@ class Job:
 def _with_override(data: dict[str, Any], override: str) -> dict[str, Any]:
     """Returns nested mappings with the value of ``dotted.key=value``, which is read as YAML: ``1e-3`` is a number."""
     dotted, _, text = override.partition("=")
-    value = load_yaml(text, f"the value of `{dotted}`")
+    value = _plain(text, f"the value of `{dotted}`")
     *parents, last = dotted.split(".")
     if not parents and last in _FACTORIES:
         value = as_factory(value)
@@ -166,6 +167,14 @@ def _with_override(data: dict[str, Any], override: str) -> dict[str, Any]:
         inner = inner[name]
     inner[last] = value
     return changed
+
+
+def _plain(text: str, name: str) -> Any:
+    """Returns the plain values of a YAML text, with an error of one line where it is none."""
+    try:
+        return load_yaml(text, name)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name} is no YAML: {' '.join(str(error).split())}.") from error
 
 
 def _pair(data: Any, factory: str) -> tuple[Any, Any]:

@@ -72,7 +72,7 @@ class Config:
         """Returns the configuration in a YAML file; ``1e-3`` there is a number.
 
         Raises:
-            ConfigError: As in `from_dict`; or it is no YAML, nested too deeply, or its aliases unfold into too much.
+            ConfigError: As in `from_dict`; or it is nested too deeply, or its aliases unfold into too much.
         """
         return cls.from_dict(load_yaml(Path(path).read_text(encoding="utf-8"), f"`{path}`"))
 
@@ -133,7 +133,8 @@ def load_yaml(text: str, name: str) -> Any:
     """Returns the plain values of a YAML text; ``1e-3`` there is a number. The name is for messages.
 
     Raises:
-        ConfigError: It is no YAML, is nested too deeply, or its aliases unfold into too much.
+        ConfigError: It is nested too deeply, or its aliases unfold into too much.
+        yaml.YAMLError: It is no YAML.
     """
     import yaml
 
@@ -141,14 +142,9 @@ def load_yaml(text: str, name: str) -> Any:
         unfolded = _unfolded(yaml.compose(text, Loader=_loader()), {})
     except RecursionError:
         raise ConfigError(f"{name} is nested too deeply.") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{name} is no YAML: {' '.join(str(error).split())}.") from error
     if unfolded > _FREE_NODES + len(text):
         raise ConfigError(f"{name} repeats its parts by aliases (`*name`) so often that they would fill the memory.")
-    try:
-        return yaml.load(text, Loader=_loader())  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{name} is no YAML: {' '.join(str(error).split())}.") from error
+    return yaml.load(text, Loader=_loader())  # noqa: S506 - a SafeLoader
 
 
 def _arguments(cls: type[Any]) -> list[dataclasses.Field[Any]]:

@@ -45,11 +45,12 @@ class History(Sequence[Row]):
         ([2], [0.3])
     """
 
-    __slots__ = ("_chunks", "_dropped", "_frozen", "_max_rows", "_recent", "_unread")
+    __slots__ = ("_batches", "_chunks", "_dropped", "_frozen", "_max_rows", "_recent", "_unread")
 
     def __init__(self, max_rows: int = 100_000) -> None:
         """Makes an empty history that drops its oldest row for every row above ``max_rows``."""
         self._max_rows = max_rows
+        self._batches: tuple[int, int, int] | None = None
         self._chunks: tuple[_Chunk, ...] = ()
         self._dropped = 0  # rows at the start of the first chunk that were dropped
         self._frozen = 0  # the other rows in the chunks
@@ -87,9 +88,14 @@ class History(Sequence[Row]):
     def copy(self) -> Self:
         """Returns an equal history that is recorded to independently."""
         copied = type(self)(self._max_rows)
+        copied._batches = self._batches
         copied._chunks, copied._dropped, copied._frozen = self._chunks, self._dropped, self._frozen
         copied._recent, copied._unread = self._recent, self._unread
         return copied
+
+    def know_batches(self, first_step: int, num_examples: int, batch_size: int) -> None:
+        """Notes which rows are of short batches, for `plot`; arguments as for `trainer.plots.with_weights`."""
+        self._batches = first_step, num_examples, batch_size
 
     @classmethod
     def from_rows(cls, rows: Sequence[Mapping[str, Any]]) -> Self:
@@ -149,7 +155,14 @@ class History(Sequence[Row]):
         """
         from trainer.plots import plot_runs
 
-        return plot_runs({"": self._rows()}, path, metrics)
+        return plot_runs({"": self}, path, metrics)
+
+    def weighted(self) -> Sequence[Mapping[str, Any]]:
+        """Returns the rows with the weights of their batches, as far as they are known."""
+        from trainer.plots import with_weights
+
+        rows = self._rows()
+        return rows if self._batches is None else with_weights(rows, *self._batches)
 
     def series(self, name: str) -> tuple[list[int], list[Any]]:
         """Returns the steps at which ``name`` was logged, and its values there.

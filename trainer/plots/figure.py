@@ -50,7 +50,9 @@ def plot_runs(
         ImportError: matplotlib is not installed (the extra ``plot``).
     """
     _check_ending(path)
-    panels = panels_of(runs, metrics)
+    # A `trainer.History` knows more than its rows say.
+    known = {label: rows.weighted() if hasattr(rows, "weighted") else rows for label, rows in runs.items()}
+    panels = panels_of(known, metrics)
     columns = (1, 1, 2, 3, 2, 3, 3)[min(len(panels), 6)]
     rows = -(-len(panels) // columns)
     figure = _figure_class()(figsize=(3.4 * columns + 0.2, 2.3 * rows + 0.5), dpi=120, layout="constrained")
@@ -185,6 +187,7 @@ def _add_legend(figure: Any, panels: list[Panel], *, is_one: bool, columns: int)
     if labels:
         widest = max(map(len, labels))
         fitting = max(1, int(columns * 3.4 / (0.5 + 0.07 * widest)))
+        figure.set_figheight(figure.get_figheight() + 0.18 * ((len(labels) - 1) // fitting))
         figure.legend(
             handles, labels, loc="outside upper center", ncols=min(len(labels), fitting), fontsize=8, frameon=False
         )

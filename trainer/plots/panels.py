@@ -1,9 +1,9 @@
 """What a picture of runs shows: a panel for each metric, in it a curve for each run and for its validation.
 
-The history does not say which rows are of a short batch, such as the last one of an epoch, whose metrics are those of
-a few examples. So a row that stands alone far off its neighbours is not joined to the line: it is a dot, and the line
-passes by. Where the objective reports ``batch_weight``, rows of less than half the usual weight are dots too. Nothing
-is hidden, and no epoch ends in a dip.
+The last batch of an epoch may be short, and its metrics are those of a few examples. So the rows of batches of less
+than half the usual weight are not joined to the line: they are dots, and the line passes by. Their weight is the
+``batch_weight`` that the objective reports; of data in memory it is known, see `with_weights`. Of a loader it is not,
+so a row that stands alone far off its neighbours is a dot too. Nothing is hidden, and no epoch ends in a dip.
 """
 
 import dataclasses
@@ -148,6 +148,24 @@ def panels_of(runs: Mapping[str, Rows], metrics: Collection[str] | None = None) 
         if name not in found or name == "step":
             raise ArgumentError(f"no run recorded the metric {name!r}; {did_you_mean(name, names)}")
     return [_panel(name, columns) for name in dict.fromkeys(wanted)]
+
+
+def with_weights(rows: Rows, first_step: int, num_examples: int, batch_size: int) -> list[Mapping[str, Any]]:
+    """Returns rows with the ``batch_weight`` of each step of a run over data in memory: its number of examples.
+
+    Args:
+        rows: The rows. Those of earlier steps, and those that have a weight, stay as they are.
+        first_step: The updates before the run.
+        num_examples: The examples of an epoch.
+        batch_size: Those of a batch; the last of an epoch has the rest.
+    """
+    length, rest = -(-num_examples // batch_size), num_examples % batch_size or batch_size
+    return [
+        {BATCH_WEIGHT: batch_size if (row["step"] - first_step) % length else rest, **row}
+        if row["step"] > first_step
+        else row
+        for row in rows
+    ]
 
 
 def _panel(name: str, columns: Mapping[str, Mapping[str, tuple[Array, Array]]]) -> Panel:

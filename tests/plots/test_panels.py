@@ -99,6 +99,14 @@ def test_rows_of_little_weight_are_dots_where_the_objective_reports_it():
     np.testing.assert_array_equal(panel.curves[0].steps[panel.curves[0].is_lone], [5, 10, 15, 20])
 
 
+@pytest.mark.parametrize("name", ["learning_rate", "val_loss", "speed/steps_per_second"])
+def test_what_is_no_average_over_a_batch_is_joined(name):
+    recorded = rows(list(decay(40)), name, batch_weight=8.0)
+    recorded[19] |= {name: 50.0, "batch_weight": 1.0}
+    (panel,) = panels_of({"a": recorded})
+    assert not panel.curves[0].is_lone.any()
+
+
 def test_dense_rows_have_a_line_of_medians():
     assert only(list(decay(150))).curves[0].smoothed is None
     values = decay(5000, noise=0.0)

@@ -178,8 +178,11 @@ def _panel(name: str, columns: Mapping[str, Mapping[str, tuple[Array, Array]]]) 
     is_log = _is_log(name, np.concatenate([values for *_, values in drawn]))
     curves = []
     for label, run, prefix, steps, values in drawn:
-        lone = np.zeros(len(values), bool) if prefix else stand_alone(np.log(values) if is_log else values)
-        if not prefix and BATCH_WEIGHT in columns[label]:
+        is_of_batches = not prefix and name not in _LEARNING_RATES and not name.startswith(_SPEED)
+        lone = np.zeros(len(values), bool)
+        if is_of_batches:
+            lone = stand_alone(np.log(values) if is_log else values)
+        if is_of_batches and BATCH_WEIGHT in columns[label]:
             lone |= _is_short(steps, *columns[label][BATCH_WEIGHT])
         curves.append(Curve(label, run, bool(prefix), steps, values, lone))
     return Panel(name, curves, is_log)

@@ -35,9 +35,11 @@ LOGGERS := tensorboardX==2.6.5 tensorboard==2.20.0 wandb==0.31.0 mlflow-skinny==
 	opentelemetry-exporter-otlp-proto-http==1.45.2 opentelemetry-proto==1.45.2 opentelemetry-sdk==1.45.2 \
 	opentelemetry-semantic-conventions==0.66b2 platformdirs==4.14.8 pydantic==2.14.4 pydantic-core==2.50.5 \
 	requests==2.34.2 sqlalchemy==2.1.9 sqlparse==0.6.1 starlette==1.10.0 typing-inspection==0.4.5 urllib3==2.8.0
+# For History.to_pandas.
+TABLES := pandas==2.3.3 python-dateutil==2.9.0.post0 pytz==2025.2 six==1.17.0 tzdata==2025.2
 third-party: $(READY)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .third-party \
-		$(MODELS) $(LOGGERS)
+		$(MODELS) $(LOGGERS) $(TABLES)
 	PYTHONPATH=.third-party $(RUN) -m pytest -m third_party tests/third_party $(ARGS)
 
 # A hundred kills, a process for every step to resume from, an array of 4 GiB; minutes, and 10 GiB of memory.

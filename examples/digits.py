@@ -7,16 +7,12 @@ import argparse
 from pathlib import Path
 
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
 from flax import nnx
 from sklearn.datasets import load_digits
 
 from trainer import OptimizerConfig, SchedulerConfig, Trainer, TrainingConfig
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 
 class ConvNet(nnx.Module):
@@ -66,22 +62,9 @@ def make_trainer(workdir):
         optimizer=OptimizerConfig(optimizer_type="adamw", learning_rate=3e-3, weight_decay=1e-4, decay_mask=True),
         scheduler=SchedulerConfig(scheduler_type="one_cycle", min_lr_ratio=0.01),
         gradient_clip_norm=1.0,
-        log_frequency=5,
+        log_frequency=1,
     )
     return Trainer(ConvNet(nnx.Rngs(0)), config, loss_fn=cross_entropy, workdir=workdir)
-
-
-def plot(history, path):
-    """Draws the curves that the trainer recorded."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axes, name in ((left, "loss"), (right, "accuracy")):
-        axes.plot(*history.series(name), alpha=0.6, label="training batch")
-        axes.plot(*history.series(f"val_{name}"), marker="o", label="validation")
-        axes.set(xlabel="step", title=name)
-        axes.legend()
-    left.set_yscale("log")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def main(argv=None):
@@ -103,7 +86,7 @@ def main(argv=None):
     again = restored.evaluate(val_data, 128)
 
     picture = arguments.workdir / "curves.png"
-    plot(trainer.history, picture)
+    trainer.history.plot(picture)
     print(f"validation accuracy   {result['accuracy']:.4f}  after {trainer.step} steps")
     print(f"restored from disk    {again['accuracy']:.4f}")
     print(f"checkpoint            {checkpoint}")

@@ -724,12 +724,13 @@ class TestCheckpoints:
             "checkpoint_15.msgpack",
             "checkpoint_16.msgpack",  # the end
             "checkpoint_notes.txt",
+            "run.json",
         ]
 
     def test_train_epoch_saves_at_save_frequency(self, tmp_path):
         trainer = build(tmp_path, settings=config(save_frequency=2), train_data_loader=[regression(8)] * 5)
         trainer.train_epoch()
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint_2.msgpack", "checkpoint_4.msgpack"]
+        assert sorted(p.name for p in tmp_path.glob("check*")) == ["checkpoint_2.msgpack", "checkpoint_4.msgpack"]
 
     def test_the_directory_is_the_most_specific_one_and_made_at_the_first_save(self, tmp_path):
         settings = config(checkpoint_dir=tmp_path / "c")

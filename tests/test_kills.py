@@ -149,7 +149,7 @@ def test_whenever_it_is_killed_it_goes_on_to_the_same_bits(
     save_interval, kept, kills, processes, killed_never, tmp_path
 ):
     names = kill_often(processes, killed_never, tmp_path, kills, save_interval)
-    expected = {"end.msgpack", *(f"checkpoint_{step}.msgpack" for step in kept)}
+    expected = {"end.msgpack", "run.json", *(f"checkpoint_{step}.msgpack" for step in kept)}
     assert all(found == expected for found in names)
 
 

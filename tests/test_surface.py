@@ -29,9 +29,10 @@ ARROWS = {
     "core": {"batches", "errors", "state", "types"},  # the objective is called with a state
     "state": {"core", "errors", "types"},
     "steps": PURE,
-    "features": PURE,
+    "plots": PURE,
+    "features": PURE | {"plots"},
     "config": {"core", "errors"},
-    "metrics": PURE,
+    "metrics": PURE | {"plots"},
     "data": PURE,
     "distributed": PURE,
     "sharding": PURE | {"data"},
@@ -44,8 +45,8 @@ ARROWS = {
     "loop": LOOP,
     "fit": EVERYONE | {"features", "api"},  # the latter for the type of the trainer only
     "api": EVERYONE | {"fit"},
-    "cli": PURE | {"checkpoints"},
-    "__main__": {"cli"},
+    "commands": EVERYONE | {"api", "fit", "plots", "__init__"},
+    "__main__": {"commands"},
 }
 
 
@@ -182,7 +183,19 @@ def fresh_python(code):
 
 
 BASE = "import jax, flax.nnx, optax"
-HEAVY = {"PIL", "datarax", "grain", "matplotlib", "mlflow", "orbax", "sklearn", "tensorboardX", "tensorflow", "wandb"}
+HEAVY = {
+    "PIL",
+    "datarax",
+    "grain",
+    "matplotlib",
+    "mlflow",
+    "orbax",
+    "pandas",
+    "sklearn",
+    "tensorboardX",
+    "tensorflow",
+    "wandb",
+}
 
 
 def loaded_beyond_base(statement):
@@ -265,7 +278,7 @@ def test_pins_are_names_and_versions_only():
 
 
 # Packages whose name is not that of the module that they bring.
-BRINGS = {"orbax-checkpoint": "orbax", "pillow": "PIL", "PyYAML": "yaml"}
+BRINGS = {"orbax-checkpoint": "orbax", "pillow": "PIL", "PyYAML": "yaml", "scikit-learn": "sklearn"}
 
 
 def declared():
@@ -283,7 +296,8 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
     runtime, extras = declared()
     assert imported - runtime - extras == set()
     assert runtime - imported == set()
-    assert imported & extras == {"PIL", "mlflow", "safetensors", "tensorboardX", "wandb"}
+    optional = {"PIL", "matplotlib", "mlflow", "pandas", "safetensors", "sklearn", "tensorboardX", "wandb"}
+    assert imported & extras == optional
 
 
 def test_extras_load_when_they_are_used():

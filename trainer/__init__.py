@@ -94,6 +94,7 @@ if TYPE_CHECKING:
     from trainer.loggers.wandb import WandbLogger as WandbLogger
     from trainer.loggers.mlflow import MLflowLogger as MLflowLogger
     from trainer.loggers.background import InBackground as InBackground
+    from trainer.plots.figure import plot_runs as plot_runs
 
 __getattr__ = _imported_when_used(
     __name__,
@@ -115,5 +116,6 @@ __getattr__ = _imported_when_used(
         "trainer.loggers.wandb": ("WandbLogger",),
         "trainer.loggers.mlflow": ("MLflowLogger",),
         "trainer.loggers.background": ("InBackground",),
+        "trainer.plots.figure": ("plot_runs",),
     },
 )

@@ -314,6 +314,8 @@ class Run:
         history = self.history.copy()
         history.extend(rows, prefix)
         logged = rows[-1][0] if logged is None else logged
+        if isinstance(self.position, InMemory):
+            history.know_batches(self.position.first_step, self.position.num_examples, self.position.batch_size)
         return self.replace(history=history, logged_step=self.logged_step if prefix else logged)
 
     def validated(self, averages: Mapping[str, float]) -> Self:

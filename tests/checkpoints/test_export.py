@@ -14,7 +14,7 @@ from trainer.checkpoints import export as conversion
 from trainer.checkpoints.export import convert
 from trainer.checkpoints.file_format import Leaf
 from trainer.checkpoints.state_io import load_with_progress
-from trainer.cli import main
+from trainer.commands.main import main
 
 # Empty states, masks and counters at places that a path alone would not tell.
 OPTIMIZER = optax.chain(

@@ -33,7 +33,7 @@ _SLICE = 16 * 2**20  # Linux writes at most 2 GiB in one call, and signals are h
 
 
 @contextlib.contextmanager
-def replacing(path: Path, size: int) -> Iterator["Writer"]:
+def replacing(path: Path, size: int, *, durable: bool = True) -> Iterator["Writer"]:
     """Opens a temporary file that is renamed to ``path`` when the block ends, and removed if the block raises.
 
     If ``path`` is a symbolic link, the file that it points to is replaced. A file that is replaced passes its
@@ -43,6 +43,7 @@ def replacing(path: Path, size: int) -> Iterator["Writer"]:
         path: The name.
         size: The number of bytes that will be written. The space is reserved first, so that a full disk raises
             before a byte is written.
+        durable: Whether it has to outlive a power failure. That takes a flush of the disk, milliseconds.
 
     Raises:
         OSError: A system call failed; ``path`` is what it was before.
@@ -55,7 +56,8 @@ def replacing(path: Path, size: int) -> Iterator["Writer"]:
     try:
         _reserve(descriptor, size)
         yield Writer(descriptor, temporary)
-        os.fsync(descriptor)
+        if durable:
+            os.fsync(descriptor)
         if mode is not None:
             os.chmod(temporary, mode)
         os.replace(temporary, path)
@@ -66,7 +68,8 @@ def replacing(path: Path, size: int) -> Iterator["Writer"]:
         # The descriptor holds the lock, so it stays open until here. After fsync, errors on close lose nothing.
         with contextlib.suppress(OSError):
             os.close(descriptor)
-    _flush_parent(path.parent)
+    if durable:
+        _flush_parent(path.parent)
 
 
 class Writer:

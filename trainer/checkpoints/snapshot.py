@@ -90,7 +90,7 @@ def _snapshot(state: TrainState, info: Mapping[str, Any] | None, progress: Progr
     about = {
         "step": int(state.step),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds"),
-        "versions": {name: _version(name) for name in ("nnx-trainer", "jax", "flax", "optax")},
+        "versions": versions(),
         **(info or {}),
     }
     if progress is not None:
@@ -175,6 +175,11 @@ def is_in_host_memory(array: jax.Array) -> bool:
     devices: Any = array.sharding.device_set
     platforms = {device.platform for device in devices}
     return "cpu" in platforms or "host" in (array.sharding.memory_kind or "")
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of this library and of those it builds on."""
+    return {name: _version(name) for name in ("nnx-trainer", "jax", "flax", "optax")}
 
 
 @functools.cache  # it parses a file each time

@@ -74,18 +74,7 @@ class Config:
         Raises:
             ConfigError: As in `from_dict`; or it is nested too deeply, or its aliases unfold into too much.
         """
-        import yaml
-
-        text = Path(path).read_text(encoding="utf-8")
-        try:
-            unfolded = _unfolded(yaml.compose(text, Loader=_loader()), {})
-        except RecursionError:
-            raise ConfigError(f"`{path}` is nested too deeply.") from None
-        if unfolded > _FREE_NODES + len(text):
-            raise ConfigError(
-                f"`{path}` repeats its parts by aliases (`*name`) so often that they would fill the memory."
-            )
-        return cls.from_dict(yaml.load(text, Loader=_loader()))  # noqa: S506 - a SafeLoader
+        return cls.from_dict(load_yaml(Path(path).read_text(encoding="utf-8"), f"`{path}`"))
 
     def to_yaml(self, path: str | os.PathLike[str]) -> None:
         """Writes a YAML file: fields in the order of their declaration, labels last."""
@@ -138,6 +127,24 @@ class Config:
         if unread:  # switched off, and what it was set to is left in the file
             verb = "does" if len(unread) == 1 else "do"
             warn(f"{', '.join(unread)} {verb} nothing, because `{kind}` is 'none'.")
+
+
+def load_yaml(text: str, name: str) -> Any:
+    """Returns the plain values of a YAML text; ``1e-3`` there is a number. The name is for messages.
+
+    Raises:
+        ConfigError: It is nested too deeply, or its aliases unfold into too much.
+        yaml.YAMLError: It is no YAML.
+    """
+    import yaml
+
+    try:
+        unfolded = _unfolded(yaml.compose(text, Loader=_loader()), {})
+    except RecursionError:
+        raise ConfigError(f"{name} is nested too deeply.") from None
+    if unfolded > _FREE_NODES + len(text):
+        raise ConfigError(f"{name} repeats its parts by aliases (`*name`) so often that they would fill the memory.")
+    return yaml.load(text, Loader=_loader())  # noqa: S506 - a SafeLoader
 
 
 def _arguments(cls: type[Any]) -> list[dataclasses.Field[Any]]:

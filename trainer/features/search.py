@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -39,6 +40,23 @@ class RateSearch:
     def smoothed(self) -> np.ndarray[Any, Any]:
         """The losses, averaged exponentially with bias correction."""
         return _smoothed(self.losses)
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
+        """Draws the loss over the rates, with the suggestion marked.
+
+        Args:
+            path: Where to write it, a name in ``.png``, ``.svg`` or ``.pdf``.
+
+        Returns:
+            The ``matplotlib.figure.Figure``, which a notebook shows; None where it was written to ``path``.
+
+        Raises:
+            ArgumentError: ``path`` has another ending.
+            ImportError: matplotlib is not installed (the extra ``plot``).
+        """
+        from trainer.plots import plot_search
+
+        return plot_search(self, path)
 
     def __str__(self) -> str:
         tried = f"{len(self.rates)} learning rates from {self.rates[0]:.2g} to {self.rates[-1]:.2g}"

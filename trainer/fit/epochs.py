@@ -23,6 +23,7 @@ from trainer.fit.cadence import steps_due
 from trainer.fit.finite import hold_if_finite, react_if_not_finite
 from trainer.fit.plan import FitPlan
 from trainer.fit.resume import checked, find, planned_end, put_back
+from trainer.fit.run_file import write_start
 from trainer.fit.setup import Planned, Setup
 from trainer.loggers.base import prefixed
 from trainer.loop import evaluate, open_pass, plan_dispatch, rare_collections, run_epoch
@@ -101,6 +102,8 @@ def _run_epochs(
     trainer: Trainer, plan: FitPlan, restored: Restored | None, opening: contextlib.AbstractContextManager[None]
 ) -> Run:
     setup = trainer.setup
+    if restored is not None or trainer.run.is_new:
+        write_start(setup, plan, trainer.run, None if restored is None else restored.path)
     with _running(trainer) as signals:
         setup.fanout.log_hyperparams(setup.config.to_dict())
         if restored is not None:

@@ -109,7 +109,7 @@ def plan_run(
     setup.agree_on_run("train", run, counts, train_data=data, val_data=val_in_memory)
     common["arguments"] = describe_call(setup, told, data, val_in_memory)
     return FitPlan(
-        position=InMemory(setup.seed, data.num_examples, batch_size, run.epoch, run.step),
+        position=InMemory(setup.seed, data.examples_per_epoch, batch_size, run.epoch, run.step),
         data=data,
         loader=None,
         name="train_data",
@@ -174,6 +174,14 @@ def plan_prediction(setup: Setup, run: Run, data: Any, batch_size: int) -> Itera
     held = setup.in_memory(data, batch_size, "data", mask=False)
     setup.agree_on_run("predict", run, {"batch_size": batch_size}, data=held)
     return held.in_order()
+
+
+def first_batch(setup: Setup, plan: FitPlan) -> Batch:
+    """Returns the first batch of a plan, of a pass of its own: what `Trainer.compile` takes."""
+    if plan.data is not None:
+        return next(plan.data.in_order())
+    batches = one_pass(plan.loader, plan.batch_size, plan.name, 1, bound="")
+    return next(setup.padded(batches, plan.batch_size))
 
 
 def _over_loader(

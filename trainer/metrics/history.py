@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import msgpack
@@ -45,11 +46,12 @@ class History(Sequence[Row]):
         ([2], [0.3])
     """
 
-    __slots__ = ("_chunks", "_dropped", "_frozen", "_max_rows", "_recent", "_unread")
+    __slots__ = ("_batches", "_chunks", "_dropped", "_frozen", "_max_rows", "_recent", "_unread")
 
     def __init__(self, max_rows: int = 100_000) -> None:
         """Makes an empty history that drops its oldest row for every row above ``max_rows``."""
         self._max_rows = max_rows
+        self._batches: tuple[int, int, int] | None = None
         self._chunks: tuple[_Chunk, ...] = ()
         self._dropped = 0  # rows at the start of the first chunk that were dropped
         self._frozen = 0  # the other rows in the chunks
@@ -87,9 +89,14 @@ class History(Sequence[Row]):
     def copy(self) -> Self:
         """Returns an equal history that is recorded to independently."""
         copied = type(self)(self._max_rows)
+        copied._batches = self._batches
         copied._chunks, copied._dropped, copied._frozen = self._chunks, self._dropped, self._frozen
         copied._recent, copied._unread = self._recent, self._unread
         return copied
+
+    def know_batches(self, first_step: int, num_examples: int, batch_size: int) -> None:
+        """Notes which rows are of short batches, for `plot`; arguments as for `trainer.plots.with_weights`."""
+        self._batches = first_step, num_examples, batch_size
 
     @classmethod
     def from_rows(cls, rows: Sequence[Mapping[str, Any]]) -> Self:
@@ -116,6 +123,47 @@ class History(Sequence[Row]):
         rows = self._rows()
         names = dict.fromkeys(name for row in rows for name in row)
         return {name: [row.get(name) for row in rows] for name in names}
+
+    def to_pandas(self) -> Any:
+        """Returns a ``pandas.DataFrame`` of these columns, NaN where a row lacks a value; its index is the step.
+
+        Raises:
+            ImportError: pandas is not installed (the extra ``pandas``).
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("History.to_pandas() needs pandas: pip install 'nnx-trainer[pandas]'") from error
+        # A column of None and numbers would be one of objects.
+        columns = {"step": [], **self.to_dict()}
+        frame = pandas.DataFrame({name: pandas.Series(values).infer_objects() for name, values in columns.items()})
+        return frame.set_index("step")
+
+    def plot(self, path: str | os.PathLike[str] | None = None, metrics: Collection[str] | None = None) -> Any:
+        """Draws the history: loss, other metrics, learning rate and gradient norm, training and validation together.
+
+        Args:
+            path: Where to write it, a name in ``.png``, ``.svg`` or ``.pdf``.
+            metrics: Which metrics to show, in this order; all if left out.
+
+        Returns:
+            The ``matplotlib.figure.Figure``, which a notebook shows; None where it was written to ``path``. See
+            `trainer.plot_runs`, which draws several runs over each other, for what it shows and how.
+
+        Raises:
+            ArgumentError: Nothing was recorded, a metric was not, or ``path`` has another ending.
+            ImportError: matplotlib is not installed (the extra ``plot``).
+        """
+        from trainer.plots import plot_runs
+
+        return plot_runs({"": self}, path, metrics)
+
+    def weighted(self) -> Sequence[Mapping[str, Any]]:
+        """Returns the rows with the weights of their batches, as far as they are known."""
+        from trainer.plots import with_weights
+
+        rows = self._rows()
+        return rows if self._batches is None else with_weights(rows, *self._batches)
 
     def series(self, name: str) -> tuple[list[int], list[Any]]:
         """Returns the steps at which ``name`` was logged, and its values there.

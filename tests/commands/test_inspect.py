@@ -1,6 +1,7 @@
 """The command: what it prints, and how it ends."""
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import trainer
 from tests.problems import Linear
 from trainer import TrainState, save_state
 from trainer.checkpoints.file_format import Leaf, write_bundle
-from trainer.cli import _human, main
+from trainer.commands.main import main
+from trainer.commands.text import human_size
 
 
 @pytest.fixture
@@ -69,7 +71,7 @@ def test_it_runs_as_a_module(tmp_path):
     ("size", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 * 2**30, "3.0 GiB"), (2**52, "4096.0 TiB")]
 )
 def test_sizes_are_readable(size, text):
-    assert _human(size) == text
+    assert human_size(size) == text
 
 
 def test_a_directory_is_inspected_like_a_file(checkpoint, tmp_path):
@@ -100,6 +102,66 @@ def test_what_convert_writes_and_reads_is_inspected(name, checkpoint, tmp_path, 
     assert run("convert", tmp_path / name, tmp_path / "back.msgpack") == (0, "")
     assert run("inspect", tmp_path / name, "--verify")[0] == 1
     assert "has no checksums" in capsys.readouterr().err
+
+
+class TestRunDirectory:
+    @pytest.fixture
+    def directory(self, checkpoint, tmp_path):
+        entry = {
+            "event": "start",
+            "run": "abc",
+            "name": "ni\x1bce",
+            "time": "2026-01-01",
+            "step": 0,
+            "call": {"method": "train", "about": "2 epochs"},
+            "command": ["train.py", "--x"],
+            "git": {"commit": "f00", "is_dirty": True},
+            "config": {"optimizer": {"learning_rate": 0.1, "beta1": None}, "tags": []},
+        }
+        resumed = {**entry, "event": "resume", "step": 3, "resumed_from": "/x/checkpoint_3.msgpack"}
+        text = json.dumps({"format": "nnx-trainer run 1", "starts": [entry, resumed]})
+        (tmp_path / "run.json").write_text(text)
+        checkpoint.rename(tmp_path / "checkpoint_0.msgpack")
+        return tmp_path
+
+    def test_it_is_summed_up(self, directory):
+        status, printed = run("inspect", directory)
+        assert status == 0
+        assert [
+            line for line in printed.splitlines() if not line.startswith(("versions", "devices", "parameters"))
+        ] == [
+            "run          abc ni\\x1bce",
+            "start        2026-01-01 at step 0",
+            "resume       2026-01-01 at step 3 from checkpoint_3.msgpack",
+            "call         train: 2 epochs",
+            "command      train.py --x",
+            "directory    ",
+            "code         f00, with changes that are not committed",
+            "configuration",
+            "  optimizer.learning_rate: 0.1",
+            f"checkpoints  1, {human_size((directory / 'checkpoint_0.msgpack').stat().st_size)}",
+            "latest       checkpoint_0.msgpack, written then",
+            "metrics      loss 0.5",
+        ]
+
+    def test_a_damaged_checkpoint_is_said(self, directory):
+        (directory / "checkpoint_5.msgpack").write_bytes(b"no")
+        status, printed = run("inspect", directory)
+        assert status == 0
+        assert "checkpoint_5.msgpack" in printed
+        assert "latest       checkpoint_0.msgpack" in printed
+        assert run("inspect", directory, "--verify")[0] == 1
+
+    @pytest.mark.parametrize("content", ["{", '{"format": 1}', '{"format": "nnx-trainer run 1", "starts": [{}]}'])
+    def test_any_run_file_leaves_the_checkpoints_shown(self, directory, content):
+        (directory / "run.json").write_text(content)
+        status, printed = run("inspect", directory)
+        assert status == 0
+        assert "latest       checkpoint_0.msgpack" in printed
+
+    def test_an_empty_directory_is_no_checkpoint(self, tmp_path, capsys):
+        assert run("inspect", tmp_path)[0] == 1
+        assert str(tmp_path) in capsys.readouterr().err
 
 
 def test_the_version(capsys):

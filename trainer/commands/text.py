@@ -1,0 +1,44 @@
+"""Texts that every command prints: names without control characters, sizes in units, examples in the help."""
+
+import argparse
+import json
+from typing import Any
+
+from trainer.checkpoints.plain_values import bytes_to_json, to_plain
+
+
+def printable(text: str) -> str:
+    """Returns text in which control characters, and all else that has no look of its own, are escaped."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
+
+
+def human_size(size: int) -> str:
+    """Formats a number of bytes, ``1.5 MiB``."""
+    amount, units = float(size), iter(("B", "KiB", "MiB", "GiB", "TiB"))
+    unit = next(units)
+    while amount >= 1024 and unit != "TiB":
+        amount, unit = amount / 1024, next(units)
+    return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+
+
+def shown(value: Any) -> str:
+    """Formats a plain value: a text or a number as it is, anything else as JSON."""
+    if isinstance(value, str | int | float):
+        return printable(str(value))
+    return printable(json.dumps(to_plain(value, "info"), default=bytes_to_json, ensure_ascii=False))
+
+
+def add_command(commands: Any, name: str, run: Any, about: str, example: str) -> argparse.ArgumentParser:
+    """Adds a command whose help ends with an example."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=about,
+        description=about[0].upper() + about[1:] + ".",
+        epilog=f"example:\n{example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser

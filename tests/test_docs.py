@@ -5,11 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from trainer.callbacks import EVENTS
+
 ROOT = Path(__file__).parent.parent
+# Pages of promises: each row of their tables names the test that keeps it.
+PROMISES = [ROOT / "docs" / f"{name}.md" for name in ("checkpoints", "loggers", "recipes", "refused")]
 NAMED = re.compile(r"`((?:\w+/)*test_\w+\.py)::(test_\w+)`")
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PROMISES, ids=lambda page: page.name)
 def test_every_test_that_a_page_names_is_there(page):
     named = NAMED.findall(page.read_text(encoding="utf-8"))
     assert len(named) > 10
@@ -22,7 +26,7 @@ def test_every_test_that_a_page_names_is_there(page):
     assert missing == []
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PROMISES, ids=lambda page: page.name)
 def test_every_row_names_a_test(page):
     text = page.read_text(encoding="utf-8")
     rows = [
@@ -61,3 +65,15 @@ def test_the_page_of_loggers_runs(tmp_path, monkeypatch, capsys):
     with (tmp_path / "runs" / "resumed" / "metrics.csv").open() as file:
         steps = [line.split(",")[0] for line in file]
     assert len(steps) == len(set(steps)) > 5
+
+
+def test_the_page_of_callbacks_runs_and_names_the_events(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "callbacks.md").read_text(encoding="utf-8")
+    names = {}
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL)):
+        exec(compile(block, f"block {number}", "exec"), names)
+    assert names["best"].loss < 4
+    assert len(names["trainer"].history.series("learning_rate")[1]) > 100
+    listed = re.findall(r"^ *(on_\w+)\(", text, re.MULTILINE)
+    assert sorted(listed) == sorted(EVENTS)

@@ -87,6 +87,14 @@ if TYPE_CHECKING:
     from trainer.callbacks.progress import Progress as Progress
     from trainer.callbacks.early_stopping import EarlyStopping as EarlyStopping
     from trainer.callbacks.model_checkpoint import ModelCheckpoint as ModelCheckpoint
+    from trainer.callbacks.plateau import ReduceLROnPlateau as ReduceLROnPlateau
+    from trainer.callbacks.small import LearningRateMonitor as LearningRateMonitor
+    from trainer.callbacks.small import LambdaCallback as LambdaCallback
+    from trainer.callbacks.small import Timer as Timer
+    from trainer.callbacks.small import TerminateOnNonFinite as TerminateOnNonFinite
+    from trainer.callbacks.small import GenerateSamples as GenerateSamples
+    from trainer.callbacks.profilers import JAXProfiler as JAXProfiler
+    from trainer.callbacks.profilers import MemoryProfiler as MemoryProfiler
     from trainer.loggers.console import ConsoleLogger as ConsoleLogger
     from trainer.loggers.jsonl import FileLogger as FileLogger
     from trainer.loggers.csv import CSVLogger as CSVLogger
@@ -109,6 +117,15 @@ __getattr__ = _imported_when_used(
         "trainer.callbacks.progress": ("Progress",),
         "trainer.callbacks.early_stopping": ("EarlyStopping",),
         "trainer.callbacks.model_checkpoint": ("ModelCheckpoint",),
+        "trainer.callbacks.plateau": ("ReduceLROnPlateau",),
+        "trainer.callbacks.small": (
+            "LearningRateMonitor",
+            "LambdaCallback",
+            "Timer",
+            "TerminateOnNonFinite",
+            "GenerateSamples",
+        ),
+        "trainer.callbacks.profilers": ("JAXProfiler", "MemoryProfiler"),
         "trainer.loggers.console": ("ConsoleLogger",),
         "trainer.loggers.jsonl": ("FileLogger",),
         "trainer.loggers.csv": ("CSVLogger",),

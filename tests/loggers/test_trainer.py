@@ -126,7 +126,7 @@ def test_nothing_is_read_from_the_device_before_the_next_epoch_has_begun(monkeyp
         def on_call_end(self, trainer, step, logs):
             steps.append(step)
 
-    trainer = build(Spy(), settings=config(log_frequency=4), callbacks=[Steps()], steps_per_call=5)
+    trainer = build(Spy(), settings=config(log_frequency=4), callbacks=[Steps()], steps_per_call=5, progress=False)
     trainer.train(DATA, 3, 4)
     assert steps == [5, 10, 15, 20, 25, 30]
     # Of the first epoch at step 20, where the rows up to 15 are sent; of the last at the end of the run.

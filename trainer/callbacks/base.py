@@ -242,6 +242,17 @@ def flatten(callbacks: Iterable[Any]) -> Iterator[Any]:
             yield callback
 
 
+def asked_by(callbacks: Any) -> tuple[tuple[Any, ...], tuple[str, ...]]:
+    """Returns what callbacks ask of a trainer that is made with them.
+
+    That is the transformations that they put behind the optimizer (``optimizer_part``), and the names of what they want
+    the step to report (``reports``), see `trainer.make_train_step`.
+    """
+    members = list(flatten([callbacks]))
+    parts = tuple(one.optimizer_part for one in members if getattr(one, "optimizer_part", None) is not None)
+    return parts, tuple(dict.fromkeys(name for one in members for name in getattr(one, "reports", ())))
+
+
 def without_savers(callbacks: Any) -> Any:
     """Returns callbacks without those that save the states of others, which have ``runs_last``."""
     if not isinstance(callbacks, CallbackList):

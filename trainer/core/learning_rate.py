@@ -1,9 +1,11 @@
 """The learning rate in the state of an optimizer of `optax.inject_hyperparams`."""
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from trainer.core.tree_paths import leaf_path
 from trainer.errors import ArgumentError, ArgumentTypeError
@@ -56,8 +58,19 @@ def learning_rate_of(opt_state: Any) -> jax.Array:
             f"optax.inject_hyperparams keeps it; of any other, report a function of the step: "
             f"{{'learning_rate': lambda update: schedule(update.step)}}."
         )
-    rate: jax.Array = next(iter(rates.values()))
+    rate: jax.Array = next(iter(rates.values())) * plateau_scale(opt_state)
     return rate
+
+
+def plateau_scale(opt_state: Any) -> Any:
+    """Returns what `optax.contrib.reduce_on_plateau`, or `trainer.ReduceLROnPlateau`, multiplies updates by; else 1."""
+
+    def is_plateau(node: Any) -> bool:
+        return isinstance(node, optax.contrib.ReduceLROnPlateauState)
+
+    found = [node for node in jax.tree.leaves(opt_state, is_leaf=is_plateau) if is_plateau(node)]
+    scale: Any = math.prod(node.scale for node in found)
+    return scale
 
 
 def _checked(value: Any) -> Any:

@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from trainer.callbacks.base import as_callback_list, without_savers
+from trainer.callbacks.base import as_callback_list, asked_by, without_savers
 from trainer.callbacks.dispatch import CallbackDispatcher
 from trainer.callbacks.progress import progress_for
 from trainer.checkpoints.checkpointer import Checkpointer
@@ -23,6 +23,7 @@ from trainer.config import TrainingConfig, make_optimizer, make_schedule
 from trainer.config.schedules import check_horizon, needs_horizon
 from trainer.core.averaged_params import resolve_eval_params
 from trainer.core.checks import check_count
+from trainer.core.learning_rate import plateau_scale
 from trainer.core.modes import evaluated_as_a_whole
 from trainer.core.module_views import check_view, combined
 from trainer.core.objective import check_extensions, check_loss_fn, requiring_weight, with_losses
@@ -114,17 +115,22 @@ def assemble(
         "nonfinite": nonfinite,
         "accumulate_steps": check_count(accumulate_steps, "accumulate_steps"),
     }
+    callbacks = as_callback_list(callbacks)
+    optimizer_parts, asked = asked_by(callbacks)
     if step_fn is None:
         check_loss_fn(loss_fn)
     else:
-        check_own_step(step_fn, loss_fn, {**settings, "extensions": losses, "report": report, "remat": remat})
+        check_own_step(step_fn, loss_fn, {**settings, "extensions": losses, "report": report or asked, "remat": remat})
+        if optimizer_parts:
+            raise ArgumentError(
+                "a callback scales the learning rate, which a `step_fn` applies by itself; leave it out."
+            )
     check_pad_to(pad_to)
     objective = no_loss_fn if loss_fn is None else loss_fn
     objective = objective if pad_to is None else requiring_weight(objective)
     if log_callback is not None and not callable(log_callback):
         raise ArgumentTypeError(f"`log_callback` is of type {type(log_callback).__name__}; it must be callable.")
     save_interval = check_count(save_interval, "save_interval")
-    callbacks = as_callback_list(callbacks)
     dry = int(fast_dev_run) if isinstance(fast_dev_run, bool) else check_count(fast_dev_run, "fast_dev_run")
     if overfit_batches is not None:
         overfit_batches = check_count(overfit_batches, "overfit_batches")
@@ -142,17 +148,19 @@ def assemble(
     check_rng(rng)
     precision = as_precision(precision)
     held = {"wrt": wrt, "extensions": losses, "nonfinite": nonfinite}
-    make_whole = functools.partial(build_optimizer, training_config, optimizer, params_average)
+    make_whole = functools.partial(build_optimizer, training_config, optimizer, optimizer_parts, params_average)
     run = _initial_run(model, rng, make_whole(_ANY_HORIZON), held, placement, precision)
     check_view(combined(in_precision(precision), in_parts(plan_of(remat))), run.peek())
-    eval_params = _resolved_eval_params(eval_params, run, training_config, params_average)
+    eval_params = _resolved_eval_params(eval_params, run, training_config, optimizer_parts, params_average)
     _warn_of_mode(run.peek().model(), wrt)
     live = Live(weakref.ref(trainer), validates=val_data_loader is not None)
     make = functools.partial(make_train_step, objective, wrt=wrt, extensions=losses, precision=precision, **settings)
 
     def compiled(remat: Remat) -> CompiledStep:
         step, arguments = (
-            _made_step(functools.partial(make, remat=remat), report, training_config, optimizer, make_whole, placement)
+            _made_step(
+                functools.partial(make, remat=remat), report, asked, training_config, optimizer, make_whole, placement
+            )
             if step_fn is None
             else (own_step(step_fn), None)
         )
@@ -167,6 +175,7 @@ def assemble(
         config=training_config,
         loss_fn=loss_fn,
         given_optimizer=optimizer,
+        optimizer_parts=optimizer_parts,
         params_average=params_average,
         train_data_loader=train_data_loader,
         val_data_loader=val_data_loader,
@@ -239,7 +248,11 @@ def _initial_run(
 
 
 def _resolved_eval_params(
-    given: EvalParams | None, run: Run, config: TrainingConfig, average: optax.GradientTransformation | None
+    given: EvalParams | None,
+    run: Run,
+    config: TrainingConfig,
+    parts: Sequence[optax.GradientTransformation],
+    average: optax.GradientTransformation | None,
 ) -> EvalParams | None:
     """Returns the params for evaluation: those of the caller's function, else the average that the optimizer keeps."""
     if given is None and average is not None:
@@ -249,6 +262,7 @@ def _resolved_eval_params(
 
     def own_state(opt_state: Any) -> Any:
         opt_state = opt_state if average is None else opt_state[0]
+        opt_state = opt_state[0] if parts else opt_state
         return opt_state if config.gradient_clip_norm is None else opt_state[1]
 
     return resolve_eval_params(given, run.peek(), own_state)
@@ -257,6 +271,7 @@ def _resolved_eval_params(
 def build_optimizer(
     config: TrainingConfig,
     given: optax.GradientTransformation | None,
+    parts: Sequence[optax.GradientTransformation],
     average: optax.GradientTransformation | None,
     horizon: Any,
 ) -> optax.GradientTransformation:
@@ -265,6 +280,7 @@ def build_optimizer(
     Args:
         config: The configuration.
         given: The caller's optimizer.
+        parts: What callbacks put behind it, as `trainer.ReduceLROnPlateau` does.
         average: What sees its updates last, see `trainer.ema_of_params`.
         horizon: The step at which a computed schedule ends; it may be traced, so that a longer run compiles nothing.
 
@@ -278,12 +294,15 @@ def build_optimizer(
         optimizer = make_optimizer(config.optimizer, schedule)
     if config.gradient_clip_norm is not None:
         optimizer = optax.chain(optax.clip_by_global_norm(config.gradient_clip_norm), adapt_optimizer(optimizer))
+    if parts:
+        optimizer = optax.chain(adapt_optimizer(optimizer), *parts)
     return optimizer if average is None else optax.chain(adapt_optimizer(optimizer), average)
 
 
 def _made_step(
     make: Callable[..., Any],
     report: Iterable[str] | Mapping[str, Measure],
+    asked: Sequence[str],
     config: TrainingConfig,
     optimizer: optax.GradientTransformation | None,
     make_whole: Callable[[Any], optax.GradientTransformation],
@@ -296,7 +315,8 @@ def _made_step(
         known = MEASURES
         if optimizer is None:
             known = {**MEASURES, "learning_rate": functools.partial(_configured_rate, config, horizon)}
-        return make(make_whole(horizon), report=resolve_report(report, known))
+        reported = {**resolve_report(asked, known), **resolve_report(report, known)}
+        return make(make_whole(horizon), report=reported)
 
     if optimizer is not None or scheduler is None or not needs_horizon(scheduler):
         return make_until(None), None
@@ -314,13 +334,13 @@ def _made_step(
 
 def _configured_rate(config: TrainingConfig, horizon: Any, update: Update) -> jax.Array:
     """Returns the learning rate of an update of a configured optimizer."""
-    rate, scheduler = config.optimizer.learning_rate, config.scheduler
-    if scheduler is None:
-        return jnp.asarray(rate, jnp.float32)
-    # The optimizer counts the updates that it made; the step counts those as well that ``nonfinite`` left out.
-    counts = optax.tree_utils.tree_get_all_with_path(update.opt_state, "count")
-    made = counts[0][1] - 1 if counts else update.step
-    return jnp.asarray(make_schedule(scheduler, rate, horizon)(made), jnp.float32)
+    rate: Any = config.optimizer.learning_rate
+    if config.scheduler is not None:
+        # The optimizer counts the updates that it made; the step counts those as well that ``nonfinite`` left out.
+        counts = optax.tree_utils.tree_get_all_with_path(update.opt_state, "count")
+        made = counts[0][1] - 1 if counts else update.step
+        rate = make_schedule(config.scheduler, rate, horizon)(made)
+    return jnp.asarray(rate * plateau_scale(update.opt_state), jnp.float32)
 
 
 def _check_step(

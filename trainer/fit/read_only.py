@@ -10,6 +10,7 @@ from trainer.core.averaged_params import with_eval_params
 from trainer.core.modes import in_evaluation_mode
 from trainer.fit.assemble import build_optimizer
 from trainer.fit.setup import Setup
+from trainer.loggers.fanout import AllLoggers
 from trainer.run import Run
 
 
@@ -55,6 +56,11 @@ class ReadOnly:
         state = with_eval_params(self.run.state_with_edits(), self.setup.eval_params)
         return in_evaluation_mode(state.replace(opt_state=(), extensions={}).copy().model())
 
+    @property
+    def loggers(self) -> AllLoggers:
+        """All loggers of the run as one `trainer.Logger`, for callbacks; the step is the current one if left out."""
+        return AllLoggers(self.setup.fanout, self.step)
+
     def snapshot(self) -> Snapshot:
         """Returns what a checkpoint holds. Copies nothing: write it before the next step, or copy it first."""
         run, beside = self.setup.beside(self.run)
@@ -68,5 +74,9 @@ class ReadOnly:
             ConfigError: Its schedule ends with the run, and the length of the run is not known yet.
         """
         return build_optimizer(
-            self.setup.config, self.setup.given_optimizer, self.setup.params_average, self.run.horizon
+            self.setup.config,
+            self.setup.given_optimizer,
+            self.setup.optimizer_parts,
+            self.setup.params_average,
+            self.run.horizon,
         )

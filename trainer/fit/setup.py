@@ -101,6 +101,7 @@ class Setup:
     config: TrainingConfig
     loss_fn: LossFn | None
     given_optimizer: optax.GradientTransformation | None
+    optimizer_parts: tuple[optax.GradientTransformation, ...]
     params_average: optax.GradientTransformation | None
     train_data_loader: Any
     val_data_loader: Any

@@ -90,9 +90,13 @@ class MetricFanout:
 
     def log_text(self, name: str, text: str, step: int) -> None:
         """Sends a text to the loggers."""
+        self.tell("log_text", name, text, step=step)
+
+    def tell(self, method: str, *arguments: Any, step: int) -> None:
+        """Calls a method of every logger, behind what is deferred; ``step`` is the last argument."""
         self.flush()
         self._reach(step)
-        self._tell_all("log_text", name, text, step)
+        self._tell_all(method, *arguments, step)
 
     def log_hyperparams(self, params: Mapping[str, Any]) -> None:
         """Sends the configuration of the run to the loggers, at the first call only."""
@@ -117,10 +121,8 @@ class MetricFanout:
 
     def log_throughput(self, step: int, throughput: Throughput) -> None:
         """Sends the known speeds of an epoch to the loggers, under ``speed/``."""
-        self.flush()
         known = {name: value for name, value in dataclasses.asdict(throughput).items() if value is not None}
-        self._reach(step)
-        self._tell_all("log_scalars", prefixed("speed/", known), step)
+        self.tell("log_scalars", prefixed("speed/", known), step=step)
 
     def log_test_metrics(self, metrics: Mapping[str, float]) -> None:
         """Sends the averages at the end of a run to the metrics logger."""
@@ -195,3 +197,25 @@ def as_loggers(given: Any) -> list[Logger]:
     if not isinstance(given, list | tuple):
         return [check_logger(given, "logger")]
     return [check_logger(logger, f"logger[{index}]") for index, logger in enumerate(given)]
+
+
+class AllLoggers(Logger):
+    """The loggers of a run as one, for callbacks: see ``trainer.loggers``. It closes none of them."""
+
+    def __init__(self, fanout: MetricFanout, step: int) -> None:
+        self._fanout, self._step = fanout, step
+
+    def log_scalars(self, scalars: Mapping[str, float], step: int | None = None) -> None:
+        self._tell("log_scalars", {name: float(value) for name, value in scalars.items()}, step=step)
+
+    def log_text(self, name: str, text: str, step: int | None = None) -> None:
+        self._tell("log_text", name, text, step=step)
+
+    def log_image(self, name: str, image: Any, step: int | None = None) -> None:
+        self._tell("log_image", name, image, step=step)
+
+    def log_histogram(self, name: str, values: Any, step: int | None = None) -> None:
+        self._tell("log_histogram", name, values, step=step)
+
+    def _tell(self, method: str, *arguments: Any, step: int | None) -> None:
+        self._fanout.tell(method, *arguments, step=self._step if step is None else step)

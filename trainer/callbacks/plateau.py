@@ -1,0 +1,146 @@
+"""`ReduceLROnPlateau`: a smaller learning rate where a metric no longer improves."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from trainer.callbacks.base import Callback, flatten
+from trainer.callbacks.monitor import Monitor
+from trainer.core.checks import check_count
+from trainer.errors import ArgumentError
+
+
+class ReduceLROnPlateau(Callback):
+    """Multiplies the learning rate by ``factor`` when a metric has not improved for ``patience`` checks in a row.
+
+    The rule is that of `optax.contrib.reduce_on_plateau`, fed with the metric: ``val_<name>`` at every validation, any
+    other metric at the end of every epoch. The trainer puts the scale behind its optimizer, whichever that is, so its
+    updates are multiplied; checkpoints hold the scale and the count with the state of the optimizer.
+    `LearningRateMonitor` and ``report=["learning_rate"]`` tell the rate after scaling::
+
+        Trainer(model, config, loss_fn=loss_fn, callbacks=[ReduceLROnPlateau("val_loss", patience=3)])
+
+    Args:
+        monitor: The metric.
+        mode: "min" or "max": whether a smaller or a larger value is better.
+        factor: What the rate is multiplied by, between 0 and 1.
+        patience: The checks in a row without an improvement.
+        min_delta: An improvement is better than the best value by more than this.
+        cooldown: The checks after a reduction that do not count.
+        min_lr: The rate below which it does not go, for an optimizer that the configuration names.
+        min_scale: The same as a part of the first rate, for any optimizer.
+
+    Attributes:
+        optimizer_part: What the trainer puts behind its optimizer, from ``Trainer(callbacks=[...])`` on.
+
+    Raises:
+        ArgumentError: An argument cannot be used; at the start of a run, if the metric cannot be measured in it or the
+            trainer was made without this callback.
+    """
+
+    def __init__(
+        self,
+        monitor: str = "val_loss",
+        mode: Literal["min", "max"] = "min",
+        factor: float = 0.1,
+        patience: int = 10,
+        min_delta: float = 1e-4,
+        cooldown: int = 0,
+        *,
+        min_lr: float = 0.0,
+        min_scale: float = 0.0,
+    ) -> None:
+        self._monitor = Monitor(monitor, mode)
+        if not 0 < factor < 1:
+            raise ArgumentError(f"`factor` is {factor!r}; it must be between 0 and 1.")
+        for name, value in {"min_delta": min_delta, "min_lr": min_lr, "min_scale": min_scale}.items():
+            if not 0 <= value < float("inf"):
+                raise ArgumentError(f"`{name}` is {value!r}; it must be zero or more, and finite.")
+        patience = check_count(patience, "patience")
+        cooldown = cooldown and check_count(cooldown, "cooldown")
+        # Below any difference of two numbers: optax asks for a tolerance that is not zero.
+        atol = max(float(min_delta), float(np.finfo(np.float32).tiny))
+        self._settings: dict[str, Any] = {
+            "factor": factor,
+            "patience": patience,
+            "rtol": 0.0,
+            "atol": atol,
+            "cooldown": cooldown,
+        }
+        self._min_lr, self._min_scale = float(min_lr), float(min_scale)
+        self.optimizer_part = _scaling(self._settings)
+
+    def on_train_begin(self, trainer: Any) -> None:
+        self._monitor.check_run(trainer)
+        self._state_in(trainer)
+        if self._min_lr and trainer.setup.given_optimizer is not None:
+            raise ArgumentError(
+                "`min_lr` needs an optimizer of the configuration; set `min_scale`, a part of its rate."
+            )
+
+    def on_call_end(self, trainer: Any, step: int, logs: Mapping[str, Any]) -> None:
+        del step
+        self._monitor.check_call(trainer, logs)
+
+    def on_validation_end(self, trainer: Any, logs: dict[str, float]) -> None:
+        if self._monitor.of_validation:
+            self._check(trainer, logs)
+
+    def on_epoch_end(self, trainer: Any, epoch: int, logs: dict[str, float]) -> None:
+        del epoch
+        if not self._monitor.of_validation:
+            self._check(trainer, logs)
+
+    def _check(self, trainer: Any, logs: Mapping[str, float]) -> None:
+        value = -self._monitor.rank(self._monitor.read(logs))
+        floor = max(self._min_scale, self._min_lr / trainer.training_config.optimizer.learning_rate)
+        rule = optax.contrib.reduce_on_plateau(**self._settings, min_scale=floor)
+        before = self._state_in(trainer)
+        _, after = rule.update({}, optax.contrib.ReduceLROnPlateauState(*before), value=value)
+        # An update of the rule on the host may change types; the step was compiled for those of before.
+        after = _PlateauScale(*(jnp.asarray(new, old.dtype) for new, old in zip(after, before, strict=True)))
+        nodes, structure = jax.tree.flatten(trainer.opt_state, is_leaf=_is_scale)
+        nodes[self._place_in(trainer, nodes)] = after
+        trainer.state = trainer.state.replace(opt_state=jax.tree.unflatten(structure, nodes))
+        was, now = float(before.scale), float(after.scale)
+        if now < was:
+            said = f"{self._monitor.name} has not improved for {self._settings['patience']} checks"
+            trainer.loggers.log_text("learning_rate", f"{said}: the learning rate is {now / was:.3g} times what it was")
+
+    def _state_in(self, trainer: Any) -> Any:
+        nodes = jax.tree.leaves(trainer.opt_state, is_leaf=_is_scale)
+        return nodes[self._place_in(trainer, nodes)]
+
+    def _place_in(self, trainer: Any, nodes: list[Any]) -> int:
+        """Returns the index of the state of this callback among the nodes of the optimizer's state."""
+        places = [index for index, node in enumerate(nodes) if _is_scale(node)]
+        own = [one for one in flatten([trainer.callbacks]) if isinstance(one, ReduceLROnPlateau)]
+        if len(own) != len(places) or all(one is not self for one in own):
+            raise ArgumentError(
+                "ReduceLROnPlateau puts a scale behind the optimizer, so it has to be among the `callbacks` that the "
+                "Trainer is made with."
+            )
+        return places[next(index for index, one in enumerate(own) if one is self)]
+
+
+class _PlateauScale(optax.contrib.ReduceLROnPlateauState):  # type: ignore[misc]
+    """The state of a scale that is decided on the host, told from one that the step decides."""
+
+
+def _scaling(settings: Mapping[str, Any]) -> optax.GradientTransformation:
+    def init(params: Any) -> Any:
+        return _PlateauScale(*optax.contrib.reduce_on_plateau(**settings).init(params))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        return jax.tree.map(lambda update: update * state.scale.astype(update.dtype), updates), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _is_scale(node: Any) -> bool:
+    return isinstance(node, _PlateauScale)

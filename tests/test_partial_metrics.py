@@ -1,5 +1,8 @@
 """Metrics that merge: over uneven batches, devices and fused steps they are those of all the data at once."""
 
+import contextlib
+import json
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -9,7 +12,20 @@ import pytest
 from flax import nnx
 
 from tests.problems import Linear, config, regression, squared_error
-from trainer import Callback, ObjectiveError, Trainer, TrainState, make_eval_step, make_mesh, make_train_step
+from trainer import (
+    ArgumentError,
+    Callback,
+    EarlyStopping,
+    FileLogger,
+    ObjectiveError,
+    Trainer,
+    TrainState,
+    histogram,
+    make_eval_step,
+    make_mesh,
+    make_train_step,
+    vector,
+)
 
 
 class Auc(flax.struct.PyTreeNode):
@@ -52,10 +68,28 @@ def loss_fn(model, batch, rng, step):
         "accuracy": accuracy,
         "score": moments,
         "several": several,
+        "recall_by_label": vector(recall_of(scores, labels), jnp.stack([(1 - labels).sum(), positive])),
+        "scores": histogram(scores, -1.0, 1.0, bins=4),
     }
 
 
-NAMES = {"recall", "auc", "accuracy", "mean_score", "mean_label", "score_mean", "score_standard_deviation"}
+def recall_of(scores, labels):
+    """The recall of either label; NaN where a batch has none of it, which then has no weight."""
+    right = ((scores > 0) == (labels > 0)).astype(jnp.float32)
+    return jnp.stack([(right * (1 - labels)).sum() / (1 - labels).sum(), (right * labels).sum() / labels.sum()])
+
+
+NAMES = {
+    "recall_by_label",
+    "scores",
+    "recall",
+    "auc",
+    "accuracy",
+    "mean_score",
+    "mean_label",
+    "score_mean",
+    "score_standard_deviation",
+}
 NAMES |= {"score_standard_error_of_mean"}
 
 
@@ -66,6 +100,8 @@ def at_once(state, data):
     scores, labels = model(data["input"]), (data["target"] > 0).astype(np.float32)
     deviation = jnp.std(scores)
     return {
+        "recall_by_label": recall_of(scores, labels),
+        "scores": np.histogram(np.clip(scores, -1, 1), 4, (-1, 1))[0],
         "recall": ((scores > 0) * labels).sum() / labels.sum(),
         "auc": Auc.of(scores, labels).compute(),
         "accuracy": jnp.mean((scores >= 0) == (labels > 0)),
@@ -75,6 +111,10 @@ def at_once(state, data):
         "score_standard_deviation": deviation,
         "score_standard_error_of_mean": deviation / np.sqrt(len(scores)),
     }
+
+
+def agreeing(wanted):
+    return {name: pytest.approx(np.asarray(value).tolist(), rel=1e-5) for name, value in wanted.items()}
 
 
 def build(tmp_path=None, callbacks=(), **options):
@@ -89,7 +129,7 @@ def test_over_uneven_batches(batch_size):
     trainer, data = build(), regression(50)
     averages = trainer.evaluate(data, batch_size)
     wanted = at_once(trainer.state, data)
-    assert {name: averages[name] for name in NAMES} == pytest.approx({n: float(v) for n, v in wanted.items()}, rel=1e-5)
+    assert {name: averages[name] for name in NAMES} == agreeing(wanted)
 
 
 @pytest.mark.parametrize("axes", [{"data": 8}, {"data": 2, "fsdp": 4}])
@@ -98,7 +138,7 @@ def test_over_a_mesh(axes):
     trainer, data = build(mesh=make_mesh(axes)), regression(52)
     averages = trainer.evaluate(data, 16)
     wanted = at_once(build().state, data)
-    assert {name: averages[name] for name in NAMES} == pytest.approx({n: float(v) for n, v in wanted.items()}, rel=1e-5)
+    assert {name: averages[name] for name in NAMES} == agreeing(wanted)
 
 
 @pytest.mark.parametrize("transform", ["vmap", "shard_map"])
@@ -115,7 +155,7 @@ def test_over_a_mapped_axis(transform):
         spec = jax.sharding.PartitionSpec
         metrics = jax.shard_map(step, mesh=mesh, in_specs=(spec(), spec("data")), out_specs=spec())(state, data)
     wanted = at_once(state, data)
-    assert {n: float(metrics[n]) for n in NAMES} == pytest.approx({n: float(v) for n, v in wanted.items()}, rel=1e-5)
+    assert {n: np.asarray(metrics[n]).tolist() for n in NAMES} == agreeing(wanted)
 
 
 def test_a_device_whose_weight_is_zero_counts_for_nothing():
@@ -132,7 +172,7 @@ def test_a_device_whose_weight_is_zero_counts_for_nothing():
     kept = {name: leaf[weight > 0] for name, leaf in data.items()}
     wanted = at_once(state, kept)
     found = jax.tree.map(lambda leaf: leaf[0], metrics)
-    assert {n: float(found[n]) for n in NAMES} == pytest.approx({n: float(v) for n, v in wanted.items()}, rel=1e-5)
+    assert {n: np.asarray(found[n]).tolist() for n in NAMES} == agreeing(wanted)
 
 
 @pytest.mark.slow
@@ -142,10 +182,10 @@ def test_over_micro_batches():
     state = TrainState.create(Linear(4), optimizer, rng=jax.random.key(0))
     _, metrics = jax.jit(make_train_step(loss_fn, optimizer, accumulate_steps=4))(state, regression(30))
     wanted = at_once(state, regression(30))
-    assert {n: float(metrics[n]) for n in NAMES} == pytest.approx({n: float(v) for n, v in wanted.items()}, rel=1e-5)
+    assert {n: np.asarray(metrics[n]).tolist() for n in NAMES} == agreeing(wanted)
     _, metrics = jax.jit(make_train_step(loss_fn, optimizer, accumulate_steps=3))(state, data)
     wanted = at_once(state, data)
-    assert {n: float(metrics[n]) for n in NAMES} == pytest.approx({n: float(v) for n, v in wanted.items()}, rel=1e-5)
+    assert {n: np.asarray(metrics[n]).tolist() for n in NAMES} == agreeing(wanted)
 
 
 class TestTraining:
@@ -162,7 +202,7 @@ class TestTraining:
         assert averages["auc"] == pytest.approx(float(at_once(trainer.state, regression(30, seed=1))["auc"]), rel=1e-5)
         wanted = at_once(trainer.state, regression(50))
         of_epoch = trainer.run.average.compute()
-        assert {n: of_epoch[n] for n in NAMES} == pytest.approx({n: float(v) for n, v in wanted.items()}, rel=1e-5)
+        assert {n: of_epoch[n] for n in NAMES} == agreeing(wanted)
         rows = trainer.history.series("auc")[1]
         assert len(rows) == 4
         assert rows[-1] == seen[-1]
@@ -224,14 +264,14 @@ def test_an_nnx_metric_of_ones_own_that_merges():
     assert trainer.evaluate(data, 8)["it"] == pytest.approx(data["target"].max())
 
 
-class Vector(flax.struct.PyTreeNode):
+class Words(flax.struct.PyTreeNode):
     values: jax.Array
 
     def merge(self, other):
-        return Vector(self.values + other.values)
+        return self
 
     def compute(self):
-        return self.values
+        return {"values": self.values}
 
 
 class NoTree:
@@ -246,7 +286,7 @@ class NoTree:
     ("value", "message"),
     [
         (lambda batch: updated(Unmergeable(), batch["target"]), "`it` of type Unmergeable, whose parts cannot be put"),
-        (lambda batch: Vector(jnp.ones(3)), r"`it` that computes an array of shape \(3,\); metrics are scalars"),
+        (lambda batch: Words(jnp.ones(3)), r"`it` that computes dict; it must compute an array"),
         (lambda batch: NoTree(), r"`it` of type NoTree, which has merge\(\) and compute\(\) but is no pytree"),
         (lambda batch: (batch["target"], 1.0), r"`it` of shapes \(8,\) and \(\); a pair is a scalar and its weight"),
         (lambda batch: jnp.ones(3), r"`it` of shape \(3,\); metrics are scalars"),
@@ -256,3 +296,53 @@ def test_refusals(value, message):
     state = TrainState.create(Linear(4), optax.sgd(0.1), rng=jax.random.key(0))
     with pytest.raises(ObjectiveError, match=message):
         make_train_step(reporting(value), optax.sgd(0.1))(state, regression(8))
+
+
+class TestArrays:
+    def test_the_history_has_them_and_loggers_their_entries(self, tmp_path):
+        told = []
+        with contextlib.closing(FileLogger(tmp_path / "log.jsonl")) as logger:
+            trainer = build(logger=logger, log_callback=lambda step, metrics, prefix: told.append(metrics))
+            trainer.train(regression(32), 2, 8, val_data=regression(16))
+        counts = trainer.history.series("scores")[1]
+        assert [sum(row) for row in counts] == [8] * 8
+        assert sum(trainer.run.validation.averages["scores"]) == 16
+        assert told[0]["scores"] == counts[0]
+        lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+        (first,) = [line for line in lines if line.get("step") == 1 and "train/loss" in line]
+        assert [first[f"train/scores/{index}"] for index in range(4)] == counts[0]
+
+    def test_a_checkpoint_holds_them_and_a_resumed_epoch_goes_on(self, tmp_path):
+        class Stop(Callback):
+            def on_batch_end(self, trainer, step, logs):
+                if step == 3:
+                    trainer.save_checkpoint()
+                    raise RuntimeError("enough")
+
+        whole = build().train(regression(50), 1, 8)
+        with pytest.raises(RuntimeError, match="enough"):
+            build(tmp_path, [Stop()]).train(regression(50), 1, 8)
+        resumed = build(tmp_path).train(regression(50), 1, 8, resume=True)
+        assert resumed == whole
+        assert sum(whole["scores"]) == 50
+
+    def test_a_monitor_wants_a_number(self):
+        stopping = EarlyStopping("val_scores")
+        with pytest.raises(ArgumentError, match="`monitor` is 'val_scores', which is an array"):
+            build(callbacks=[stopping]).train(regression(16), 1, 8, val_data=regression(8))
+
+    def test_nan_counts_into_no_bin_and_what_lies_beyond_into_the_last(self):
+        values = jnp.array([-jnp.inf, -5.0, 0.0, 0.49, 0.5, 1.0, jnp.inf, jnp.nan])
+        assert histogram(values, 0.0, 1.0, bins=2).counts.tolist() == [4, 3]
+
+    @pytest.mark.parametrize(
+        ("make", "said"),
+        [
+            (lambda: histogram(jnp.ones(3), 1.0, 1.0), "must ascend"),
+            (lambda: histogram(jnp.ones(3), 0.0, 1.0, bins=0), "`bins`"),
+            (lambda: vector(jnp.ones(3), jnp.ones(2)), r"`weights` is of shape \(2,\)"),
+        ],
+    )
+    def test_arguments_that_cannot_be_used(self, make, said):
+        with pytest.raises(ArgumentError, match=said):
+            make()

@@ -24,6 +24,8 @@ from trainer.types import StepFn as StepFn
 from trainer.core.path_patterns import by_path as by_path
 from trainer.core.nonfinite import check_finite as check_finite
 from trainer.core.report import Update as Update
+from trainer.core.partial_metrics import vector as vector
+from trainer.core.partial_metrics import histogram as histogram
 from trainer.core.precision import Precision as Precision
 from trainer.extensions import Extension as Extension
 from trainer.extensions import ExtensionConfig as ExtensionConfig

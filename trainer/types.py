@@ -34,7 +34,7 @@ class LossFn(Protocol):
             The loss, a floating scalar, and a mapping of metrics: scalars, averaged by the weights of batches; pairs
             ``(value, weight)``, averaged by weights of their own; an `nnx.Metric` that was made and updated in this
             call, or another pytree with ``merge(other)`` and ``compute()`` (clu, metrax), merged over all batches
-            before it computes. Some names are special:
+            before it computes; arrays by entry, `trainer.vector` and `trainer.histogram`. Some names are special:
 
             * ``batch_weight``: how much this batch counts in averages (tokens that are not
               padding, say). Left out, a batch counts by its number of examples, or as one where its arrays have

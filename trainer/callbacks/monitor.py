@@ -68,6 +68,8 @@ class Monitor:
         known = prefixed("val_", logs) if self.of_validation else logs
         if self.name not in known:
             raise self._unknown(known)
+        if isinstance(known[self.name], list):
+            raise ArgumentError(f"`monitor` is {self.name!r}, which is an array; watch a metric that is a number.")
         return float(known[self.name])
 
     def rank(self, value: float) -> float:

@@ -168,7 +168,8 @@ def check_metric(name: Any, value: Any, source: str = "loss_fn") -> jax.Array:
     if array.shape != ():
         reported = f", or report it as `{MODEL_OUTPUTS}`" if source == "loss_fn" else ""
         raise ObjectiveError(
-            f"`{source}` returned a metric `{name}` of shape {array.shape}; metrics are scalars. Average it{reported}."
+            f"`{source}` returned a metric `{name}` of shape {array.shape}; metrics are scalars. Average it{reported}. "
+            f"Means by entry are trainer.vector(values, weights)."
         )
     return array
 

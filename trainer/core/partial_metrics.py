@@ -17,15 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from trainer.core.checks import check_count
 from trainer.core.private_api import names_of_metrics
-from trainer.errors import ObjectiveError
+from trainer.errors import ArgumentError, ObjectiveError
 
 
 class PartialMetric:
     """What a batch contributes to a metric. ``float(metric)`` is the metric of that contribution alone."""
 
     def compute(self) -> Any:
-        """Returns the metric, a scalar."""
+        """Returns the metric, a scalar or an array."""
         raise NotImplementedError
 
     def merge(self, other: Self) -> Self:
@@ -63,6 +64,87 @@ class Weighted(PartialMetric):
         # Selected and not only multiplied: 0 * nan is nan.
         parts = [jnp.where(one.weight == 0, 0, one.value * one.weight) for one in (self, other)]
         return dataclasses.replace(self, value=sum(parts) / jnp.where(weight == 0, 1, weight), weight=weight)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["total", "weight"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Vector(PartialMetric):
+    """Means that each have a weight of their own, Σ w·v / Σ w by entry; NaN where there was no weight at all."""
+
+    total: Any
+    weight: Any
+
+    def compute(self) -> Any:
+        return self.total / self.weight
+
+    def merge(self, other: Self) -> Self:
+        return dataclasses.replace(self, total=self.total + other.total, weight=self.weight + other.weight)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["counts"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Histogram(PartialMetric):
+    """How often values fall into bins, see `histogram`."""
+
+    counts: Any
+
+    def compute(self) -> Any:
+        return self.counts
+
+    def merge(self, other: Self) -> Self:
+        return dataclasses.replace(self, counts=self.counts + other.counts)
+
+
+def vector(values: Any, weights: Any = 1.0) -> Vector:
+    """Returns an array as a metric of an objective: means by entry over batches, such as an accuracy by class.
+
+    Args:
+        values: An array of a shape that all batches have, such as ``(num_classes,)``.
+        weights: How much each entry counts in the mean over batches: a number, or an array of the same shape. An entry
+            without any weight is NaN.
+
+    Raises:
+        ArgumentError: The shapes do not fit.
+
+    Example:
+        >>> correct, count = jnp.array([3.0, 1.0]), jnp.array([4.0, 1.0])
+        >>> first, second = vector(correct / count, count), vector(jnp.array([0.0, 0.5]), jnp.array([1.0, 3.0]))
+        >>> first.merge(second).compute().tolist()
+        [0.6..., 0.625]
+    """
+    values = jnp.asarray(values)
+    weights = jnp.asarray(weights, jnp.float32)
+    if weights.shape not in ((), values.shape):
+        raise ArgumentError(
+            f"`weights` is of shape {weights.shape}; it must be a number, or of the shape {values.shape} of `values`."
+        )
+    weights = jnp.broadcast_to(weights, values.shape)
+    # Selected and not only multiplied: 0 * nan is nan.
+    return Vector(jnp.where(weights == 0, 0, values * weights), weights)
+
+
+def histogram(values: Any, low: float, high: float, bins: int = 20) -> Histogram:
+    """Returns a histogram of all entries of an array, as a metric of an objective: counts add up over batches.
+
+    Args:
+        values: An array of any shape.
+        low, high: The edges of the first and of the last bin. Values beyond count into these two, NaN into none.
+        bins: How many bins of the same width.
+
+    Raises:
+        ArgumentError: The edges are not ascending, or ``bins`` is not positive.
+
+    Example:
+        >>> histogram(jnp.array([0.1, 0.2, 0.9, 5.0]), 0.0, 1.0, bins=2).counts.tolist()
+        [2, 2]
+    """
+    bins = check_count(bins, "bins")
+    if not low < high:
+        raise ArgumentError(f"`low` is {low!r} and `high` is {high!r}; the edges of a histogram must ascend.")
+    values = jnp.ravel(jnp.asarray(values)).astype(jnp.float32)
+    index = jnp.clip(jnp.floor((values - low) * (bins / (high - low))), 0, bins - 1)
+    index = jnp.where(jnp.isnan(values), bins, index).astype(jnp.int32)
+    return Histogram(jnp.zeros(bins, jnp.int32).at[index].add(1, mode="drop"))
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["metric"], meta_fields=[])
@@ -103,15 +185,17 @@ def partial_metrics(name: str, value: Any) -> dict[str, PartialMetric] | None:
     """Returns a metric of an objective as what it contributes, under the names to report; None for a scalar.
 
     Raises:
-        ObjectiveError: It cannot be merged, or computes no scalar.
+        ObjectiveError: It cannot be merged, or computes no array.
     """
+    if isinstance(value, PartialMetric):
+        return {name: value}
     if isinstance(value, tuple) and len(value) == 2:
         pair = Weighted(*map(jnp.asarray, value))
         if pair.value.shape == pair.weight.shape == ():
             return {name: pair}
         raise ObjectiveError(
             f"`loss_fn` returned a metric `{name}` of shapes {pair.value.shape} and {pair.weight.shape}; a pair is a "
-            f"scalar and its weight."
+            f"scalar and its weight. Means by entry are trainer.vector(values, weights)."
         )
     if isinstance(value, nnx.metrics.MultiMetric):
         parts: dict[str, PartialMetric] = {}
@@ -177,11 +261,10 @@ def _of_nnx(name: str, metric: Any) -> dict[str, PartialMetric]:
 
 def _checked(name: str, metric: PartialMetric) -> PartialMetric:
     computed = jax.eval_shape(lambda: metric.compute())
-    if getattr(computed, "shape", None) != ():
-        what = f"an array of shape {computed.shape}" if hasattr(computed, "shape") else type(computed).__name__
+    if not hasattr(computed, "shape"):
         raise ObjectiveError(
-            f"`loss_fn` returned a metric `{name}` that computes {what}; metrics are scalars. Report its entries as "
-            f"metrics of their own."
+            f"`loss_fn` returned a metric `{name}` that computes {type(computed).__name__}; it must compute an array. "
+            f"Report its parts as metrics of their own."
         )
     return metric
 

@@ -7,6 +7,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from trainer.errors import ObjectiveError, warn
 from trainer.loggers.base import Logger, MetricsLoggerLike, check_logger, prefixed
 from trainer.metrics.average import WeightedAverage, read
@@ -15,6 +17,9 @@ from trainer.types import LogCallback
 
 _OPTIONAL = ("log_checkpoint", "rewind")
 """What a logger may lack."""
+
+_MOST_ENTRIES = 64
+"""Loggers get the entries of arrays of at most this many; all are in the history."""
 
 
 class MetricFanout:
@@ -140,11 +145,12 @@ class MetricFanout:
     def _send(self, prefix: str, step: int, metrics: Mapping[str, Any] | WeightedAverage) -> None:
         self._reach(step)
         if isinstance(metrics, WeightedAverage):
-            self._tell_all("log_scalars", prefixed("epoch/", metrics.compute()), step)
+            self._tell_all("log_scalars", prefixed("epoch/", entries_of(metrics.compute())), step)
             return
         numbers = {**read(metrics), "step": step}
         if self._log_callback is not None:
             self._log_callback(step, numbers, prefix=prefix)
+        numbers = entries_of(numbers)
         if self._metrics_logger is not None:
             method = "log_training_metrics" if prefix == "train" else "log_validation_metrics"
             self._tell(self._metrics_logger, method, numbers, step=step)
@@ -184,6 +190,17 @@ class MetricFanout:
                     f"{name} failed in {method}: {error!r}. The training continues, what it cannot log is lost, and "
                     f"its next failures are not reported."
                 )
+
+
+def entries_of(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Returns metrics with the entries of arrays as numbers of their own, ``name/0``; long arrays are left out."""
+    found: dict[str, float] = {}
+    for name, value in metrics.items():
+        if not isinstance(value, list):
+            found[name] = value
+        elif np.size(value) <= _MOST_ENTRIES:
+            found |= {f"{name}/{index}": float(entry) for index, entry in enumerate(np.ravel(value))}
+    return found
 
 
 def as_loggers(given: Any) -> list[Logger]:

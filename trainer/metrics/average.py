@@ -108,10 +108,10 @@ class WeightedAverage:
                 self._read_at_once = 1 if all(map(is_on_host, metrics.values())) else MAX_PENDING // 2
             self._read(self._read_at_once)
 
-    def compute(self) -> dict[str, float]:
+    def compute(self) -> dict[str, Any]:
         """Returns the averages so far, without ``step``. Waits for the device.
 
-        A metric that never had weight has no average, and is absent.
+        A metric that never had weight has no average, and is absent. That of an array is a list.
         """
         self._read(len(self._pending))
         averages = {name: total / self._weights[name] for name, total in self._sums.items() if self._weights[name]}
@@ -201,7 +201,7 @@ class WeightedAverage:
 class _Restored:
     """A merged metric as a checkpoint holds it, until the next batch tells its type."""
 
-    value: float
+    value: Any
     dtypes: list[str]
     shapes: list[list[int]]
     entries: list[list[Any]]
@@ -237,13 +237,13 @@ def check_merged(plain: Any) -> None:
             arrays = zip(restored.entries, restored.dtypes, restored.shapes, strict=True)
             for entries, dtype, shape in arrays:
                 np.array(entries, dtype).reshape(shape)
-            float(restored.value)
+            np.asarray(restored.value, np.float64)
         except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"`average/merged/{name}` does not describe a metric: {error}") from error
 
 
-def _computed(metric: Any) -> float:
-    return metric.value if isinstance(metric, _Restored) else float(metric)
+def _computed(metric: Any) -> Any:
+    return metric.value if isinstance(metric, _Restored) else np.asarray(metric).tolist()
 
 
 def _first_not_finite(columns: Mapping[str, Sequence[float]], weights: Sequence[float]) -> tuple[int, float] | None:

@@ -27,7 +27,7 @@ from trainer import (
     make_mesh,
     make_train_step,
 )
-from trainer.compile.flops import primitives
+from trainer.core.flops import primitives
 
 SGD = optax.sgd(0.1)
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}

@@ -1,9 +1,11 @@
 """What one may ask a trainer: it answers, and is as it was."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from tests.problems import Busy, Linear, config, regression, squared_error
 from tests.test_api import assert_same_bits
@@ -140,3 +142,46 @@ class TestBatchSize:
         trainer = Trainer(Busy(), config(), loss_fn=squared_error, workdir=tmp_path)
         trainer.find_batch_size(regression(3), high=64)
         trainer.train(regression(20), 2, 8)
+
+
+class TestFlops:
+    def net(self):
+        class Net(nnx.Module):
+            def __init__(self, rngs):
+                self.conv = nnx.Conv(1, 4, (3, 3), rngs=rngs)
+                self.layers = nnx.List([nnx.Linear(8, 8, rngs=rngs), nnx.Linear(8, 8, rngs=rngs)])
+                self.entry, self.head = nnx.Linear(256, 8, rngs=rngs), nnx.Linear(8, 2, rngs=rngs)
+
+            def __call__(self, x):
+                x = self.entry(self.conv(x).reshape(len(x), -1))
+                for layer in self.layers:
+                    x = jax.nn.relu(layer(x))
+                return self.head(x)
+
+        return Net(nnx.Rngs(0))
+
+    def loss_fn(self, model, batch, rng, step):
+        return jnp.mean(model(batch["x"]) ** 2), {}
+
+    def counted(self, table):
+        lines = [line.split() for line in table.splitlines()]
+        assert lines[0][-1] == "flops"
+        return {line[0]: int(line[-1].replace(",", "")) for line in lines[1:]}
+
+    @pytest.mark.parametrize("abstract", [False, True])
+    def test_products_of_every_module(self, abstract):
+        trainer = Trainer(self.net(), config(), loss_fn=self.loss_fn)
+        batch = {"x": jnp.ones((5, 8, 8, 1))}
+        batch = jax.eval_shape(lambda: batch) if abstract else batch
+        flops = self.counted(trainer.summary(batch=batch))
+        for name, product in {"layers/0": 2 * 5 * 8 * 8, "entry": 2 * 5 * 256 * 8, "head": 2 * 5 * 8 * 2}.items():
+            assert product <= flops[name] <= product + 2 * 5 * 8  # and the bias
+        assert 2 * 5 * 64 * 4 * 9 <= flops["conv"] <= 2 * 5 * 64 * 4 * 9 + 2 * 5 * 64 * 4
+        parts = sum(flops[name] for name in ("conv", "entry", "layers/0", "layers/1", "head"))
+        assert parts < flops["."] < parts + 1500  # what stands between the modules: reshape, relu, mean
+        assert "flops" not in trainer.summary()
+
+    def test_a_batch_without_an_objective(self):
+        state = TrainState.create(self.net(), optax.sgd(0.1), rng=jax.random.key(0))
+        with pytest.raises(ArgumentError, match="pass both, or neither"):
+            summarize(state, batch={"x": jnp.ones((5, 8, 8, 1))})

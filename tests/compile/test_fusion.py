@@ -13,8 +13,8 @@ from tests.problems import Busy, Counting, config, regression, squared_error
 from tests.test_api import Spy, assert_same_bits
 from trainer import ArgumentError, ArgumentTypeError, Callback, Trainer, TrainState, make_train_step
 from trainer.compile.dispatch import Program
-from trainer.compile.flops import flops
 from trainer.compile.fusion import FusionPolicy, as_function
+from trainer.core.flops import flops
 from trainer.loop import rare_collections
 
 

@@ -10,9 +10,9 @@ from typing import Any, Literal
 import jax
 
 from trainer.batches import describe
-from trainer.compile.flops import flops
 from trainer.compile.fusion import FusionPolicy, as_function
 from trainer.core.checks import check_count
+from trainer.core.flops import flops
 from trainer.errors import ArgumentError, StateError
 from trainer.run import Layout, Run, flatten_state
 from trainer.state import TrainState

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from trainer.compile.flops import flops, primitives
+from trainer.core.flops import flops, primitives
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,9 @@
 """A table of a model: what its modules hold, what of it is trained, and what that costs beside."""
 
-from collections.abc import Iterator
+import contextlib
+import contextvars
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -8,11 +11,19 @@ import numpy as np
 from flax import nnx
 
 from trainer.core.checks import check_count
+from trainer.core.flops import flops_by_scope
+from trainer.core.modes import in_training_mode
+from trainer.core.module_views import called_through, modules_of
+from trainer.core.objective import call_objective, check_loss_fn
 from trainer.core.tree_paths import leaf_path
+from trainer.errors import ArgumentError
 from trainer.state import TrainState
+from trainer.types import Batch, LossFn
 
 
-def summarize(state: TrainState, depth: int | None = None) -> str:
+def summarize(
+    state: TrainState, depth: int | None = None, *, loss_fn: LossFn | None = None, batch: Batch | None = None
+) -> str:
     """Returns a table with a line for each module, to print. Nothing is computed.
 
     A module's line counts what is below it as well. "state" are variables that no optimizer updates: batch statistics,
@@ -21,9 +32,11 @@ def summarize(state: TrainState, depth: int | None = None) -> str:
     Args:
         state: The state, of arrays or `jax.ShapeDtypeStruct`.
         depth: How many levels of attributes to show, the model itself being the first; None for all.
+        loss_fn: With ``batch``: the objective, of whose forward pass the operations in each module are counted.
+        batch: Arrays, or `jax.ShapeDtypeStruct`. "flops" counts a multiplication and an addition as two.
 
     Raises:
-        ArgumentError: ``depth`` is not positive.
+        ArgumentError: ``depth`` is not positive, or of ``loss_fn`` and ``batch`` there is one only.
 
     Example:
         >>> import optax
@@ -34,12 +47,16 @@ def summarize(state: TrainState, depth: int | None = None) -> str:
         layers/0  Linear           40    160      0      0              320
         layers/2  Linear           18     72      0      0              144
     """
+    if (loss_fn is None) != (batch is None):
+        raise ArgumentError("the operations of a model are those of an objective on a batch; pass both, or neither.")
+    counted = {} if loss_fn is None else _flops(loss_fn, state, batch)
     if depth is not None:
         depth = check_count(depth, "depth")
     trees = {name: _leaves(getattr(state, name)) for name in ("params", "model_state")}
     kept = _leaves(state.opt_state)
     paths = list(trees["params"])
-    rows: list[tuple[str, ...]] = [("module", "type", "trained", "bytes", "state", "bytes", "optimizer bytes")]
+    heading = ("module", "type", "trained", "bytes", "state", "bytes", "optimizer bytes")
+    rows: list[tuple[str, ...]] = [(*heading, "flops") if counted else heading]
     for path, kind in _modules(state):
         level = len(path) + 1
         if depth is not None and level > depth:
@@ -49,12 +66,53 @@ def summarize(state: TrainState, depth: int | None = None) -> str:
         below = [where for where in paths if _is_below(where, name)]
         moments = [leaf for where, leaf in kept.items() if not name or any(_ends(where, one) for one in below)]
         counts = [*_sizes(own["params"]), *_sizes(own["model_state"]), _sizes(moments)[1]]
+        if counted:
+            counts.append(round(sum(count for where, count in counted.items() if not name or _is_at(where, name))))
         rows.append((name or ".", kind, *(f"{count:,}" for count in counts)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) if index < 2 else cell.rjust(width) for index, (cell, width) in enumerate(cells))
         for cells in (zip(row, widths, strict=True) for row in rows)
     )
+
+
+def _flops(loss_fn: LossFn, state: TrainState, batch: Any) -> dict[str, float]:
+    """Returns the operations of the forward pass in training mode by the path of the innermost module around them."""
+    check_loss_fn(loss_fn)
+
+    def forward(state: TrainState, batch: Batch) -> jax.Array:
+        model = in_training_mode(state.model())
+        with _scoped_by_module(model):
+            return call_objective(loss_fn, model, batch, state.rng, state.step)[0]
+
+    traced = jax.make_jaxpr(forward)(state, batch)
+    counted: dict[str, float] = {}
+    for scopes, count in flops_by_scope(traced.jaxpr).items():
+        within = _SCOPE.findall(scopes)
+        counted[within[-1] if within else ""] = counted.get(within[-1] if within else "", 0.0) + count
+    return counted
+
+
+@contextlib.contextmanager
+def _scoped_by_module(model: Any) -> Iterator[None]:
+    """A view in which the operations of a module stand in a scope named for its path."""
+    modules = modules_of(model)
+    paths = {id(module): "/".join(map(str, path)) for path, module in modules.items()}
+    token = _PATHS.set(paths)
+    try:
+        with called_through((module, _scoped) for module in modules.values()):
+            yield
+    finally:
+        _PATHS.reset(token)
+
+
+def _scoped(call: Callable[..., Any], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with jax.named_scope(f"module[{_PATHS.get().get(id(module), '')}]"):
+        return call(module, *args, **kwargs)
+
+
+_PATHS: contextvars.ContextVar[dict[int, str]] = contextvars.ContextVar("paths")
+_SCOPE = re.compile(r"module\[([^\]]*)\]")
 
 
 def _modules(state: TrainState) -> Iterator[tuple[tuple[Any, ...], str]]:
@@ -70,6 +128,10 @@ def _modules(state: TrainState) -> Iterator[tuple[tuple[Any, ...], str]]:
 
 def _leaves(tree: Any) -> dict[str, Any]:
     return {leaf_path(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def _is_at(path: str, module: str) -> bool:
+    return path == module or _is_below(path, module)
 
 
 def _is_below(path: str, module: str) -> bool:

@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 class Inspection(ReadOnly):
     """The methods of a `trainer.Trainer` that leave it as it is, to the bit, and emit no event."""
 
-    def summary(self, depth: int | None = None) -> str:
-        """Returns a table of the model, to print: see `trainer.summarize`."""
+    def summary(self, depth: int | None = None, batch: Batch | None = None) -> str:
+        """Returns a table of the model, to print, with operations where a batch is given: see `trainer.summarize`."""
         from trainer.features.summary import summarize  # here, as below: no run needs it
 
-        return summarize(self.run.peek(), depth)
+        return summarize(self.run.peek(), depth, loss_fn=None if batch is None else self.setup.loss_fn, batch=batch)
 
     def predict(self, data: Any, batch_size: int, fn: Callable[[Any, Batch], Any] | None = None) -> Any:
         """Returns what the model, in evaluation mode, predicts for every example, in their order.

@@ -15,13 +15,22 @@ def flops(jaxpr: Any) -> float:
     Matrix products and convolutions are counted exactly, any other operation as one for each entry of its result. A
     loop of unknown length counts as one pass, and so does the body of a Pallas kernel.
     """
-    total = 0.0
+    return sum(flops_by_scope(jaxpr).values())
+
+
+def flops_by_scope(jaxpr: Any, outer: str = "") -> dict[str, float]:
+    """Returns the same by `jax.named_scope`: the names of all scopes around an operation, outermost first."""
+    total: dict[str, float] = {}
     for equation in jaxpr.eqns:
-        inner = [flops(body) for body in _bodies(equation)]
-        if inner:
-            total += max(inner) if equation.primitive.name == "cond" else sum(inner) * _passes(equation)
-        else:
-            total += _COUNTED.get(equation.primitive.name, _entries)(equation)
+        scope = f"{outer}/{equation.source_info.name_stack}"
+        inner = [flops_by_scope(body, scope) for body in _bodies(equation)]
+        if not inner:
+            inner = [{scope: _COUNTED.get(equation.primitive.name, _entries)(equation)}]
+        elif equation.primitive.name == "cond":
+            inner = [max(inner, key=lambda branch: sum(branch.values()))]
+        for counts in inner:
+            for name, count in counts.items():
+                total[name] = total.get(name, 0.0) + count * _passes(equation)
     return total
 
 

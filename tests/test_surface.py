@@ -246,11 +246,15 @@ class TestLightImport:
 def test_the_snippets_of_the_readme_run_in_order(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert len(snippets) == 14
+    assert len(snippets) == 15
     names = {}
     for number, snippet in enumerate(snippets):
         exec(compile(snippet, f"README snippet {number}", "exec"), names)
     assert names["metrics"]["loss"].shape == ()
+    assert names["classes"].shape == (1000,)
+    assert (tmp_path / "runs" / "job" / "curves.png").is_file()
+    job = next(snippet for snippet in snippets if "CSVLogger" in snippet)
+    assert len([line for line in job.splitlines() if line and "import" not in line]) <= 12
     assert names["result"]["accuracy"] > 0.9
     assert "did you mean 'learning_rate'?" in capsys.readouterr().out
 

@@ -10,6 +10,7 @@ from tests.problems import Busy, Linear, config, regression, squared_error
 from trainer import (
     ArgumentError,
     ArgumentTypeError,
+    Callback,
     ObjectiveError,
     OptimizerConfig,
     SchedulerConfig,
@@ -120,6 +121,28 @@ def test_fused_and_on_a_mesh(tmp_path):
     one, other = (trainer.train_step(regression(8)) for trainer in trainers)
     for name in ALL[:2]:
         assert other[name] == pytest.approx(float(one[name]), rel=1e-5)
+
+
+def test_killed_and_resumed_the_rows_are_the_same(tmp_path):
+    class Stop(Callback):
+        def on_batch_end(self, trainer, step, logs):
+            if step == 7:
+                raise RuntimeError("enough")
+
+    def build(name, *callbacks):
+        settings = config(log_frequency=1)
+        return Trainer(
+            Busy(), settings, loss_fn=squared_error, workdir=tmp_path / name, save_interval=2, report=ALL,
+            callbacks=callbacks,
+        )  # fmt: skip
+
+    whole = build("whole")
+    whole.train(regression(40), 2, 8)
+    with pytest.raises(RuntimeError, match="enough"):
+        build("cut", Stop()).train(regression(40), 2, 8)
+    resumed = build("cut")
+    resumed.train(regression(40), 2, 8, resume=True)
+    assert list(resumed.history) == list(whole.history)
 
 
 class TestRefusals:

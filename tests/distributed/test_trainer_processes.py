@@ -6,12 +6,24 @@ import shutil
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.distributed.test_start import JOIN, finish, run, start
 from tests.sharding.test_trainer_mesh import Perceptron, config, data, objective
-from trainer import Callback, CheckpointError, Trainer, batch_sharding, latest_checkpoint, make_mesh
+from trainer import (
+    Callback,
+    CheckpointError,
+    ReduceLROnPlateau,
+    Trainer,
+    batch_sharding,
+    ema_of_params,
+    histogram,
+    latest_checkpoint,
+    make_mesh,
+    vector,
+)
 
 COURSE = """
 import tempfile
@@ -325,3 +337,61 @@ def test_processes_pad_and_accumulate_as_one_does(tmp_path, monkeypatch):
     alone = padded_course(make_mesh({"data": 4}, jax.devices()[:4]))
     # Dropout draws over all rows of a micro-batch, so the same rows in the same places learn the same.
     assert flat(found[0]) == pytest.approx(flat(alone), rel=2e-4, abs=2e-5)
+
+
+FEATURES = """
+import json
+from tests.distributed.test_trainer_processes import course_with_features
+from trainer import make_mesh
+print(json.dumps(course_with_features(make_mesh({"data": 4}))))
+"""
+
+
+def reported_objective(model, batch, rng, step):
+    loss, _ = objective(model, batch, rng, step)
+    bad = jnp.where(step == 2, jnp.nan, 0.0)  # the guard leaves this step out, in all processes
+    errors = jnp.abs(model(batch["input"]) - batch["target"])
+    return loss + bad, {"errors": histogram(errors, 0.0, 4.0, bins=4), "by_output": vector(errors.mean(axis=0))}
+
+
+def course_with_features(mesh):
+    """Trains with what composes with a step, all of it at once."""
+    trainer = Trainer(
+        Perceptron,
+        config(log_frequency=1),
+        mesh=mesh,
+        loss_fn=reported_objective,
+        rng=jax.random.key(3),
+        save_interval=10**9,
+        nonfinite="skip",
+        report=["gradient_norm", "update_ratio", "learning_rate"],
+        params_average=ema_of_params(0.9),
+        precision="bfloat16",
+        remat={"inner": "nothing_saveable"},
+        callbacks=[ReduceLROnPlateau(patience=1, factor=0.5, min_delta=1e9)],
+    )
+    trainer.train(data(32), 3, 16, data(16, seed=1))
+    return {
+        "rates": trainer.history.series("learning_rate")[1],
+        "norms": trainer.history.series("gradient_norm")[1],
+        "averages": trainer.run.average.compute(),
+        "validation": dict(trainer.run.validation.averages),
+        "skipped": trainer.history.series("skipped")[1],
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the loss is nan")
+def test_what_composes_with_a_step_is_the_same_in_processes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    results, _ = finish(start(JOIN + FEATURES, 2, devices=2), timeout=200)
+    assert [status for status, _, _ in results] == [0] * 2, results
+    found = [json.loads(out.splitlines()[-1]) for _, out, _ in results]
+    assert found[0] == found[1]
+    alone = course_with_features(make_mesh({"data": 4}, jax.devices()[:4]))
+    assert found[0]["skipped"] == alone["skipped"] == [0, 0, 1, 0, 0, 0]
+    assert found[0]["rates"] == pytest.approx(alone["rates"])
+    assert len(set(alone["rates"])) == 2  # reduced once, after the second validation
+    assert sum(found[0]["averages"]["errors"]) == sum(alone["averages"]["errors"])
+    for name in ("validation", "norms"):
+        assert flat(found[0][name]) == pytest.approx(flat(alone[name]), rel=2e-2, abs=1e-2, nan_ok=True)

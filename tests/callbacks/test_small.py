@@ -78,6 +78,10 @@ class TestTimer:
         assert resumed.step == 8
         assert later.elapsed >= 40
 
+    def test_by_step_without_signals_it_is_refused(self):
+        with pytest.raises(ArgumentError, match="`handle_signals`"):
+            made(Timer(3, "step"), handle_signals=False).train(regression(16), 1, 8)
+
     def test_without_a_duration_it_only_measures(self):
         timer = Timer()
         start = time.monotonic()

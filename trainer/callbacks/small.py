@@ -66,8 +66,8 @@ class Timer(Callback):
         reason: Why it ended the run, in words, or None.
 
     Raises:
-        ArgumentError: ``duration`` is no time, or ``interval`` is neither; at the start of a run, if it is "step" and the
-            trainer does not handle signals.
+        ArgumentError: ``duration`` is no time, or ``interval`` is neither; at the start of a run, if it is "step" and
+            the trainer does not handle signals.
     """
 
     def __init__(
@@ -89,9 +89,7 @@ class Timer(Callback):
 
     def on_train_begin(self, trainer: Any) -> None:
         if self._is_by_step and not trainer.setup.handle_signals:
-            raise ArgumentError(
-                "`interval` = 'step' ends a run as SIGTERM does; make the Trainer with `handle_signals`."
-            )
+            raise ArgumentError("`interval` = 'step' ends a run as SIGTERM does; leave `handle_signals` on.")
         if getattr(trainer, "is_new_run", True):
             self._before = 0.0
         self.should_stop, self.reason = False, None

@@ -21,6 +21,10 @@ class Docstrings(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         """Is called for every object that was loaded."""
         del kwargs
+        about = re.fullmatch(r"property\(.*, doc='(.*)'\)", str(getattr(obj, "value", "")))
+        if about:
+            obj.docstring, obj.value = griffe.Docstring(about[1], parent=obj), None
+            obj.labels = {"property"}
         if obj.docstring is not None:
             obj.docstring.value = as_markdown(obj.docstring.value)
 

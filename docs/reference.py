@@ -5,6 +5,7 @@ import contextlib
 import io
 import os
 import re
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -63,7 +64,7 @@ def methods(module: str, name: str) -> set[str]:
     return {
         node.name
         for node in (found[0].body if found else [])
-        if isinstance(node, ast.FunctionDef) and not re.match("_|on_", node.name) and ast.get_docstring(node)
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and ast.get_docstring(node)
     }
 
 
@@ -118,7 +119,7 @@ def as_markdown(text: str) -> str:
         if fence is None and awaits and line.strip():
             lines = [line[:-1] if line.endswith("::") else line for line in lines]
             fence = indent, margin
-            lines.append(" " * margin + "```python")
+            lines.append(" " * margin + "```")
         elif fence is None and line.lstrip().startswith(">>>"):
             fence = indent, indent
             # Below a heading such as "Example:" an empty line would end the section.
@@ -136,21 +137,29 @@ def as_markdown(text: str) -> str:
 
 
 def closed(lines: list[str], indent: int) -> list[str]:
-    """Returns lines with a fence at their end, without blank lines before it."""
+    """Returns lines whose open fence is closed, without blank lines at its end; it says if it holds Python."""
     while not lines[-1].strip():
         lines = lines[:-1]
+    start = max(number for number, line in enumerate(lines) if line.lstrip().startswith("```"))
+    if lines[start].endswith("```"):
+        language = "python"
+        try:
+            ast.parse(textwrap.dedent("\n".join(lines[start + 1 :])))
+        except SyntaxError:
+            language = "text"
+        lines[start] += language
     return [*lines, " " * indent + "```"]
 
 
 def page(package: str, names: dict[str, str]) -> str:
     """Returns the page of a package: what it says of itself, then each of its names."""
-    modules = [f"trainer.{package}", *(["trainer.callbacks.base"] if package == "callbacks" else [])]
-    about = [as_markdown(ast.get_docstring(tree(module)) or "") for module in modules]
+    module = "trainer.callbacks.base" if package == "callbacks" else f"trainer.{package}"  # where the events are
+    about = as_markdown(ast.get_docstring(tree(module)) or "")
     directives = [
         f"::: {module}.{name}" + ("\n    options: {inherited_members: true}" if name == "Trainer" else "")
         for name, module in names.items()
     ]
-    return "\n\n".join([f"# {TITLES.get(package, package.capitalize())}", *about, *directives]) + "\n"
+    return "\n\n".join([f"# {TITLES.get(package, package.capitalize())}", about, *directives]) + "\n"
 
 
 def commands() -> str:

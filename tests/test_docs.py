@@ -180,15 +180,16 @@ def test_the_commands_have_their_help_texts(reference):
 def test_a_docstring_becomes_markdown(reference):
     text = """Makes it. It is::
 
-        x = `y`
+        if x:
+            y = "`Run`"
 
-            z
     See `trainer.Run` and ``Run``.
 
     Args:
         x: As in::
 
-                x = 1
+                x = 1, ...
+                at last
 
     Example:
         >>> 1
@@ -198,9 +199,8 @@ def test_a_docstring_becomes_markdown(reference):
     markdown = """Makes it. It is:
 
     ```python
-    x = `y`
-
-        z
+    if x:
+        y = "`Run`"
     ```
 
     See [`trainer.Run`][trainer.run.Run] and ``Run``.
@@ -208,8 +208,9 @@ def test_a_docstring_becomes_markdown(reference):
     Args:
         x: As in:
 
-        ```python
-        x = 1
+        ```text
+        x = 1, ...
+        at last
         ```
 
     Example:

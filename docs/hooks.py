@@ -53,8 +53,8 @@ def on_page_content(html: str, **kwargs: Any) -> str:
     del kwargs
     code = re.compile(r"(?<=<code>)[^<]+(?=</code>)")
     return re.sub(
-        r"<td.*?</td>",
-        lambda cell: code.sub(lambda text: re.sub(r"([_/.:=]+|(?<=\w)\()", r"\1<wbr>", text[0]), cell[0]),
+        r"<t[dh].*?</t[dh]>",
+        lambda cell: code.sub(lambda text: re.sub(r"([_/.:]+|=(?!\))|(?<=\w)\((?!\)))", r"\1<wbr>", text[0]), cell[0]),
         html,
         flags=re.DOTALL,
     )

@@ -75,13 +75,17 @@ for _name, _home in list(HOMES.items()):
     HOMES.update({f"{_name}.{method}": f"{_home}.{method}" for method in methods(_module, _name)})
 HOMES |= {f"Trainer.{name}": f"trainer.api.Trainer.{name}" for name in methods("trainer.fit.inspection", "Inspection")}
 
+# What stands before a colon in a section "Returns" would be taken for a type.
+RETURNS = re.compile(r"(^ *(?:Returns|Yields):\n(?:[^`:\n]|``[^`\n]*``|`[^`\n]*`)*): ", re.MULTILINE)
+
 CODE = re.compile(r"(?<![`\[\w])`(trainer\.)?((?:\w+\.)*\w+)(\(\))?`(?![`\w])")
 
 
 def linked(text: str, *, is_page: bool) -> str:
     """Returns a text in which public names in backticks are links to the reference, outside of code and headings.
 
-    On a page ``trainer.step`` is an attribute of somebody's trainer, and a word such as ``predict`` may be any.
+    On a page ``trainer.step`` is an attribute of somebody's trainer, and a word such as ``predict`` may be any; the first
+    column of a table may speak of another library. These are left as they are.
     """
 
     def link(found: re.Match[str]) -> str:
@@ -100,7 +104,9 @@ def linked(text: str, *, is_page: bool) -> str:
         elif mark and mark[1] == fence:
             fence = ""
         elif not fence and not line.startswith("#"):
-            line = CODE.sub(link, line)
+            first = re.match(r"\| .*? \|" if is_page else "", line)
+            start = first.end() if first else 0
+            line = line[:start] + CODE.sub(link, line[start:])
         lines.append(line)
     return "\n".join(lines)
 
@@ -133,7 +139,8 @@ def as_markdown(text: str) -> str:
         lines.append(line if fence is None else line[fence[0] - fence[1] :])
     if fence is not None:
         lines = closed(lines, fence[1])
-    return linked("\n".join(lines).rstrip(), is_page=False)
+    text = RETURNS.sub(r"\1&#58; ", "\n".join(lines).rstrip())
+    return linked(text, is_page=False)
 
 
 def closed(lines: list[str], indent: int) -> list[str]:

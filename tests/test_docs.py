@@ -28,10 +28,10 @@ def text_of(name):
     return (DOCS / name).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", [*PROMISING, "recipes.md"])
+@pytest.mark.parametrize("name", PAGES)
 def test_every_test_that_a_page_names_is_there(name):
     named = NAMED.findall(text_of(name))
-    assert len(named) > 10
+    assert len(named) > 10 or name not in (*PROMISING, "recipes.md")
     missing = [
         f"{file}::{test}"
         for file, test in named
@@ -191,6 +191,9 @@ def test_a_docstring_becomes_markdown(reference):
                 x = 1, ...
                 at last
 
+    Returns:
+        A ``{a: b}`` or two: this, or that: none.
+
     Example:
         >>> 1
         1
@@ -213,6 +216,9 @@ def test_a_docstring_becomes_markdown(reference):
         at last
         ```
 
+    Returns:
+        A ``{a: b}`` or two&#58; this, or that: none.
+
     Example:
         ```pycon
         >>> 1
@@ -228,7 +234,7 @@ def test_names_on_pages_become_links(reference):
         return reference.linked(text, is_page=True)
 
     assert linked("`Trainer.train`") == "[`Trainer.train`][trainer.api.Trainer.train]"
-    assert linked("`make_train_step`") == "[`make_train_step`][trainer.steps.make_train_step]"
+    assert linked("| `Run` | `Meter` |") == "| `Run` | [`Meter`][trainer.metrics.throughput.Meter] |"
     for text in ("`trainer.evaluate`", "`predict`", "`Unknown`", "# `Run`", "[`Run`](x.md)", "```python\n`Run`\n```"):
         assert linked(text) == text
 

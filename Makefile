@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # Tests start some hundred processes; without bytecode each would compile all modules anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all third-party kills lint types format bench clean
+.PHONY: demo test test-all third-party docs kills lint types format bench clean
 
 demo: $(READY)
 	$(RUN) examples/digits.py
@@ -42,6 +42,16 @@ third-party: $(READY)
 		$(MODELS) $(LOGGERS) $(TABLES)
 	PYTHONPATH=.third-party $(RUN) -m pytest -m third_party tests/third_party $(ARGS)
 
+# The documentation site, in .site, without a warning. What builds it goes to a folder of its own, as above. To read it with
+# its search: `python -m http.server --directory .site`.
+docs: $(READY) .docs-packages/.ready
+	JAX_PLATFORMS=cpu NO_MKDOCS_2_WARNING=1 PYTHONPATH=.docs-packages $(RUN) -m mkdocs build --quiet $(ARGS)
+
+.docs-packages/.ready: requirements-docs.txt | $(READY)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .docs-packages \
+		-r requirements-docs.txt
+	touch $@
+
 # A hundred kills, a process for every step to resume from, an array of 4 GiB; minutes, and 10 GiB of memory.
 kills: $(READY)
 	$(RUN) -m pytest -m long -rP $(ARGS)
@@ -64,7 +74,7 @@ bench: $(READY)
 	for name in $(BENCHMARKS); do $(RUN) benchmarks/$$name.py --json .bench/$$name.json $(ARGS) || exit 1; done
 
 clean:
-	rm -rf $(VENV) .bench .third-party runs .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf $(VENV) .bench .third-party .docs-packages .site runs .pytest_cache .mypy_cache .ruff_cache .coverage
 
 # The list is complete, so pip need not resolve anything, and never hears that datarax on Python 3.11
 # would like TensorFlow (1.8 GB) for data sources that are not used here. See README, "Installation".

@@ -17,6 +17,7 @@ from trainer.loop import run_epoch as run_epoch
 from trainer.loop import evaluate as evaluate
 from trainer.loop import predict as predict
 from trainer.loop import open_pass as open_pass
+from trainer.loop import prefetched as prefetched
 from trainer.loop import Tick as Tick
 from trainer.api import Trainer as Trainer
 from trainer.types import LossFn as LossFn

@@ -87,6 +87,9 @@ def one_pass(loader: Any, batch_size: int, name: str, limit: int | None, *, boun
             if not drawn:
                 raise no_batch(name) from None
             return
+        except Exception as error:
+            add_position(error, name, drawn)
+            raise
         check_drawn(batch, drawn, loader, name, limit, bound)
         drawn += 1
         yield batch
@@ -116,6 +119,11 @@ def check_drawn(batch: Any, drawn: int, loader: Any, name: str, limit: int | Non
             f"`{name}` has yielded {drawn:,} batches in this pass and has no length, so the pass may never end. If the "
             f"loader is endless, {bound}; if it is only long, there is nothing to do."
         )
+
+
+def add_position(error: Exception, name: str, drawn: int) -> None:
+    """Adds to what a loader raised which batch it was about to yield."""
+    error.add_note(f"raised by `{name}` in place of batch {drawn} of its pass (the first is batch 0)")
 
 
 def no_batch(name: str) -> ArgumentError:

@@ -37,9 +37,11 @@ LOGGERS := tensorboardX==2.6.5 tensorboard==2.20.0 wandb==0.31.0 mlflow-skinny==
 	requests==2.34.2 sqlalchemy==2.1.9 sqlparse==0.6.1 starlette==1.10.0 typing-inspection==0.4.5 urllib3==2.8.0
 # For History.to_pandas.
 TABLES := pandas==2.3.3 python-dateutil==2.9.0.post0 pytz==2025.2 six==1.17.0 tzdata==2025.2
+# For export_prediction.
+EXPORT := flatbuffers==25.12.19
 third-party: $(READY)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .third-party \
-		$(MODELS) $(LOGGERS) $(TABLES)
+		$(MODELS) $(LOGGERS) $(TABLES) $(EXPORT)
 	PYTHONPATH=.third-party $(RUN) -m pytest -m third_party tests/third_party $(ARGS)
 
 # A hundred kills, a process for every step to resume from, an array of 4 GiB; minutes, and 10 GiB of memory.
@@ -59,7 +61,7 @@ format: $(READY)
 
 # Ten minutes on two quiet cores. `make bench ARGS=--quick` shows only that everything runs; one alone is
 # `make bench BENCHMARKS=tail`. The first run of peers needs a package index.
-BENCHMARKS := dispatch sharding end_to_end peers input memory compile tail metrics checkpoint features progress
+BENCHMARKS := dispatch sharding end_to_end peers input prefetch memory compile tail metrics checkpoint features progress
 bench: $(READY)
 	for name in $(BENCHMARKS); do $(RUN) benchmarks/$$name.py --json .bench/$$name.json $(ARGS) || exit 1; done
 

@@ -85,6 +85,8 @@ if TYPE_CHECKING:
     from trainer.features.search import find_learning_rate as find_learning_rate
     from trainer.features.debugging import make_check_step as make_check_step
     from trainer.compile.planning import plan as plan
+    from trainer.checkpoints.into_model import load_weights as load_weights
+    from trainer.checkpoints.exported import export_prediction as export_prediction
     from trainer.callbacks.progress import Progress as Progress
     from trainer.callbacks.early_stopping import EarlyStopping as EarlyStopping
     from trainer.callbacks.model_checkpoint import ModelCheckpoint as ModelCheckpoint
@@ -107,6 +109,8 @@ __getattr__ = _imported_when_used(
         "trainer.features.search": ("find_learning_rate",),
         "trainer.features.debugging": ("make_check_step",),
         "trainer.compile.planning": ("plan",),
+        "trainer.checkpoints.into_model": ("load_weights",),
+        "trainer.checkpoints.exported": ("export_prediction",),
         "trainer.callbacks.progress": ("Progress",),
         "trainer.callbacks.early_stopping": ("EarlyStopping",),
         "trainer.callbacks.model_checkpoint": ("ModelCheckpoint",),

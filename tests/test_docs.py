@@ -61,3 +61,28 @@ def test_the_page_of_loggers_runs(tmp_path, monkeypatch, capsys):
     with (tmp_path / "runs" / "resumed" / "metrics.csv").open() as file:
         steps = [line.split(",")[0] for line in file]
     assert len(steps) == len(set(steps)) > 5
+
+
+def run_page(name, blocks=r"```python\n(.*?)```"):
+    """Runs the blocks of a page in order, and returns the names that they have defined."""
+    names = {}
+    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    for number, block in enumerate(re.findall(blocks, text, re.DOTALL)):
+        exec(compile(block, f"block {number}", "exec"), names)
+    return names
+
+
+def test_the_page_of_data_runs(tmp_path, monkeypatch):
+    """What needs packages of others is run by `third_party/test_sources.py`."""
+    monkeypatch.chdir(tmp_path)
+    names = run_page("data.md")
+    assert names["ahead"].step == 24
+
+
+@pytest.mark.slow
+def test_the_page_of_models_runs(tmp_path, monkeypatch, capsys):
+    """What needs packages of others is run by `third_party/test_equinox.py`."""
+    monkeypatch.chdir(tmp_path)
+    names = run_page("models.md")
+    assert (names["model"].classifier.kernel == names["trainer"].model.classifier.kernel).all()
+    assert capsys.readouterr().out == "(256, 1)\n"

@@ -157,13 +157,21 @@ def _problem(leaf: Any, *, is_data: bool) -> str | None:
     if isinstance(leaf, bool | int | float | complex) and not isinstance(leaf, np.generic):
         return f"is of type {type(leaf).__name__}, not an array" if is_data else None
     if type(leaf) is list:
-        return "is a list of Python values, not an array; pass numpy.asarray(...) of it"
+        return (
+            "is a list of Python values, not an array; pass numpy.asarray(...) of it (a data set of Hugging Face gives "
+            "arrays after .with_format('numpy'))"
+        )
     if isinstance(leaf, np.ma.MaskedArray):
         return "is a masked array, whose mask JAX drops; pass .filled(...) of it, and the mask as a leaf of its own"
     # JAX's own sparse matrices are pytrees: a step can take them, but their parts have no rows to draw.
     if hasattr(leaf, "todense") and (is_data or jax.tree_util.all_leaves([leaf])):
         return f"is a sparse matrix of type {type(leaf).__name__}; pass .todense() of it, or its parts as arrays"
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        if is_data and hasattr(leaf, "__getitem__") and hasattr(leaf, "__len__") and not isinstance(leaf, str | bytes):
+            return (
+                f"is a {type(leaf).__name__}, which gives examples by their index; pass a loader of batches, such as "
+                f"torch.utils.data.DataLoader(...) or grain.MapDataset.source(...).shuffle(seed=0).batch(...)"
+            )
         return f"is of type {type(leaf).__name__}, not an array"
     if (why := _problem_of_dtype(leaf.dtype)) is not None:
         return why

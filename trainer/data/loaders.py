@@ -169,10 +169,24 @@ def _check_iterable(batches: Any, subject: str) -> None:
             f"{subject} is an array of type {type(batches).__name__}: a loop over it gives its rows, not batches. Pass "
             f"[batch] if it is one batch; for a whole data set call train(data, num_epochs, batch_size)."
         )
+    _check_rows(batches, subject)
     if not isinstance(batches, Iterable):
         raise ArgumentTypeError(
             f"{subject} is of type {type(batches).__name__}; it must be an iterable of batches, or a callable "
             f"that returns one."
+        )
+
+
+def _check_rows(loader: Any, subject: str) -> None:
+    """Refuses a data set of Hugging Face whose items are examples: a column of numbers is none of a batch."""
+    features = getattr(loader, "features", None)
+    if not hasattr(loader, "with_format") or not isinstance(features, Mapping):
+        return
+    if any(type(feature).__name__ in ("Value", "ClassLabel") for feature in features.values()):
+        raise ArgumentTypeError(
+            f"{subject} is a {type(loader).__name__} of Hugging Face: a loop over it gives rows, not batches. Pass "
+            f"dataset.with_format('numpy')[:], which is data in memory, or a loader that reads batches: "
+            f"lambda batch_size: dataset.with_format('numpy').iter(batch_size)."
         )
 
 

@@ -11,6 +11,8 @@ from tests.problems import config, regression
 from tests.test_docs import run_page
 from trainer import Trainer, load_weights, save_state
 
+pytestmark = pytest.mark.slow  # the page takes seconds
+
 DATA = regression(24)
 
 

@@ -123,8 +123,14 @@ def run_epoch(
         batch, examples, count = drawn
         if count is not None:
             after, metrics = step.fused(plan, run, batch, count, placement.replicated_int(count), examples)
+        elif each is not None:
+            after, metrics = each(run, batch, examples)
         else:
-            after, metrics = (step if each is None else each)(run, batch, examples)
+            try:
+                after, metrics = step(run, batch, examples)
+            except (TypeError, ValueError) as error:  # of a batch whose shapes the objective cannot take, say
+                error.add_note(f"raised by the step on batch {run.batch}, the first being batch 0")
+                raise
         # Any result shows that the call has finished, but only metrics outlive it: the next call donates the state.
         result = metrics["step"] if "step" in metrics else jax.tree.leaves(metrics)[0]
         in_flight.add(result)

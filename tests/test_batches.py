@@ -169,7 +169,9 @@ def test_64_bit_integers_must_fit_into_32_bits(leaf, fits, deep):
 
 
 def test_values_that_do_not_fit_are_said():
-    with pytest.raises(BatchError, match=r"^`ids` holds -1 to 1099511627776 as int64\. JAX computes with 32-bit"):
+    with pytest.raises(
+        BatchError, match=r"^`ids` holds -1 to 1099511627776 as int64, the first of them in row 1\. JAX"
+    ):
         checked_data(np.array([-1, 2**40]), "ids")
 
 

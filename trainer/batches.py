@@ -167,7 +167,7 @@ def _problem(leaf: Any, *, is_data: bool) -> str | None:
     if hasattr(leaf, "todense") and (is_data or jax.tree_util.all_leaves([leaf])):
         return f"is a sparse matrix of type {type(leaf).__name__}; pass .todense() of it, or its parts as arrays"
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-        if is_data and hasattr(leaf, "__getitem__") and hasattr(leaf, "__len__") and not isinstance(leaf, str | bytes):
+        if is_data and hasattr(leaf, "__getitem__") and hasattr(leaf, "__len__") and not hasattr(leaf, "__iter__"):
             return (
                 f"is a {type(leaf).__name__}, which gives examples by their index; pass a loader of batches, such as "
                 f"torch.utils.data.DataLoader(...) or grain.MapDataset.source(...).shuffle(seed=0).batch(...)"

@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # Tests start some hundred processes; without bytecode each would compile all modules anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all third-party docs kills lint types format bench clean
+.PHONY: demo test test-all third-party heavy docs kills lint types format bench clean
 
 demo: $(READY)
 	$(RUN) examples/digits.py
@@ -22,7 +22,7 @@ test: $(READY)
 
 # With the cases marked `slow`; what .ci/run runs.
 test-all: $(READY)
-	$(RUN) -m pytest $(PARALLEL) -m "not long and not third_party" $(ARGS)
+	$(RUN) -m pytest $(PARALLEL) -m "not long and not third_party and not heavy and not tensorflow" $(ARGS)
 
 # Models and loggers of packages that nothing else needs. They go to a folder of their own, and not into the environment.
 # Of what the packages of loggers ask for, what a run that is offline imports. TensorBoard 2.21 wants another protobuf.
@@ -37,10 +37,25 @@ LOGGERS := tensorboardX==2.6.5 tensorboard==2.20.0 wandb==0.31.0 mlflow-skinny==
 	requests==2.34.2 sqlalchemy==2.1.9 sqlparse==0.6.1 starlette==1.10.0 typing-inspection==0.4.5 urllib3==2.8.0
 # For History.to_pandas.
 TABLES := pandas==2.3.3 python-dateutil==2.9.0.post0 pytz==2025.2 six==1.17.0 tzdata==2025.2
+# For export_prediction.
+EXPORT := flatbuffers==25.12.19
+# For data of Hugging Face.
+SOURCES := datasets==5.2.0 dill==0.4.1 filelock==4.3.1 fsspec==2026.9.0 h11==0.16.0 httpcore2==2.16.2 httpx==0.28.1 \
+	httpx2==2.16.2 huggingface-hub==2.4.0 multiprocess==0.70.19 pyarrow==26.0.1 tqdm==4.70.1 truststore==0.10.5 \
+	xxhash==4.1.0
+# Torch, 880 MB where the index has a build for the CPU. TensorFlow, 1.8 GB, no target installs: `pytest -m tensorflow` where it is there.
+HEAVY := torch==2.13.0 sympy==1.14.0 mpmath==1.4.1 networkx==3.6.1 jinja2==3.1.6 markupsafe==3.0.4 filelock==4.3.1 \
+	fsspec==2026.9.0 setuptools==84.2.1
+# The folder's name tells dill, which Hugging Face hashes with, that these are no modules of the caller's.
+OTHERS := .third-party/site-packages
 third-party: $(READY)
-	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .third-party \
-		$(MODELS) $(LOGGERS) $(TABLES)
-	PYTHONPATH=.third-party $(RUN) -m pytest -m third_party tests/third_party $(ARGS)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(OTHERS) \
+		$(MODELS) $(LOGGERS) $(TABLES) $(EXPORT) $(SOURCES)
+	PYTHONPATH=$(OTHERS) $(RUN) -m pytest -m third_party tests/third_party $(ARGS)
+
+heavy: $(READY)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(OTHERS) $(HEAVY)
+	PYTHONPATH=$(OTHERS) $(RUN) -m pytest -m heavy tests/third_party $(ARGS)
 
 # The documentation site, in .site, without a warning. What builds it goes to a folder of its own, as above. To read it with
 # its search: `python -m http.server --directory .site`.
@@ -69,7 +84,7 @@ format: $(READY)
 
 # Ten minutes on two quiet cores. `make bench ARGS=--quick` shows only that everything runs; one alone is
 # `make bench BENCHMARKS=tail`. The first run of peers needs a package index.
-BENCHMARKS := dispatch sharding end_to_end peers input memory compile tail metrics checkpoint features progress
+BENCHMARKS := dispatch sharding end_to_end peers input prefetch memory compile tail metrics checkpoint features progress
 bench: $(READY)
 	for name in $(BENCHMARKS); do $(RUN) benchmarks/$$name.py --json .bench/$$name.json $(ARGS) || exit 1; done
 

@@ -22,6 +22,10 @@ class Frame:
 
 
 ONES = np.ones((3, 2), np.float32)
+IS_A_LIST = (
+    "is a list of Python values, not an array; pass numpy.asarray(...) of it (a data set of Hugging Face gives arrays "
+    "after .with_format('numpy'))"
+)
 EVERY_LEAF = " Every leaf must be a numeric array of shape (batch_size, ...)."
 
 
@@ -31,9 +35,9 @@ def refused(leaf, why):
 
 
 UNUSABLE = [
-    refused([1, 2], "is a list of Python values, not an array; pass numpy.asarray(...) of it"),
-    refused(["a", "b"], "is a list of Python values, not an array; pass numpy.asarray(...) of it"),
-    refused([[[0.5]]], "is a list of Python values, not an array; pass numpy.asarray(...) of it"),
+    refused([1, 2], IS_A_LIST),
+    refused(["a", "b"], IS_A_LIST),
+    refused([[[0.5]]], IS_A_LIST),
     refused("abc", "is of type str, not an array"),
     refused(Frame(), "is of type Frame, not an array"),
     refused(np.array(["u", "v", "w"]), "has dtype <U1, which no model can take"),
@@ -165,7 +169,9 @@ def test_64_bit_integers_must_fit_into_32_bits(leaf, fits, deep):
 
 
 def test_values_that_do_not_fit_are_said():
-    with pytest.raises(BatchError, match=r"^`ids` holds -1 to 1099511627776 as int64\. JAX computes with 32-bit"):
+    with pytest.raises(
+        BatchError, match=r"^`ids` holds -1 to 1099511627776 as int64, the first of them in row 1\. JAX"
+    ):
         checked_data(np.array([-1, 2**40]), "ids")
 
 

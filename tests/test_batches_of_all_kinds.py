@@ -245,6 +245,14 @@ def test_a_bad_batch_of_ones_own_loop_is_located():
     assert caught.value.__notes__ == ["raised for batch 2, the first being batch 0"]
 
 
+def test_a_batch_of_other_shapes_is_located():
+    trainer = build(train_data_loader=[regression(8, 3), regression(8, 3), regression(8, 5)])
+    with pytest.raises(TypeError, match="raised in `loss_fn` on a batch of input: float32\\(8, 5\\)") as caught:
+        trainer.train_epoch()
+    assert trainer.step == 2
+    assert "raised by the step on batch 2, the first being batch 0" in caught.value.__notes__
+
+
 def test_what_trains_on_arrays_refuses_what_cannot_be_right():
     data = regression(8, 3)
     masked = {**data, "target": np.ma.masked_array(data["target"])}

@@ -60,7 +60,8 @@ def run(name):
 
 
 # All but those that have a test of their own below.
-PLAIN = [name for name in PAGES if BLOCK.search(text_of(name)) and name not in ("start.md", "recipes.md", "loggers.md")]
+OWN = ["start.md", "recipes.md", "loggers.md", "data.md", "models.md"]
+PLAIN = [name for name in PAGES if BLOCK.search(text_of(name)) and name not in OWN]
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in PLAIN])
@@ -73,7 +74,7 @@ def test_the_blocks_of_a_page_run_in_order(name, tmp_path, monkeypatch):
 def test_all_python_is_run(name):
     """A fence is of Python that is run here, or by the tests of packages of others, or of no Python."""
     fences = re.findall(r"^ *```(.*)$", text_of(name), re.MULTILINE)
-    assert set(fences[::2]) <= {"python", "python third_party", "text", "yaml", ""}
+    assert set(fences[::2]) <= {"python", "python third_party", "python heavy", "text", "yaml", ""}
     assert set(fences[1::2]) <= {""}
     assert fences.count("python") == len(BLOCK.findall(text_of(name)))
 
@@ -288,3 +289,14 @@ def test_pins_of_the_site_are_names_and_versions_only():
 def test_the_page_of_callbacks_names_every_event():
     listed = re.findall(r"^ *(on_\w+)\(", text_of("callbacks.md"), re.MULTILINE)
     assert sorted(listed) == sorted(trainer.callbacks.EVENTS)
+
+
+@pytest.mark.slow
+def test_the_pages_of_data_and_models_do_what_they_say(tmp_path, monkeypatch, capsys):
+    """What needs packages of others is run in `third_party`."""
+    monkeypatch.chdir(tmp_path)
+    assert run("data.md")["ahead"].step == 24
+    capsys.readouterr()
+    names = run("models.md")
+    assert (names["model"].classifier.kernel == names["trainer"].model.classifier.kernel).all()
+    assert capsys.readouterr().out == "(256, 1)\n"

@@ -300,7 +300,17 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
     runtime, extras = declared()
     assert imported - runtime - extras == set()
     assert runtime - imported == set()
-    optional = {"PIL", "matplotlib", "mlflow", "pandas", "safetensors", "sklearn", "tensorboardX", "wandb"}
+    optional = {
+        "PIL",
+        "flatbuffers",
+        "matplotlib",
+        "mlflow",
+        "pandas",
+        "safetensors",
+        "sklearn",
+        "tensorboardX",
+        "wandb",
+    }
     assert imported & extras == optional
 
 

@@ -17,6 +17,7 @@ from trainer.loop import run_epoch as run_epoch
 from trainer.loop import evaluate as evaluate
 from trainer.loop import predict as predict
 from trainer.loop import open_pass as open_pass
+from trainer.loop import prefetched as prefetched
 from trainer.loop import Tick as Tick
 from trainer.api import Trainer as Trainer
 from trainer.types import LossFn as LossFn
@@ -86,6 +87,8 @@ if TYPE_CHECKING:
     from trainer.features.search import find_learning_rate as find_learning_rate
     from trainer.features.debugging import make_check_step as make_check_step
     from trainer.compile.planning import plan as plan
+    from trainer.checkpoints.into_model import load_weights as load_weights
+    from trainer.checkpoints.exported import export_prediction as export_prediction
     from trainer.callbacks.progress import Progress as Progress
     from trainer.callbacks.early_stopping import EarlyStopping as EarlyStopping
     from trainer.callbacks.model_checkpoint import ModelCheckpoint as ModelCheckpoint
@@ -116,6 +119,8 @@ __getattr__ = _imported_when_used(
         "trainer.features.search": ("find_learning_rate",),
         "trainer.features.debugging": ("make_check_step",),
         "trainer.compile.planning": ("plan",),
+        "trainer.checkpoints.into_model": ("load_weights",),
+        "trainer.checkpoints.exported": ("export_prediction",),
         "trainer.callbacks.progress": ("Progress",),
         "trainer.callbacks.early_stopping": ("EarlyStopping",),
         "trainer.callbacks.model_checkpoint": ("ModelCheckpoint",),

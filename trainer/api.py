@@ -34,9 +34,8 @@ from trainer.types import Batch, EvalParams, ExtensionLike, LogCallback, LossFn,
 class Trainer(Inspection):
     """Trains an NNX model on the caller's own objective.
 
-    Everything it does is a pure function of the run that it holds; each method's docstring shows the lines it stands
-    for. Metrics of a step are scalars on the device; nothing waits for them until one is read, by the caller, by a
-    logger, or for an average. Events are emitted in the order given in `trainer.callbacks`.
+    All that it does is a pure function of the run that it holds; docstrings of methods show the lines they stand for.
+    Metrics of a step are scalars on the device; nothing waits for them until one is read. Events: `trainer.callbacks`.
 
     Args:
         model: The module to train. It is copied, and never touched again. Parts in evaluation mode stay in it (frozen
@@ -73,6 +72,7 @@ class Trainer(Inspection):
             metrics, validates or saves, and holds the state of before.
         pad_to: "batch" pads short batches to ``batch_size`` rows, so that they compile nothing new, and adds to every
             batch a ``mask`` by which the objective averages, see `trainer.pad_batch`.
+        prefetch: How many batches of a training loader a thread draws ahead, see `trainer.prefetched`.
         params_average: Such as ``ema_of_params(0.999)``: last of the optimizer, and its average the ``eval_params``.
         fast_dev_run: So many batches (True is 1) of training and of validation in one epoch, to see that all works:
             nothing is logged, and nothing saved but by your own calls; callbacks that save are left out.
@@ -120,6 +120,7 @@ class Trainer(Inspection):
         report: Iterable[str] | Mapping[str, Measure] = (),
         accumulate_steps: int = 1,
         pad_to: Literal["batch"] | None = None,
+        prefetch: int = 0,
         params_average: optax.GradientTransformation | None = None,
         precision: str | Precision | None = None,
         remat: Remat = None,
@@ -160,11 +161,9 @@ class Trainer(Inspection):
     def validate_step(self, batch: Batch) -> Metrics:
         """Evaluates the objective on one batch, in evaluation mode, and logs it as validation.
 
-        Without loggers it is::
+        Arguments, results and errors are those of `train_step`. Without loggers it is::
 
             metrics = jax.jit(make_eval_step(loss_fn))(trainer.state, batch)
-
-        Arguments, results and errors are those of `train_step`.
         """
         batch, _ = self.setup.placement.place_batch(self.setup.with_mask(batch), at_once=True)
         state = self.run.state_with_edits()

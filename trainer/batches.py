@@ -22,6 +22,8 @@ _checked: dict[Any, tuple[int | None, tuple[int, ...]]] = {}
 _MAX_CHECKED = 256
 _MAX_LEAVES_OF_A_KEY = 1000
 
+_MOST_BYTES_AT_ONCE = 64 * 2**20
+
 # Type codes of NumPy: those of which nothing is to be said, and among them 64-bit integers.
 _PLAIN = "?bhilqBHILQefdFD"
 _WIDE = "".join(code for code in "ilqILQ" if np.dtype(code).itemsize == 8)
@@ -141,7 +143,8 @@ def _checked_length(batch: Any, name: str, *, is_data: bool) -> int | None:
     if lengths == {0}:
         raise BatchError(f"`{name}` holds no examples: {summarize(batch)}.")
     if len(lengths) == 1:
-        return int(lengths.pop())
+        (length,) = lengths
+        return int(length) if isinstance(length, int | np.integer) else length  # symbolic, where a step is exported
     if is_data:
         raise BatchError(
             f"`{name}` has leading dimensions that differ: {_differing(leaves)}. They must be one number, the examples."
@@ -154,13 +157,21 @@ def _problem(leaf: Any, *, is_data: bool) -> str | None:
     if isinstance(leaf, bool | int | float | complex) and not isinstance(leaf, np.generic):
         return f"is of type {type(leaf).__name__}, not an array" if is_data else None
     if type(leaf) is list:
-        return "is a list of Python values, not an array; pass numpy.asarray(...) of it"
+        return (
+            "is a list of Python values, not an array; pass numpy.asarray(...) of it (a data set of Hugging Face gives "
+            "arrays after .with_format('numpy'))"
+        )
     if isinstance(leaf, np.ma.MaskedArray):
         return "is a masked array, whose mask JAX drops; pass .filled(...) of it, and the mask as a leaf of its own"
     # JAX's own sparse matrices are pytrees: a step can take them, but their parts have no rows to draw.
     if hasattr(leaf, "todense") and (is_data or jax.tree_util.all_leaves([leaf])):
         return f"is a sparse matrix of type {type(leaf).__name__}; pass .todense() of it, or its parts as arrays"
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        if is_data and hasattr(leaf, "__getitem__") and hasattr(leaf, "__len__") and not hasattr(leaf, "__iter__"):
+            return (
+                f"is a {type(leaf).__name__}, which gives examples by their index; pass a loader of batches, such as "
+                f"torch.utils.data.DataLoader(...) or grain.MapDataset.source(...).shuffle(seed=0).batch(...)"
+            )
         return f"is of type {type(leaf).__name__}, not an array"
     if (why := _problem_of_dtype(leaf.dtype)) is not None:
         return why
@@ -187,7 +198,7 @@ def _check_range(batch: Any, wide: list[Any], name: str) -> None:
     if all(map(_fits, wide)) or jax.dtypes.canonicalize_dtype(np.int64) == np.int64:
         return
     problems = [
-        (path, f"holds {leaf if isinstance(leaf, int) else f'{leaf.min()} to {leaf.max()} as {leaf.dtype}'}")
+        (path, f"holds {leaf if isinstance(leaf, int) else _extremes(leaf)}")
         for path, leaf in jax.tree.leaves_with_path(batch)
         if _is_wide(leaf) and not _fits(leaf)
     ]
@@ -202,8 +213,29 @@ def _fits(leaf: Any) -> bool:
     if not isinstance(leaf, np.ndarray):
         low, high = (0, 2**32) if isinstance(leaf, np.unsignedinteger) else (-(2**31), 2**31)
         return low <= int(leaf) < high
+    return _first_too_wide(leaf) is None
+
+
+def _first_too_wide(leaf: np.ndarray[Any, Any]) -> int | None:
+    """Returns the first row that 32 bits cannot hold. Data may be larger than memory, so it takes some at a time."""
+    if leaf.nbytes > _MOST_BYTES_AT_ONCE and leaf.ndim:
+        rows = max(1, _MOST_BYTES_AT_ONCE * len(leaf) // leaf.nbytes)
+        parts = ((start, leaf[start : start + rows]) for start in range(0, len(leaf), rows))
+        return next((start + row for start, part in parts if (row := _row_too_wide(part)) is not None), None)
+    return _row_too_wide(leaf)
+
+
+def _row_too_wide(leaf: np.ndarray[Any, Any]) -> int | None:
     # The upper halves, of which none may be set; a third of the time of a minimum and a maximum.
-    return not np.count_nonzero((leaf if leaf.dtype.kind == "u" else leaf + 2**31) >> 32)
+    upper = (leaf if leaf.dtype.kind == "u" else leaf + 2**31) >> 32
+    if not np.count_nonzero(upper):
+        return None
+    return int(np.flatnonzero(upper)[0]) // max(1, upper.size // (len(upper) if upper.ndim else 1))
+
+
+def _extremes(leaf: np.ndarray[Any, Any]) -> str:
+    where = f", the first of them in row {_first_too_wide(leaf)}" if np.ndim(leaf) else ""
+    return f"{leaf.min()} to {leaf.max()} as {leaf.dtype}{where}"
 
 
 def _wide(leaves: list[Any]) -> tuple[int, ...]:

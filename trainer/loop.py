@@ -12,6 +12,7 @@ import collections
 import contextlib
 import dataclasses
 import gc
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from trainer.compile.dispatch import CompiledStep, DispatchPlan, explain_lost_st
 from trainer.data.loaders import no_batch
 from trainer.data.memory import Epoch
 from trainer.data.padding import PaddedBatches
+from trainer.data.prefetching import Prefetched
 from trainer.data.resumable import LoaderPass, LoaderPosition
 from trainer.errors import ArgumentError, BatchError
 from trainer.metrics.average import WeightedAverage
@@ -121,8 +123,14 @@ def run_epoch(
         batch, examples, count = drawn
         if count is not None:
             after, metrics = step.fused(plan, run, batch, count, placement.replicated_int(count), examples)
+        elif each is not None:
+            after, metrics = each(run, batch, examples)
         else:
-            after, metrics = (step if each is None else each)(run, batch, examples)
+            try:
+                after, metrics = step(run, batch, examples)
+            except (TypeError, ValueError) as error:  # of a batch whose shapes the objective cannot take, say
+                error.add_note(f"raised by the step on batch {run.batch}, the first being batch 0")
+                raise
         # Any result shows that the call has finished, but only metrics outlive it: the next call donates the state.
         result = metrics["step"] if "step" in metrics else jax.tree.leaves(metrics)[0]
         in_flight.add(result)
@@ -164,6 +172,42 @@ def open_pass(
     loader_pass = LoaderPass(loader, batch_size, name, limit, previous)
     loader_pass.open(where, position.batch)
     return run.replace(position=dataclasses.replace(position, loader=loader_pass)), loader_pass
+
+
+def prefetched(
+    batches: Iterable[Batch], count: int = 2, *, placement: Placement | None = None, may_be_short: bool = True
+) -> Prefetched:
+    """Draws and places batches ahead in a thread, while the device computes and the host does something else.
+
+    `run_epoch` dispatches without waiting, so it draws while the device computes already. This helps where a loop waits
+    for each step (to print its loss, say), and where some batches take much longer than others. The order and the
+    numbers stay. The loader runs in a thread: it must neither need the main thread nor be changed during the pass::
+
+        with prefetched(batches, 2) as ahead:
+            for tick in run_epoch(step, run, ahead):
+                run = tick.run
+
+    Args:
+        batches: An iterable of batches, such as the pass that `open_pass` returns, whose position stays that of the
+            batches that were trained. Data in memory (`trainer.InMemoryData`) gain nothing.
+        count: The most batches drawn ahead; each takes memory of the device.
+        placement: Where batches are put; JAX's default device if left out.
+        may_be_short: Whether the first batch may be a short last one, see `Placement.place_batch`.
+
+    Returns:
+        An iterator of batches; see `trainer.data.Prefetched`. Iterators that you drop early lose what they drew ahead.
+
+    Raises:
+        ArgumentError: ``count`` is not a positive integer.
+        BatchError: When its turn comes: a batch cannot be used.
+    """
+    where = SingleDevice() if placement is None else placement
+    numbers = itertools.count()
+
+    def place(batch: Batch) -> Batch:
+        return where.place_batch(batch, may_be_short=may_be_short or next(numbers) > 0)[0]
+
+    return Prefetched(batches, count, place)
 
 
 def plan_dispatch(

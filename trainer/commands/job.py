@@ -40,7 +40,8 @@ from trainer.sharding import make_mesh
 _FACTORIES = ("model", "data", "objective")
 
 _OPTIONS = {
-    *("nonfinite", "report", "accumulate_steps", "pad_to", "precision", "remat", "steps_per_call", "handle_signals"),
+    *("nonfinite", "report", "accumulate_steps", "pad_to", "prefetch", "precision", "remat"),
+    *("steps_per_call", "handle_signals"),
 }
 """The arguments of `trainer.Trainer` that are plain values and no field of the configuration."""
 
@@ -58,8 +59,8 @@ class JobConfig(TrainingConfig):
         val_interval: Validate at multiples of this step, and at the end of every epoch.
         seed: Seeds the initial params, and the key of the run.
         mesh: Names and sizes of the axes of a mesh, see `trainer.make_mesh`; one device if left out.
-        trainer: Further arguments of `trainer.Trainer`: nonfinite, report, accumulate_steps, pad_to, precision, remat,
-            steps_per_call, handle_signals.
+        trainer: Further arguments of `trainer.Trainer`: nonfinite, report, accumulate_steps, pad_to, prefetch,
+            precision, remat, steps_per_call, handle_signals.
     """
 
     model: FactoryConfig

@@ -8,25 +8,28 @@ from typing import Any
 from trainer.errors import ArgumentError, ArgumentTypeError
 
 
-def check_count(value: Any, name: str) -> int:
-    """Returns ``value`` as a positive int; any type with ``__index__`` is taken, except bool.
+def check_count(value: Any, name: str, *, least: int = 1) -> int:
+    """Returns ``value`` as a positive int, or with ``least=0`` as one that may be 0.
+
+    Any type with ``__index__`` is taken, except bool.
 
     Raises:
         ArgumentTypeError: ``value`` is not an integer.
-        ArgumentError: ``value`` is not positive.
+        ArgumentError: ``value`` is less than ``least``.
     """
+    wanted = "a positive integer" if least else "an integer of at least 0"
     shape = getattr(value, "shape", ())
     if shape:  # `train(x, y, 1, 64)`
         raise ArgumentTypeError(
-            f"`{name}` is an array of shape {tuple(shape)}; it must be a positive integer. All arrays of the data are "
+            f"`{name}` is an array of shape {tuple(shape)}; it must be {wanted}. All arrays of the data are "
             f"one argument, the first: {{'x': x, 'y': y}}, or (x, y)."
         )
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise ArgumentTypeError(
-            f"`{name}` is {reprlib.repr(value)} of type {type(value).__name__}; it must be a positive integer."
+            f"`{name}` is {reprlib.repr(value)} of type {type(value).__name__}; it must be {wanted}."
         )
-    if int(value) <= 0:
-        raise ArgumentError(f"`{name}` is {value!r}; it must be a positive integer.")
+    if int(value) < least:
+        raise ArgumentError(f"`{name}` is {value!r}; it must be {wanted}.")
     return int(value)
 
 

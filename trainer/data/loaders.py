@@ -87,6 +87,9 @@ def one_pass(loader: Any, batch_size: int, name: str, limit: int | None, *, boun
             if not drawn:
                 raise no_batch(name) from None
             return
+        except Exception as error:
+            add_position(error, name, drawn)
+            raise
         check_drawn(batch, drawn, loader, name, limit, bound)
         drawn += 1
         yield batch
@@ -116,6 +119,11 @@ def check_drawn(batch: Any, drawn: int, loader: Any, name: str, limit: int | Non
             f"`{name}` has yielded {drawn:,} batches in this pass and has no length, so the pass may never end. If the "
             f"loader is endless, {bound}; if it is only long, there is nothing to do."
         )
+
+
+def add_position(error: Exception, name: str, drawn: int) -> None:
+    """Adds to what a loader raised which batch it was about to yield."""
+    error.add_note(f"raised by `{name}` in place of batch {drawn} of its pass (the first is batch 0)")
 
 
 def no_batch(name: str) -> ArgumentError:
@@ -161,10 +169,24 @@ def _check_iterable(batches: Any, subject: str) -> None:
             f"{subject} is an array of type {type(batches).__name__}: a loop over it gives its rows, not batches. Pass "
             f"[batch] if it is one batch; for a whole data set call train(data, num_epochs, batch_size)."
         )
+    _check_rows(batches, subject)
     if not isinstance(batches, Iterable):
         raise ArgumentTypeError(
             f"{subject} is of type {type(batches).__name__}; it must be an iterable of batches, or a callable "
             f"that returns one."
+        )
+
+
+def _check_rows(loader: Any, subject: str) -> None:
+    """Refuses a data set of Hugging Face whose items are examples: a column of numbers is none of a batch."""
+    features = getattr(loader, "features", None)
+    if not hasattr(loader, "with_format") or not isinstance(features, Mapping):
+        return
+    if any(type(feature).__name__ in ("Value", "ClassLabel") for feature in features.values()):
+        raise ArgumentTypeError(
+            f"{subject} is a {type(loader).__name__} of Hugging Face: a loop over it gives rows, not batches. Pass "
+            f"dataset.with_format('numpy')[:], which is data in memory, or a loader that reads batches: "
+            f"lambda batch_size: dataset.with_format('numpy').iter(batch_size)."
         )
 
 

@@ -108,20 +108,21 @@ class PaddedBatches(Iterator[Batch]):
         setting: What ``size`` comes from, for a warning that the first batch has fewer rows; None for no warning.
 
     Attributes:
+        source: The batches.
         drawn: The number of examples in the latest batch.
     """
 
     def __init__(
         self, batches: Iterator[Batch], size: int | None = None, *, mask: bool = True, setting: str | None = None
     ) -> None:
-        self._batches, self._size, self._mask, self._setting = batches, size, mask, setting
+        self.source, self._size, self._mask, self._setting = batches, size, mask, setting
         self.drawn = 0
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Batch:
-        batch, length = checked_batch(next(self._batches))
+        batch, length = checked_batch(next(self.source))
         size = self._size = length or 1 if self._size is None else self._size
         if self._mask:
             padded, self.drawn = pad_batch(batch, size), length or 1

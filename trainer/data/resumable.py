@@ -5,12 +5,13 @@ A loader restores its position if it, or the iterator that it makes, has ``get_s
 drawn again and dropped.
 """
 
+import collections
 import dataclasses
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from typing import Any, NamedTuple, Self
 
-from trainer.data.loaders import check_drawn, no_batch, open_loader, warn_of_unseen
+from trainer.data.loaders import add_position, check_drawn, no_batch, open_loader, warn_of_unseen
 from trainer.data.position_codec import decode, encode
 from trainer.errors import ArgumentError, CheckpointError, warn
 from trainer.types import Batch
@@ -96,6 +97,8 @@ class LoaderPass:
         self.drawn = 0
         self.over: bool = False
         self._exhausted = False
+        # By the batches drawn, the positions that prefetched batches leave behind them.
+        self._remembered: collections.deque[tuple[int, LoaderPosition | CheckpointError]] | None = None
         # The end of a pass, from a checkpoint. The loader is set to it when the next pass opens.
         self._to_restore: LoaderPosition | None = None if previous is None else previous._to_restore
         self._is_first = previous is None
@@ -114,18 +117,38 @@ class LoaderPass:
         if self.over:
             raise StopIteration
         if self._limit is not None and self.drawn >= self._limit:
-            self.over = True
+            self.over = self._remembered is None
             raise StopIteration
         try:
             batch = next(self._iterator)
         except StopIteration:
             if self.drawn == 0:
                 raise no_batch(self._name) from None
-            self.over = self._exhausted = True
+            self._exhausted, self.over = True, self._remembered is None
+            raise
+        except Exception as error:
+            add_position(error, self._name, self.drawn)
             raise
         check_drawn(batch, self.drawn, self._loader, self._name, self._limit, f"set `{BOUND}`")
         self.drawn += 1
+        if self._remembered is not None and self._stateful is not None:
+            try:
+                position: LoaderPosition | CheckpointError = self._with_state(LoaderPosition(drawn=self.drawn))
+            except CheckpointError as error:
+                position = error
+            self._remembered.append((self.drawn, position))
         return batch
+
+    def remember(self, count: int) -> None:
+        """Keeps the positions after the last ``count`` batches, for a caller that draws them ahead of what it trains.
+
+        The caller says when the pass has ended for it: see `end`.
+        """
+        self._remembered = collections.deque(maxlen=count)
+
+    def end(self) -> None:
+        """Ends a pass whose batches were drawn ahead: the last is trained."""
+        self.over = True
 
     def open(self, position: LoaderPosition | None = None, finished: int = 0) -> None:
         """Opens the loader, so that the next batch is the one after the finished ones.
@@ -160,8 +183,8 @@ class LoaderPass:
     def position(self, finished: int) -> LoaderPosition:
         """Returns the position of the loader, for `open` in another process.
 
-        If the latest batch drawn is not finished, it is an earlier position, and the batches since are drawn again. If
-        you prefetch, call this before prefetching.
+        If the latest batch drawn is not finished, and none are remembered (`remember`), it is an earlier position, and
+        the batches since are drawn again.
 
         Args:
             finished: The number of finished batches of this pass.
@@ -175,6 +198,8 @@ class LoaderPass:
             end = LoaderPosition(drawn=self.drawn, over=True, exhausted=self._exhausted)
             # A callable is called again for the next pass, so the state of this pass is of no use.
             self._latest = end if self._is_factory else self._with_state(end)
+        elif self._remembered is not None:
+            self._latest = dict(self._remembered.copy()).get(finished, self._latest)
         elif self._stateful is not None and 0 < finished == self.drawn:
             self._latest = self._with_state(LoaderPosition(drawn=finished))
         if isinstance(self._latest, CheckpointError):

@@ -85,6 +85,7 @@ def assemble(
     report: Iterable[str] | Mapping[str, Measure],
     accumulate_steps: int,
     pad_to: Literal["batch"] | None,
+    prefetch: int,
     params_average: optax.GradientTransformation | None,
     precision: str | Precision | None,
     remat: Remat,
@@ -126,6 +127,7 @@ def assemble(
                 "a callback scales the learning rate, which a `step_fn` applies by itself; leave it out."
             )
     check_pad_to(pad_to)
+    prefetch = check_count(prefetch, "prefetch", least=0)
     objective = no_loss_fn if loss_fn is None else loss_fn
     objective = objective if pad_to is None else requiring_weight(objective)
     if log_callback is not None and not callable(log_callback):
@@ -211,6 +213,7 @@ def assemble(
         overfit_batches=overfit_batches,
         debug=_check_step(loss_fn, step_fn, wrt, losses, precision) if debug else None,
         pad_to=pad_to,
+        prefetch=prefetch,
         step=compiled(remat),
         step_without_remat=None if remat is None else compiled(None),
         eval_step=jax.jit(names_checked(make_eval_step(objective, **evaluating)), out_shardings=placement.replicated),

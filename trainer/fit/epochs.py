@@ -121,8 +121,9 @@ def _run_epochs(
                 done = f"stopped after {epoch - first} of {plan.num_epochs} epochs"
                 setup.fanout.log_text("training", f"{done}: {why}", trainer.run.step)
                 break
-            with rare_collections():
-                _run_epoch(trainer, plan, signals, opening, is_last=epoch + 1 == first + plan.num_epochs)
+            batches = _open_epoch(trainer, plan, opening)
+            with rare_collections(), setup.ahead(batches, trainer.run.batch) as batches:
+                _run_epoch(trainer, plan, signals, batches, is_last=epoch + 1 == first + plan.num_epochs)
             opening = contextlib.nullcontext()
             # Of the epoch before: the device has finished it, so reading waits for nothing.
             if average is not None:
@@ -145,17 +146,9 @@ def _run_epochs(
     return trainer.run
 
 
-def _run_epoch(
-    trainer: Trainer,
-    plan: FitPlan,
-    signals: Signals,
-    opening: contextlib.AbstractContextManager[None],
-    *,
-    is_last: bool,
-) -> None:
-    setup, epoch = trainer.setup, trainer.run.epoch
-    batches = _open_epoch(trainer, plan, opening)
-    run = trainer.run
+def _run_epoch(trainer: Trainer, plan: FitPlan, signals: Signals, batches: Iterator[Batch], *, is_last: bool) -> None:
+    setup, run = trainer.setup, trainer.run
+    epoch = run.epoch
     # An interruption may have come between a step and the validation that was due after it.
     if run.batch and _is_due(plan.validate_every, run) and _not_validated(run):
         assert plan.held_out is not None

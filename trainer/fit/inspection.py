@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -56,6 +58,25 @@ class Inspection(ReadOnly):
         batches = plan_prediction(self.setup, self.run, data, check_count(batch_size, "batch_size"))
         state = self.run.state_with_edits()
         return predict(self.setup.predict_step(fn), state, batches, placement=self.setup.placement)
+
+    def export_prediction(
+        self,
+        path: str | os.PathLike[str],
+        example: Batch,
+        fn: Callable[[Any, Batch], Any] | None = None,
+        *,
+        batch_size: int | None = None,
+        platforms: Sequence[str] | None = None,
+    ) -> Path:
+        """Writes what `predict` computes for a batch to a file that runs with JAX alone.
+
+        It is ``export_prediction(path, make_predict_step(fn), trainer.state, example)``, of the params that `predict`
+        uses and in its precision; arguments and errors as for `trainer.export_prediction`.
+        """
+        from trainer.checkpoints.exported import export_prediction
+
+        step, state = self.setup.predict_step(fn), self.run.state_with_edits()
+        return export_prediction(path, step, state, example, batch_size=batch_size, platforms=platforms)
 
     def find_learning_rate(
         self, train_data: Any, batch_size: int, *, low: float = 1e-6, high: float = 1.0, steps: int = 100

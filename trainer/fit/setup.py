@@ -19,7 +19,7 @@ from trainer.config import TrainingConfig, make_schedule
 from trainer.config.schedules import check_horizon, needs_horizon
 from trainer.core.objective import check_weight, with_losses
 from trainer.data.loaders import first_batches
-from trainer.data.memory import InMemoryData
+from trainer.data.memory import Epoch, InMemoryData
 from trainer.data.padding import PaddedBatches, with_mask
 from trainer.data.resumable import LoaderPass, LoaderPosition
 from trainer.distributed.agreement import check_agreement, gathered
@@ -27,6 +27,7 @@ from trainer.distributed.replicas import check_replicas
 from trainer.errors import ArgumentError, CheckpointError, warn
 from trainer.loggers.base import Logger, MetricsLoggerLike
 from trainer.loggers.fanout import MetricFanout
+from trainer.loop import prefetched
 from trainer.metrics.throughput import Meter, Throughput
 from trainer.run import FromLoader, Run
 from trainer.sharding.placement import Placement
@@ -131,6 +132,7 @@ class Setup:
     overfit_batches: int | None
     debug: Callable[[TrainState, Batch], None] | None
     pad_to: Literal["batch"] | None
+    prefetch: int
     step: CompiledStep
     step_without_remat: CompiledStep | None
     eval_step: Callable[..., Metrics]
@@ -202,6 +204,12 @@ class Setup:
     ) -> Iterator[Batch]:
         """Returns the batches of a loader, padded if they are to be; arguments as for `PaddedBatches`."""
         return batches if self.pad_to is None else PaddedBatches(batches, size, mask=mask, setting=setting)
+
+    def ahead(self, batches: Iterator[Batch], batch: int) -> contextlib.AbstractContextManager[Iterator[Batch]]:
+        """Returns the batches of an epoch from ``batch`` on, drawn ahead if they are to be, until the block ends."""
+        if not self.prefetch or isinstance(batches, Epoch):
+            return contextlib.nullcontext(batches)
+        return prefetched(batches, self.prefetch, placement=self.placement, may_be_short=batch > 0)
 
     def check_micro_batches(self, data: InMemoryData) -> None:
         """Checks that every batch of training data has enough examples for the micro-batches of a step.

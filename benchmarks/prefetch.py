@@ -1,0 +1,92 @@
+"""What drawing ahead (`trainer.prefetched`) gains where a loader takes as long as a step.
+
+The loader sleeps (it waits for a disk), computes (it needs the processor too), or sleeps eight times as long for every
+eighth batch. The loop runs ahead of the device, as `Trainer.train` does, or reads the loss after every step. A turn is
+a pass of `run_epoch`. Run it with ``python benchmarks/prefetch.py``.
+"""
+
+import functools
+import time
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+from timing import Report, compared, in_turns, per
+from trainer import CompiledStep, Run, TrainState, make_train_step, prefetched, run_epoch
+
+BATCH_SIZE = 128
+
+
+def loss_fn(model, batch, rng, step):
+    return (model(batch["x"]) ** 2).mean(), {}
+
+
+def sleeping(batch, seconds, count):
+    for _ in range(count):
+        time.sleep(seconds)
+        yield batch
+
+
+def computing(batch, seconds, count):
+    for _ in range(count):
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            np.sort(batch["x"][:64])
+        yield batch
+
+
+def uneven(batch, seconds, count):
+    for number in range(count):
+        if number % 8 == 7:
+            time.sleep(8 * seconds)
+        yield batch
+
+
+def slow_loaders(width, steps):
+    """Yields the name of a table, and its contenders."""
+    optimizer = optax.sgd(1e-3)
+    step = CompiledStep(make_train_step(loss_fn, optimizer))
+    model = nnx.Sequential(*[nnx.Linear(width, width, rngs=nnx.Rngs(layer)) for layer in range(4)])
+    held = [Run.start(TrainState.create(model, optimizer, rng=jax.random.key(0)))]
+    batch = {"x": np.random.default_rng(0).standard_normal((BATCH_SIZE, width), np.float32)}
+
+    def run(batches, reads):
+        for tick in run_epoch(step, held[0], batches):
+            held[0] = tick.run
+            if reads:
+                float(tick.metrics["loss"])
+        jax.block_until_ready(held[0].leaves)
+
+    run([batch] * 3, reads=False)
+    times = in_turns({"step": per(steps, lambda: run([batch] * steps, reads=False))}, 5)
+    seconds = float(np.median(times["step"]))
+
+    def contender(loader, ahead, reads):
+        batches = loader(batch, seconds, steps)
+        if not ahead:
+            return run(batches, reads)
+        with prefetched(batches, ahead) as drawn:
+            return run(drawn, reads)
+
+    for loader in (sleeping, computing, uneven):
+        for reads in (False, True):
+            names = {"no prefetching": 0, "2 ahead": 2, "8 ahead": 8}
+            yield (
+                f"a loader {loader.__name__} as long as a step of {seconds * 1e3:.1f} ms, "
+                f"{'the loss read after every step' if reads else 'as `train` runs'}",
+                {name: per(steps, functools.partial(contender, loader, ahead, reads)) for name, ahead in names.items()},
+            )
+
+
+def main():
+    report = Report(__doc__, repeats=7)
+    for title, rivals in slow_loaders(*((64, 16) if report.quick else (512, 32))):
+        times = in_turns(rivals, report.repeats)
+        report.table(title, compared(times, "ms a step", 1e3, {"x none": "no prefetching"}))
+    report.close()
+
+
+if __name__ == "__main__":
+    main()

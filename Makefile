@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # Tests start some hundred processes; without bytecode each would compile all modules anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all third-party kills lint types format bench clean
+.PHONY: demo test test-all third-party notebooks gallery wheel kills lint types format bench clean
 
 demo: $(READY)
 	$(RUN) examples/digits.py
@@ -37,10 +37,32 @@ LOGGERS := tensorboardX==2.6.5 tensorboard==2.20.0 wandb==0.31.0 mlflow-skinny==
 	requests==2.34.2 sqlalchemy==2.1.9 sqlparse==0.6.1 starlette==1.10.0 typing-inspection==0.4.5 urllib3==2.8.0
 # For History.to_pandas.
 TABLES := pandas==2.3.3 python-dateutil==2.9.0.post0 pytz==2025.2 six==1.17.0 tzdata==2025.2
+# What runs a notebook, and makes a page of it.
+JUPYTER := asttokens==3.0.2 attrs==26.1.0 beautifulsoup4==4.15.0 bleach==6.4.0 comm==0.2.3 defusedxml==0.7.1 \
+	executing==2.3.0 fastjsonschema==2.22.3 ipykernel==7.4.0 ipython-pygments-lexers==1.1.1 ipython==9.18.1 jedi==0.20.1 \
+	jinja2==3.1.6 jsonschema-specifications==2025.9.1 jsonschema==4.26.0 jupyter-client==8.10.0 jupyter-core==5.9.1 \
+	jupyterlab-pygments==0.3.0 markupsafe==3.0.4 matplotlib-inline==0.2.2 mistune==3.4.0 nbclient==0.11.0 \
+	nbconvert==7.17.2 nbformat==5.11.1 nest-asyncio2==1.7.4 pandocfilters==1.5.1 parso==0.8.7 pexpect==4.9.0 \
+	platformdirs==4.14.8 prompt-toolkit==3.0.53 ptyprocess==0.7.0 pure-eval==0.2.4 pyzmq==27.3.0 referencing==0.37.0 \
+	rpds-py==2026.9.1 soupsieve==4.1.3 stack-data==0.6.3 tinycss2==1.5.1 tornado==6.6.1 traitlets==5.16.1 wcwidth==0.9.4 \
+	webencodings==0.6.1
 third-party: $(READY)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .third-party \
-		$(MODELS) $(LOGGERS) $(TABLES)
+		$(MODELS) $(LOGGERS) $(TABLES) $(JUPYTER)
 	PYTHONPATH=.third-party $(RUN) -m pytest -m third_party tests/third_party $(ARGS)
+
+# Executes the notebooks anew, and writes what they print and draw into them.
+notebooks: $(READY)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .jupyter $(JUPYTER)
+	PYTHONPATH=.jupyter $(RUN) -m nbconvert --to notebook --execute --inplace examples/notebooks/*.ipynb
+
+# Runs the examples anew, and draws the pictures of docs/gallery.md from what they learned.
+gallery: $(READY)
+	$(RUN) examples/gallery.py
+
+# The wheel in an empty environment of every Python that is there, without and with the extra `datarax`; see .ci/wheel.
+wheel: $(READY)
+	.ci/wheel --datarax
 
 # A hundred kills, a process for every step to resume from, an array of 4 GiB; minutes, and 10 GiB of memory.
 kills: $(READY)
@@ -64,7 +86,7 @@ bench: $(READY)
 	for name in $(BENCHMARKS); do $(RUN) benchmarks/$$name.py --json .bench/$$name.json $(ARGS) || exit 1; done
 
 clean:
-	rm -rf $(VENV) .bench .third-party runs .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf $(VENV) .bench .third-party .jupyter runs .pytest_cache .mypy_cache .ruff_cache .coverage
 
 # The list is complete, so pip need not resolve anything, and never hears that datarax on Python 3.11
 # would like TensorFlow (1.8 GB) for data sources that are not used here. See README, "Installation".

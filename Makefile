@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # Tests start some hundred processes; without bytecode each would compile all modules anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all third-party heavy docs kills lint types format bench clean
+.PHONY: demo test test-all third-party heavy docs notebooks gallery wheel kills lint types format bench clean
 
 demo: $(READY)
 	$(RUN) examples/digits.py
@@ -43,14 +43,23 @@ EXPORT := flatbuffers==25.12.19
 SOURCES := datasets==5.2.0 dill==0.4.1 filelock==4.3.1 fsspec==2026.9.0 h11==0.16.0 httpcore2==2.16.2 httpx==0.28.1 \
 	httpx2==2.16.2 huggingface-hub==2.4.0 multiprocess==0.70.19 pyarrow==26.0.1 tqdm==4.70.1 truststore==0.10.5 \
 	xxhash==4.1.0
-# Torch, 880 MB where the index has a build for the CPU. TensorFlow, 1.8 GB, no target installs: `pytest -m tensorflow` where it is there.
+# Torch, 880 MB where the index has a build for the CPU. TensorFlow, 1.8 GB, no target installs: `pytest -m tensorflow`.
 HEAVY := torch==2.13.0 sympy==1.14.0 mpmath==1.4.1 networkx==3.6.1 jinja2==3.1.6 markupsafe==3.0.4 filelock==4.3.1 \
 	fsspec==2026.9.0 setuptools==84.2.1
 # The folder's name tells dill, which Hugging Face hashes with, that these are no modules of the caller's.
 OTHERS := .third-party/site-packages
+# What runs a notebook, and makes a page of it.
+JUPYTER := asttokens==3.0.2 attrs==26.1.0 beautifulsoup4==4.15.0 bleach==6.4.0 comm==0.2.3 defusedxml==0.7.1 \
+	executing==2.3.0 fastjsonschema==2.22.3 ipykernel==7.4.0 ipython-pygments-lexers==1.1.1 ipython==9.18.1 jedi==0.20.1 \
+	jinja2==3.1.6 jsonschema-specifications==2025.9.1 jsonschema==4.26.0 jupyter-client==8.10.0 jupyter-core==5.9.1 \
+	jupyterlab-pygments==0.3.0 markupsafe==3.0.4 matplotlib-inline==0.2.2 mistune==3.4.0 nbclient==0.11.0 \
+	nbconvert==7.17.2 nbformat==5.11.1 nest-asyncio2==1.7.4 pandocfilters==1.5.1 parso==0.8.7 pexpect==4.9.0 \
+	platformdirs==4.14.8 prompt-toolkit==3.0.53 ptyprocess==0.7.0 pure-eval==0.2.4 pyzmq==27.3.0 referencing==0.37.0 \
+	rpds-py==2026.9.1 soupsieve==4.1.3 stack-data==0.6.3 tinycss2==1.5.1 tornado==6.6.1 traitlets==5.16.1 wcwidth==0.9.4 \
+	webencodings==0.6.1
 third-party: $(READY)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(OTHERS) \
-		$(MODELS) $(LOGGERS) $(TABLES) $(EXPORT) $(SOURCES)
+		$(MODELS) $(LOGGERS) $(TABLES) $(EXPORT) $(SOURCES) $(JUPYTER)
 	PYTHONPATH=$(OTHERS) $(RUN) -m pytest -m third_party tests/third_party $(ARGS)
 
 heavy: $(READY)
@@ -66,6 +75,19 @@ docs: $(READY) .docs-packages/.ready
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .docs-packages \
 		-r requirements-docs.txt
 	touch $@
+
+# Executes the notebooks anew, and writes what they print and draw into them.
+notebooks: $(READY)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .jupyter $(JUPYTER)
+	PYTHONPATH=.jupyter $(RUN) -m nbconvert --to notebook --execute --inplace examples/notebooks/*.ipynb
+
+# Runs the examples anew, and draws the pictures of docs/gallery.md from what they learned.
+gallery: $(READY)
+	$(RUN) examples/gallery.py
+
+# The wheel in an empty environment of every Python that is there, without and with the extra `datarax`; see .ci/wheel.
+wheel: $(READY)
+	.ci/wheel --datarax
 
 # A hundred kills, a process for every step to resume from, an array of 4 GiB; minutes, and 10 GiB of memory.
 kills: $(READY)
@@ -89,7 +111,7 @@ bench: $(READY)
 	for name in $(BENCHMARKS); do $(RUN) benchmarks/$$name.py --json .bench/$$name.json $(ARGS) || exit 1; done
 
 clean:
-	rm -rf $(VENV) .bench .third-party .docs-packages .site runs .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf $(VENV) .bench .third-party .docs-packages .site .jupyter runs .pytest_cache .mypy_cache .ruff_cache .coverage
 
 # The list is complete, so pip need not resolve anything, and never hears that datarax on Python 3.11
 # would like TensorFlow (1.8 GB) for data sources that are not used here. See README, "Installation".

@@ -88,6 +88,17 @@ def test_getting_started_reaches_its_accuracy(tmp_path, monkeypatch):
     assert (tmp_path / "runs" / "digits" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_gallery_shows_every_example_in_a_small_picture():
+    text = (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8")
+    examples = {path.stem for path in (ROOT / "examples").glob("*.py")} - {"gallery"}
+    assert set(re.findall(r"`python examples/(\w+)\.py`", text)) == examples
+    assert set(re.findall(r"!\[.{10,}\]\(images/(\w+)\.png\)", text)) == examples
+    for name in examples:
+        picture = (ROOT / "docs" / "images" / f"{name}.png").read_bytes()
+        assert picture.startswith(b"\x89PNG")
+        assert len(picture) < 60_000
+
+
 @pytest.mark.slow
 def test_the_recipes_run_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -624,6 +624,7 @@ class TestNotebook:
         played.run.average = Average(**{"loss": 1.0, "<b>": 2.0})
         played.play()
         assert "&lt;b&gt;" in shown.displays[0].bundles[-1]["text/html"]
+        assert "monospace" in shown.displays[0].bundles[-1]["text/html"]
 
     def test_it_does_not_grow_without_end(self, shown):
         Played(None, epochs=1000, batches=1).play()

@@ -1,11 +1,14 @@
-"""Data in memory is held by a `datarax.MemorySource`, which is imported beside the first steps."""
+"""Data in memory is held by a `datarax.MemorySource`, if there is datarax; it is imported beside the first steps."""
 
 import subprocess
 import sys
 
+import jax
 import numpy as np
+import pytest
 
-from trainer import InMemoryData
+from tests.problems import Linear, config, regression, squared_error
+from trainer import InMemoryData, Trainer
 
 IMPORTS_LATE = """
 import sys
@@ -38,3 +41,36 @@ def test_later_passes_take_the_arrays_of_the_source():
     for one, other in zip(first, second, strict=True):
         np.testing.assert_array_equal(one["input"] + 100, other["input"])
         np.testing.assert_array_equal(one["more"]["target"], other["more"]["target"])
+
+
+@pytest.fixture
+def no_datarax(monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "datarax"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "datarax", None)  # its import raises ModuleNotFoundError
+
+
+def weights_after_three_epochs():
+    trainer = Trainer(Linear(4), config(), loss_fn=squared_error, progress=False)
+    trainer.train(regression(), 3, 8)
+    return jax.tree.leaves(trainer.state.params)
+
+
+def test_without_datarax_a_run_has_the_same_bits(request):
+    expected = weights_after_three_epochs()
+    request.getfixturevalue("no_datarax")
+    for one, other in zip(weights_after_three_epochs(), expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.usefixtures("no_datarax")
+def test_without_datarax_every_pass_has_the_examples_and_only_the_source_is_refused():
+    columns = {"input": np.arange(12.0), "more": {"target": np.arange(12)}}
+    data = InMemoryData(columns, 5)
+    with pytest.raises(ImportError, match=r"datarax cannot be imported \(.*pip install 'nnx-trainer\[datarax\]'"):
+        data.source  # noqa: B018
+    for _ in range(2):
+        batches = list(data.shuffled((1,), 0))
+        assert sorted(np.concatenate([batch["more"]["target"] for batch in batches])) == list(range(12))
+    assert data.columns()[0][0] is columns["input"]
+    assert data.fingerprint() == InMemoryData(columns, 5).fingerprint()

@@ -20,6 +20,9 @@ NOTEBOOK_WIDTH = 100
 _KEPT = 200
 """The lines that a notebook keeps of a run."""
 
+# Pages made from notebooks set other fonts for HTML, in which columns would not stand below each other.
+_TABLE_STYLE = "white-space: pre; font-family: Menlo, 'DejaVu Sans Mono', Consolas, 'Courier New', monospace"
+
 
 @dataclasses.dataclass(frozen=True)
 class Part:
@@ -223,7 +226,7 @@ class Notebook(Display):
 
     def _update(self) -> None:
         text = "\n".join([*self._kept, self._line] if self._line else self._kept)
-        bundle = {"text/plain": text, "text/html": f'<pre style="white-space: pre">{html.escape(text)}</pre>'}
+        bundle = {"text/plain": text, "text/html": f'<pre style="{_TABLE_STYLE}">{html.escape(text)}</pre>'}
         display = self._ipython.display
         if self._handle is None:
             self._handle = display.display(bundle, raw=True, display_id=True)

@@ -1,4 +1,4 @@
-"""Batches of arrays in memory, held by datarax, in an order that a seed and an epoch determine."""
+"""Batches of arrays in memory, held by datarax if it is installed, in an order that a seed and an epoch determine."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ _ROWS_AT_ONCE = 4096
 
 
 class InMemoryData:
-    """Batches of arrays in memory, held by a ``datarax.MemorySource``.
+    """Batches of arrays in memory, held by a ``datarax.MemorySource`` if datarax is installed.
 
     The order of an epoch is one permutation drawn once for it (Fisher-Yates by NumPy's PCG64,
     seeded with the seed and the epoch), so every example comes exactly once, the last batch may be
@@ -118,17 +118,30 @@ class InMemoryData:
 
     def columns(self) -> tuple[list[Any], Any]:
         """Returns the arrays, and the tree structure of a batch."""
-        if self._source is None:  # the first pass; see `make_source`
+        source = None if self._source is None else self._source.result()  # None in the first pass; see `make_source`
+        if source is None or isinstance(source, ImportError):
             return self._columns, self._structure
-        columns = self.source.data
-        return [columns[str(i)] for i in range(len(columns))], self._structure
+        return [source.data[str(i)] for i in range(len(source.data))], self._structure
 
     @property
     def source(self) -> Any:
-        """The ``datarax.MemorySource`` of the arrays, under their indices in the tree. Waits for the import of it."""
+        """The ``datarax.MemorySource`` of the arrays, under their indices in the tree. Waits for the import of it.
+
+        Batches are the same without datarax; they are then rows of the arrays themselves.
+
+        Raises:
+            ImportError: datarax is not installed, or cannot be imported.
+        """
         self.make_source()
         assert self._source is not None
-        return self._source.result()
+        source = self._source.result()
+        if isinstance(source, ImportError):
+            raise ImportError(
+                f"`source` is a datarax.MemorySource, and datarax cannot be imported ({source}); run "
+                "`pip install 'nnx-trainer[datarax]'`, and on Python 3.11 then `pip install --no-deps datarax==0.1.4`. "
+                "Training does not need it."
+            ) from source
+        return source
 
     def make_source(self) -> None:
         """Makes the source in a thread, if nobody has yet.
@@ -285,8 +298,11 @@ def seed_from_key(rng: jax.Array) -> tuple[int, ...]:
 
 
 def _memory_source(columns: list[Any]) -> Any:
-    from datarax.sources import MemorySource, MemorySourceConfig
-
+    """Returns the source, or the reason that there is none."""
+    try:
+        from datarax.sources import MemorySource, MemorySourceConfig
+    except ImportError as error:
+        return error
     # A source knows flat dicts only. It makes a counter on the device, which a caller's transfer guard would refuse.
     with jax.transfer_guard("allow"):
         return MemorySource(MemorySourceConfig(shuffle=False), {str(i): column for i, column in enumerate(columns)})

@@ -18,6 +18,7 @@ import pytest
 from tests.problems import Busy, config, regression, squared_error
 from tests.test_api import Recorder, assert_same_bits, build
 from trainer import (
+    ArgumentTypeError,
     BatchError,
     Callback,
     Checkpointer,
@@ -357,3 +358,10 @@ class TestHorizon:
         for one, other in zip(jax.tree.leaves(moving.state), jax.tree.leaves(fixed.state), strict=True):
             if jnp.issubdtype(one.dtype, jnp.floating):
                 np.testing.assert_allclose(one, other, rtol=2e-6, atol=1e-7)
+
+
+def test_a_step_that_is_not_compiled_by_us_is_refused_with_what_to_pass():
+    state = TrainState.create(Busy(), optax.sgd(0.1), rng=jax.random.key(0))
+    step = jax.jit(make_train_step(squared_error, optax.sgd(0.1)))
+    with pytest.raises(ArgumentTypeError, match=r"of type PjitFunction; it must be a trainer\.CompiledStep"):
+        next(iter(run_epoch(step, Run.start(state), [regression(8)])))

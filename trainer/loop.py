@@ -25,7 +25,7 @@ from trainer.data.memory import Epoch
 from trainer.data.padding import PaddedBatches
 from trainer.data.prefetching import Prefetched
 from trainer.data.resumable import LoaderPass, LoaderPosition
-from trainer.errors import ArgumentError, BatchError
+from trainer.errors import ArgumentError, ArgumentTypeError, BatchError
 from trainer.metrics.average import WeightedAverage
 from trainer.metrics.throughput import Meter
 from trainer.run import FromLoader, Run
@@ -107,8 +107,14 @@ def run_epoch(
         A `Tick` for each call. The loop continues from ``tick.run``, so you may assign to it.
 
     Raises:
+        ArgumentTypeError: ``step`` is something else, such as a function of ``jax.jit``.
         BatchError: A batch cannot be used. The run of the latest tick is intact.
     """
+    if not isinstance(step, CompiledStep):
+        raise ArgumentTypeError(
+            f"`step` is of type {type(step).__name__}; it must be a trainer.CompiledStep, as in "
+            f"CompiledStep(make_train_step(loss_fn, optimizer)), which compiles it by itself."
+        )
     placement = SingleDevice() if placement is None else placement
     batches = iter(batches)
     if plan is None:

@@ -16,7 +16,7 @@ from trainer.callbacks.monitor import Monitor
 from trainer.errors import ArgumentTypeError
 from trainer.types import BATCH_WEIGHT
 
-FEW_EPOCHS = 10
+FEW_EPOCHS = 100
 """The epochs of a run that have a row each, however short they are."""
 
 ROW_EVERY = 0.2
@@ -49,8 +49,8 @@ class Progress(Callback):
 
     It costs the loop next to nothing: steps stay fused, no thread runs, the line is drawn at most five times a second,
     and from the metrics of the call before, which are finished by then. Of epochs shorter than 0.2 s only the first
-    ten have a row each. Of several processes only the primary one writes. A stream that is closed, or was never there,
-    ends the display and nothing else.
+    hundred have a row each. Of several processes only the primary one writes. A stream that is closed, or was never
+    there, ends the display and nothing else.
 
     A `trainer.Trainer` has one by default (``progress``). Consecutive calls of ``train_epoch`` are one run.
     """

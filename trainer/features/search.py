@@ -29,7 +29,8 @@ class RateSearch:
     Attributes:
         rates: The learning rates that were tried, ascending.
         losses: The loss of each step, before its update.
-        suggestion: The rate at which the smoothed loss falls fastest; None where it never falls.
+        suggestion: The rate at which the smoothed loss falls fastest, the first tenth of the rates left out, where few
+            batches are averaged; None where it never falls.
     """
 
     rates: np.ndarray[Any, Any]
@@ -158,7 +159,10 @@ def _steepest(rates: np.ndarray[Any, Any], losses: np.ndarray[Any, Any]) -> floa
     known = np.isfinite(smoothed)
     # What comes after the smallest loss is on its way to divergence.
     end = int(np.argmin(np.where(known, smoothed, np.inf))) + 1
-    if end < 3:
+    # The first averages are of few batches, whose differences look like a steep fall. From one batch to the next the
+    # noise is larger than the fall, so that is measured over a tenth of the rates.
+    start, width = len(losses) // 10, max(1, len(losses) // 20)
+    if end - start <= 2 * width:
         return None
-    slopes = np.gradient(smoothed[:end], np.log(rates[:end]))
-    return float(rates[int(np.argmin(slopes))]) if slopes.min() < 0 else None
+    falls = smoothed[start + 2 * width : end] - smoothed[start : end - 2 * width]
+    return float(rates[start + width + int(np.argmin(falls))]) if falls.min() < 0 else None

@@ -84,7 +84,7 @@ def test_a_run_ends_with_it_and_goes_on_once_there_is_room(small, tmp_path):
     with pytest.raises(CheckpointError, match="No space left on device"):
         run(trainer)
     assert recorder.names[-1] == "on_train_end"
-    assert names(small) == ["checkpoint_1.msgpack", "checkpoint_2.msgpack"]
+    assert names(small) == ["checkpoint_1.msgpack", "checkpoint_2.msgpack", "run.json"]
     (small / "checkpoint_1.msgpack").unlink()
     resumed = build(small)  # saves at the end
     assert run(resumed, resume=True) == returned

@@ -96,6 +96,7 @@ def train(directory, resume, *, examples, mebibytes, save_interval, keep, kind="
         callbacks=callbacks,
         extensions={"size": Large(mebibytes * 2**18)},
         save_interval=save_interval,
+        progress=False,  # what it says is read
         **options,
     )
     if kind == "workers":

@@ -51,10 +51,10 @@ def test_every_row_names_a_test(name):
     assert [row for row in rows if not NAMED.search(row)] == []
 
 
-def run(name):
+def run(name, blocks=BLOCK):
     """Runs the blocks of a page in order and returns their names; what needs packages of others is marked otherwise."""
     names = {}
-    for number, block in enumerate(BLOCK.findall(text_of(name))):
+    for number, block in enumerate(re.findall(blocks, text_of(name))):
         exec(compile(block, f"{name}, block {number}", "exec"), names)
     return names
 

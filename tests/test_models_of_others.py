@@ -8,7 +8,7 @@ import pytest
 from flax import linen, nnx
 
 from tests.problems import config, regression
-from tests.test_docs import run_page
+from tests.test_docs import run
 from trainer import Trainer, load_weights, save_state
 
 pytestmark = pytest.mark.slow  # the page takes seconds
@@ -21,7 +21,7 @@ def page(tmp_path_factory):
     """What the page defines, in the blocks that need no package of others."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("page"))
-        return run_page("models.md")
+        return run("models.md")
 
 
 class Net(linen.Module):

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from tests.problems import config, regression
-from tests.test_docs import run_page
+from tests.test_docs import run
 from trainer import Trainer
 
 pytestmark = pytest.mark.third_party
@@ -19,7 +19,7 @@ DATA = regression(24)
 def adapter(tmp_path, monkeypatch):
     """What the page defines, all of whose blocks run."""
     monkeypatch.chdir(tmp_path)
-    return run_page("models.md", r"```python[^\n]*\n(.*?)```")["FromEquinox"]
+    return run("models.md", r"(?s)```python[^\n]*\n(.*?)```")["FromEquinox"]
 
 
 def loss_fn(model, batch, rng, step):

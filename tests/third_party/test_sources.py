@@ -7,7 +7,7 @@ import chex
 import pytest
 
 from tests.problems import Linear, config, regression, squared_error
-from tests.test_docs import run_page
+from tests.test_docs import run
 from trainer import ArgumentTypeError, BatchError, Trainer
 
 DATA = regression(24)
@@ -121,11 +121,11 @@ def test_the_page_of_data_runs(tmp_path, monkeypatch):
     """Every block that needs no torch."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    run_page("data.md", r"```python(?: third_party)?\n(.*?)```")
+    run("data.md", r"(?s)```python(?: third_party)?\n(.*?)```")
 
 
 @pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore")
 def test_the_page_of_data_runs_with_torch(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "loader" in run_page("data.md", r"```python(?: heavy)?\n(.*?)```")
+    assert "loader" in run("data.md", r"(?s)```python(?: heavy)?\n(.*?)```")

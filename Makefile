@@ -60,11 +60,11 @@ JUPYTER := asttokens==3.0.2 attrs==26.1.0 beautifulsoup4==4.15.0 bleach==6.4.0 c
 third-party: $(READY)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(OTHERS) \
 		$(MODELS) $(LOGGERS) $(TABLES) $(EXPORT) $(SOURCES) $(JUPYTER)
-	PYTHONPATH=$(OTHERS) $(RUN) -m pytest -m third_party tests/third_party $(ARGS)
+	PYTHONPATH=$(CURDIR)/$(OTHERS) $(RUN) -m pytest -m third_party tests/third_party $(ARGS)
 
 heavy: $(READY)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(OTHERS) $(HEAVY)
-	PYTHONPATH=$(OTHERS) $(RUN) -m pytest -m heavy tests/third_party $(ARGS)
+	PYTHONPATH=$(CURDIR)/$(OTHERS) $(RUN) -m pytest -m heavy tests/third_party $(ARGS)
 
 # The documentation site, in .site, without a warning. What builds it goes to a folder of its own, as above. To read it with
 # its search: `python -m http.server --directory .site`.

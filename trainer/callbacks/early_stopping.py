@@ -7,13 +7,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from trainer.callbacks.base import Callback
-from trainer.callbacks.monitor import Monitor
+from trainer.callbacks.monitor import Checking, Monitor
 from trainer.core.checks import check_count
 from trainer.errors import ArgumentError, warn
 
 
-class EarlyStopping(Callback):
+class EarlyStopping(Checking):
     """Ends the run when a metric has not improved for ``patience`` checks in a row, or has a value that says enough.
 
     A metric named ``val_<name>`` is checked at every validation, any other metric at the end of every epoch. The run
@@ -87,19 +86,6 @@ class EarlyStopping(Callback):
     def on_epoch_begin(self, trainer: Any, epoch: int) -> None:
         del trainer
         self._epoch = epoch
-
-    def on_call_end(self, trainer: Any, step: int, logs: Mapping[str, Any]) -> None:
-        del step
-        self._monitor.check_call(trainer, logs)
-
-    def on_validation_end(self, trainer: Any, logs: dict[str, float]) -> None:
-        if self._monitor.of_validation:
-            self._check(trainer, logs)
-
-    def on_epoch_end(self, trainer: Any, epoch: int, logs: dict[str, float]) -> None:
-        del epoch
-        if not self._monitor.of_validation:
-            self._check(trainer, logs)
 
     def on_train_end(self, trainer: Any) -> None:
         if not (self._restore_best and self.should_stop):

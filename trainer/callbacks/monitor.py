@@ -1,10 +1,10 @@
-"""`Monitor`: the metric that a callback watches, and which of two values is better."""
+"""`Monitor`: the metric that a callback watches, and which of two values is better; `Checking`: when it is read."""
 
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from trainer.callbacks.base import flatten, handles
+from trainer.callbacks.base import Callback, flatten, handles
 from trainer.core.checks import did_you_mean
 from trainer.errors import ArgumentError
 from trainer.loggers.base import prefixed
@@ -81,6 +81,28 @@ class Monitor:
     def _unknown(self, known: Mapping[str, Any]) -> ArgumentError:
         near = did_you_mean(self.name, set(known) - {"step"})
         return ArgumentError(f"`monitor` is {self.name!r}, which nothing measured; {near}")
+
+
+class Checking(Callback):
+    """A callback that checks a metric wherever it is measured: at every validation, or at the end of every epoch."""
+
+    _monitor: Monitor
+
+    def on_call_end(self, trainer: Any, step: int, logs: Mapping[str, Any]) -> None:
+        del step
+        self._monitor.check_call(trainer, logs)
+
+    def on_validation_end(self, trainer: Any, logs: dict[str, float]) -> None:
+        if self._monitor.of_validation:
+            self._check(trainer, logs)
+
+    def on_epoch_end(self, trainer: Any, epoch: int, logs: dict[str, float]) -> None:
+        del epoch
+        if not self._monitor.of_validation:
+            self._check(trainer, logs)
+
+    def _check(self, trainer: Any, logs: Mapping[str, float]) -> None:
+        """Called with the logs that hold the metric."""
 
 
 def _adds_to_logs(trainer: Any) -> bool:

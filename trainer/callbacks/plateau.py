@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from trainer.callbacks.base import Callback, flatten
-from trainer.callbacks.monitor import Monitor
+from trainer.callbacks.base import flatten
+from trainer.callbacks.monitor import Checking, Monitor
 from trainer.core.checks import check_count
 from trainer.errors import ArgumentError
 
 
-class ReduceLROnPlateau(Callback):
+class ReduceLROnPlateau(Checking):
     """Multiplies the learning rate by ``factor`` when a metric has not improved for ``patience`` checks in a row.
 
     The rule is that of `optax.contrib.reduce_on_plateau`, fed with the metric: ``val_<name>`` at every validation, any
@@ -81,19 +81,6 @@ class ReduceLROnPlateau(Callback):
             raise ArgumentError(
                 "`min_lr` needs an optimizer of the configuration; set `min_scale`, a part of its rate."
             )
-
-    def on_call_end(self, trainer: Any, step: int, logs: Mapping[str, Any]) -> None:
-        del step
-        self._monitor.check_call(trainer, logs)
-
-    def on_validation_end(self, trainer: Any, logs: dict[str, float]) -> None:
-        if self._monitor.of_validation:
-            self._check(trainer, logs)
-
-    def on_epoch_end(self, trainer: Any, epoch: int, logs: dict[str, float]) -> None:
-        del epoch
-        if not self._monitor.of_validation:
-            self._check(trainer, logs)
 
     def _check(self, trainer: Any, logs: Mapping[str, float]) -> None:
         value = -self._monitor.rank(self._monitor.read(logs))

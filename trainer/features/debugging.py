@@ -92,11 +92,7 @@ def make_check_step(
     def check(state: TrainState, batch: Batch) -> None:
         step = int(state.step) + 1
         error, (loss, grads) = checked(state, batch)
-        try:
-            error.throw()
-        except Exception as failure:
-            failure.add_note(f"in step {step}")
-            raise
+        _throw(error, step)
         named = {"loss": loss, **{f"grads/{leaf_path(path)}": leaf for path, leaf in jax.tree.leaves_with_path(grads)}}
         leaves = tuple(name for name, leaf in named.items() if not _is_finite(leaf))
         if not leaves:
@@ -124,11 +120,7 @@ def make_check_own_step(step_fn: Callable[[TrainState, Batch], Any]) -> Callable
     def check(state: TrainState, batch: Batch) -> None:
         step = int(state.step) + 1
         error, (after, metrics) = checked(state, batch)
-        try:
-            error.throw()
-        except Exception as failure:
-            failure.add_note(f"in step {step}")
-            raise
+        _throw(error, step)
         named = {leaf_path(path): leaf for path, leaf in jax.tree.leaves_with_path(after)}
         named = {name: leaf for name, leaf in named.items() if name.startswith(("params/", "model_state/"))}
         leaves = tuple(name for name, leaf in {**metrics, **named}.items() if not _is_finite(leaf))
@@ -142,6 +134,15 @@ def make_check_own_step(step_fn: Callable[[TrainState, Batch], Any]) -> Callable
             )
 
     return check
+
+
+def _throw(error: Any, step: int) -> None:
+    """Raises what a check of checkify found, with the number of the step."""
+    try:
+        error.throw()
+    except Exception as failure:
+        failure.add_note(f"in step {step}")
+        raise
 
 
 @dataclasses.dataclass(frozen=True)

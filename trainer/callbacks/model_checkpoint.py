@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 import jax
 
-from trainer.callbacks.base import Callback, flatten
-from trainer.callbacks.monitor import Monitor
+from trainer.callbacks.base import flatten
+from trainer.callbacks.monitor import Checking, Monitor
 from trainer.checkpoints.atomic import remove_directory
 from trainer.checkpoints.background import BackgroundSaver
 from trainer.checkpoints.orbax_directory import OrbaxDirectory, begin_directory
@@ -25,7 +25,7 @@ from trainer.distributed.agreement import AllOrNone
 from trainer.errors import ArgumentError, CheckpointError, warn
 
 
-class ModelCheckpoint(Callback):
+class ModelCheckpoint(Checking):
     """Saves whole states in a directory, in Orbax format: the best by a metric, and the newest.
 
     Each checkpoint is an atomic directory ``dirpath/<step>``, for ``load_checkpoint(path)`` and
@@ -157,14 +157,6 @@ class ModelCheckpoint(Callback):
         self._save_as_last(trainer)
         self._epoch = epoch
 
-    def on_call_end(self, trainer: Any, step: int, logs: Mapping[str, Any]) -> None:
-        del step
-        self._monitor.check_call(trainer, logs)
-
-    def on_validation_end(self, trainer: Any, logs: dict[str, float]) -> None:
-        if self._monitor.of_validation:
-            self._judge(trainer, logs)
-
     def on_epoch_end(self, trainer: Any, epoch: int, logs: dict[str, float]) -> None:
         del epoch
         if self._monitor.of_validation:
@@ -172,7 +164,7 @@ class ModelCheckpoint(Callback):
             # come, and then the state is saved with its score.
             self._last_is_due = self._save_last and self._is_due() and self._judged_step != trainer.step
         else:
-            self._judge(trainer, logs)
+            self._check(trainer, logs)
 
     def on_train_end(self, trainer: Any) -> None:
         self._save_as_last(trainer)
@@ -190,7 +182,7 @@ class ModelCheckpoint(Callback):
             self._scores = None
             raise
 
-    def _judge(self, trainer: Any, logs: dict[str, float]) -> None:
+    def _check(self, trainer: Any, logs: Mapping[str, float]) -> None:
         score = self._monitor.read(logs)
         if self._is_due():
             self._judged_step, self._last_is_due = trainer.step, False
@@ -208,9 +200,9 @@ class ModelCheckpoint(Callback):
         self._epoch = run.epoch - is_over
         if not self._monitor.of_validation:
             if is_over:
-                self._judge(trainer, run.average.compute())
+                self._check(trainer, run.average.compute())
         elif run.validation is not None and run.validation.step == run.step:
-            self._judge(trainer, dict(run.validation.averages))
+            self._check(trainer, dict(run.validation.averages))
 
     def _save_as_last(self, trainer: Any) -> None:
         if self._last_is_due:

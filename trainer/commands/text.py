@@ -4,15 +4,8 @@ import argparse
 import json
 from typing import Any
 
+from trainer.callbacks.display import printable as printable
 from trainer.checkpoints.plain_values import bytes_to_json, to_plain
-
-
-def printable(text: str) -> str:
-    """Returns text in which control characters, and all else that has no look of its own, are escaped."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
-        for character in text
-    )
 
 
 def human_size(size: int) -> str:

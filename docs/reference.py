@@ -22,7 +22,6 @@ TITLES = {
     "config": "Configuration",
     "compile": "Compilation",
     "distributed": "Many processes",
-    "plots": "Pictures",
 }
 
 

@@ -24,28 +24,26 @@ EVERYONE = LOOP | {"callbacks", "checkpoints", "config", "distributed", "loggers
 ARROWS = {
     "types": set(),
     "errors": set(),
-    "lazy_names": set(),
     "batches": {"core", "errors", "types"},
     "core": {"batches", "errors", "state", "types"},  # the objective is called with a state
     "state": {"core", "errors", "types"},
     "steps": PURE,
-    "plots": PURE,
-    "features": PURE | {"plots"},
+    "features": PURE | {"metrics"},
     "config": {"core", "errors"},
-    "metrics": PURE | {"plots"},
+    "metrics": PURE,
     "data": PURE,
     "distributed": PURE,
     "sharding": PURE | {"data"},
     "run": PURE | {"data", "metrics"},
     "compile": PURE | {"run", "sharding"},
     "checkpoints": PURE | {"data", "distributed", "metrics", "run", "sharding"},
-    "loggers": PURE | {"lazy_names", "metrics"},
-    "callbacks": PURE | {"checkpoints", "distributed", "lazy_names", "loggers"},
+    "loggers": PURE | {"metrics"},
+    "callbacks": PURE | {"checkpoints", "distributed", "loggers"},
     "extensions": PURE | {"callbacks", "config"},
     "loop": LOOP,
     "fit": EVERYONE | {"features", "api"},  # the latter for the type of the trainer only
     "api": EVERYONE | {"fit"},
-    "commands": EVERYONE | {"api", "fit", "plots", "__init__"},
+    "commands": EVERYONE | {"api", "fit", "__init__"},
     "__main__": {"commands"},
 }
 

@@ -4,7 +4,7 @@ __version__ = "0.1.0"
 
 from typing import TYPE_CHECKING
 
-from trainer.lazy_names import imported_when_used as _imported_when_used
+from trainer.core.lazy_names import imported_when_used as _imported_when_used
 
 # In reading order: the state, the steps, the run, the loop, the trainer; then what each package adds.
 from trainer.state import TrainState as TrainState
@@ -107,10 +107,10 @@ if TYPE_CHECKING:
     from trainer.loggers.wandb import WandbLogger as WandbLogger
     from trainer.loggers.mlflow import MLflowLogger as MLflowLogger
     from trainer.loggers.background import InBackground as InBackground
-    from trainer.plots.figure import plot_runs as plot_runs
+    from trainer.metrics.plots.figure import plot_runs as plot_runs
 
 __getattr__ = _imported_when_used(
-    __name__,
+    globals(),
     {
         "trainer.features.averages": ("ema_of_params", "polyak_average", "averaged_params", "with_averaged_params"),
         "trainer.features.groups": ("by_group", "group_table"),
@@ -140,6 +140,6 @@ __getattr__ = _imported_when_used(
         "trainer.loggers.wandb": ("WandbLogger",),
         "trainer.loggers.mlflow": ("MLflowLogger",),
         "trainer.loggers.background": ("InBackground",),
-        "trainer.plots.figure": ("plot_runs",),
+        "trainer.metrics.plots.figure": ("plot_runs",),
     },
 )

@@ -6,7 +6,7 @@ from trainer.callbacks.base import EVENTS as EVENTS
 from trainer.callbacks.base import Callback as Callback
 from trainer.callbacks.base import CallbackList as CallbackList
 from trainer.callbacks.dispatch import CallbackDispatcher as CallbackDispatcher
-from trainer.lazy_names import imported_when_used as _imported_when_used
+from trainer.core.lazy_names import imported_when_used as _imported_when_used
 
 if TYPE_CHECKING:
     from trainer.callbacks.early_stopping import EarlyStopping as EarlyStopping
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from trainer.callbacks.progress import Progress as Progress
 
 __getattr__ = _imported_when_used(
-    __name__,
+    globals(),
     {
         "trainer.callbacks.early_stopping": ("EarlyStopping",),
         "trainer.callbacks.model_checkpoint": ("ModelCheckpoint",),

@@ -25,7 +25,7 @@ def run(options: argparse.Namespace, out: TextIO) -> None:
     from trainer.commands.job import Job, JobConfig
     from trainer.commands.plot import has_braille
     from trainer.commands.train import train_job
-    from trainer.plots import draw_panels, panels_of
+    from trainer.metrics.plots import draw_panels, panels_of
 
     names = {"model": "Network", "data": "load", "objective": "cross_entropy"}
     config = JobConfig.from_dict(

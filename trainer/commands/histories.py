@@ -10,7 +10,7 @@ from typing import Any
 from trainer.checkpoints.listing import entries_in
 from trainer.checkpoints.open import open_source, read_progress
 from trainer.errors import ArgumentError, CheckpointError
-from trainer.plots import with_weights
+from trainer.metrics.plots import with_weights
 
 _SIZES = ("first_step", "num_examples", "batch_size")
 

@@ -27,7 +27,7 @@ def add_to(commands: Any) -> None:
 def run(options: argparse.Namespace, out: TextIO) -> None:
     """Runs the command."""
     from trainer.commands.histories import labelled, read_rows
-    from trainer.plots import draw_panels, panels_of, plot_runs
+    from trainer.metrics.plots import draw_panels, panels_of, plot_runs
 
     rows = {label: read_rows(path) for label, path in labelled([Path(name) for name in options.runs]).items()}
     rows = {printable(label): recorded for label, recorded in rows.items()}

@@ -55,7 +55,7 @@ class RateSearch:
             ArgumentError: ``path`` has another ending.
             ImportError: matplotlib is not installed (the extra ``plot``).
         """
-        from trainer.plots import plot_search
+        from trainer.metrics.plots import plot_search
 
         return plot_search(self, path)
 

@@ -8,7 +8,7 @@ from trainer.loggers.base import MetricsLoggerLike as MetricsLoggerLike
 from trainer.loggers.base import check_metric_names as check_metric_names
 from trainer.loggers.base import prefixed as prefixed
 from trainer.loggers.fanout import MetricFanout as MetricFanout
-from trainer.lazy_names import imported_when_used as _imported_when_used
+from trainer.core.lazy_names import imported_when_used as _imported_when_used
 
 if TYPE_CHECKING:
     from trainer.loggers.console import ConsoleLogger as ConsoleLogger
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from trainer.loggers.background import InBackground as InBackground
 
 __getattr__ = _imported_when_used(
-    __name__,
+    globals(),
     {
         "trainer.loggers.console": ("ConsoleLogger",),
         "trainer.loggers.jsonl": ("FileLogger",),

@@ -95,7 +95,7 @@ class History(Sequence[Row]):
         return copied
 
     def know_batches(self, first_step: int, num_examples: int, batch_size: int) -> None:
-        """Notes which rows are of short batches, for `plot`; arguments as for `trainer.plots.with_weights`."""
+        """Notes which rows are of short batches, for `plot`; arguments as for `trainer.metrics.plots.with_weights`."""
         self._batches = first_step, num_examples, batch_size
 
     @classmethod
@@ -154,13 +154,13 @@ class History(Sequence[Row]):
             ArgumentError: Nothing was recorded, a metric was not, or ``path`` has another ending.
             ImportError: matplotlib is not installed (the extra ``plot``).
         """
-        from trainer.plots import plot_runs
+        from trainer.metrics.plots import plot_runs
 
         return plot_runs({"": self}, path, metrics)
 
     def weighted(self) -> Sequence[Mapping[str, Any]]:
         """Returns the rows with the weights of their batches, as far as they are known."""
-        from trainer.plots import with_weights
+        from trainer.metrics.plots import with_weights
 
         rows = self._rows()
         return rows if self._batches is None else with_weights(rows, *self._batches)

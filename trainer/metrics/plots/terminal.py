@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from trainer.plots.panels import Array, Panel
+from trainer.metrics.plots.panels import Array, Panel
 
 _BRAILLE = 0x2800
 _BITS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of the dot in a row and a column of a letter
@@ -19,7 +19,7 @@ def draw_panels(panels: Sequence[Panel], width: int = 80, height: int = 10, *, b
     Each curve is a letter, which stands at its last point and in the legend above.
 
     Args:
-        panels: See `trainer.plots.panels_of`.
+        panels: See `trainer.metrics.plots.panels_of`.
         width: Columns in all, at least 30.
         height: Lines of the curves of a panel.
         braille: Whether the terminal has the letters of Braille; else the letters of the curves draw them.

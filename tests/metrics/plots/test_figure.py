@@ -14,8 +14,8 @@ from tests.problems import Linear, config, regression, squared_error
 from trainer import ArgumentError, History, Trainer, plot_runs
 from trainer.commands.histories import read_rows
 from trainer.features.search import RateSearch
-from trainer.plots import panels_of
-from trainer.plots.figure import COLOURS
+from trainer.metrics.plots import panels_of
+from trainer.metrics.plots.figure import COLOURS
 
 
 def history(count=8, **more):
@@ -144,7 +144,7 @@ def test_a_notebook_shows_a_figure_and_pickle_keeps_it():
 
 
 def test_without_matplotlib_the_error_names_the_extra(monkeypatch):
-    from trainer.plots import figure
+    from trainer.metrics.plots import figure
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     figure._figure_class.cache_clear()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from trainer.errors import ArgumentError
-from trainer.plots.panels import Curve, Panel, Rows, panels_of
+from trainer.metrics.plots.panels import Curve, Panel, Rows, panels_of
 
 # Okabe and Ito 2008, "Color Universal Design", without the yellow, which is too light for a line on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -35,7 +35,8 @@ def plot_runs(
 
     One run has its training in blue and its validation in orange; of several, each has a colour, and validations are
     dashed. Dense curves are pale, with a line of medians. A row that stands alone is a dot beside the line, see
-    `trainer.plots.panels`; outside of the lines it is a triangle at the edge. A cross below marks what is not finite.
+    `trainer.metrics.plots.panels`; outside of the lines it is a triangle at the edge. A cross below marks what is not
+    finite.
 
     Args:
         runs: The rows of each run by its label: `trainer.History` objects.

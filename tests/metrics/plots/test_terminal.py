@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from trainer.plots import draw_panels, panels_of
+from trainer.metrics.plots import draw_panels, panels_of
 
 
 def drawn(rows, **how):

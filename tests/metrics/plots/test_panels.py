@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from trainer import ArgumentError
-from trainer.plots import panels_of
-from trainer.plots.panels import stand_alone
+from trainer.metrics.plots import panels_of
+from trainer.metrics.plots.panels import stand_alone
 
 
 def rows(values, name="loss", **more):

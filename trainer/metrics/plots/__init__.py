@@ -1,0 +1,9 @@
+"""Pictures of what runs recorded: as a figure of matplotlib, or as text in a terminal."""
+
+from trainer.metrics.plots.figure import plot_runs as plot_runs
+from trainer.metrics.plots.figure import plot_search as plot_search
+from trainer.metrics.plots.panels import Curve as Curve
+from trainer.metrics.plots.panels import Panel as Panel
+from trainer.metrics.plots.panels import panels_of as panels_of
+from trainer.metrics.plots.panels import with_weights as with_weights
+from trainer.metrics.plots.terminal import draw_panels as draw_panels

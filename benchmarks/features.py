@@ -2,7 +2,8 @@
 
 To add a feature, write a function from the workload to its contenders, and list it in ``FEATURES``. A contender is a
 state, a compiled ``(state, batch) -> (state, metrics)`` that donates it, and the batches of one update. Times are of
-one update; "scratch" is what XLA plans beside arguments and results. Run it with ``python benchmarks/features.py``.
+one update; "scratch" is what XLA plans beside arguments and results. Run it with ``python benchmarks/features.py``, and
+on an accelerator with ``--wide``, which trains a transformer in place of the small dense network.
 """
 
 import dataclasses
@@ -218,15 +219,23 @@ def memory_of_accumulation(report: Report, workload: Workload) -> None:
     report.table(f"scratch of a step under gradient accumulation, {workload.name}", rows)
 
 
-def main():
-    report = Report(__doc__, repeats=9)
-    batch_size = 64 if report.quick else 4096
-    workload = dataclasses.replace(
+def dense(batch_size: int) -> Workload:
+    """Four layers at a large batch, enough for a processor to work on."""
+    return dataclasses.replace(
         workloads.digits(batch_size),
         name="MLP 784-256-256-256-10",
         make_model=lambda: workloads.Mlp(784, 256, 256, 256, 10),
         batch_size=batch_size,
     )
+
+
+def main():
+    wide = {"--wide": {"action": "store_true", "help": "train a transformer of width 512, for an accelerator"}}
+    report = Report(__doc__, repeats=9, options=wide)
+    if report.options.wide:
+        workload = workloads.wide_text(16, 32, 64, 2) if report.quick else workloads.wide_text()
+    else:
+        workload = dense(64 if report.quick else 4096)
     for feature in FEATURES:
         compare(report, feature, workload, 1 if report.quick else 5)
     compare(report, SWEEP, workloads.digits(64), 1 if report.quick else 20)

@@ -96,19 +96,19 @@ class Block(nnx.Module):
         return x + self.outer(nnx.gelu(self.inner(self.norm2(x))))
 
 
-VOCABULARY, CONTEXT, WIDTH, HEADS, BLOCKS = 256, 64, 64, 4, 2
+VOCABULARY = 256
 
 
 class Transformer(nnx.Module):
-    """A small causal language model over bytes."""
+    """A causal language model over bytes, a small one by default."""
 
-    def __init__(self):
+    def __init__(self, context: int = 64, width: int = 64, heads: int = 4, blocks: int = 2):
         rngs = nnx.Rngs(0)
-        self.embedding = nnx.Embed(VOCABULARY, WIDTH, rngs=rngs)
-        self.position = nnx.Embed(CONTEXT, WIDTH, rngs=rngs)
-        self.blocks = nnx.List([Block(WIDTH, HEADS, rngs) for _ in range(BLOCKS)])
-        self.norm = nnx.LayerNorm(WIDTH, rngs=rngs)
-        self.head = nnx.Linear(WIDTH, VOCABULARY, rngs=rngs)
+        self.embedding = nnx.Embed(VOCABULARY, width, rngs=rngs)
+        self.position = nnx.Embed(context, width, rngs=rngs)
+        self.blocks = nnx.List([Block(width, heads, rngs) for _ in range(blocks)])
+        self.norm = nnx.LayerNorm(width, rngs=rngs)
+        self.head = nnx.Linear(width, VOCABULARY, rngs=rngs)
 
     def __call__(self, tokens):
         x = self.embedding(tokens) + self.position(jnp.arange(tokens.shape[1]))[None]
@@ -155,11 +155,25 @@ def images(rows: int = 768) -> Workload:
 
 def text(rows: int = 512) -> Workload:
     """A transformer on the manual that Python brings along, at batch 32."""
+    return Workload("transformer", Transformer, cross_entropy, _windows(rows, 64), 32)
+
+
+def wide_text(rows: int = 64, context: int = 512, width: int = 512, blocks: int = 8) -> Workload:
+    """A transformer of 26 million params at batch 16, by default: work enough for an accelerator."""
+
+    def make_model() -> Transformer:
+        return Transformer(context, width, heads=8, blocks=blocks)
+
+    return Workload(f"transformer of width {width}", make_model, cross_entropy, _windows(rows, context), 16)
+
+
+def _windows(rows: int, context: int) -> dict[str, np.ndarray]:
+    """Cuts that many pieces of text, and for each position the next byte."""
     from pydoc_data.topics import topics
 
     manual = np.frombuffer("".join(topics[name] for name in sorted(topics)).encode(), np.uint8).astype(np.int32)
-    windows = manual[: rows * (CONTEXT + 1)].reshape(rows, CONTEXT + 1)
-    return Workload("transformer", Transformer, cross_entropy, _pair(windows[:, :-1], windows[:, 1:]), 32)
+    windows = manual[: rows * (context + 1)].reshape(rows, context + 1)
+    return _pair(windows[:, :-1], windows[:, 1:])
 
 
 def _pair(inputs: np.ndarray, targets: np.ndarray) -> dict[str, np.ndarray]:

@@ -208,6 +208,41 @@ def test_the_step_by_hand_to_the_bit():
         chex.assert_trees_all_equal((state.params, state.opt_state, metrics["loss"]), (params, opt_state, value))
 
 
+class Tokens(nnx.Module):
+    """The sum of what each of many tokens looks up in a small table."""
+
+    def __init__(self, **options):
+        self.embed = nnx.Embed(2, 3, rngs=nnx.Rngs(0), **options)
+
+    def __call__(self, tokens):
+        return jnp.sum(self.embed(tokens).astype(jnp.float32), axis=(1, 2))
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_gradients_of_a_table_are_summed_in_float32(precision):
+    seen = []
+
+    def loss_fn(model, tokens, rng, step):
+        seen.append(model.embed(tokens).dtype)
+        return jnp.sum(model(tokens)), {}
+
+    tokens = jnp.arange(6000).reshape(1, 6000) % 3 // 2  # 4,000 zeros; each adds one to the gradient of its row
+    # A loss scale would leave the range of float16, in which the sum comes back.
+    policy = Precision(precision, initial_scale=1.0)
+    state = create(Tokens(), policy, optax.sgd(1.0))
+    after, _ = jax.jit(step_of(policy, loss_fn, optimizer=optax.sgd(1.0)))(state, tokens)
+    gradient = jax.tree.map(jnp.subtract, state.params, after.params)["embed"]["embedding"]
+    # In bfloat16, 256 + 1 is 256.
+    np.testing.assert_allclose(gradient, [[4000.0] * 3, [2000.0] * 3], rtol=2.0**-8)
+    assert set(seen) == {jnp.dtype(precision)}
+
+
+def test_what_is_looked_up_is_a_row_of_the_table_in_that_dtype():
+    state, tokens = create(Tokens(), "bfloat16"), jnp.array([[1, 0, 1]])
+    rows = jax.jit(make_predict_step(lambda model, tokens: model.embed(tokens), precision="bfloat16"))(state, tokens)
+    chex.assert_trees_all_equal(rows, state.params["embed"]["embedding"][tokens].astype(jnp.bfloat16))
+
+
 def test_outputs_are_float32_or_as_asked_and_the_model_is_of_its_class():
     seen = []
 

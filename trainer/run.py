@@ -20,7 +20,7 @@ from trainer.data.resumable import LoaderPass, LoaderPosition
 from trainer.errors import ArgumentError, StateError
 from trainer.metrics.average import WeightedAverage, metrics_at
 from trainer.metrics.history import History
-from trainer.state import TrainState
+from trainer.state import TrainState, is_gone
 from trainer.types import Metrics
 
 
@@ -88,7 +88,7 @@ class Layout:
         leaves = list(leaves)
         for index, implementation in self.keys:
             # A donated array cannot be wrapped as a key. Left as it is, it still shows that the state is gone.
-            if isinstance(leaves[index], jax.core.Tracer) or not leaves[index].is_deleted():
+            if not is_gone(leaves[index]):
                 leaves[index] = jax.random.wrap_key_data(leaves[index], impl=implementation)
         state: TrainState = jax.tree.unflatten(self.treedef, leaves)
         return state, leaves

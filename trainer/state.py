@@ -217,10 +217,10 @@ class TrainState:
         Raises:
             StateError: The state was donated to a step.
         """
-        if not any(map(_is_gone, jax.tree.leaves(self))):
+        if not any(map(is_gone, jax.tree.leaves(self))):
             return
         # Paths take as long again as the check itself, so only the message makes them.
-        path = next(path for path, leaf in jax.tree.leaves_with_path(self) if _is_gone(leaf))
+        path = next(path for path, leaf in jax.tree.leaves_with_path(self) if is_gone(leaf))
         raise StateError(
             f"`state` was donated: the buffer of `{leaf_path(path)}` is gone. A step compiled with "
             f"`donate_argnums=0` consumes the state it is given; use the one that it returned, or keep "
@@ -228,8 +228,8 @@ class TrainState:
         )
 
 
-def _is_gone(leaf: Any) -> bool:
-    # Tracers know no `is_deleted`: under a transformation every leaf is alive.
+def is_gone(leaf: Any) -> bool:
+    """Tells whether an array was donated. Tracers and NumPy arrays never are: these know no `is_deleted`."""
     return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted()
 
 

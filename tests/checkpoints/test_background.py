@@ -7,13 +7,17 @@ import sys
 import textwrap
 import threading
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from tests.problems import Busy, Counting, config, regression, squared_error
 from tests.test_api import Recorder, assert_same_bits
 from trainer import Callback, CheckpointError, Trainer, latest_checkpoint
+from trainer.checkpoints import checkpointer, detach
 from trainer.checkpoints.background import BackgroundSaver
+from trainer.checkpoints.snapshot import copied_to_host
 
 
 def build(directory, callbacks=(), **options):
@@ -25,17 +29,27 @@ def build(directory, callbacks=(), **options):
 @pytest.fixture
 def held(monkeypatch):
     """Holds every write back until `held.set()`."""
-    import trainer.checkpoints.checkpointer
-
-    gate, write = threading.Event(), trainer.checkpoints.checkpointer.write_snapshot
+    gate, write = threading.Event(), checkpointer.write_snapshot
 
     def wait_and_write(*arguments):
         assert gate.wait(timeout=60)
         write(*arguments)
 
-    monkeypatch.setattr("trainer.checkpoints.checkpointer.write_snapshot", wait_and_write)
+    monkeypatch.setattr(checkpointer, "write_snapshot", wait_and_write)
     yield gate
     gate.set()
+
+
+@pytest.fixture
+def as_on_an_accelerator(monkeypatch):
+    """The CPU plays a device with memory of its own, from which a save copies the arrays to the host first."""
+
+    def copied(array):
+        return np.array(copied_to_host(array))
+
+    for module in (detach, checkpointer):
+        monkeypatch.setattr(module, "is_in_host_memory", lambda array: False)
+    monkeypatch.setattr(detach, "copied_to_host", copied)
 
 
 def failing(*_):
@@ -102,6 +116,31 @@ def test_what_is_saved_is_the_state_of_the_call(tmp_path, held):
     other = build(tmp_path, extensions={"size": Counting()})
     other.load_checkpoint(path)
     assert_same_bits(other.state, expected)
+
+
+@pytest.mark.parametrize("rng", [jax.random.key(3), jax.random.PRNGKey(3)], ids=["typed", "raw"])
+@pytest.mark.usefixtures("as_on_an_accelerator")
+def test_from_an_accelerator_too(rng, tmp_path, held):
+    trainer = build(tmp_path, extensions={"size": Counting()}, rng=rng)
+    trainer.train_step(regression())
+    expected = trainer.state.copy()
+    path = trainer.save_checkpoint(background="if_finite")
+    trainer.train_step(regression())
+    held.set()
+    trainer.close()
+    other = build(tmp_path, extensions={"size": Counting()}, rng=rng)
+    other.load_checkpoint(path)
+    assert_same_bits(other.state, expected)
+
+
+@pytest.mark.usefixtures("as_on_an_accelerator")
+def test_a_run_on_an_accelerator_is_saved_and_resumed(tmp_path):
+    whole = build(tmp_path / "whole", save_interval=2)
+    whole.train(regression(24), 2, 4)
+    build(tmp_path / "parts", save_interval=2).train(regression(24), 1, 4)
+    resumed = build(tmp_path / "parts", save_interval=2)
+    resumed.train(regression(24), 2, 4, resume=True)
+    assert_same_bits(resumed.state, whole.state)
 
 
 def test_periodic_saves_are_all_there_when_train_returns(tmp_path):

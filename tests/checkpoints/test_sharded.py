@@ -230,6 +230,15 @@ class TestTrainer:
         other.train(regression(24), 2, 4, resume=True)
         assert_same_bits(other.state, whole.state)
 
+    def test_a_file_is_written_beside_the_training_too(self, tmp_path):
+        trainer = self.build(tmp_path)
+        before = trainer.state.copy()
+        trainer.save_checkpoint(tmp_path / "file.msgpack", background=True)
+        trainer.train(regression(24), 1, 4)
+        again = self.build(tmp_path / "again")
+        again.load_checkpoint(tmp_path / "file.msgpack")
+        assert_same_bits(again.state, before)
+
     def test_one_that_fails_in_the_background_raises_at_the_next_call(self, tmp_path, monkeypatch):
         trainer = self.build(tmp_path)
 

@@ -43,7 +43,8 @@ class Precision:
       back, and one that it leaves alone keeps its bits. A variable of another kind that it assigns, such as an average,
       was computed in ``compute``: a warning says so, and an exception keeps it in float32.
     * Each module casts the floating arrays that it is called on. Layers of Flax do so by their ``dtype``, where it is
-      None; an `nnx.Embed` also where it is that of its table. A layer that was made with a dtype keeps it, as does
+      None; an `nnx.Embed` also where it is that of its table. Its lookups are cast after they are read, so that the
+      gradient of the table is summed in float32. A layer that was made with a dtype keeps it, as does
       `nnx.SimpleCell`, which sets float32 by itself. (`nnx.LSTMCell` and `nnx.GRUCell` compute their products in
       ``compute`` and hold their carry in float32.)
     * What calling the model itself returns is cast to ``output``. Other methods of it return what they compute.
@@ -131,13 +132,19 @@ def in_precision(precision: Precision | None) -> View:
     @contextlib.contextmanager
     def enter(model: Any) -> Iterator[None]:
         modules = modules_of(model)
-        wrappers = [
+        wrappers: list[tuple[Any, Any]] = [
             (module, _Cast(precision.dtype_at(path), None if path else precision.output))
             for path, module in modules.items()
             if not path or not _casts_by_itself(module)
         ]
-        unset = [(module, precision.dtype_at(path)) for path, module in modules.items() if _has_no_dtype(module)]
-        with _cast_variables(model, precision, modules), _with_dtypes(unset), called_through(wrappers):
+        unset = {path: module for path, module in modules.items() if _has_no_dtype(module)}
+        wrappers += [
+            (module, _Lookup(precision.dtype_at(path)))
+            for path, module in unset.items()
+            if path and isinstance(module, nnx.Embed) and _casts_by_itself(module)
+        ]
+        dtypes = [(module, precision.dtype_at(path)) for path, module in unset.items()]
+        with _cast_variables(model, precision, modules), _with_dtypes(dtypes), called_through(wrappers):
             yield
 
     return enter
@@ -179,6 +186,21 @@ class _Cast:
         args, kwargs = _cast((args, kwargs), self.inputs)
         outputs = call(module, *args, **kwargs)
         return outputs if self.outputs is None else _cast(outputs, self.outputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Lookup:
+    """The wrapper that reads rows of a table in float32, and returns them in another dtype.
+
+    The rows are the same. Their gradients, many for each row of a small table, are summed in float32: in half precision
+    the sum loses small ones, and a GPU, which adds these one at a time, took as long for it as for the whole model.
+    """
+
+    outputs: str
+
+    def __call__(self, call: Callable[..., Any], module: Any, args: Any, kwargs: Any) -> Any:
+        with _with_dtypes([(module, "float32")]):
+            return _cast(call(module, *args, **kwargs), self.outputs)
 
 
 @contextlib.contextmanager

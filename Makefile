@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # Tests start some hundred processes; without bytecode each would compile all modules anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all third-party heavy docs notebooks gallery wheel kills lint types format bench clean
+.PHONY: demo test test-all test-optimized third-party heavy docs notebooks gallery wheel kills lint types format bench clean
 
 demo: $(READY)
 	$(RUN) examples/digits.py
@@ -16,13 +16,29 @@ demo: $(READY)
 # file stay together but for a few cuts, and no long file is left over at the end.
 PARALLEL := --numprocesses auto --dist worksteal
 
+# Most of a test was XLA compiling a small program as if it were to run for days. These flags make it six times as quick.
+# What is then computed is rounded otherwise in places, so .ci/run also runs OPTIMIZED without them. `make test QUICK=`
+# tests everything as users compile it, in twice the time.
+QUICK := --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 \
+	--xla_cpu_use_fusion_emitters=false
+test test-all: export XLA_FLAGS := $(strip $(QUICK) $(XLA_FLAGS))
+
 # Every kind of test: all but the further cases, which are marked `slow` or `long`.
 test: $(READY)
 	$(RUN) -m pytest $(PARALLEL) $(ARGS)
 
 # With the cases marked `slow`; what .ci/run runs.
+ALL := "not long and not third_party and not heavy and not tensorflow"
 test-all: $(READY)
-	$(RUN) -m pytest $(PARALLEL) -m "not long and not third_party and not heavy and not tensorflow" $(ARGS)
+	$(RUN) -m pytest $(PARALLEL) -m $(ALL) $(ARGS)
+
+# What is about the bits of a result, about what a program costs, and about numbers that are learned: with all of XLA.
+OPTIMIZED := tests/compile tests/data/test_padding.py tests/metrics tests/sharding tests/test_accumulation.py \
+	tests/test_examples.py tests/test_loop.py tests/test_nonfinite.py tests/test_optimizers_of_optax.py \
+	tests/test_precision.py tests/test_remat.py tests/test_resume.py tests/test_steps.py tests/test_sweep.py \
+	tests/test_transforms.py
+test-optimized: $(READY)
+	$(RUN) -m pytest $(PARALLEL) -m $(ALL) $(OPTIMIZED) $(ARGS)
 
 # Models and loggers of packages that nothing else needs. They go to a folder of their own, and not into the environment.
 # Of what the packages of loggers ask for, what a run that is offline imports. TensorBoard 2.21 wants another protobuf.

@@ -52,7 +52,8 @@ class Precision:
       metrics are float32.
 
     Products of other dtypes remain where a function that is no module combines params with float32 arrays that it makes
-    itself: give it arrays of ``x.dtype``, or make it a module.
+    itself: give it arrays of ``x.dtype``, or make it a module. Where a module indexes a table by itself, the gradient
+    of the table is summed in ``compute``, which is slow and loses small ones: make the table an `nnx.Embed`.
 
     Attributes:
         compute: The dtype of computation: "float32", "bfloat16" or "float16".

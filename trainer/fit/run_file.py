@@ -45,12 +45,18 @@ def write_start(setup: Setup, plan: FitPlan, run: Run, resumed: Path | None) -> 
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.parent):
             starts = [*(read_starts(path) or []), entry][-_MAX_STARTS:]
-            text = json.dumps({"format": FORMAT, "starts": starts}, indent=1, ensure_ascii=False) + "\n"
-            encoded = text.encode("utf-8", "backslashreplace")
+            encoded = _as_text(starts).encode("utf-8", "backslashreplace")
             with replacing(path, len(encoded), durable=False) as file:
                 file.write(encoded)
     except (OSError, ValueError) as error:
         warn(f"`{path}`, which tells people about this run, could not be written: {error}. The run itself continues.")
+
+
+def _as_text(starts: list[dict[str, Any]]) -> str:
+    """Writes the latest entry for people, and a line for each of those before: indented, 50 of them take 20 ms."""
+    lines = [json.dumps(entry, ensure_ascii=False) for entry in starts[:-1]]
+    entries = ",\n".join([*lines, json.dumps(starts[-1], indent=1, ensure_ascii=False)])
+    return f'{{"format": {json.dumps(FORMAT)}, "starts": [\n{entries}\n]}}\n'
 
 
 def read_starts(path: Path) -> list[dict[str, Any]] | None:

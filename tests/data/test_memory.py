@@ -11,6 +11,7 @@ import pytest
 
 from trainer import ArgumentError, ArgumentTypeError, BatchError, InMemoryData
 from trainer.core.checks import check_count
+from trainer.data import memory
 from trainer.data.memory import seed_from_key
 
 
@@ -106,6 +107,21 @@ def test_arrays_of_another_device_stay_there(monkeypatch):
     monkeypatch.setattr(type(array), "devices", lambda self: [SimpleNamespace(platform="gpu")])
     first = next(InMemoryData({"x": array}, 2).in_order())
     assert isinstance(first["x"], jax.Array)
+
+
+@pytest.mark.parametrize("pad_to", [None, "batch"])
+def test_their_batches_are_those_of_the_host(pad_to, monkeypatch):
+    given = {"x": np.arange(21.0, dtype=np.float32).reshape(7, 3), "label": np.arange(7, dtype=np.int32)}
+    host = InMemoryData(given, 2, pad_to=pad_to)
+    monkeypatch.setattr(memory, "_on_host", lambda leaf: leaf)
+    device = InMemoryData(jax.device_put(given), 2, pad_to=pad_to)
+    for make in (InMemoryData.in_order, lambda data: data.shuffled((3,), 1)):
+        expected, found = list(make(host)), list(make(device))
+        chex.assert_trees_all_equal(found, expected)
+        assert all(isinstance(batch["x"], jax.Array) for batch in found)
+        stacks = [make(data).stacked(2, 3) for data in (host, device)]
+        assert stacks[0]["x"].shape == stacks[1]["x"].shape == (3, 2, 3)
+        chex.assert_trees_all_equal(*({name: stack[name][:2] for name in given} for stack in stacks))
 
 
 @pytest.mark.parametrize(("batch_size", "error"), [(0, ArgumentError), (-1, ArgumentError), (2.0, ArgumentTypeError)])

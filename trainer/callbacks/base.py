@@ -150,20 +150,21 @@ class CallbackList(Callback):
         """
         if event in ("on_train_begin", "on_epoch_begin"):
             self._handlers = {}
-        if not self._is_unchanged() or event not in self._handlers:
+        handlers = self._handlers.get(event)
+        if handlers is None or not self._is_unchanged():
             handlers = tuple(callback for callback in self.in_order() if handles(callback, event))
             self._handlers = {**self._handlers, event: handlers}
         # A tuple: a callback that adds or removes itself meanwhile makes no other callback miss the event.
-        for callback in self._handlers[event]:
+        for callback in handlers:
             emit(callback, event, *args)
 
     def _is_unchanged(self) -> bool:
         # Compared by identity: two callbacks that are equal are still two callbacks. A list does not note itself in
         # `_held_inside`, because that cycle would keep extensions, and their arrays, alive.
         for inner, held in self._held_inside:  # a generator in all() would take twice as long
-            if not _holds(inner, held):
+            if not _are(inner.callbacks, held):
                 return False
-        return _holds(self, self._held)
+        return self._held is not None and _are(self.callbacks, self._held)
 
     def on_train_begin(self, trainer: Any) -> None:
         self.emit("on_train_begin", trainer)
@@ -307,9 +308,8 @@ def _what_came(value: Any) -> str:
     return f"is the class {value.__name__}" if isinstance(value, type) else f"is of type {type(value).__name__}"
 
 
-def _holds(callbacks: CallbackList, held: tuple[Any, ...] | None) -> bool:
-    members = callbacks.callbacks
-    return held is not None and len(members) == len(held) and all(map(is_, members, held))
+def _are(members: list[Any], held: tuple[Any, ...]) -> bool:
+    return len(members) == len(held) and (not held or all(map(is_, members, held)))
 
 
 def _lists_inside(callbacks: CallbackList) -> Iterator[CallbackList]:

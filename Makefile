@@ -123,7 +123,8 @@ format: $(READY)
 
 # Ten minutes on two quiet cores. `make bench ARGS=--quick` shows only that everything runs; one alone is
 # `make bench BENCHMARKS=tail`. The first run of peers needs a package index.
-BENCHMARKS := dispatch sharding end_to_end peers input prefetch memory compile tail metrics checkpoint features progress
+BENCHMARKS := dispatch sharding processes end_to_end peers input prefetch memory compile tail metrics checkpoint \
+	features progress
 bench: $(READY)
 	for name in $(BENCHMARKS); do $(RUN) benchmarks/$$name.py --json .bench/$$name.json $(ARGS) || exit 1; done
 

@@ -36,6 +36,7 @@ from trainer.types import Batch, Metrics
 MAX_IN_FLIGHT = 2
 """Calls that may be in flight: one that runs, and one that follows it without a gap. More would only hold memory."""
 
+_FROZEN_BY_PYTHON = 1000  # Python 3.12 freezes 375 objects of its own; who freezes those of a program has ten thousands
 _COLLECT_AT = 50_000
 
 
@@ -356,7 +357,7 @@ def rare_collections() -> Iterator[None]:
     A full collection walks every object of the process, 100 ms where JAX is loaded. Everything that exists now is
     frozen, so collections inside walk new objects only. A collector that is switched off stays off.
     """
-    if not gc.isenabled() or gc.get_freeze_count():
+    if not gc.isenabled() or gc.get_freeze_count() > _FROZEN_BY_PYTHON:
         yield
         return
     thresholds = gc.get_threshold()

@@ -240,14 +240,25 @@ class TestPrograms:
 
 class TestCollections:
     def test_inside_they_are_rare_and_cheap_and_afterwards_as_before(self):
-        before = gc.get_threshold()
+        before, frozen = gc.get_threshold(), gc.get_freeze_count()  # by Python 3.12 itself, hundreds
         with rare_collections():
-            assert gc.get_freeze_count() > 1000
+            assert gc.get_freeze_count() > frozen + 10_000
             assert gc.get_threshold()[0] > before[0]
             cycle = []
             cycle.append(cycle)
         assert gc.isenabled()
-        assert (gc.get_threshold(), gc.get_freeze_count()) == (before, 0)
+        assert gc.get_threshold() == before
+        assert gc.get_freeze_count() <= frozen
+
+    def test_what_the_caller_froze_stays_frozen(self):
+        gc.freeze()
+        try:
+            before = gc.get_freeze_count(), gc.get_threshold()
+            with rare_collections():
+                assert (gc.get_freeze_count(), gc.get_threshold()) == before
+            assert (gc.get_freeze_count(), gc.get_threshold()) == before
+        finally:
+            gc.unfreeze()
 
     def test_garbage_of_a_long_epoch_is_collected_within_it(self):
         class Cycle:
@@ -267,14 +278,16 @@ class TestCollections:
     def test_a_collector_that_is_off_stays_off(self):
         gc.disable()
         try:
+            frozen = gc.get_freeze_count()
             with rare_collections():
-                assert gc.get_freeze_count() == 0
+                assert gc.get_freeze_count() == frozen
             assert not gc.isenabled()
         finally:
             gc.enable()
 
     def test_an_exception_restores_it(self):
-        before = gc.get_threshold()
+        before, frozen = gc.get_threshold(), gc.get_freeze_count()
         with pytest.raises(ZeroDivisionError), rare_collections():
             raise ZeroDivisionError
-        assert (gc.get_threshold(), gc.get_freeze_count()) == (before, 0)
+        assert gc.get_threshold() == before
+        assert gc.get_freeze_count() <= frozen

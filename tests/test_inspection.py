@@ -1,5 +1,7 @@
 """What one may ask a trainer: it answers, and is as it was."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from flax import nnx
 from tests.problems import Busy, Linear, config, regression, squared_error
 from tests.test_api import assert_same_bits
 from trainer import ArgumentError, Callback, Trainer, TrainState, find_learning_rate, make_mesh, summarize
+from trainer.compile.dispatch import Program
 
 
 class Forbidden(Callback):
@@ -129,6 +132,20 @@ class TestBatchSize:
         assert unchanged(trainer, lambda trainer: trainer.find_batch_size(regression(3), high=100)) == 64
         with pytest.raises(ArgumentError, match="no size of a batch fits: a step of 1 needs more memory than there is"):
             trainer.find_batch_size(regression(3), memory=10)
+
+    @pytest.mark.parametrize(("text", "found"), [("RESOURCE_EXHAUSTED: Out of memory while trying to", 16), ("", None)])
+    def test_a_compiler_may_refuse_what_does_not_fit(self, text, found, monkeypatch):
+        compile_traced = Program.compile
+
+        def refuse(program, traced):
+            if any(aval.shape[:1] == (32,) for aval in traced.jaxpr.in_avals):
+                raise jax.errors.JaxRuntimeError(text)
+            return compile_traced(program, traced)
+
+        monkeypatch.setattr(Program, "compile", refuse)
+        trainer = Trainer(Linear(4), config(), loss_fn=squared_error)
+        with contextlib.nullcontext() if found else pytest.raises(jax.errors.JaxRuntimeError):
+            assert trainer.find_batch_size(regression(3), high=32) == found
 
     @pytest.mark.slow
     def test_over_a_mesh_devices_can_share_it(self):

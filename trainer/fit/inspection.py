@@ -137,7 +137,12 @@ class Inspection(ReadOnly):
             rows = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype), example)
             batch, _ = self.setup.placement.abstract_batch(rows)
             program, traced = step.trace(run, batch)
-            cost = cost_of(program.compile(traced), run.leaves, 0.0)
+            try:
+                cost = cost_of(program.compile(traced), run.leaves, 0.0)
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                return False  # XLA for a GPU refuses to compile what can never fit
             room = cost.available if memory is None else memory
             return room is None or cost.total <= room
 

@@ -83,8 +83,8 @@ CODE = re.compile(r"(?<![`\[\w])`(trainer\.)?((?:\w+\.)*\w+)(\(\))?`(?![`\w])")
 def linked(text: str, *, is_page: bool) -> str:
     """Returns a text in which public names in backticks are links to the reference, outside of code and headings.
 
-    On a page ``trainer.step`` is an attribute of somebody's trainer, and a word such as ``predict`` may be any; the
-    first column of a table may speak of another library. These are left as they are.
+    Left as they are: on a page ``trainer.step``, an attribute of an instance; common words such as ``predict``; and
+    the first column of a table, which may name things of another library.
     """
 
     def link(found: re.Match[str]) -> str:

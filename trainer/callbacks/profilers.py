@@ -57,7 +57,7 @@ class JAXProfiler(Callback):
             self._is_tracing = True
 
     def _end(self, metrics: Any) -> None:
-        jax.block_until_ready(metrics)  # what is still under way belongs to the trace
+        jax.block_until_ready(metrics)  # the trace includes steps that are still running
         jax.profiler.stop_trace()
         self._is_tracing, self._is_done = False, True
 

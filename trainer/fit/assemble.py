@@ -353,7 +353,7 @@ def _check_step(
     losses: dict[str, ExtensionLike],
     precision: Precision | None,
 ) -> Callable[[TrainState, Batch], None]:
-    """Returns what looks at every step before it is made, with ``debug``."""
+    """Returns the function that checks each step before it runs, with ``debug``."""
     from trainer.features.debugging import make_check_own_step, make_check_step  # here, since few runs need it
 
     if step_fn is not None:

@@ -1,10 +1,12 @@
 """Rounds of two real processes: they stay in step after a failure, name who is missing, and leave nothing behind."""
 
 import json
+import threading
 
 import pytest
 
 from tests.distributed.test_start import run
+from trainer.distributed import coordination
 
 HEAD = """
 import threading
@@ -270,6 +272,15 @@ class TestAfterAFailure:
         assert json.loads(out.splitlines()[-1])["refused"] == (
             "DistributedError: process 1 of 2 did not come to 'work', having ended before."
         )
+
+
+def test_where_no_thread_can_be_started_it_waits_itself(monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't create new thread at interpreter shutdown")  # as Python 3.12 does
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    monkeypatch.setattr(coordination, "_read_within", lambda key, seconds: f"{key} in {seconds}")
+    assert coordination.read_within("verdict", 3.0) == "verdict in 3.0"
 
 
 class TestWhatIsLeft:

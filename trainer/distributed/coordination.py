@@ -57,7 +57,10 @@ def read_within(key: str, seconds: float) -> str | None:
         except Exception as error:  # raised in the main thread
             found.set_exception(error)
 
-    threading.Thread(target=wait, name="trainer-wait", daemon=True).start()
+    try:
+        threading.Thread(target=wait, name="trainer-wait", daemon=True).start()
+    except RuntimeError:  # Python 3.12 starts no thread in an interpreter that is exiting
+        return _read_within(key, seconds)
     return found.result()
 
 

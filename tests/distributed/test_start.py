@@ -47,8 +47,8 @@ def start(body, processes, devices=1, started=None, flags=()):
         found.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{found.getsockname()[1]}"
     # Not the cache of the tests either, from which one would read what another has half written.
-    left_out = {"XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR"}
-    environment = {name: value for name, value in os.environ.items() if name not in left_out}
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    environment["XLA_FLAGS"] = environment["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "").strip()
     environment |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes), "DEVICES": str(devices)}
     environment["FLAGS"] = json.dumps(flags)
     return [

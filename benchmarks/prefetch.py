@@ -2,10 +2,12 @@
 
 The loader sleeps (it waits for a disk), computes (it needs the processor too), or sleeps eight times as long for every
 eighth batch. The loop runs ahead of the device, as `Trainer.train` does, or reads the loss after every step. A turn is
-a pass of `run_epoch`. Run it with ``python benchmarks/prefetch.py``.
+a pass of `run_epoch`, or of `evaluate`: on one device, and over the devices of a mesh, where the host waits for every
+step of an evaluation on the CPU. Run it with ``python benchmarks/prefetch.py``.
 """
 
 import functools
+import itertools
 import time
 
 import jax
@@ -14,9 +16,21 @@ import optax
 from flax import nnx
 
 from timing import Report, compared, in_turns, per
-from trainer import CompiledStep, Run, TrainState, make_train_step, prefetched, run_epoch
+from trainer import (
+    CompiledStep,
+    Run,
+    TrainState,
+    evaluate,
+    make_eval_step,
+    make_mesh,
+    make_train_step,
+    prefetched,
+    run_epoch,
+)
+from trainer.sharding.placement import placement_of
 
 BATCH_SIZE = 128
+AHEAD = {"no prefetching": 0, "2 ahead": 2, "8 ahead": 8}
 
 
 def loss_fn(model, batch, rng, step):
@@ -72,17 +86,50 @@ def slow_loaders(width, steps):
 
     for loader in (sleeping, computing, uneven):
         for reads in (False, True):
-            names = {"no prefetching": 0, "2 ahead": 2, "8 ahead": 8}
             yield (
                 f"a loader {loader.__name__} as long as a step of {seconds * 1e3:.1f} ms, "
                 f"{'the loss read after every step' if reads else 'as `train` runs'}",
-                {name: per(steps, functools.partial(contender, loader, ahead, reads)) for name, ahead in names.items()},
+                {name: per(steps, functools.partial(contender, loader, ahead, reads)) for name, ahead in AHEAD.items()},
+            )
+
+
+def slow_evaluations(width, steps):
+    """Yields the name of a table, and its contenders: evaluations, as `slow_loaders` has training."""
+    model = nnx.Sequential(*[nnx.Linear(width, width, rngs=nnx.Rngs(layer)) for layer in range(8)])
+    state = TrainState.create(model, optax.sgd(1e-3), rng=jax.random.key(0))
+    batch = {"x": np.random.default_rng(0).standard_normal((BATCH_SIZE, width), np.float32)}
+    step = jax.jit(make_eval_step(loss_fn))
+    for devices in (None, 2):
+        placement = placement_of(devices and make_mesh({"data": devices}, devices=jax.devices()[:devices]), None)
+        placed = placement.adopt(state)
+
+        def run(batches, placement=placement, placed=placed):
+            evaluate(step, placed, batches, placement=placement)
+
+        run([batch] * 3)
+        times = in_turns({"step": per(steps, functools.partial(run, [batch] * steps))}, 5)
+        seconds = float(np.median(times["step"]))
+
+        def contender(loader, ahead, run=run, placement=placement, seconds=seconds):
+            batches = loader(batch, seconds, steps)
+            if not ahead:
+                return run(batches)
+            with prefetched(batches, ahead, placement=placement) as drawn:
+                return run(drawn)
+
+        for loader in (sleeping, computing, uneven):
+            yield (
+                f"a loader {loader.__name__} as long as a step of {seconds * 1e3:.1f} ms, an evaluation on "
+                f"{devices or 1} device{'s' * (devices is not None)}",
+                {name: per(steps, functools.partial(contender, loader, ahead)) for name, ahead in AHEAD.items()},
             )
 
 
 def main():
+    jax.config.update("jax_num_cpu_devices", 2)
     report = Report(__doc__, repeats=7)
-    for title, rivals in slow_loaders(*((64, 16) if report.quick else (512, 32))):
+    size = (64, 16) if report.quick else (512, 32)
+    for title, rivals in itertools.chain(slow_loaders(*size), slow_evaluations(*size)):
         times = in_turns(rivals, report.repeats)
         report.table(title, compared(times, "ms a step", 1e3, {"x none": "no prefetching"}))
     report.close()

@@ -72,7 +72,7 @@ class Trainer(Inspection):
             metrics, validates or saves, and holds the state of before.
         pad_to: "batch" pads short batches to ``batch_size`` rows, so that they compile nothing new, and adds to every
             batch a ``mask`` by which the objective averages, see `trainer.pad_batch`.
-        prefetch: How many batches of a training loader a thread draws ahead, see `trainer.prefetched`.
+        prefetch: How many batches of a loader, of training or validation, a thread draws ahead, see `prefetched`.
         params_average: Such as ``ema_of_params(0.999)``: last of the optimizer, and its average the ``eval_params``.
         fast_dev_run: So many batches (True is 1) of training and of validation in one epoch, to see that all works:
             nothing is logged, and nothing saved but by your own calls; callbacks that save are left out.

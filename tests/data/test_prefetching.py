@@ -2,6 +2,9 @@
 
 import gc
 import itertools
+import json
+import os
+import signal
 import threading
 
 import chex
@@ -11,6 +14,7 @@ import optax
 import pytest
 from flax import nnx
 
+from tests.distributed.test_start import run
 from tests.marks import slow_unless
 from tests.problems import Linear, config, regression, squared_error
 from tests.test_batches_of_all_kinds import Reusing, batches_of
@@ -23,6 +27,7 @@ from trainer import (
     CompiledStep,
     Run,
     Trainer,
+    TrainingInterrupted,
     TrainState,
     evaluate,
     load_run,
@@ -46,8 +51,9 @@ def no_thread_is_left():
     assert threads() == []
 
 
-def build(loader=None, **arguments):
-    return Trainer(Linear(), config(), loss_fn=squared_error, train_data_loader=loader, **arguments)
+def build(loader=None, training_config=None, **arguments):
+    settings = training_config or config()
+    return Trainer(Linear(), settings, loss_fn=squared_error, train_data_loader=loader, **arguments)
 
 
 class Counter:
@@ -244,6 +250,131 @@ def test_a_bounded_pass_draws_no_batch_of_the_next():
     assert counter.count == 3
     trainer.train_epoch()
     assert counter.count == 6
+
+
+class Validations(Callback):
+    """Keeps the averages of each validation, and the threads that it left."""
+
+    def __init__(self):
+        self.averages, self.left = [], []
+
+    def on_validation_end(self, trainer, logs):
+        self.averages.append(logs)
+        self.left.extend(threads())
+
+
+def masked_error(model, batch, rng, step):
+    losses, weight = optax.squared_error(model(batch["input"]), batch["target"]), batch["mask"].sum()
+    return (losses * batch["mask"]).sum() / weight, {"batch_weight": weight}
+
+
+def validated(batches, prefetch, **arguments):
+    """Returns the averages of validations over a loader that fills one buffer again and again."""
+    seen, drawn_by = Validations(), set()
+
+    def held_out():
+        buffer = {name: column.copy() for name, column in batches[0].items()}
+        for batch in batches[:-1]:
+            drawn_by.add(threading.current_thread().name)
+            for name, column in buffer.items():
+                column[:] = batch[name]
+            yield buffer
+        yield batches[-1]
+
+    trainer = Trainer(
+        Linear(),
+        config(batch_size=16),
+        loss_fn=masked_error if arguments.get("pad_to") else squared_error,
+        train_data_loader=batches,
+        val_data_loader=held_out,
+        prefetch=prefetch,
+        callbacks=[seen],
+        **arguments,
+    )
+    trainer.train(regression(32, 3), 2, 16, held_out, val_interval=1)
+    trainer.train_epoch()
+    assert seen.left == []
+    assert drawn_by == {"prefetch" if prefetch else threading.main_thread().name}
+    return seen.averages
+
+
+@pytest.mark.parametrize(
+    ("mesh", "pad_to"),
+    slow_unless(
+        lambda *case: case in [(None, None), (8, "batch")], list(itertools.product((None, 8), (None, "batch")))
+    ),
+)
+def test_validations_draw_ahead_and_give_the_same_numbers(mesh, pad_to):
+    batches, mesh = batches_of(regression(16 * 5 + 6, 3), 16), mesh and make_mesh({"data": mesh})
+    plain, ahead = (validated(batches, prefetch, mesh=mesh, pad_to=pad_to) for prefetch in (0, 2))
+    assert len(plain) == 5
+    assert plain == ahead
+
+
+PROCESSES = """
+from tests.data.test_prefetching import batches_of, regression, validated
+from trainer import make_mesh
+
+parts = batches_of(regression(16 * 5 + 6, 3, seed=process), 16)
+print(json.dumps([validated(parts, prefetch, mesh=make_mesh({"data": 4}), pad_to="batch") for prefetch in (0, 2)]))
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_draw_ahead_validate_on_the_same():
+    results = run(PROCESSES, 2, devices=2)
+    assert [status for status, _, _ in results] == [0, 0], results
+    (plain, ahead), other = (json.loads(out.splitlines()[-1]) for _, out, _ in results)
+    assert plain == ahead
+    assert other == [plain, ahead]
+    assert plain[-1]["batch_weight"] == 2 * 86
+
+
+def test_a_validation_draws_no_batch_after_its_bound():
+    counter, example = Counter(10**9), regression(8, 3)
+    batches = (example for _ in counter)
+    trainer = build([example], training_config=config(validation_steps=3), val_data_loader=batches, prefetch=5)
+    for total in (3, 6):
+        trainer.train_epoch()
+        assert counter.count == total
+
+
+@pytest.mark.parametrize("way", ["signal", "objective"])
+def test_a_validation_that_is_ended_draws_no_further(way, tmp_path):
+    counter, example = Counter(10**9), regression(8, 3)
+
+    def endless():
+        for _ in counter:
+            if counter.count == 3 and way == "signal":
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield example if counter.count < 3 or way == "signal" else {"other": example["input"]}
+
+    trainer = build([example], val_data_loader=endless, prefetch=2, workdir=tmp_path)
+    with pytest.raises(TrainingInterrupted if way == "signal" else KeyError):
+        trainer.train_epoch()
+    assert threads() == []
+    assert trainer.step == 1
+    assert counter.count <= 3 + 2  # the batch that ended it was taken, and two may have been drawn ahead
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_what_a_validation_loader_raises_names_its_batch(prefetch):
+    batch = regression(8, 3)
+
+    def failing():
+        yield batch
+        raise OSError("record 17 of shard-3 is truncated")
+
+    trainer = build([batch], val_data_loader=failing, prefetch=prefetch)
+    with pytest.raises(OSError, match="record 17") as caught:
+        trainer.train_epoch()
+    note = "raised by `val_data_loader` in place of batch 1 of its pass (the first is batch 0)"
+    assert note in caught.value.__notes__
+    wrong = {**batch, "target": np.array(["a"] * 8)}
+    trainer = build([batch], val_data_loader=[batch, batch, wrong], prefetch=prefetch)
+    with pytest.raises(BatchError, match="`batch/target` has dtype <U1") as caught:
+        trainer.train_epoch()
+    assert "raised for batch 2, the first being batch 0" in caught.value.__notes__
 
 
 @pytest.mark.parametrize("prefetch", [-1, 1.5, True, "2"])

@@ -182,6 +182,17 @@ def test_a_row_that_a_killed_process_began_is_cut_off(tmp_path):
     assert table(path)[-1] == {"step": 4, "a": 4.0}
 
 
+def test_making_a_logger_writes_nothing(tmp_path):
+    """Of several processes each makes one, while that of the first may be writing."""
+    path = written(tmp_path, 3).path
+    with path.open("a") as file:
+        file.write("4,1.2")
+        file.flush()
+        CSVLogger(tmp_path)
+        file.write("5\n")
+    assert table(path)[-1] == {"step": 4, "a": 1.25}
+
+
 class Full:
     """A file on a disk that is full after some bytes."""
 

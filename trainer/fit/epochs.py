@@ -92,7 +92,8 @@ def validate(trainer: Trainer, held_out: Callable[[], Iterator[Batch]], check: C
     hold_if_finite(trainer)
     setup.events.emit("on_validation_begin", trainer)
     state = trainer.run.state_with_edits()
-    averages = evaluate(setup.eval_step, state, held_out(), placement=setup.placement, check=check)
+    with setup.ahead(held_out(), may_be_short=True) as batches:
+        averages = evaluate(setup.eval_step, state, batches, placement=setup.placement, check=check)
     trainer.hold(trainer.run.validated(averages))
     setup.fanout.report("val", trainer.run.step, averages)
     setup.events.emit("on_validation_end", trainer, averages)
@@ -122,7 +123,7 @@ def _run_epochs(
                 setup.fanout.log_text("training", f"{done}: {why}", trainer.run.step)
                 break
             batches = _open_epoch(trainer, plan, opening)
-            with rare_collections(), setup.ahead(batches, trainer.run.batch) as batches:
+            with rare_collections(), setup.ahead(batches, may_be_short=trainer.run.batch > 0) as batches:
                 _run_epoch(trainer, plan, signals, batches, is_last=epoch + 1 == first + plan.num_epochs)
             opening = contextlib.nullcontext()
             # Of the epoch before: the device has finished it, so reading waits for nothing.

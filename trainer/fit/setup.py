@@ -205,11 +205,13 @@ class Setup:
         """Returns the batches of a loader, padded if they are to be; arguments as for `PaddedBatches`."""
         return batches if self.pad_to is None else PaddedBatches(batches, size, mask=mask, setting=setting)
 
-    def ahead(self, batches: Iterator[Batch], batch: int) -> contextlib.AbstractContextManager[Iterator[Batch]]:
-        """Returns the batches of an epoch from ``batch`` on, drawn ahead if they are to be, until the block ends."""
+    def ahead(
+        self, batches: Iterator[Batch], *, may_be_short: bool
+    ) -> contextlib.AbstractContextManager[Iterator[Batch]]:
+        """Returns the batches of an epoch or a validation, drawn ahead if they are to be, until the block ends."""
         if not self.prefetch or isinstance(batches, Epoch):
             return contextlib.nullcontext(batches)
-        return prefetched(batches, self.prefetch, placement=self.placement, may_be_short=batch > 0)
+        return prefetched(batches, self.prefetch, placement=self.placement, may_be_short=may_be_short)
 
     def check_micro_batches(self, data: InMemoryData) -> None:
         """Checks that every batch of training data has enough examples for the micro-batches of a step.

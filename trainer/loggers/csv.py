@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from trainer.errors import ArgumentError, warn
 from trainer.loggers.base import Logger, as_directory
@@ -53,7 +53,8 @@ class CSVLogger(Logger):
         self._table: _Table | None = None
         self._may_be_new = True
         if self.path.exists():
-            _Table(self.path).close()  # refuses what is no table of ours
+            # Refuses what is no table of ours. Another process may be writing to it: each makes a logger, one logs.
+            _Table(self.path, mode="rb").close()
 
     def log_scalars(self, scalars: Mapping[str, float], step: int | None = None) -> None:
         if "step" in scalars:
@@ -119,6 +120,10 @@ class CSVLogger(Logger):
 class _Table:
     """A CSV file, of which the last row is kept in memory. It is there from the first row on.
 
+    Args:
+        path: The file.
+        mode: "rb" to read it only. To write to it drops the rest of a row that a killed process began.
+
     Attributes:
         first: The smallest step of a row, None if there is none.
         last: The largest.
@@ -127,8 +132,8 @@ class _Table:
         ArgumentError: There is a file that is no table of this class; it is not touched.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, mode: Literal["rb", "r+b"] = "r+b") -> None:
+        self._path, self._mode = path, mode
         self._columns: list[str] = []
         self.first: int | None = None
         self.last: int | None = None
@@ -172,7 +177,7 @@ class _Table:
             self._file = None
 
     def _open(self) -> None:
-        self._file = self._path.open("r+b")
+        self._file = self._path.open(self._mode)
         try:
             self._columns, self.first, self.last, self._tail, self._end = [], None, None, None, 0
             for _, entries, start, end in self._lines():
@@ -180,7 +185,8 @@ class _Table:
                     self._columns, self._end = entries[1:], end
                 else:
                     self._count(self._row(entries), start, end)
-            self._file.truncate(self._end)  # the rest of a row that a killed process began
+            if self._mode != "rb":
+                self._file.truncate(self._end)
         except BaseException:
             self.close()
             raise

@@ -9,10 +9,10 @@ import pytest
 
 from tests.callbacks.test_model_checkpoint import build, run
 from tests.marks import slow_unless
-from tests.problems import regression
+from tests.problems import Busy, config, regression, squared_error
 from tests.test_api import assert_same_bits
 from tests.test_eval_params import CASES
-from trainer import ArgumentError, Callback, EarlyStopping, Logger, make_mesh
+from trainer import ArgumentError, Callback, EarlyStopping, Logger, ModelCheckpoint, Trainer, make_mesh
 
 nan, inf = math.nan, math.inf
 
@@ -202,6 +202,80 @@ def test_the_best_params_come_back(layout, tmp_path):
     assert_same_bits((other.state.params, other.state.model_state), kept[-1])
 
 
+class Keep(Callback):
+    """Keeps the params of every validation."""
+
+    def __init__(self):
+        self.kept = []
+
+    def on_validation_end(self, trainer, logs):
+        self.kept.append(jax.tree.map(jnp.copy, (trainer.state.params, trainer.state.model_state)))
+
+
+def best_first(patience=100):
+    """Takes the first validation for the best."""
+    return EarlyStopping(patience=patience, min_delta=1e9, restore_best=True)
+
+
+def evaluated(trainer):
+    return trainer.state.params, trainer.state.model_state
+
+
+def test_they_come_back_where_the_run_ends_by_itself_too(tmp_path):
+    keep = Keep()
+    trainer = build(tmp_path, keep, best_first())
+    run(trainer, epochs=3)
+    assert trainer.epoch == 3
+    assert_same_bits(evaluated(trainer), keep.kept[0])
+
+
+def test_they_do_not_where_it_is_interrupted(tmp_path):
+    class Fail(Callback):
+        def on_epoch_end(self, trainer, epoch, logs):
+            if epoch == 2:
+                raise ZeroDivisionError
+
+    keep = Keep()
+    trainer = build(tmp_path, keep, best_first(), Fail())
+    with pytest.raises(ZeroDivisionError):
+        run(trainer, epochs=4)
+    assert_same_bits(evaluated(trainer), keep.kept[-1])
+
+
+def test_calls_of_train_epoch_are_one_run(tmp_path):
+    keep, batches = Keep(), [regression(4, seed=seed) for seed in range(3)]
+    settings = config(num_epochs=3)
+    loaders = {"train_data_loader": batches, "val_data_loader": [regression(8, seed=9)]}
+    trainer = Trainer(
+        Busy(), settings, loss_fn=squared_error, workdir=tmp_path, callbacks=[keep, best_first()], **loaders
+    )
+    for epoch in range(3):
+        trainer.train_epoch()
+        assert_same_bits(evaluated(trainer), keep.kept[epoch if epoch < 2 else 0])
+
+
+@pytest.mark.parametrize("ends", [3, 5], ids=["in the middle", "at its end"])
+def test_a_resumed_run_takes_them_from_the_best_checkpoint(ends, tmp_path):
+    def made(directory, *more):
+        # The loss falls, so the first validation is the best by this mode.
+        stopping = EarlyStopping(mode="max", patience=100, restore_best=True)
+        best = ModelCheckpoint(directory / "best", mode="max", save_top_k=1)
+        return build(directory, stopping, best, *more, save_interval=5)
+
+    class Stop(Callback):
+        def on_epoch_end(self, trainer, epoch, logs):
+            if epoch + 1 == ends:
+                raise KeyError
+
+    whole = made(tmp_path / "whole")
+    run(whole, epochs=5)
+    with pytest.raises(KeyError):
+        run(made(tmp_path / "parts", Stop()), epochs=5)
+    resumed = made(tmp_path / "parts")
+    run(resumed, epochs=5, resume=True)
+    assert_same_bits(evaluated(resumed), evaluated(whole))
+
+
 def test_the_best_averaged_params_come_back(tmp_path):
     """They are computed from the state of the optimizer, so that comes back too."""
     make, eval_params = CASES["ema"]
@@ -221,6 +295,8 @@ def test_best_params_that_are_not_in_a_checkpoint_are_not_restored_in_silence(tm
     path = trainer.save_checkpoint()
     resumed = build(tmp_path, fresh())
     resumed.load_checkpoint(path)
+    other = ModelCheckpoint(tmp_path / "other", monitor="loss")  # the best of another metric are not these
+    resumed.callbacks.add(other)
     with pytest.warns(UserWarning, match=r"cannot restore the best params, those of step 5: the run was resumed"):
         run(resumed, epochs=10)
 

@@ -7,9 +7,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from trainer.callbacks.base import flatten
 from trainer.callbacks.monitor import Checking, Monitor
+from trainer.checkpoints import load_state
 from trainer.core.checks import check_count
 from trainer.errors import ArgumentError, warn
+from trainer.state import TrainState
 
 
 class EarlyStopping(Checking):
@@ -27,10 +30,11 @@ class EarlyStopping(Checking):
         check_finite: Whether a value that is NaN or infinite ends the run. If not, NaN is no improvement.
         stopping_threshold: A value at least as good as this ends the run.
         divergence_threshold: A value worse than this ends the run.
-        restore_best: Whether the params and the model state of the best score come back when it ends the run, and
-            with ``eval_params`` the state of the optimizer, from which those are computed. The rest stays the latest,
-            as do what `train` returns and the checkpoint at the end of the run. It keeps a copy of them. That copy is
-            not in checkpoints: a resumed run that finds nothing better warns, and restores nothing.
+        restore_best: Whether the params and the model state of the best score come back at the end of the run, early
+            or not, and with ``eval_params`` the state of the optimizer, from which those are computed. The rest stays
+            the latest, as do what `train` returns and the checkpoint at the end of the run. It keeps a copy of them,
+            which is not in checkpoints: a resumed run that finds nothing better takes them from a `ModelCheckpoint`
+            of the same metric, and without one it warns, and restores nothing.
 
     Attributes:
         best_score: The best value so far; None before the first one that is a number.
@@ -88,16 +92,29 @@ class EarlyStopping(Checking):
         self._epoch = epoch
 
     def on_train_end(self, trainer: Any) -> None:
-        if not (self._restore_best and self.should_stop):
+        if not self._restore_best or not (getattr(trainer, "has_ended", False) or self.should_stop):
             return
         best, self._best = self._best, None
+        if best is None and self.best_score is not None:
+            best = self._kept_on_disk(trainer)
         if best is not None:
             trainer.state = trainer.state.replace(**best)
         elif self.best_score is not None:
             warn(
                 f"EarlyStopping cannot restore the best params, those of step {self.best_step}: the run was resumed "
-                f"after them, and checkpoints do not hold them. trainer.ModelCheckpoint keeps the best on disk."
+                f"after them, and checkpoints do not hold them. A trainer.ModelCheckpoint of {self._monitor.name!r} "
+                f"keeps them on disk."
             )
+
+    def _kept_on_disk(self, trainer: Any) -> dict[str, Any] | None:
+        """Returns the parts that come back, from the best checkpoint of another callback of the same metric."""
+        from trainer.callbacks.model_checkpoint import ModelCheckpoint  # here, since few runs need it
+
+        for callback in flatten([trainer.callbacks]):
+            path = callback.best_by(self._monitor) if isinstance(callback, ModelCheckpoint) else None
+            if path is not None:
+                return _evaluated_parts(trainer, load_state(path, trainer.state))
+        return None
 
     @property
     def state_key(self) -> str:
@@ -136,7 +153,7 @@ class EarlyStopping(Checking):
         elif rank > best + (self._min_delta if best > -math.inf else 0.0):
             self.best_score, self.best_step, self._waited = score, trainer.step, 0
             if self._restore_best:
-                self._best = jax.tree.map(jnp.copy, _evaluated_parts(trainer))
+                self._best = jax.tree.map(jnp.copy, _evaluated_parts(trainer, trainer.state))
         else:
             self._waited += 1
             if self._waited >= self._patience:
@@ -152,9 +169,8 @@ class EarlyStopping(Checking):
             self.reason = f"{self._monitor.name} = {score:.6g} {why}; best: {best_of_all}"
 
 
-def _evaluated_parts(trainer: Any) -> dict[str, Any]:
-    """Returns the parts of the state that a validation depends on, by name."""
-    state = trainer.state
+def _evaluated_parts(trainer: Any, state: TrainState) -> dict[str, Any]:
+    """Returns the parts of a state that a validation depends on, by name."""
     parts = {"params": state.params, "model_state": state.model_state}
     return parts if trainer.setup.eval_params is None else {**parts, "opt_state": state.opt_state}
 

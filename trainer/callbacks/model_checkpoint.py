@@ -107,6 +107,11 @@ class ModelCheckpoint(Checking):
         steps = [step for step in scores if not math.isnan(_number(scores[step]))]
         return self.dirpath / str(max(steps, key=lambda step: self._order(step, scores))) if steps else None
 
+    def best_by(self, monitor: Monitor) -> Path | None:
+        """Returns `best_model_path` where that is the best by a monitor, and None where this watches another metric."""
+        is_same = (monitor.name, monitor.mode) == (self._monitor.name, self._monitor.mode)
+        return self.best_model_path if is_same and self._save_top_k else None
+
     @property
     def best_model_score(self) -> float | None:
         """The score of the best checkpoint, None if there is none. Waits for a save in flight."""

@@ -41,7 +41,7 @@ def fit(trainer: Trainer, plan: FitPlan, resume: bool | str | os.PathLike[str]) 
     setup, before = trainer.setup, trainer.run
     setup.live.validates = plan.held_out is not None
     restored = find(setup, before, plan, resume)
-    setup.live.planned, setup.live.failure = plan.planned, ""
+    setup.live.planned, setup.live.failure, setup.live.has_ended = plan.planned, "", False
     opening: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if restored is None:
         run = before.replace(position=plan.position, arguments=plan.arguments)
@@ -144,6 +144,7 @@ def _run_epochs(
             trainer.hold(setup.without_lost_position(run))
             trainer.save_checkpoint(background="if_finite")
             trainer.hold(run)
+        setup.live.has_ended = _is_end(setup, plan, trainer.run)
     return trainer.run
 
 
@@ -390,8 +391,12 @@ def _is_to_be_saved(setup: Setup, plan: FitPlan, run: Run) -> bool:
     saved = setup.checkpointer.saved_step(run)
     if not setup.is_directory_given or saved == run.step:
         return False
-    is_end = plan.caller == "train" or run.epoch >= setup.config.num_epochs or setup.events.should_stop
-    return is_end or saved is None
+    return _is_end(setup, plan, run) or saved is None
+
+
+def _is_end(setup: Setup, plan: FitPlan, run: Run) -> bool:
+    """Tells whether a call that has come to its end ends a run: one of ``train_epoch`` may be followed by others."""
+    return plan.caller == "train" or run.epoch >= setup.config.num_epochs or setup.events.should_stop
 
 
 def _resumed(plan: FitPlan, position: Position) -> Planned:

@@ -47,6 +47,10 @@ class ReadOnly:
     # What is known of the call in progress, or of the latest.
     should_stop = property(lambda self: self.setup.events.should_stop, doc="Whether a callback wants the run to end.")
     planned = property(lambda self: self.setup.live.planned, doc="How far the run is meant to go, `fit.setup.Planned`.")
+    has_ended = property(
+        lambda self: self.setup.live.has_ended and not self.setup.live.failure,
+        doc="Whether the latest call came to the end of a run, and no signal or exception ended it.",
+    )
     throughput = property(lambda self: self.setup.live.throughput, doc="`trainer.Throughput` of the latest epoch.")
     validates = property(lambda self: self.setup.live.validates, doc="Whether the run validates on anything.")
 

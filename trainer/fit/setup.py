@@ -79,6 +79,7 @@ class Live:
         planned: How far it, or the latest, is meant to go; None before the first.
         meter: Measures the epoch in progress, or the latest.
         failure: What ended it, in words, if it raised; empty otherwise.
+        has_ended: Whether it came to the end of a run: all epochs, or as many as callbacks wanted.
         throughput: The speed of the latest epoch.
         has_advised: Whether fusing was recommended.
         has_warned: Whether it was said that the loss is not finite.
@@ -90,6 +91,7 @@ class Live:
     planned: Planned | None = None
     meter: Meter | None = None
     failure: str = ""
+    has_ended: bool = False
     throughput: Throughput | None = None
     has_advised: bool = False
     has_warned: bool = False

@@ -43,8 +43,9 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
-    """Links code on the other pages to the reference."""
+    """Links code on the other pages to the reference, and leaves out who runs a block, which no parser of fences knows."""
     del kwargs
+    markdown = re.sub(r"^(\s*```python) \w+$", r"\1", markdown, flags=re.MULTILINE)
     return markdown if page.file.src_uri.startswith("reference/") else linked(markdown, is_page=True)
 
 
@@ -86,6 +87,8 @@ def on_post_build(config: Any) -> None:
     pages = {path: Links(path.read_text(encoding="utf-8")) for path in site.rglob("*.html") if path.name != "404.html"}
     wrong = []
     for path, page in pages.items():
+        if "```" in path.read_text(encoding="utf-8"):
+            wrong.append(f"{path.relative_to(site)}: shows a fence of a block of code")
         for link in page.links:
             if re.match(r"https?:|mailto:", link):
                 continue

@@ -510,6 +510,21 @@ class TestHooks:
             build(callbacks=[Failing(), recorder]).train(regression(16), 1, 8)
         assert recorder.names[-1] == "on_train_end"
 
+    def test_ctrl_c_in_on_train_end_does_not_keep_it_from_the_others(self):
+        class Interrupted(Callback):
+            def on_train_end(self, trainer):
+                raise KeyboardInterrupt
+
+        class Failing(Callback):
+            def on_train_end(self, trainer):
+                raise OSError("late")
+
+        recorder = Recorder()
+        with pytest.raises(KeyboardInterrupt) as caught:
+            build(callbacks=[Failing(), Interrupted(), recorder]).train(regression(16), 1, 8)
+        assert caught.value.__notes__ == ["and on_train_end raised OSError('late')"]
+        assert recorder.names[-1] == "on_train_end"
+
     def test_a_callback_list_of_the_users_own_works(self):
         class Own:
             def __init__(self):

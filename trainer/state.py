@@ -194,13 +194,13 @@ class TrainState:
     def is_finite(self) -> jax.Array:
         """Tells, as a scalar on the device, whether training can go on from here: nothing is NaN or infinite.
 
-        It looks at the parameters, the variables of the model, and the arrays of the optimizer that have the shape of
-        a parameter, such as moments. Scalars of the optimizer may be infinite: the best loss so far begins so.
+        It looks at the parameters, the variables of the model, and all that the optimizer holds. Scalars of the
+        optimizer may be infinite, though not NaN: the best loss so far begins so.
         """
         self.check_alive()
-        shapes = {leaf.shape for leaf in jax.tree.leaves(self.params)} - {()}
-        moments = [leaf for leaf in jax.tree.leaves(self.opt_state) if leaf.shape in shapes]
-        finite: jax.Array = _is_finite((self.params, self.model_state, moments))
+        held = jax.tree.leaves(self.opt_state)
+        arrays, scalars = [leaf for leaf in held if leaf.ndim], [leaf for leaf in held if not leaf.ndim]
+        finite: jax.Array = _is_finite((self.params, self.model_state, arrays), scalars)
         return finite
 
     def __repr__(self) -> str:
@@ -234,9 +234,10 @@ def is_gone(leaf: Any) -> bool:
 
 
 @jax.jit
-def _is_finite(tree: Any) -> jax.Array:
-    floating = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in floating]))
+def _is_finite(tree: Any, scalars: list[Any]) -> jax.Array:
+    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    numbers = [~jnp.isnan(leaf) for leaf in scalars if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.all(jnp.stack([*finite, *numbers]))
 
 
 def check_model(model: Any) -> None:

@@ -74,6 +74,22 @@ def test_a_state_whose_moments_are_not_finite_cannot_go_on():
     assert not state.replace(opt_state=moments).is_finite()
 
 
+def test_nor_can_one_whose_optimizer_holds_nan_in_arrays_of_another_shape_or_in_its_rate():
+    # Adafactor holds sums over rows and columns of a param.
+    optimizer = optax.inject_hyperparams(optax.adafactor)(learning_rate=1e-2, min_dim_size_to_factor=2)
+    state = TrainState.create(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), optimizer, rng=jax.random.key(0))
+    assert state.is_finite()
+    leaves, structure = jax.tree.flatten(state.opt_state)
+    shapes = {leaf.shape for leaf in jax.tree.leaves(state.params)}
+    spoilt = [
+        [value * jnp.nan if index == chosen else value for index, value in enumerate(leaves)]
+        for chosen, leaf in enumerate(leaves)
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.shape not in shapes
+    ]
+    assert len(spoilt) > 2
+    assert not any(state.replace(opt_state=jax.tree.unflatten(structure, one)).is_finite() for one in spoilt)
+
+
 def test_a_scalar_of_an_optimizer_may_be_infinite():
     optimizer = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau())
     state = TrainState.create(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), optimizer, rng=jax.random.key(0))

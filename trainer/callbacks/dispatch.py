@@ -26,13 +26,16 @@ class CallbackDispatcher:
         """Calls the method named ``event`` with ``args``, on each that has one."""
         self._all.emit(event, *args)
 
-    def emit_to_all(self, event: str, *args: Any) -> list[Exception]:
-        """Like `emit`, but an exception does not keep the event from the rest; returns the exceptions."""
-        failures = []
+    def emit_to_all(self, event: str, *args: Any) -> list[BaseException]:
+        """Like `emit`, but an exception does not keep the event from the rest; returns the exceptions.
+
+        Ctrl-C in one callback is no reason to leave the others' files open either: it is among what is returned.
+        """
+        failures: list[BaseException] = []
         for callback in self._all.in_order():
             try:
                 emit(callback, event, *args)
-            except Exception as failure:
+            except BaseException as failure:
                 failures.append(failure)
         return failures
 

@@ -1,4 +1,4 @@
-"""Snapshots: what a checkpoint will hold, described and copied before it is written."""
+"""Snapshots: the arrays and records of a run (`trainer.run`), described and copied before they are written."""
 
 import dataclasses
 import datetime

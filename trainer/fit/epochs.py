@@ -343,20 +343,32 @@ def _running(trainer: Trainer) -> Iterator[Signals]:
                 late.add_note(f"and on_train_end raised {failure!r}")
             _finish_saves(trainer, signals, late)
             raise late
-        if len(failures) > 1:
-            raise ExceptionGroup("several callbacks failed in on_train_end", failures)
-        if failures:
-            raise failures[0]
+        _raise_of_end(failures)
 
 
-def _end(trainer: Trainer) -> list[Exception]:
+def _end(trainer: Trainer) -> list[BaseException]:
     """Emits the last event of a run, waits for what callbacks have begun to save at it, and returns the failures."""
     failures = trainer.setup.events.emit_to_all("on_train_end", trainer)
     try:
         trainer.setup.finish_saves()
-    except Exception as failure:
+    except BaseException as failure:
         failures.append(failure)
     return failures
+
+
+def _raise_of_end(failures: list[BaseException]) -> None:
+    """Raises what callbacks raised in ``on_train_end``: Ctrl-C first, with notes of the others; else all of them."""
+    ordinary = [failure for failure in failures if isinstance(failure, Exception)]
+    for interrupt in failures:
+        if not isinstance(interrupt, Exception):
+            for failure in failures:
+                if failure is not interrupt:
+                    interrupt.add_note(f"and on_train_end raised {failure!r}")
+            raise interrupt
+    if len(ordinary) > 1:
+        raise ExceptionGroup("several callbacks failed in on_train_end", ordinary)
+    if ordinary:
+        raise ordinary[0]
 
 
 def _finish_saves(trainer: Trainer, signals: Signals, error: BaseException) -> None:

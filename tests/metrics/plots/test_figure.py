@@ -4,6 +4,7 @@ import math
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -77,18 +78,22 @@ def test_another_ending_is_refused_before_anything_is_drawn(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failure_leaves_the_earlier_picture(tmp_path, monkeypatch):
+@pytest.mark.parametrize("where", ["drawing", "writing"])
+def test_a_failure_leaves_the_earlier_picture(where, tmp_path, monkeypatch):
     path = tmp_path / "a.png"
     path.write_bytes(b"earlier")
-    figure = type(history().plot())
+    write = Path.write_bytes
 
-    def fail(*arguments, **options):
+    def fail(drawing, *arguments, **options):
+        if where == "writing":
+            write(drawing, b"half")
         raise OSError("no")
 
-    monkeypatch.setattr(figure, "savefig", fail)
+    monkeypatch.setattr(*((type(history().plot()), "savefig") if where == "drawing" else (Path, "write_bytes")), fail)
     with pytest.raises(OSError, match="no"):
         history().plot(path)
     assert path.read_bytes() == b"earlier"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_runs_are_over_each_other_with_their_labels():

@@ -206,7 +206,7 @@ def _check_ending(path: str | os.PathLike[str] | None) -> None:
 
 
 def _finished(figure: Any, path: str | os.PathLike[str] | None) -> Any:
-    """Returns the figure, or writes it: drawn in memory first, so that a failure leaves no half of a file."""
+    """Returns the figure, or writes it: as a whole, or a failure leaves the file of before."""
     if path is None:
         return figure
     path, drawn = Path(path), io.BytesIO()
@@ -214,7 +214,12 @@ def _finished(figure: Any, path: str | os.PathLike[str] | None) -> Any:
         warnings.simplefilter("ignore")
         figure.savefig(drawn, format=path.suffix.lower().removeprefix("."))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(drawn.getvalue())
+    written = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        written.write_bytes(drawn.getvalue())
+        written.replace(path)
+    finally:
+        written.unlink(missing_ok=True)
     return None
 
 

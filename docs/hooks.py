@@ -43,7 +43,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
-    """Links code on the other pages to the reference, and leaves out who runs a block, which no parser of fences knows."""
+    """Links code on the other pages to the reference, and drops what the fence of a block says beside its language."""
     del kwargs
     markdown = re.sub(r"^(\s*```python) \w+$", r"\1", markdown, flags=re.MULTILINE)
     return markdown if page.file.src_uri.startswith("reference/") else linked(markdown, is_page=True)

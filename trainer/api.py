@@ -68,8 +68,8 @@ class Trainer(Inspection):
         step_fn: A step of your own in place of ``make_train_step(loss_fn, optimizer)``, see `trainer.StepFn`.
             ``loss_fn`` then only validates and evaluates, and may be None.
         nonfinite, report, accumulate_steps, precision, remat: Of the step, see `make_train_step`. Evaluations have the
-            ``precision`` too, and beside a ``step_fn`` only they. With ``nonfinite="raise"`` the trainer raises `NonFiniteError` when it next reads
-            metrics, validates or saves, and holds the state of before.
+            ``precision`` too; beside a ``step_fn`` only they have. With ``nonfinite="raise"`` the trainer raises
+            `NonFiniteError` when it next reads metrics, validates or saves, and holds the state of before.
         pad_to: "batch" pads short batches to ``batch_size`` rows, so that they compile nothing new, and adds to every
             batch a ``mask`` by which the objective averages, see `trainer.pad_batch`.
         prefetch: How many batches of a loader, of training or validation, a thread draws ahead, see `prefetched`.

@@ -94,6 +94,17 @@ def test_nothing_saved_yet(tmp_path):
     assert not (tmp_path / "best").exists()
 
 
+def test_after_a_rollback_the_newest_is_the_one_that_was_written_last(tmp_path):
+    callback = ModelCheckpoint(tmp_path / "best", save_top_k=-1)
+    trainer = build(tmp_path, callback)
+    run(trainer, epochs=3)
+    assert callback.last_model_path.name == "15"
+    trainer.load_checkpoint(tmp_path / "best" / "5")
+    run(trainer, epochs=1)
+    assert callback.last_model_path.name == "10"
+    assert ModelCheckpoint(tmp_path / "best").last_model_path.name == "15"
+
+
 def contents(directory):
     return {path.relative_to(directory): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 

@@ -120,9 +120,12 @@ class ModelCheckpoint(Checking):
 
     @property
     def last_model_path(self) -> Path | None:
-        """The newest checkpoint, None if there is none. Waits for a save in flight."""
-        steps = self._finished()
-        return self.dirpath / str(max(steps)) if steps else None
+        """The checkpoint that was written last, None if there is none. Waits for a save in flight.
+
+        Before a run of this callback it is the one of the highest step.
+        """
+        steps = list(self._finished())
+        return self.dirpath / str(steps[-1]) if steps else None
 
     def on_train_begin(self, trainer: Any) -> None:
         self._monitor.check_run(trainer)

@@ -100,7 +100,8 @@ def test_after_a_rollback_the_newest_is_the_one_that_was_written_last(tmp_path):
     run(trainer, epochs=3)
     assert callback.last_model_path.name == "15"
     trainer.load_checkpoint(tmp_path / "best" / "5")
-    run(trainer, epochs=1)
+    with pytest.warns(UserWarning, match="holds checkpoints up to step 15"):
+        run(trainer, epochs=1)
     assert callback.last_model_path.name == "10"
     assert ModelCheckpoint(tmp_path / "best").last_model_path.name == "15"
 

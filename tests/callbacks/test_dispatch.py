@@ -2,7 +2,9 @@
 
 import dataclasses
 import gc
+import itertools
 import weakref
+from pathlib import Path
 
 import pytest
 
@@ -168,6 +170,25 @@ class TestStates:
         saved = build([Stateful(1), Last(0), Stateful(2)]).state_dict()
         build([first := Stateful(0), second := Stateful(0), Last(9)]).load_state_dict(saved)
         assert (first.state, second.state) == (1, 2)
+
+    def test_several_of_one_name_find_theirs_by_what_they_were_made_with(self):
+        class Counter(Stateful):
+            def __init__(self, name, folder):
+                super().__init__(0)
+                self.name, self._folder = name, folder
+
+        def made():
+            return [Counter("a", Path("x")), Counter("b", Path("x")), Counter("a", Path("y"))]
+
+        before = made()
+        dispatcher = build(before)
+        for number, callback in enumerate(before):
+            callback.state = number + 1  # as events do
+        saved = dispatcher.state_dict()
+        for order in itertools.permutations(range(3)):
+            after = made()
+            build([after[index] for index in order]).load_state_dict(saved)
+            assert [callback.state for callback in after] == [1, 2, 3]
 
     @pytest.mark.parametrize(("before", "after"), [([1], [8, 9]), ([1, 2], [9])])
     def test_which_of_several_was_meant_is_not_guessed(self, before, after):

@@ -1,5 +1,7 @@
 """`CallbackDispatcher`: the events and saved states of a trainer's callbacks and extensions."""
 
+import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +23,8 @@ class CallbackDispatcher:
         self._callbacks = callbacks
         self._extensions = extensions
         self._all = CallbackList((callbacks, *extensions.values(), *([] if display is None else [display])))
+        # Before any event has changed them.
+        self._made = [(callback, _attributes_of(callback)) for callback in flatten([callbacks])]
 
     def emit(self, event: str, *args: Any) -> None:
         """Calls the method named ``event`` with ``args``, on each that has one."""
@@ -57,16 +61,27 @@ class CallbackDispatcher:
         """Returns the states of the callbacks and extensions that have ``state_dict`` and ``load_state_dict``.
 
         Each is ``{"callback": name, "state": state}``. The name is the ``state_key`` of a callback, else the name of
-        its class; an extension is ``extensions/<name>``.
+        its class; an extension is ``extensions/<name>``. Of several of one name each has a digest of its plain
+        attributes too, as they were when the trainer was made: ``"made": text``.
         """
-        return [{"callback": name, "state": one.state_dict()} for name, one in self._stateful()]
+        present = self._stateful()
+        names = [name for name, _ in present]
+        return [
+            {
+                "callback": name,
+                "state": one.state_dict(),
+                **({"made": self._made_of(one)} if names.count(name) > 1 else {}),
+            }
+            for name, one in present
+        ]
 
     def load_state_dict(self, states: Sequence[Any]) -> None:
         """Gives each state to the callback or extension that it is named for.
 
-        Several of one name get theirs in list order. If there are more or fewer of them than when the states were
-        saved, none gets one, since any of them may be the owner. Whatever finds no owner or no state is named in a
-        warning. States of an older format have no names, and are given out by position.
+        Several of one name get theirs by the attributes that they were made with, in whatever order they come; where
+        these tell nothing (they are all alike, or others than then) in list order. If there are more or fewer of them
+        than when the states were saved, none gets one, since any of them may be the owner. Whatever finds no owner or
+        no state is named in a warning. States of an older format have no names, and are given out by position.
 
         Raises:
             CheckpointError: A callback or an extension cannot use its state, or some states have names and some none.
@@ -84,7 +99,8 @@ class CallbackDispatcher:
         problems = []
         for name in dict.fromkeys([*(name for name, _ in present), *(entry["callback"] for entry in states)]):
             owners = [callback for known, callback in present if known == name]
-            found = [entry["state"] for entry in states if entry["callback"] == name]
+            entries = [entry for entry in states if entry["callback"] == name]
+            found = [entry["state"] for entry in entries]
             if not found:
                 problems.append(f"no state for {name!r}, which starts without one")
             elif not owners:
@@ -95,6 +111,10 @@ class CallbackDispatcher:
                     f"callback a `state_key` of its own)"
                 )
             else:
+                then = [entry.get("made") for entry in entries]
+                now = [self._made_of(owner) for owner in owners]
+                if len(set(then)) == len(then) and set(then) == set(now):
+                    found = [found[then.index(made)] for made in now]
                 for callback, state in zip(owners, found, strict=True):
                     _load(callback, state)
         if problems:
@@ -104,6 +124,9 @@ class CallbackDispatcher:
     def has_states(self) -> bool:
         """Whether any callback or extension has a state to save."""
         return bool(self._stateful())
+
+    def _made_of(self, callback: Any) -> str:
+        return next((text for one, text in self._made if one is callback), "")
 
     def _stateful(self) -> list[tuple[str, Any]]:
         """Returns the callbacks and extensions that have a state, by name, in list order whatever ``runs_last`` is."""
@@ -117,8 +140,18 @@ def _name_of(callback: Any) -> str:
     return key if isinstance(key, str) and key else type(callback).__name__
 
 
+def _attributes_of(callback: Any) -> str:
+    """Returns a digest of the attributes of a callback that are plain values: what it was made with, mostly."""
+    plain = (str, int, float, bool, type(None), os.PathLike)
+    held = {name: value for name, value in getattr(callback, "__dict__", {}).items() if isinstance(value, plain)}
+    text = repr([(name, str(held[name])) for name in sorted(held)])
+    return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:16]  # no text: some hold passwords
+
+
 def _is_named(entry: Any) -> bool:
-    return isinstance(entry, Mapping) and entry.keys() == {"callback", "state"} and isinstance(entry["callback"], str)
+    if not isinstance(entry, Mapping) or entry.keys() - {"made"} != {"callback", "state"}:
+        return False
+    return isinstance(entry["callback"], str)
 
 
 def _load(callback: Any, state: Any) -> None:

@@ -17,25 +17,84 @@ from flax import nnx
 from workloads import Workload
 
 
-def make_step(model: nnx.Module, loss_fn: Callable, optimizer: optax.GradientTransformation) -> tuple[Any, Callable]:
-    """Returns a state and the pure step ``(state, batch) -> (state, metrics)``."""
-    graphdef, variables = nnx.split(model)
-    params = jax.tree.map(jnp.copy, nnx.to_pure_dict(variables))
-    state = (params, optimizer.init(params), jnp.zeros((), jnp.int32))
+def make_step(
+    model: nnx.Module,
+    loss_fn: Callable,
+    optimizer: optax.GradientTransformation,
+    *,
+    wrt: nnx.filterlib.Filter = ...,
+    report: Callable[[Any, Any, Any], dict[str, Any]] = lambda grads, updates, params: {},
+) -> tuple[Any, Callable]:
+    """Returns a state and the pure step ``(state, batch) -> (state, metrics)``.
+
+    Args:
+        model: The module, which is copied.
+        loss_fn: The objective.
+        optimizer: What updates the params.
+        wrt: Which variables are params; the others stay as they are.
+        report: From gradients, updates and params to further metrics.
+    """
+    graphdef, variables, others = nnx.split(model, wrt, ...)
+    params, frozen = jax.tree.map(jnp.copy, (nnx.to_pure_dict(variables), nnx.to_pure_dict(others)))
+    # An optimizer may keep the params themselves, and one buffer cannot be donated twice.
+    state = (params, jax.tree.map(jnp.copy, optimizer.init(params)), jnp.zeros((), jnp.int32), frozen)
     rng = jax.random.key(0)
 
     def step(state, batch):
-        params, opt_state, count = state
+        params, opt_state, count, frozen = state
 
         def objective(params):
-            return loss_fn(nnx.merge(graphdef, params), batch, jax.random.fold_in(rng, count), count)
+            return loss_fn(nnx.merge(graphdef, params, frozen), batch, jax.random.fold_in(rng, count), count)
 
         (loss, metrics), grads = jax.value_and_grad(objective, has_aux=True)(params)
         updates, opt_state = optimizer.update(grads, opt_state, params)
-        state = (optax.apply_updates(params, updates), opt_state, count + 1)
+        metrics = {**metrics, **report(grads, updates, params)}
+        state = (optax.apply_updates(params, updates), opt_state, count + 1, frozen)
         return state, {**metrics, "loss": loss, "step": count + 1}
 
     return state, step
+
+
+def in_bfloat16(model: nnx.Module) -> nnx.Module:
+    """Returns a model as if its layers were made with ``dtype=jnp.bfloat16``; its params stay in float32."""
+    for _, module in nnx.iter_modules(model):
+        if hasattr(module, "dtype"):
+            module.dtype = jnp.bfloat16
+    return model
+
+
+def with_lora(model: nnx.Module, rank: int) -> nnx.Module:
+    """Returns a model with an `nnx.LoRA` around each `nnx.Linear`."""
+    rngs = nnx.Rngs(1)
+
+    def adapted(path, node):
+        del path
+        if type(node) is not nnx.Linear:
+            return node
+        return nnx.LoRA(node.in_features, rank, node.out_features, base_module=node, rngs=rngs)
+
+    return nnx.recursive_map(adapted, model, graph=True)
+
+
+class Checkpointed(nnx.Module):
+    """A module whose activations the backward pass computes again."""
+
+    def __init__(self, inner: nnx.Module):
+        self.inner = inner
+
+    def __call__(self, *args):
+        graphdef, variables = nnx.split(self.inner)
+        return jax.checkpoint(lambda variables, *args: nnx.merge(graphdef, variables)(*args))(variables, *args)
+
+
+def with_checkpoints(model: nnx.Module) -> nnx.Module:
+    """Returns a model with a `jax.checkpoint` around each module in its list of layers or blocks."""
+
+    def wrapped(path, node):
+        is_block = len(path) == 2 and isinstance(node, nnx.Module) and path[0] in ("layers", "blocks")
+        return Checkpointed(node) if is_block else node
+
+    return nnx.recursive_map(wrapped, model, graph=True)
 
 
 def batches(data: Mapping[str, np.ndarray], batch_size: int, draws: np.random.Generator) -> Iterator[dict[str, Any]]:

@@ -4,21 +4,40 @@ To add a feature, write a function from the workload to its contenders, and list
 state, a compiled ``(state, batch) -> (state, metrics)`` that donates it, and the batches of one update. Times are of
 one update; "scratch" is what XLA plans beside arguments and results. Run it with ``python benchmarks/features.py``, and
 on an accelerator with ``--wide``, which trains a transformer in place of the small dense network.
+
+`find_learning_rate`, `find_batch_size`, `summary`, ``fast_dev_run`` and ``overfit_batches`` have no row: they run once
+before the training or choose its data, and leave the step as it is.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
 import by_hand
 import workloads
+from contenders import Checked, Contender, OneByOne, hand_written, ours
 from timing import Report, compared, in_turns, per
-from trainer import TrainState, add_lora, ema_of_params, make_train_step, polyak_average
-from workloads import Workload
+from trainer import (
+    TrainState,
+    add_lora,
+    by_group,
+    by_path,
+    ema_of_params,
+    make_check_step,
+    make_eval_step,
+    make_train_step,
+    pad_batch,
+    polyak_average,
+)
+from trainer.core.own_step import own_step
+from workloads import LEARNING_RATE, Workload
 
 MEBIBYTE = 2**20
 STEPS = 16
@@ -27,54 +46,12 @@ MEMBERS = 16
 """The members of a sweep."""
 
 
-@dataclasses.dataclass
-class Contender:
-    """A way to make one update of the params."""
-
-    state: Any
-    step: Callable[..., Any]
-    batches: Sequence[Mapping[str, Any]]
-
-    def update(self) -> Any:
-        for batch in self.batches:
-            self.state, metrics = self.step(self.state, batch)
-        return metrics
-
-    @property
-    def scratch(self) -> int:
-        """Bytes that XLA plans for a call, beside arguments and results."""
-        return self.step.lower(self.state, self.batches[0]).compile().memory_analysis().temp_size_in_bytes
-
-
 @dataclasses.dataclass(frozen=True)
 class Feature:
     """A feature, and its contenders by name; the first is the step without it."""
 
     name: str
     contenders: Callable[[Workload], dict[str, Contender]]
-
-
-def ours(
-    workload: Workload,
-    batch: Mapping[str, Any] | None = None,
-    optimizer: optax.GradientTransformation | None = None,
-    model: Any = None,
-    **options: Any,
-) -> Contender:
-    """The step of this library with keywords of `make_train_step`."""
-    optimizer = workload.optimizer() if optimizer is None else optimizer
-    held = {name: options[name] for name in ("nonfinite", "precision", "wrt") if name in options}
-    model = workload.make_model() if model is None else model
-    state = TrainState.create(model, optimizer, rng=jax.random.key(0), **held)
-    step = jax.jit(make_train_step(workload.loss_fn, optimizer, **options), donate_argnums=0)
-    return Contender(state, step, [workload.batch if batch is None else batch])
-
-
-def hand_written(workload: Workload, optimizer: optax.GradientTransformation, parts: int = 1) -> Contender:
-    """The step by hand, called on so many parts of the batch."""
-    state, step = by_hand.make_step(workload.make_model(), workload.loss_fn, optimizer)
-    batches = [{name: column[i::parts] for name, column in workload.batch.items()} for i in range(parts)]
-    return Contender(state, jax.jit(step, donate_argnums=0), batches)
 
 
 def accumulation(workload: Workload) -> dict[str, Contender]:
@@ -115,52 +92,196 @@ def averaged_by_hand(workload: Workload) -> Contender:
         (params, *rest), metrics = step(state, batch)
         return ((params, *rest), optax.incremental_update(params, kept, 1e-3)), metrics
 
-    both = state, jax.tree.map(jax.numpy.copy, state[0])
+    both = state, jax.tree.map(jnp.copy, state[0])
     return Contender(both, jax.jit(averaged, donate_argnums=0), [workload.batch])
 
 
 def reports(workload: Workload) -> dict[str, Contender]:
-    names = ["gradient_norm", "update_ratio"]
-    return {"plain": ours(workload), f"report={names}": ours(workload, report=names)}
+    names, norm = ["gradient_norm", "update_ratio"], optax.tree.norm
+
+    def by_definition(grads: Any, updates: Any, params: Any) -> dict[str, Any]:
+        return {"gradient_norm": norm(grads), "update_ratio": norm(updates) / norm(params)}
+
+    return {
+        "plain": ours(workload),
+        f"report={names}": ours(workload, report=names),
+        "by hand: optax.tree.norm": hand_written(workload, report=by_definition),
+    }
 
 
 def precision(workload: Workload) -> dict[str, Contender]:
-    return {"plain": ours(workload)} | {
-        f"precision={name!r}": ours(workload, precision=name) for name in ("bfloat16", "float16")
+    def loss_fn(model: Any, *args: Any) -> Any:
+        return workload.loss_fn(lambda inputs: model(inputs).astype(jnp.float32), *args)
+
+    in_half, model = dataclasses.replace(workload, loss_fn=loss_fn), by_hand.in_bfloat16(workload.make_model())
+    # XLA has no products of float16 on a CPU that sum in float32, as attention asks for.
+    has_float16 = jax.default_backend() != "cpu" or not hasattr(model, "blocks")
+    names = ("bfloat16", "float16") if has_float16 else ("bfloat16",)
+    return {
+        "plain": ours(workload),
+        **{f"precision={name!r}": ours(workload, precision=name) for name in names},
+        "by hand: layers with dtype=jnp.bfloat16": hand_written(in_half, model=model),
+    }
+
+
+LINEAR = "layers/.*|blocks/.*/(inner|outer)|head"
+"""The paths of every `nnx.Linear`, in the small network or the transformer."""
+HEAD = "(layers/3|head)/.*"
+"""The paths of the params of the last layer."""
+
+
+def low_rank(workload: Workload) -> dict[str, Contender]:
+    adapted = add_lora(workload.make_model(), 4, paths=LINEAR, rngs=nnx.Rngs(1))
+    by_flax = by_hand.with_lora(workload.make_model(), 4)
+    return {
+        "plain": ours(workload),
+        "add_lora of rank 4, wrt=nnx.LoRAParam": ours(workload, model=adapted, wrt=nnx.LoRAParam),
+        "by hand: nnx.LoRA around layers": hand_written(workload, model=by_flax, wrt=nnx.LoRAParam),
     }
 
 
 def trained_part(workload: Workload) -> dict[str, Contender]:
-    adapted = add_lora(workload.make_model(), 4, paths="**", rngs=nnx.Rngs(1))
+    def is_head(path: Any, variable: Any) -> bool:
+        del variable
+        return re.fullmatch(HEAD, "/".join(map(str, path))) is not None
+
     return {
         "plain": ours(workload),
-        "LoRA of rank 4, wrt=nnx.LoRAParam": ours(workload, model=adapted, wrt=nnx.LoRAParam),
+        "wrt=by_path(...), the last layer": ours(workload, wrt=by_path(HEAD)),
+        "by hand: nnx.split by a filter": hand_written(workload, wrt=is_head),
     }
 
 
 def rematerialization(workload: Workload) -> dict[str, Contender]:
-    names = ("blocks", "dots_saveable")
-    return {"plain": ours(workload)} | {f"remat={name!r}": ours(workload, remat=name) for name in names}
+    return {
+        "plain": ours(workload),
+        "remat='blocks'": ours(workload, remat="blocks"),
+        "remat='dots_saveable'": ours(workload, remat="dots_saveable"),
+        "by hand: jax.checkpoint of blocks": hand_written(
+            workload, model=by_hand.with_checkpoints(workload.make_model())
+        ),
+    }
 
 
-class OneByOne(Contender):
-    """Members that are trained one after the other."""
+def groups(workload: Workload) -> dict[str, Contender]:
+    def labels(params: Any) -> Any:
+        return jax.tree.map_with_path(lambda path, _: "bias" if path[-1].key == "bias" else "rest", params)
 
-    def update(self) -> Any:
-        results = [self.step(state, self.batches[0]) for state in self.state]
-        self.state = [state for state, _ in results]
-        return [metrics for _, metrics in results]
+    bias, rest = optax.adam(2 * LEARNING_RATE), optax.adam(LEARNING_RATE)
+    return {
+        "plain": ours(workload),
+        "by_group, biases and the rest": ours(workload, optimizer=by_group({"*bias": bias, "*": rest})),
+        "by hand: optax.partition": hand_written(workload, optax.partition({"bias": bias, "rest": rest}, labels)),
+    }
 
-    @property
-    def scratch(self) -> int:
-        return self.step.lower(self.state[0], self.batches[0]).compile().memory_analysis().temp_size_in_bytes
+
+def merged_metrics(workload: Workload) -> dict[str, Contender]:
+    """An accuracy that is merged over 4 micro-batches; by hand it is the mean of means."""
+
+    def reporting(accuracy: Callable[[Any, Any], Any]) -> Workload:
+        def loss_fn(model: Any, batch: Any, rng: Any, step: Any) -> Any:
+            logits = model(batch["input"])  # XLA computes it once
+            return workload.loss_fn(model, batch, rng, step)[0], {"accuracy": accuracy(logits, batch["target"])}
+
+        return dataclasses.replace(workload, loss_fn=loss_fn)
+
+    def mean(logits: Any, labels: Any) -> Any:
+        return jnp.mean(logits.argmax(-1) == labels)
+
+    def pair(logits: Any, labels: Any) -> Any:
+        return mean(logits, labels), labels.size
+
+    def merging(logits: Any, labels: Any) -> Any:
+        accuracy = nnx.metrics.Accuracy()
+        accuracy.update(logits=logits, labels=labels)
+        return accuracy
+
+    return {
+        "no metric": ours(workload, accumulate_steps=4),
+        "a scalar": ours(reporting(mean), accumulate_steps=4),
+        "a pair of value and weight": ours(reporting(pair), accumulate_steps=4),
+        "an nnx.metrics.Accuracy": ours(reporting(merging), accumulate_steps=4),
+    }
+
+
+def padding(workload: Workload) -> dict[str, Contender]:
+    def masked(model: Any, batch: Any, rng: Any, step: Any) -> Any:
+        del rng, step
+        losses = optax.softmax_cross_entropy_with_integer_labels(model(batch["input"]), batch["target"])
+        weight = batch["mask"].sum()
+        return losses.reshape(len(losses), -1).mean(1) @ batch["mask"] / weight, {"batch_weight": weight}
+
+    half = {name: column[: workload.batch_size // 2] for name, column in workload.batch.items()}
+    with_mask = dataclasses.replace(workload, loss_fn=masked)
+    return {
+        "plain, a full batch": ours(workload),
+        "pad_to='batch', half a batch": ours(with_mask, pad_batch(half, workload.batch_size)),
+        "by hand: half a batch, compiled for its shape": hand_written(workload, batch=half),
+    }
+
+
+def own(workload: Workload) -> dict[str, Contender]:
+    optimizer = workload.optimizer()
+
+    def step_fn(state: TrainState, batch: Any) -> Any:
+        def objective(params: Any) -> Any:
+            return workload.loss_fn(state.replace(params=params).model(), batch, state.rng, state.step)
+
+        (loss, metrics), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return state.replace(params=params, opt_state=opt_state, step=state.step + 1), {**metrics, "loss": loss}
+
+    plain = ours(workload)
+    step = jax.jit(own_step(step_fn), donate_argnums=0)
+    return {
+        "plain": plain,
+        "step_fn": Contender(ours(workload).state, step, plain.batches),
+        "by hand": hand_written(workload),
+    }
+
+
+def schedule_free(workload: Workload) -> dict[str, Contender]:
+    """An update and an evaluation of the same batch."""
+    optimizer = optax.contrib.schedule_free_adamw(LEARNING_RATE)
+    eval_params = optax.contrib.schedule_free_eval_params
+    graphdef = nnx.graphdef(workload.make_model())
+
+    def evaluated(contender: Contender, evaluate: Callable[[Any, Any], Any]) -> Contender:
+        def step(state: Any, batch: Any) -> Any:
+            state, metrics = contender.step(state, batch)
+            return state, {**metrics, "evaluated": evaluate(state, batch)}
+
+        return Contender(contender.state, jax.jit(step, donate_argnums=0), contender.batches)
+
+    def evaluate_by_hand(state: Any, batch: Any) -> Any:
+        params, opt_state, count, _ = state
+        model = nnx.merge(graphdef, eval_params(opt_state, params))
+        return workload.loss_fn(model, batch, jax.random.key(0), count)[0]
+
+    return {
+        "plain": evaluated(ours(workload), make_eval_step(workload.loss_fn)),
+        "schedule_free_adamw, eval_params": evaluated(
+            ours(workload, optimizer=optimizer), make_eval_step(workload.loss_fn, eval_params=eval_params)
+        ),
+        "by hand: schedule_free_eval_params": evaluated(hand_written(workload, optimizer), evaluate_by_hand),
+    }
+
+
+def debugging(workload: Workload) -> dict[str, Contender]:
+    """A check beside each step; nobody writes by hand what tells the module where NaN begins."""
+    plain = ours(workload)
+    check = make_check_step(workload.loss_fn)
+    return {"plain": plain, "debug=True": Checked(ours(workload).state, plain.step, plain.batches, check)}
 
 
 def sweep(workload: Workload) -> dict[str, Contender]:
-    one = ours(workload)
-    step = make_train_step(workload.loss_fn, workload.optimizer())
-    members = [jax.tree.map(jax.numpy.copy, one.state) for _ in range(MEMBERS)]
-    stacked = jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *members)
+    """Members that differ in their learning rates."""
+    optimizer = optax.inject_hyperparams(optax.adam)(learning_rate=LEARNING_RATE)
+    one = ours(workload, optimizer=optimizer)
+    members = [one.state.copy().with_learning_rate(rate) for rate in np.logspace(-4, -1, MEMBERS)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+    step = make_train_step(workload.loss_fn, optimizer)
     together = jax.jit(jax.vmap(step, in_axes=(0, None)), donate_argnums=0)
     return {
         f"{MEMBERS} members, one after the other": OneByOne(members, one.step, [workload.batch]),
@@ -174,8 +295,15 @@ FEATURES = [
     Feature("averages of params", average),
     Feature("reports of the update", reports),
     Feature("mixed precision", precision),
-    Feature("low-rank adaptation", trained_part),
+    Feature("low-rank adaptation", low_rank),
+    Feature("a part of the params", trained_part),
     Feature("rematerialization", rematerialization),
+    Feature("an optimizer for each group of params", groups),
+    Feature("a metric, merged over 4 micro-batches", merged_metrics),
+    Feature("a short batch", padding),
+    Feature("a step of the caller's", own),
+    Feature("schedule-free, an update and an evaluation", schedule_free),
+    Feature("checks for debugging", debugging),
 ]
 SWEEP = Feature("a sweep", sweep)
 
@@ -193,14 +321,33 @@ def compare(report: Report, feature: Feature, workload: Workload, updates: int) 
     """Prints the times and the memory of the contenders of a feature."""
     contenders = feature.contenders(workload)
     plain = next(iter(contenders))
-    scratch = {name: contender.scratch for name, contender in contenders.items()}
+    planned = {name: contender.scratch for name, contender in contenders.items()}
+    scratch = {name: "not known" if size is None else size / MEBIBYTE for name, size in planned.items()}
     runs = {name: timed(contender, updates) for name, contender in contenders.items()}
     times = in_turns(runs, report.repeats)
     rows = compared(times, "µs an update", 1e6, {f"x {plain}": plain})
     report.table(
         f"{feature.name}, {workload.name} at {workload.batch_size}",
-        [{**row, "scratch, MiB": scratch[row["what"]] / MEBIBYTE} for row in rows],
+        [{**row, "scratch, MiB": scratch[row["what"]]} for row in rows],
     )
+
+
+def equality_of_sweep(report: Report, workload: Workload) -> None:
+    """Prints how far members trained in one program are from the same trained one by one, after an epoch."""
+    size = workload.batch_size
+    starts = range(0, workload.num_examples - size + 1, size)
+    batches = [{name: column[start : start + size] for name, column in workload.data.items()} for start in starts]
+    alone, together = (dataclasses.replace(contender, batches=batches) for contender in sweep(workload).values())
+    singles = np.array([metrics["loss"] for metrics in alone.update()])
+    losses = np.asarray(together.update()["loss"])
+    difference = np.max(np.abs(losses / singles - 1))
+    row = {
+        "what": f"the last losses of {MEMBERS} members",
+        "largest relative difference": f"{difference:.1e}",
+        "equal within rounding": str(bool(difference < 1e-3)),
+        "best member": f"{losses.argmin()} and {singles.argmin()}",
+    }
+    report.table(f"a sweep in one program against one by one, {workload.name}, after {len(batches)} updates", [row])
 
 
 def memory_of_accumulation(report: Report, workload: Workload) -> None:
@@ -219,26 +366,18 @@ def memory_of_accumulation(report: Report, workload: Workload) -> None:
     report.table(f"scratch of a step under gradient accumulation, {workload.name}", rows)
 
 
-def dense(batch_size: int) -> Workload:
-    """Four layers at a large batch, enough for a processor to work on."""
-    return dataclasses.replace(
-        workloads.digits(batch_size),
-        name="MLP 784-256-256-256-10",
-        make_model=lambda: workloads.Mlp(784, 256, 256, 256, 10),
-        batch_size=batch_size,
-    )
-
-
 def main():
     wide = {"--wide": {"action": "store_true", "help": "train a transformer of width 512, for an accelerator"}}
     report = Report(__doc__, repeats=9, options=wide)
     if report.options.wide:
         workload = workloads.wide_text(16, 32, 64, 2) if report.quick else workloads.wide_text()
     else:
-        workload = dense(64 if report.quick else 4096)
+        workload = workloads.dense(64 if report.quick else 4096)
     for feature in FEATURES:
         compare(report, feature, workload, 1 if report.quick else 5)
-    compare(report, SWEEP, workloads.digits(64), 1 if report.quick else 20)
+    digits = workloads.scanned_digits()
+    compare(report, SWEEP, digits, 1 if report.quick else 20)
+    equality_of_sweep(report, digits)
     memory_of_accumulation(report, workload)
     report.close()
 

@@ -145,6 +145,25 @@ def digits(rows: int = 60_000) -> Workload:
     return Workload("MLP 784-128-10", lambda: Mlp(784, 128, 10), cross_entropy, _pair(images, labels), 128)
 
 
+def dense(batch_size: int) -> Workload:
+    """Four dense layers at a large batch, enough for a processor to work on."""
+    wide = digits(batch_size)
+
+    def make_model() -> Mlp:
+        return Mlp(784, 256, 256, 256, 10)
+
+    return dataclasses.replace(wide, name="MLP 784-256-256-256-10", make_model=make_model, batch_size=batch_size)
+
+
+def scanned_digits() -> Workload:
+    """A dense network on the 1,797 real digits of 8x8 pixels that scikit-learn brings, at batch 64."""
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    data = _pair((pixels / 16).astype(np.float32), labels.astype(np.int32))
+    return Workload("MLP 64-128-10 on real digits", lambda: Mlp(64, 128, 10), cross_entropy, data, 64)
+
+
 def images(rows: int = 768) -> Workload:
     """A convolutional network on images of 28x28 at batch 64."""
     draws = np.random.default_rng(0)

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 try:
     import by_hand
+    import features
     import timing
     import workloads
 finally:
@@ -51,6 +52,60 @@ def test_a_scan_by_hand_does_it_too_short_last_batch_included(gather_first):
     workload = workloads.dispatch_bound(60)
     scanned = by_hand.scan(workload, gather_first=gather_first)(3)
     assert scanned == pytest.approx(our_last_loss(workload, 3), rel=1e-4)
+
+
+SAME_LOSS = [
+    feature
+    for feature in features.FEATURES
+    # Half precision rounds, factors are drawn anew, and half a batch is compared with a whole one.
+    if feature.contenders not in (features.precision, features.low_rank, features.padding)
+]
+
+
+@pytest.mark.parametrize("feature", SAME_LOSS, ids=lambda feature: feature.name)
+@pytest.mark.slow
+def test_contenders_compute_the_loss_of_the_step_without_the_feature(feature):
+    made = feature.contenders(workloads.dense(64)).values()
+    first = [contender.update()["loss"] for contender in made if len(contender.batches) == 1]
+    np.testing.assert_allclose(first, first[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "contenders",
+    [features.reports, features.own, features.groups, features.trained_part, features.schedule_free, features.average],
+)
+@pytest.mark.slow
+def test_by_hand_trains_as_the_feature_does(contenders):
+    made = contenders(workloads.dense(64))
+    ours, hand = (made[name] for name in (list(made)[1], list(made)[-1]))
+    for _ in range(3):
+        losses = [contender.update()["loss"] for contender in (ours, hand)]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_half_precision_by_hand_is_that_of_the_feature():
+    made = features.precision(workloads.dense(64))
+    losses = {name: float(contender.update()["loss"]) for name, contender in made.items()}
+    plain, ours, _, hand = losses.values()
+    assert hand == pytest.approx(ours, rel=1e-4)
+    assert ours == pytest.approx(plain, rel=1e-2)
+    assert ours != plain
+
+
+@pytest.mark.slow
+def test_low_rank_factors_by_hand_are_as_many_and_start_at_the_same_loss():
+    plain, ours, hand = features.low_rank(workloads.dense(64)).values()
+    assert sorted(map(np.shape, jax.tree.leaves(ours.state.params))) == sorted(
+        map(np.shape, jax.tree.leaves(hand.state[0]))
+    )
+    losses = [contender.update()["loss"] for contender in (plain, ours, hand)]
+    np.testing.assert_allclose(losses, losses[0], rtol=1e-5)
+
+
+def test_a_padded_batch_has_the_loss_of_the_short_one():
+    _, padded, short = features.padding(workloads.dense(64)).values()
+    assert float(padded.update()["loss"]) == pytest.approx(float(short.update()["loss"]), rel=1e-5)
 
 
 def test_turns_go_forwards_and_backwards_and_the_first_is_not_counted():

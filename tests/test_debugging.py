@@ -182,6 +182,11 @@ class TestDebug:
     def trainer(self, bad=None, **options):
         return Trainer(Net(bad), config(), optax.adam(1e-3), loss_fn=objective, debug=True, **options)
 
+    @pytest.mark.parametrize("given", ["nan", 1, None])
+    def test_other_values(self, given):
+        with pytest.raises(ArgumentTypeError, match=r"`debug` is .* of type \w+; it must be True or False"):
+            Trainer(Net(), config(), loss_fn=objective, debug=given)
+
     def test_a_run_learns_the_same(self):
         learned = []
         for debug in (False, True):

@@ -58,6 +58,14 @@ class TestSummary:
         frozen = sum(leaf.size for leaf in jax.tree.leaves(trainer.state.model_state))
         assert int(rows["."][3].replace(",", "")) == frozen
 
+    def test_on_a_mesh_it_is_the_same(self):
+        eight, one = build(mesh=make_mesh({"data": 2, "fsdp": 4})), build()
+        assert unchanged(eight, lambda trainer: trainer.summary()) == one.summary()
+        tables = [unchanged(trainer, lambda trainer: trainer.summary(batch=regression(8))) for trainer in (eight, one)]
+        # Of the draws of dropout JAX makes more operations over a mesh.
+        rows = [[line for line in table.splitlines() if line.split()[0] not in (".", "dropout")] for table in tables]
+        assert rows[0] == rows[1]
+
     def test_it_counts_moments_by_their_param(self):
         state = TrainState.create(Linear(4), optax.adam(0.1), rng=jax.random.key(0))
         *_, layer = (line.split() for line in summarize(state).splitlines())
@@ -123,7 +131,7 @@ class TestLearningRate:
             ({"high": np.inf}, "`low` is 1e-06 and `high` inf; they must be positive, finite and ascending"),
         ],
     )
-    def test_arguments(self, options, message):
+    def test_rates_that_cannot_be_tested(self, options, message):
         state = TrainState.create(Linear(4), optax.sgd(0.1), rng=jax.random.key(0))
         with pytest.raises(ArgumentError, match=message):
             build().find_learning_rate(regression(64), 16, **options)
@@ -154,8 +162,10 @@ class TestBatchSize:
         memory = sum(costs) // 2
         assert unchanged(trainer, lambda trainer: trainer.find_batch_size(regression(3), memory=memory)) == 64
         assert unchanged(trainer, lambda trainer: trainer.find_batch_size(regression(3), high=100)) == 64
+
+    def test_no_size_fits(self):
         with pytest.raises(ArgumentError, match="no size of a batch fits: a step of 1 needs more memory than there is"):
-            trainer.find_batch_size(regression(3), memory=10)
+            build().find_batch_size(regression(3), memory=10)
 
     @pytest.mark.parametrize(
         ("options", "message"),

@@ -290,6 +290,8 @@ class TestTrainer:
         assert_same_bits(trainer.state, other.state)
         averaged = averaged_params(trainer.opt_state, trainer.state.params)
         jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(trainer.model, nnx.Param)), averaged)
+        rows = regression(8, seed=1)["input"]
+        np.testing.assert_allclose(trainer.predict(rows, 3), trainer.model(rows), rtol=1e-5, atol=1e-6)
         raw = jax.jit(make_eval_step(squared_error))(trainer.state, regression(8, seed=1))
         assert abs(float(raw["loss"]) - validation["loss"]) > 1e-4  # else the test shows nothing
 

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.experimental import checkify
 
 from tests.problems import Busy, config, regression, squared_error
+from tests.test_api import assert_same_bits
 from trainer import (
     ArgumentError,
     ArgumentTypeError,
@@ -21,6 +22,7 @@ from trainer import (
     Trainer,
     TrainState,
     make_check_step,
+    make_mesh,
     make_train_step,
 )
 
@@ -182,6 +184,11 @@ class TestDebug:
     def trainer(self, bad=None, **options):
         return Trainer(Net(bad), config(), optax.adam(1e-3), loss_fn=objective, debug=True, **options)
 
+    @pytest.mark.parametrize("given", ["nan", 1, None])
+    def test_what_is_no_bool_for_debug(self, given):
+        with pytest.raises(ArgumentTypeError, match=r"`debug` is .* of type \w+; it must be True or False"):
+            Trainer(Net(), config(), loss_fn=objective, debug=given)
+
     def test_a_run_learns_the_same(self):
         learned = []
         for debug in (False, True):
@@ -201,10 +208,17 @@ class TestDebug:
 
     @pytest.mark.slow
     def test_on_a_mesh(self):
-        from trainer import make_mesh
-
         with pytest.raises(NonFiniteError, match=r"`blocks/1` \(Block\) made it of finite inputs"):
             self.trainer("log", mesh=make_mesh({"data": 8})).train(data(16), 1, 8)
+
+    def test_interrupted_and_resumed_it_is_the_same_to_the_bit(self, tmp_path):
+        whole = self.trainer(workdir=tmp_path / "whole")
+        wanted = whole.train(data(20), 2, 4)
+        with pytest.raises(RuntimeError, match="enough"):
+            self.trainer(workdir=tmp_path / "cut", callbacks=[Raise(7)]).train(data(20), 2, 4)
+        resumed = self.trainer(workdir=tmp_path / "cut")
+        assert resumed.train(data(20), 2, 4, resume=True) == wanted
+        assert_same_bits(resumed.state, whole.state)
 
     def test_of_a_step_of_the_callers_the_operation_is_named(self):
         optimizer = optax.adam(1e-3)
@@ -291,6 +305,16 @@ class TestFastDevRun:
         with pytest.raises((ArgumentError, ArgumentTypeError), match="`fast_dev_run`"):
             Trainer(Busy(), config(), loss_fn=squared_error, fast_dev_run=given)
 
+    def test_on_a_mesh(self, tmp_path):
+        results, given = [], {"loss_fn": squared_error, "workdir": tmp_path, "save_interval": 1, "fast_dev_run": 2}
+        for options in ({"mesh": make_mesh({"data": 8})}, {}):
+            # Before a BatchNorm a bias has no gradient but rounding, which Adam would scale up.
+            trainer = Trainer(Busy(), config(), optax.sgd(0.1), **given, **options)
+            results.append(trainer.train(regression(40), 3, 8, regression(40, seed=1)))
+            assert (trainer.step, trainer.epoch) == (2, 1)
+        assert results[0] == pytest.approx(results[1], rel=1e-4)
+        assert list(tmp_path.iterdir()) == []
+
     def test_both(self):
         with pytest.raises(ArgumentError, match="contradict"):
             Trainer(Busy(), config(), loss_fn=squared_error, fast_dev_run=True, overfit_batches=2)
@@ -320,6 +344,28 @@ class TestOverfitBatches:
         trainer.train_epoch()
         trainer.train_epoch()
         assert (np.sort(np.concatenate(seen.trained[0])) == np.sort(np.concatenate(seen.trained[1]))).all()
+
+    def overfitting(self, directory, **options):
+        given = {"loss_fn": squared_error, "workdir": directory, "overfit_batches": 2}
+        return Trainer(Busy(), config(), optax.sgd(0.1), **given, **options)
+
+    def test_interrupted_and_resumed_it_is_the_same_to_the_bit(self, tmp_path):
+        whole = self.overfitting(tmp_path / "whole")
+        wanted = whole.train(regression(40), 3, 4, regression(8))
+        with pytest.raises(RuntimeError, match="enough"):
+            self.overfitting(tmp_path / "cut", callbacks=[Raise(3)]).train(regression(40), 3, 4, regression(8))
+        resumed = self.overfitting(tmp_path / "cut")
+        assert resumed.train(regression(40), 3, 4, regression(8), resume=True) == wanted
+        assert_same_bits(resumed.state, whole.state)
+
+    def test_on_a_mesh_the_examples_and_numbers_are_those_of_one_device(self, tmp_path):
+        eight, one = (
+            self.overfitting(tmp_path / name, **options)
+            for name, options in {"eight": {"mesh": make_mesh({"data": 8})}, "one": {}}.items()
+        )
+        wanted = one.train(regression(40), 3, 8, regression(8))
+        assert eight.train(regression(40), 3, 8, regression(8)) == pytest.approx(wanted, rel=1e-4)
+        assert eight.step == one.step == 6
 
     def test_without_validation_data_it_does_not_validate(self):
         trainer = Trainer(Busy(), config(), loss_fn=squared_error, overfit_batches=1)

@@ -9,6 +9,8 @@ from flax import nnx
 from optax import contrib
 
 from tests.problems import Busy, Linear, config, regression, squared_error
+from tests.test_api import assert_same_bits
+from tests.test_resume import StoppedError, Watching
 from trainer import (
     ArgumentError,
     ArgumentTypeError,
@@ -18,6 +20,7 @@ from trainer import (
     ema_of_params,
     evaluate,
     make_eval_step,
+    make_mesh,
 )
 
 CASES = {
@@ -26,10 +29,9 @@ CASES = {
 }
 
 
-def build(tmp_path, optimizer, eval_params, **settings):
-    return Trainer(
-        Linear(4), config(**settings), optimizer, loss_fn=squared_error, eval_params=eval_params, workdir=tmp_path
-    )
+def build(tmp_path, optimizer, eval_params, *, options=None, **settings):
+    given = {"loss_fn": squared_error, "eval_params": eval_params, "workdir": tmp_path}
+    return Trainer(Linear(4), config(**settings), optimizer, **given, **(options or {}))
 
 
 @pytest.mark.parametrize("clip", [None, 0.5])
@@ -49,7 +51,37 @@ def test_everything_that_evaluates_uses_them(name, clip, tmp_path):
     assert abs(wanted["loss"] - raw["loss"]) > 1e-3  # else the test shows nothing
     assert validation == trainer.evaluate(held_out, 8) == pytest.approx(wanted)
     assert float(trainer.validate_step(held_out)["loss"]) == pytest.approx(wanted["loss"])
+    np.testing.assert_allclose(trainer.predict(held_out, 3), state.model()(held_out["input"]), 1e-5, 1e-6)
     jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(trainer.model, nnx.Param)), averaged)
+
+
+def run(tmp_path, name, resume=False, **options):
+    make, eval_params = CASES[name]
+    trainer = build(tmp_path, make(), eval_params, options=options)
+    return trainer, trainer.train(regression(58), 2, 8, regression(10, seed=1), val_interval=4, resume=resume)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.few(1)
+def test_killed_and_resumed_it_is_the_same_to_the_bit(name, tmp_path):
+    whole, wanted = run(tmp_path / "whole", name)
+    with pytest.raises(StoppedError):
+        run(tmp_path / "cut", name, callbacks=[Watching(13)], save_interval=3)
+    resumed, found = run(tmp_path / "cut", name, resume=True, callbacks=[Watching()], save_interval=3)
+    assert found == wanted
+    assert_same_bits(resumed.state, whole.state)
+    assert_same_bits(nnx.state(resumed.model), nnx.state(whole.model))
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.few(1)
+def test_on_a_mesh_the_numbers_are_those_of_one_device(name, tmp_path):
+    (eight, found), (one, wanted) = (
+        run(tmp_path / str(len(options)), name, **options) for options in ({"mesh": make_mesh({"data": 8})}, {})
+    )
+    assert found == pytest.approx(wanted, rel=1e-5, abs=1e-6)
+    models = (nnx.to_pure_dict(nnx.state(trainer.model)) for trainer in (eight, one))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *models)
 
 
 def test_training_is_not_changed_by_it(tmp_path):

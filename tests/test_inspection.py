@@ -11,7 +11,16 @@ from flax import nnx
 
 from tests.problems import Busy, Linear, config, regression, squared_error
 from tests.test_api import assert_same_bits
-from trainer import ArgumentError, Callback, Trainer, TrainState, find_learning_rate, make_mesh, summarize
+from trainer import (
+    ArgumentError,
+    ArgumentTypeError,
+    Callback,
+    Trainer,
+    TrainState,
+    find_learning_rate,
+    make_mesh,
+    summarize,
+)
 from trainer.compile.dispatch import Program
 
 
@@ -48,6 +57,14 @@ class TestSummary:
         assert rows["inner"][:4] == ["Linear", "0", "0", "40"]
         frozen = sum(leaf.size for leaf in jax.tree.leaves(trainer.state.model_state))
         assert int(rows["."][3].replace(",", "")) == frozen
+
+    def test_on_a_mesh_it_is_the_same(self):
+        eight, one = build(mesh=make_mesh({"data": 2, "fsdp": 4})), build()
+        assert unchanged(eight, lambda trainer: trainer.summary()) == one.summary()
+        tables = [unchanged(trainer, lambda trainer: trainer.summary(batch=regression(8))) for trainer in (eight, one)]
+        # Of the draws of dropout JAX makes more operations over a mesh.
+        rows = [[line for line in table.splitlines() if line.split()[0] not in (".", "dropout")] for table in tables]
+        assert rows[0] == rows[1]
 
     def test_it_counts_moments_by_their_param(self):
         state = TrainState.create(Linear(4), optax.adam(0.1), rng=jax.random.key(0))
@@ -110,11 +127,26 @@ class TestLearningRate:
         [
             ({"steps": 5}, "`steps` is 5; a range test needs at least 10"),
             ({"low": 1.0, "high": 0.1}, "`low` is 1.0 and `high` 0.1; they must be positive, finite and ascending"),
+            ({"low": -1.0}, "`low` is -1.0 and `high` 1.0; they must be positive, finite and ascending"),
+            ({"high": np.inf}, "`low` is 1e-06 and `high` inf; they must be positive, finite and ascending"),
         ],
     )
-    def test_arguments(self, options, message):
+    def test_rates_that_cannot_be_tested(self, options, message):
+        state = TrainState.create(Linear(4), optax.sgd(0.1), rng=jax.random.key(0))
         with pytest.raises(ArgumentError, match=message):
             build().find_learning_rate(regression(64), 16, **options)
+        with pytest.raises(ArgumentError, match=message):
+            find_learning_rate(squared_error, optax.sgd, state, [regression(8)], **options)
+
+    @pytest.mark.parametrize("name", ["low", "high"])
+    @pytest.mark.parametrize("value", ["0.1", None, True, np.ones(2)])
+    def test_what_is_no_rate(self, name, value):
+        state = TrainState.create(Linear(4), optax.sgd(0.1), rng=jax.random.key(0))
+        message = rf"`{name}` is .* of type {type(value).__name__}; it must be a number"
+        with pytest.raises(ArgumentTypeError, match=message):
+            build().find_learning_rate(regression(64), 16, **{name: value})
+        with pytest.raises(ArgumentTypeError, match=message):
+            find_learning_rate(squared_error, optax.sgd, state, [regression(8)], **{name: value})
 
     def test_no_batch(self):
         state = TrainState.create(Linear(4), optax.sgd(0.1), rng=jax.random.key(0))
@@ -130,8 +162,21 @@ class TestBatchSize:
         memory = sum(costs) // 2
         assert unchanged(trainer, lambda trainer: trainer.find_batch_size(regression(3), memory=memory)) == 64
         assert unchanged(trainer, lambda trainer: trainer.find_batch_size(regression(3), high=100)) == 64
+
+    def test_no_size_fits(self):
         with pytest.raises(ArgumentError, match="no size of a batch fits: a step of 1 needs more memory than there is"):
-            trainer.find_batch_size(regression(3), memory=10)
+            build().find_batch_size(regression(3), memory=10)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"memory": "16G"}, "`memory` is '16G' of type str; it must be a number"),
+            ({"high": 1e3}, "`high` is 1000.0 of type float; it must be a positive integer"),
+        ],
+    )
+    def test_arguments(self, options, message):
+        with pytest.raises(ArgumentTypeError, match=message):
+            build().find_batch_size(regression(3), **options)
 
     @pytest.mark.parametrize(("text", "found"), [("RESOURCE_EXHAUSTED: Out of memory while trying to", 16), ("", None)])
     def test_a_compiler_may_refuse_what_does_not_fit(self, text, found, monkeypatch):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections.abc import Callable
 
 import flax.struct
 import jax
@@ -48,6 +49,32 @@ class Auc(flax.struct.PyTreeNode):
         return (self.positive * below).sum() / (self.positive.sum() * self.negative.sum())
 
 
+class OfSums(flax.struct.PyTreeNode):
+    """A function of sums over examples, where the mean of its values over batches is another number."""
+
+    sums: jax.Array
+    function: Callable[[jax.Array], jax.Array] = flax.struct.field(pytree_node=False)
+
+    def merge(self, other):
+        return self.replace(sums=self.sums + other.sums)
+
+    def compute(self):
+        return self.function(self.sums)
+
+
+def f1(sums):
+    hits, said, positive = sums
+    return 2 * hits / (said + positive)
+
+
+def root_mean(sums):
+    return jnp.sqrt(sums[0] / sums[1])
+
+
+def perplexity(sums):
+    return jnp.exp(sums[0] / sums[1])
+
+
 def loss_fn(model, batch, rng, step):
     """Binary classification of the sign of a target, with every kind of metric."""
     scores = model(batch["input"])
@@ -65,6 +92,9 @@ def loss_fn(model, batch, rng, step):
     return jnp.mean(losses), {
         "recall": (((scores > 0) * labels).sum() / positive, positive),
         "auc": Auc.of(scores, labels),
+        "f1": OfSums(jnp.stack([((scores > 0) * labels).sum(), (scores > 0).sum(), positive]), f1),
+        "rmse": OfSums(jnp.stack([((scores - batch["target"]) ** 2).sum(), jnp.float32(scores.size)]), root_mean),
+        "perplexity": OfSums(jnp.stack([losses.sum(), jnp.float32(losses.size)]), perplexity),
         "accuracy": accuracy,
         "score": moments,
         "several": several,
@@ -84,6 +114,9 @@ NAMES = {
     "scores",
     "recall",
     "auc",
+    "f1",
+    "rmse",
+    "perplexity",
     "accuracy",
     "mean_score",
     "mean_label",
@@ -104,6 +137,9 @@ def at_once(state, data):
         "scores": np.histogram(np.clip(scores, -1, 1), 4, (-1, 1))[0],
         "recall": ((scores > 0) * labels).sum() / labels.sum(),
         "auc": Auc.of(scores, labels).compute(),
+        "f1": 2 * ((scores > 0) * labels).sum() / ((scores > 0).sum() + labels.sum()),
+        "rmse": np.sqrt(np.mean((np.asarray(scores) - data["target"]) ** 2)),
+        "perplexity": np.exp(np.mean(optax.sigmoid_binary_cross_entropy(scores, labels))),
         "accuracy": jnp.mean((scores >= 0) == (labels > 0)),
         "mean_score": scores.mean(),
         "mean_label": labels.mean(),

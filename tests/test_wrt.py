@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from tests.problems import Busy, config, regression, squared_error
-from tests.test_api import assert_same_bits
+from tests.test_api import assert_same_bits, on_host
 from tests.test_resume import StoppedError, Watching
 from trainer import (
     ArgumentError,
@@ -168,6 +168,17 @@ class TestTrainer:
     def test_it_is_refused_at_once(self, tmp_path):
         with pytest.raises(ArgumentError, match=re.escape("the pattern 'iner/**' for variables of Param")):
             Trainer(Busy(), config(), loss_fn=squared_error, workdir=tmp_path, wrt="iner/**")
+
+    @pytest.mark.parametrize("axes", [{"data": 8}, {"data": 2, "fsdp": 4}])
+    @pytest.mark.few(1)
+    def test_on_a_mesh_the_numbers_are_those_of_one_device(self, axes, tmp_path):
+        trained = []  # with SGD: before a BatchNorm a bias has no gradient but rounding, which Adam would scale up
+        for name, options in {"eight": {"mesh": make_mesh(axes)}, "one": {}}.items():
+            trainer = self.build(tmp_path / name, optimizer=optax.sgd(0.1), **options)
+            trainer.train(regression(40), 2, 8)
+            assert paths_of(trainer.state.params) == {"inner/bias", "inner/kernel", "norm/bias", "outer/bias"}
+            trained.append(on_host((trainer.state.params, trainer.state.model_state)))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *trained)
 
     def test_on_a_mesh_only_the_trained_params_have_moments(self):
         state = create_sharded(

@@ -19,7 +19,8 @@ class ExtensionConfig(Config):
 
     Attributes:
         name: A name for people; its loss is reported under its key in ``extensions``.
-        weight: The factor of its loss, any finite number; a bonus has a negative one. Changing it compiles nothing.
+        weight: The factor of its loss, any finite number. It may be negative: the loss of a bonus, such as the entropy
+            of a policy, is to grow. Changing it compiles nothing.
         enabled: Whether its loss takes part. Switching it compiles the step once for each setting.
     """
 

@@ -1,6 +1,8 @@
 """How many steps go into one call: judged from what they compute, and never seen in what is learned."""
 
+import contextlib
 import gc
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,28 @@ from trainer.compile.dispatch import Program
 from trainer.compile.fusion import FusionPolicy, as_function
 from trainer.core.flops import flops
 from trainer.loop import rare_collections
+
+
+@contextlib.contextmanager
+def no_array_is_read():
+    """Lets every read of an array by this thread raise; the guard of JAX sees none on a CPU."""
+    thread, kind = threading.current_thread(), type(jnp.zeros(()))
+
+    def refusing(read, is_meant=lambda *args: True):
+        def refuse(*args, **options):
+            if threading.current_thread() is thread and is_meant(*args):
+                raise AssertionError("an array is read")
+            return read(*args, **options)
+
+        return refuse
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, "_value", property(refusing(kind._value.fget)))
+        for name in ("__array__", "item"):
+            patch.setattr(kind, name, refusing(getattr(kind, name)))
+        for name in ("array", "asarray"):
+            patch.setattr(np, name, refusing(getattr(np, name), lambda value, *_: isinstance(value, jax.Array)))
+        yield
 
 
 def traced(function, *shapes):
@@ -189,23 +213,35 @@ class TestInTrain:
             build(steps_per_call=value)
 
     @pytest.mark.parametrize("steps_per_call", [1, "auto"])
-    def test_between_two_moments_nothing_is_transferred_but_batches(self, steps_per_call, tmp_path):
-        """Within an epoch every transfer that is not asked for by name raises."""
+    @pytest.mark.parametrize("options", [{}, {"nonfinite": "skip"}, {"nonfinite": "raise"}, {"precision": "float16"}])
+    @pytest.mark.few(5)
+    def test_between_two_moments_nothing_is_transferred_but_batches(self, options, steps_per_call, tmp_path):
+        """Within an epoch every transfer that is not asked for by name raises, and so does a read."""
+        reads = contextlib.ExitStack()
 
         class Guarding(Callback):
             def on_epoch_begin(self, trainer, epoch):
+                reads.enter_context(no_array_is_read())
                 jax.config.update("jax_transfer_guard", "disallow")
+
+            def on_call_end(self, trainer, step, logs):
+                if step % 11 == 0:
+                    reads.close()  # the end of an epoch, with its validation, reads
 
             def on_epoch_end(self, trainer, epoch, logs):
                 jax.config.update("jax_transfer_guard", "allow")
 
-        trainer = build(steps_per_call=steps_per_call, workdir=tmp_path, callbacks=[Guarding()])
+        trainer = build(steps_per_call=steps_per_call, workdir=tmp_path, callbacks=[Guarding()], **options)
         try:
             trainer.train(regression(41), 3, 4, regression(8), val_interval=100)
             assert trainer.step == 33
             with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed"), jax.transfer_guard("disallow"):
                 trainer.train_step(regression(4))  # that the guard would notice
+            for read in (float, jax.device_get, lambda leaf: np.asarray(leaf)):
+                with pytest.raises(AssertionError, match="an array is read"), no_array_is_read():
+                    read(trainer.state.step)
         finally:
+            reads.close()
             jax.config.update("jax_transfer_guard", "allow")
 
 

@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from tests.distributed.test_start import JOIN, finish, run, start
 from tests.sharding.test_trainer_mesh import Perceptron, config, data, objective
+from tests.test_partial_metrics import Auc
 from trainer import (
     Callback,
     CheckpointError,
@@ -350,8 +352,27 @@ print(json.dumps(course_with_features(make_mesh({"data": 4}))))
 def reported_objective(model, batch, rng, step):
     loss, _ = objective(model, batch, rng, step)
     bad = jnp.where(step == 2, jnp.nan, 0.0)  # the guard leaves this step out, in all processes
-    errors = jnp.abs(model(batch["input"]) - batch["target"])
-    return loss + bad, {"errors": histogram(errors, 0.0, 4.0, bins=4), "by_output": vector(errors.mean(axis=0))}
+    outputs = model(batch["input"])
+    errors = jnp.abs(outputs - batch["target"])
+    return loss + bad, {
+        "errors": histogram(errors, 0.0, 4.0, bins=4),
+        "by_output": vector(errors.mean(axis=0)),
+        **merging(outputs, batch["target"]),
+    }
+
+
+def merging(outputs, targets):
+    """Metrics of the sign of a target that are no averages over batches."""
+    clear = jnp.abs(targets) > 0.9
+    right = (outputs > 0) == (targets > 0)
+    signs = (targets > 0).astype(jnp.float32)
+    spread = nnx.metrics.Welford()
+    spread.update(values=outputs.astype(jnp.float32))
+    return {
+        "accuracy": ((right & clear).sum() / clear.sum(), clear.sum()),
+        "auc": Auc.of(outputs.astype(jnp.float32).ravel(), signs.ravel()),
+        "output": spread,
+    }
 
 
 def course_with_features(mesh):
@@ -370,8 +391,15 @@ def course_with_features(mesh):
         remat={"inner": "nothing_saveable"},
         callbacks=[ReduceLROnPlateau(patience=1, factor=0.5, min_delta=1e9)],
     )
-    trainer.train(data(32), 3, 16, data(16, seed=1))
+    held_out = data(27, seed=1)
+    trainer.train(data(32), 3, 16, held_out)
+    at_once = merging(jnp.array(trainer.predict(held_out, 16)), jnp.array(held_out["target"]))
     return {
+        "at_once": {
+            "accuracy": float(at_once["accuracy"][0]),
+            "auc": float(at_once["auc"].compute()),
+            **{f"output_{name}": float(value) for name, value in vars(at_once["output"].compute()).items()},
+        },
         "rates": trainer.history.series("learning_rate")[1],
         "norms": trainer.history.series("gradient_norm")[1],
         "averages": trainer.run.average.compute(),
@@ -392,6 +420,8 @@ def test_what_composes_with_a_step_is_the_same_in_processes(tmp_path, monkeypatc
     assert found[0]["skipped"] == alone["skipped"] == [0, 0, 1, 0, 0, 0]
     assert found[0]["rates"] == pytest.approx(alone["rates"])
     assert len(set(alone["rates"])) == 2  # reduced once, after the second validation
+    for one in (found[0], alone):
+        assert {name: one["validation"][name] for name in one["at_once"]} == pytest.approx(one["at_once"], rel=1e-5)
     assert sum(found[0]["averages"]["errors"]) == sum(alone["averages"]["errors"])
     for name in ("validation", "norms"):
         assert flat(found[0][name]) == pytest.approx(flat(alone[name]), rel=2e-2, abs=1e-2, nan_ok=True)

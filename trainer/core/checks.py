@@ -1,5 +1,6 @@
 """Checks of arguments, and hints for messages, that several modules share."""
 
+import contextlib
 import reprlib
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -31,6 +32,29 @@ def check_count(value: Any, name: str, *, least: int = 1) -> int:
     if int(value) < least:
         raise ArgumentError(f"`{name}` is {value!r}; it must be {wanted}.")
     return int(value)
+
+
+def check_number(value: Any, name: str) -> float:
+    """Returns ``value`` as a float; any real number is taken, and an array of one, but no bool and no text.
+
+    Raises:
+        ArgumentTypeError: ``value`` is no number.
+    """
+    if not isinstance(value, bool | str | bytes):
+        with contextlib.suppress(TypeError, ValueError):
+            return float(value)
+    raise ArgumentTypeError(f"`{name}` is {value!r:.60} of type {type(value).__name__}; it must be a number.")
+
+
+def check_bool(value: Any, name: str) -> bool:
+    """Returns ``value``, True or False.
+
+    Raises:
+        ArgumentTypeError: It is neither.
+    """
+    if not isinstance(value, bool):
+        raise ArgumentTypeError(f"`{name}` is {value!r:.60} of type {type(value).__name__}; it must be True or False.")
+    return value
 
 
 def check_choice(value: Any, choices: Iterable[str], name: str) -> str:

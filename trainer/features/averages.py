@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from trainer.core.averaged_params import with_eval_params
+from trainer.core.checks import check_bool, check_number
 from trainer.core.tree_paths import leaf_path
 from trainer.errors import ArgumentError, ArgumentTypeError
 from trainer.state import TrainState
@@ -89,10 +90,7 @@ def ema_of_params(
     """
     _check_range("decay", decay, "at least 0 and less than 1", lambda value: 0 <= value < 1)
     _check_range("warmup", warmup, "zero or more", lambda value: 0 <= value < float("inf"))
-    if not isinstance(debias, bool):
-        raise ArgumentTypeError(
-            f"`debias` is {debias!r:.60} of type {type(debias).__name__}; it must be True or False."
-        )
+    check_bool(debias, "debias")
 
     def init(params: Any) -> EmaOfParamsState:
         weight = jnp.zeros((), jnp.float32) if debias else jnp.ones((), jnp.float32)
@@ -241,7 +239,5 @@ def _moved(average: Any, params: Any, rate: jax.Array) -> Any:
 def _check_range(name: str, value: Any, wanted: str, is_right: Any) -> None:
     if isinstance(value, jax.Array):  # of `optax.inject_hyperparams`, perhaps traced
         return
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ArgumentTypeError(f"`{name}` is {value!r:.60} of type {type(value).__name__}; it must be a number.")
-    if not is_right(value):
+    if not is_right(check_number(value, name)):
         raise ArgumentError(f"`{name}` is {value}; it must be {wanted}.")

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from trainer.core.checks import check_count
+from trainer.core.checks import check_count, check_number
 from trainer.core.path_patterns import check_pattern, matches, matches_nothing
 from trainer.errors import ArgumentError, ArgumentTypeError
 from trainer.state import check_model
@@ -299,8 +299,6 @@ def _letters(equation: str) -> tuple[str, str, str]:
 
 
 def _check_alpha(alpha: Any) -> float:
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        raise ArgumentTypeError(f"`alpha` is {alpha!r:.60} of type {type(alpha).__name__}; it must be a number.")
-    if not 0 < alpha < math.inf:
+    if not 0 < check_number(alpha, "alpha") < math.inf:
         raise ArgumentError(f"`alpha` is {alpha}; it must be positive and finite.")
     return float(alpha)

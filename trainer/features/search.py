@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import optax
 
-from trainer.core.checks import check_count
+from trainer.core.checks import check_count, check_number
 from trainer.core.optimizer import adapt_optimizer
 from trainer.errors import ArgumentError
 from trainer.state import TrainState
@@ -94,7 +94,7 @@ def find_learning_rate(
         options: Further arguments of `make_train_step`.
 
     Raises:
-        ArgumentError: An argument cannot be used, or there is no batch.
+        ArgumentError, ArgumentTypeError: An argument cannot be used, or there is no batch.
 
     Example:
         >>> from flax import nnx
@@ -106,27 +106,33 @@ def find_learning_rate(
         >>> 1e-3 < found.suggestion < 1
         True
     """
-    optimizer = adapt_optimizer(optax.inject_hyperparams(make_optimizer)(learning_rate=low))
+    rates = rates_between(low, high, steps)
+    optimizer = adapt_optimizer(optax.inject_hyperparams(make_optimizer)(learning_rate=float(rates[0])))
     start = state.copy()
     start = start.replace(opt_state=jax.tree.map(jax.numpy.array, optimizer.init(start.params)))
-    return try_rates(make_train_step(loss_fn, optimizer, **options), start, _endless(batches), low, high, steps)
+    return try_rates(make_train_step(loss_fn, optimizer, **options), start, _endless(batches), rates)
+
+
+def rates_between(low: float, high: float, steps: int) -> np.ndarray[Any, Any]:
+    """Returns the learning rates of a range test, in float64; refused is what cannot be such a test."""
+    if check_count(steps, "steps") < 10:
+        raise ArgumentError(f"`steps` is {steps}; a range test needs at least 10.")
+    if not 0 < check_number(low, "low") < check_number(high, "high") < math.inf:
+        raise ArgumentError(f"`low` is {low!r} and `high` {high!r}; they must be positive, finite and ascending.")
+    return np.geomspace(float(low), float(high), int(steps))
 
 
 def try_rates(
-    step: Callable[..., Any], state: TrainState, batches: Iterator[Batch], low: float, high: float, steps: int
+    step: Callable[..., Any], state: TrainState, batches: Iterator[Batch], rates: np.ndarray[Any, Any]
 ) -> RateSearch:
     """Runs the range test with a step and a state whose optimizer keeps its learning rate; it donates the state."""
-    if check_count(steps, "steps") < 10:
-        raise ArgumentError(f"`steps` is {steps}; a range test needs at least 10.")
-    if not 0 < low < high < math.inf:
-        raise ArgumentError(f"`low` is {low!r} and `high` {high!r}; they must be positive, finite and ascending.")
 
     def step_at(state: TrainState, batch: Batch, rate: Any) -> tuple[TrainState, jax.Array]:
         state, metrics = step(state.with_learning_rate(rate), batch)
         return state, metrics["loss"]
 
     compiled = jax.jit(step_at, donate_argnums=0)
-    rates, losses = np.geomspace(low, high, steps), []
+    losses: list[float] = []
     for rate, batch in zip(rates, batches, strict=False):
         state, loss = compiled(state, batch, np.float32(rate))
         losses.append(float(loss))

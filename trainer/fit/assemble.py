@@ -22,7 +22,7 @@ from trainer.compile.dispatch import CompiledStep
 from trainer.config import TrainingConfig, make_optimizer, make_schedule
 from trainer.config.schedules import check_horizon, needs_horizon
 from trainer.core.averaged_params import resolve_eval_params
-from trainer.core.checks import check_count
+from trainer.core.checks import check_bool, check_count
 from trainer.core.learning_rate import plateau_scale
 from trainer.core.modes import evaluated_as_a_whole
 from trainer.core.module_views import check_view, combined
@@ -211,7 +211,7 @@ def assemble(
         accumulate_steps=accumulate_steps,
         fast_dev_run=dry,
         overfit_batches=overfit_batches,
-        debug=_check_step(loss_fn, step_fn, wrt, losses, precision) if debug else None,
+        debug=_check_step(loss_fn, step_fn, wrt, losses, precision) if check_bool(debug, "debug") else None,
         pad_to=pad_to,
         prefetch=prefetch,
         step=compiled(remat),

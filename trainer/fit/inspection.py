@@ -14,7 +14,7 @@ import optax
 from trainer.batches import batch_length
 from trainer.compile.cost import cost_of
 from trainer.config import make_optimizer
-from trainer.core.checks import check_count
+from trainer.core.checks import check_count, check_number
 from trainer.core.optimizer import adapt_optimizer
 from trainer.errors import ArgumentError
 from trainer.fit.plan import plan_prediction
@@ -91,29 +91,31 @@ class Inspection(ReadOnly):
             low, high, steps: As for `trainer.find_learning_rate`.
 
         Raises:
-            ArgumentError: An argument cannot be used; or the optimizer is the caller's and keeps no learning rate in
-                its state; or the step is a ``step_fn``.
+            ArgumentError, ArgumentTypeError: An argument cannot be used; or the optimizer is the caller's and keeps no
+                learning rate in its state; or the step is a ``step_fn``.
         """
-        from trainer.features.search import try_rates
+        from trainer.features.search import rates_between, try_rates
 
         setup = self.setup
         if setup.make_step is None:
             raise ArgumentError("the learning rate of a `step_fn` is its own, and cannot be searched.")
+        rates = rates_between(low, high, steps)
+        first = float(rates[0])
         data = setup.in_memory(train_data, check_count(batch_size, "batch_size"), "train_data")
         state = self.run.state_with_edits().copy()
-        optimizer = self.optimizer if setup.given_optimizer is not None else self._optimizer_at(low)
+        optimizer = self.optimizer if setup.given_optimizer is not None else self._optimizer_at(first)
         if setup.given_optimizer is None:
             opt_state = jax.tree.map(jax.numpy.array, adapt_optimizer(optimizer).init(state.params))
             state = setup.placement.adopt(state.replace(opt_state=opt_state))
-        state.with_learning_rate(low)  # refused here, before anything is compiled
+        state.with_learning_rate(first)  # refused here, before anything is compiled
 
         def batches() -> Iterator[Batch]:
-            for epoch in range(steps):
+            for epoch in range(len(rates)):
                 drawn = data.shuffled(setup.seed, epoch)
                 while (taken := next_batch_from(setup.placement, drawn)) is not None:
                     yield taken[0]
 
-        return try_rates(setup.make_step(optimizer), state, batches(), low, high, steps)
+        return try_rates(setup.make_step(optimizer), state, batches(), rates)
 
     def find_batch_size(self, example: Batch, *, high: int = 65536, memory: int | None = None) -> int:
         """Returns the largest power of two of examples whose step fits into the memory of a device.
@@ -129,8 +131,10 @@ class Inspection(ReadOnly):
 
         Raises:
             ArgumentError: Not even the smallest batch fits that the devices can share.
+            ArgumentTypeError: ``high`` is no integer, or ``memory`` no number.
         """
         batch_length(example, "example")
+        high, limit = check_count(high, "high"), None if memory is None else check_number(memory, "memory")
         step, run = self.setup.make_compiled_step(), self.setup.with_weights(self.run).with_edits()
 
         def fits(size: int) -> bool:
@@ -143,10 +147,10 @@ class Inspection(ReadOnly):
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
                 return False  # XLA for a GPU refuses to compile what can never fit
-            room = cost.available if memory is None else memory
+            room = cost.available if limit is None else limit
             return room is None or cost.total <= room
 
-        sizes = [1 << exponent for exponent in range(check_count(high, "high").bit_length())]
+        sizes = [1 << exponent for exponent in range(high.bit_length())]
         sizes = [size for size in sizes if self._can_be_shared(size)]
         if not sizes or not fits(sizes[0]):
             smallest = f"a step of {sizes[0]} needs more memory than there is" if sizes else f"`high` is {high}"

@@ -92,7 +92,8 @@ class EarlyStopping(Checking):
         self._epoch = epoch
 
     def on_train_end(self, trainer: Any) -> None:
-        if not self._restore_best or not (getattr(trainer, "has_ended", False) or self.should_stop):
+        # Not where a signal or an exception ends a call: the run may be resumed, from what the trainer holds.
+        if not self._restore_best or not getattr(trainer, "has_ended", self.should_stop):
             return
         best, self._best = self._best, None
         if best is None and self.best_score is not None:

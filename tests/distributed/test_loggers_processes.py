@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 import warnings
@@ -48,7 +49,7 @@ def written_below(directory):
         if event == "open" and isinstance(arguments[0], str | os.PathLike) and arguments[2] & writes:
             path = Path(arguments[0])
             if directory in path.parents and "checkpoint" not in path.relative_to(directory).parts[0]:
-                names.add(path.name)
+                names.add(re.sub(r"^\.(.+)\.\d+\.tmp$", r"\1", path.name))  # a file takes its name when it is whole
 
     sys.addaudithook(watch)
     return names

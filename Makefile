@@ -17,14 +17,14 @@ demo: $(READY)
 PARALLEL := --numprocesses auto --dist worksteal
 
 # Most of a test was XLA compiling a small program as if it were to run for days. These flags make it six times as quick.
-# What is then computed is rounded otherwise in places, so .ci/run also runs OPTIMIZED without them. `make test QUICK=`
-# tests everything as users compile it, in twice the time. They are flags of the jaxlib in requirements-dev.txt: XLA ends
+# What is then computed is rounded otherwise in places, so .ci/run leaves them out: `make test-all QUICK=` tests everything
+# as users compile it, in twice the time, and `make test-optimized` what is about bits. They are flags of the jaxlib in requirements-dev.txt: XLA ends
 # the process at one that it does not know, as jaxlib 0.11.2 does not know the last of them.
 QUICK := --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 \
 	--xla_cpu_use_fusion_emitters=false
 test test-all: export XLA_FLAGS := $(strip $(QUICK) $(XLA_FLAGS))
 # The bits of computed schedules, of which unoptimized programs round some otherwise. OPTIMIZED has them.
-BITS := --deselect tests/config/test_schedules.py::test_a_traced_horizon_gives_the_bits_of_a_concrete_one
+BITS := $(if $(QUICK),--deselect tests/config/test_schedules.py::test_a_traced_horizon_gives_the_bits_of_a_concrete_one)
 
 # Every kind of test: all but the further cases, which are marked `slow` or `long`.
 test: $(READY)

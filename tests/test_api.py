@@ -525,6 +525,18 @@ class TestHooks:
         assert caught.value.__notes__ == ["and on_train_end raised OSError('late')"]
         assert recorder.names[-1] == "on_train_end"
 
+    def test_ctrl_c_in_on_train_end_is_more_than_a_note_of_an_error(self):
+        class Failing(Callback):
+            def on_batch_end(self, trainer, step, logs):
+                raise ZeroDivisionError("first")
+
+            def on_train_end(self, trainer):
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt) as caught:
+            build(callbacks=[Failing()]).train(regression(16), 1, 8)
+        assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
     def test_a_callback_list_of_the_users_own_works(self):
         class Own:
             def __init__(self):

@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from trainer.checkpoints.checkpointer import warn_of_state
@@ -327,8 +327,9 @@ def _running(trainer: Trainer) -> Iterator[Signals]:
             try:
                 _finish_saves(trainer, signals, error)
             finally:  # also where a second signal ends the saving
-                for failure in _end(trainer):
-                    error.add_note(f"and on_train_end raised {failure!r}")
+                told = _noted(error, _end(trainer))
+            if told is not error:
+                raise told from error
             # XLA replaces an exception that is raised in a host callback of the objective by its own.
             if signals.second_signal and isinstance(error, Exception):
                 raise signals.exception() from error
@@ -338,12 +339,14 @@ def _running(trainer: Trainer) -> Iterator[Signals]:
         failures = _end(trainer)
         # Before anything is raised: every process waits here for the others.
         if signals.wait_for_all():
-            late = signals.exception()
-            for failure in failures:
-                late.add_note(f"and on_train_end raised {failure!r}")
+            late = _noted(signals.exception(), failures)
             _finish_saves(trainer, signals, late)
             raise late
-        _raise_of_end(failures)
+        ordinary = [failure for failure in failures if isinstance(failure, Exception)]
+        if len(ordinary) == len(failures) > 1:
+            raise ExceptionGroup("several callbacks failed in on_train_end", ordinary)
+        if failures:
+            raise _noted(failures[0], failures)
 
 
 def _end(trainer: Trainer) -> list[BaseException]:
@@ -356,19 +359,13 @@ def _end(trainer: Trainer) -> list[BaseException]:
     return failures
 
 
-def _raise_of_end(failures: list[BaseException]) -> None:
-    """Raises what callbacks raised in ``on_train_end``: Ctrl-C first, with notes of the others; else all of them."""
-    ordinary = [failure for failure in failures if isinstance(failure, Exception)]
-    for interrupt in failures:
-        if not isinstance(interrupt, Exception):
-            for failure in failures:
-                if failure is not interrupt:
-                    interrupt.add_note(f"and on_train_end raised {failure!r}")
-            raise interrupt
-    if len(ordinary) > 1:
-        raise ExceptionGroup("several callbacks failed in on_train_end", ordinary)
-    if ordinary:
-        raise ordinary[0]
+def _noted(error: BaseException, failures: Sequence[BaseException]) -> BaseException:
+    """Returns the error, or the Ctrl-C among what ``on_train_end`` raised, with notes of the rest of that."""
+    told = next((one for one in (error, *failures) if not isinstance(one, Exception)), error)
+    for failure in failures:
+        if failure is not told:
+            told.add_note(f"and on_train_end raised {failure!r}")
+    return told
 
 
 def _finish_saves(trainer: Trainer, signals: Signals, error: BaseException) -> None:

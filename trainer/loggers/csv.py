@@ -14,6 +14,7 @@ from typing import IO, Any, Literal
 from trainer.errors import ArgumentError, warn
 from trainer.loggers.base import Logger, as_directory
 from trainer.loggers.jsonl import FileLogger
+from trainer.metrics.whole_files import named_when_whole
 
 Row = tuple[int | None, dict[str, str]]
 """The step, and the cells that are not empty, by column."""
@@ -213,20 +214,18 @@ class _Table:
 
     def _replace(self, rows: Iterator[Row], columns: list[str]) -> None:
         """Writes a new file of rows, which are read from the old one meanwhile, and replaces the old one by it."""
-        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
         try:
-            with temporary.open("wb") as file:
-                file.write(_encoded(["step", *columns]))
-                for step, cells in rows:
-                    file.write(_encoded([_text(step), *(cells.get(name, "") for name in columns)]))
-                file.flush()
-                os.fsync(file.fileno())
-            self.close()
-            os.replace(temporary, self._path)
+            with named_when_whole(self._path) as temporary:
+                with temporary.open("wb") as file:
+                    file.write(_encoded(["step", *columns]))
+                    for step, cells in rows:
+                        file.write(_encoded([_text(step), *(cells.get(name, "") for name in columns)]))
+                    file.flush()
+                    os.fsync(file.fileno())
+                self.close()
             self._open()
         except BaseException:
             # Also after Ctrl-C between two lines: what is open is the file of this name.
-            temporary.unlink(missing_ok=True)
             self.close()
             if self._path.exists():
                 self._open()

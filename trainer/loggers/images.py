@@ -1,6 +1,5 @@
 """Images as pixels, and as PNG files."""
 
-import os
 import re
 import urllib.parse
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 
 from trainer.errors import ArgumentError, ArgumentTypeError, warn
 from trainer.loggers.base import needed
+from trainer.metrics.whole_files import named_when_whole
 
 
 def as_pixels(image: Any, name: str) -> np.ndarray[Any, Any]:
@@ -78,11 +78,6 @@ def write_png(folder: Path, name: str, step: int | None, image: Any, by: str) ->
     parts[-1] = f"{parts[-1]}.png" if step is None else f"{parts[-1]}/{step:08d}.png"
     path = folder.joinpath(*parts)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with named_when_whole(path) as temporary:
         PIL.Image.fromarray(pixels).save(temporary, format="PNG")
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
     return path

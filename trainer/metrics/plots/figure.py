@@ -14,6 +14,7 @@ import numpy as np
 
 from trainer.errors import ArgumentError
 from trainer.metrics.plots.panels import Curve, Panel, Rows, panels_of
+from trainer.metrics.whole_files import named_when_whole
 
 # Okabe and Ito 2008, "Color Universal Design", without the yellow, which is too light for a line on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -214,12 +215,8 @@ def _finished(figure: Any, path: str | os.PathLike[str] | None) -> Any:
         warnings.simplefilter("ignore")
         figure.savefig(drawn, format=path.suffix.lower().removeprefix("."))
     path.parent.mkdir(parents=True, exist_ok=True)
-    written = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        written.write_bytes(drawn.getvalue())
-        written.replace(path)
-    finally:
-        written.unlink(missing_ok=True)
+    with named_when_whole(Path(os.path.realpath(path))) as temporary:  # a link keeps pointing to the picture
+        temporary.write_bytes(drawn.getvalue())
     return None
 
 

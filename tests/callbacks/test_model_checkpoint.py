@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.fit.test_resume import StoppedError, Watching
 from tests.problems import Busy, Counting, Playing, config, regression, squared_error
 from tests.test_api import assert_same_bits
-from tests.test_resume import StoppedError, Watching
 from trainer import ArgumentError, Callback, CheckpointError, ModelCheckpoint, Trainer
 from trainer.checkpoints.orbax_directory import OrbaxDirectory
 

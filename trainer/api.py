@@ -173,7 +173,7 @@ class Trainer(Inspection):
         return metrics
 
     def train_epoch(self, *, resume: bool | str | os.PathLike[str] = False) -> dict[str, float]:
-        """Trains on one pass over ``train_data_loader``, then validates on ``val_data_loader``.
+        """Trains on one pass over ``train_data_loader``, then validates on ``val_data_loader`` (if the epoch is due).
 
         It is `train` of one epoch over that loader, with ``training_config.save_frequency`` in place of
         ``save_interval``. Consecutive calls are one run: early stopping counts over all of them, and
@@ -200,7 +200,7 @@ class Trainer(Inspection):
         """
         plan = plan_epoch(self.setup, self.run, resume)
         run = epochs.fit(self, plan, resume)
-        return {**run.average.compute(), **prefixed("val_", {} if run.validation is None else run.validation.averages)}
+        return {**run.average.compute(), **prefixed("val_", run.validation_of_step)}
 
     def train(
         self,
@@ -235,7 +235,7 @@ class Trainer(Inspection):
                 or a loader, as ``train_data_loader`` of the constructor. A list is a loader: of batches.
             num_epochs, batch_size: How many epochs to train, on top of those finished; the examples in a batch.
             val_data: Data to validate on, in the same forms.
-            val_interval: Validate at multiples of this step, and at the end of every epoch.
+            val_interval: Validate at multiples of this step, and of epochs (``epochs_per_validation``) at their end.
             resume: Continue an interrupted call at its next batch, to the bit (on other devices, or in another number
                 of processes, within rounding): True or "latest" from the latest undamaged checkpoint (from the start
                 if there is none), or from that at a path. History, averages, and the states of callbacks are restored.

@@ -34,6 +34,8 @@ class TrainingConfig(Config):
         steps_per_epoch: The most batches of training data in an epoch, None for all. An endless loader needs it; of
             data in memory every epoch draws others.
         validation_steps: The most batches of validation data in a validation, None for all; likewise.
+        epochs_per_validation: Validate at the end of every so many epochs, and of the run; None at the end of the run
+            only. Beside these, ``train`` validates at multiples of its ``val_interval``.
         use_wandb: Whether to log to Weights & Biases too (the extra ``wandb``).
         wandb_project: The project to log to.
     """
@@ -49,6 +51,7 @@ class TrainingConfig(Config):
     log_frequency: int = 100
     steps_per_epoch: int | None = None
     validation_steps: int | None = None
+    epochs_per_validation: int | None = 1
     use_wandb: bool = False
     wandb_project: str | None = None
 
@@ -63,6 +66,7 @@ class TrainingConfig(Config):
             "log_frequency",
             "steps_per_epoch",
             "validation_steps",
+            "epochs_per_validation",
         )
         if self.gradient_clip_norm is not None and self.optimizer.gradient_clip_norm is not None:
             raise ConfigError(

@@ -39,7 +39,7 @@ from trainer.distributed.agreement import check_agreement, gathered
 from trainer.errors import ArgumentError, ArgumentTypeError, warn
 from trainer.fit.fingerprint import fingerprints_of
 from trainer.fit.setup import Live, Setup
-from trainer.fit.unused_settings import warn_beside_optimizer
+from trainer.fit.unused_settings import warn_beside_optimizer, warn_beside_own_step
 from trainer.loggers.base import Logger, MetricsLoggerLike, names_checked
 from trainer.loggers.fanout import MetricFanout, as_loggers
 from trainer.loggers.wandb import WandbLogger
@@ -104,6 +104,9 @@ def assemble(
     _check_config(training_config)
     if optimizer is not None:
         check_optimizer(optimizer)
+    if step_fn is not None and isinstance(model, TrainState):
+        warn_beside_own_step(training_config, optimizer, wrt)
+    elif optimizer is not None:
         warn_beside_optimizer(training_config)
     if params_average is not None:
         check_optimizer(params_average, "params_average")

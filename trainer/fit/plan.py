@@ -33,7 +33,7 @@ class FitPlan:
         horizon: The steps of the call, None if they are not known.
         planned: How far the run of which the call is a part is meant to go.
         save_every: Save at multiples of this step.
-        validate_every: Validate at multiples of this step, beside the end of every epoch; None for no other.
+        validate_every: Validate at multiples of this step, beside the ends of epochs; None for no other.
         held_out: Opens the validation data; None where nothing is validated.
         about: The plan in words.
         arguments: What the call was made with, see `trainer.fit.identity`.
@@ -58,6 +58,19 @@ class FitPlan:
     def sync_every(self) -> list[int]:
         """The multiples of steps at which the host needs the state."""
         return [self.save_every] if self.validate_every is None else [self.save_every, self.validate_every]
+
+    def validates_epoch(self, config: TrainingConfig, finished: int, *, is_last: bool) -> bool:
+        """Tells whether to validate at the end of an epoch.
+
+        Args:
+            config: The configuration.
+            finished: The epochs finished, this one included.
+            is_last: Whether it is the last of the call. One of ``train_epoch`` may be followed by others.
+        """
+        every = config.epochs_per_validation
+        if every is not None and finished % every == 0:
+            return True
+        return is_last and (self.caller == "train" or finished >= config.num_epochs)
 
 
 def plan_run(

@@ -1,6 +1,9 @@
-"""Warnings of settings that do nothing, because an `optimizer` or an argument of `train` overrides them."""
+"""Warnings of settings that do nothing, since an `optimizer`, a `step_fn` or an argument of `train` overrides them."""
 
 import dataclasses
+from typing import Any
+
+from flax import nnx
 
 from trainer.config import TrainingConfig
 from trainer.errors import warn
@@ -19,6 +22,21 @@ def warn_beside_optimizer(config: TrainingConfig) -> None:
         warn(
             f"in `training_config.optimizer` {names} {'does' if len(unused) == 1 else 'do'} nothing, because an "
             f"`optimizer` was given, which has its own."
+        )
+
+
+def warn_beside_own_step(config: TrainingConfig, optimizer: Any, wrt: Any) -> None:
+    """Warns of what a `step_fn` and a state replace together: what is trained, and by which optimizer."""
+    given = {
+        "optimizer": optimizer is not None,
+        "wrt": wrt is not nnx.Param,
+        "training_config.scheduler": config.scheduler is not None and config.scheduler.scheduler_type != "none",
+        "training_config.gradient_clip_norm": config.gradient_clip_norm is not None,
+    }
+    if unused := [f"`{name}`" for name, is_given in given.items() if is_given]:
+        warn(
+            f"{', '.join(unused)} {'does' if len(unused) == 1 else 'do'} nothing, because `model` is a state and the "
+            f"`step_fn` has an optimizer of its own; put it into that."
         )
 
 

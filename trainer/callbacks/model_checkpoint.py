@@ -17,7 +17,7 @@ import jax
 
 from trainer.callbacks.base import flatten
 from trainer.callbacks.monitor import Checking, Monitor
-from trainer.checkpoints.atomic import remove_directory
+from trainer.checkpoints.atomic import remove_directory, restore
 from trainer.checkpoints.background import BackgroundSaver
 from trainer.checkpoints.orbax_directory import OrbaxDirectory, begin_directory
 from trainer.core.checks import check_count
@@ -306,6 +306,7 @@ class ModelCheckpoint(Checking):
 
     def _on_disk(self) -> list[tuple[int, str, float | None, str | None]]:
         """Returns step, monitor, score and run of every checkpoint that any ModelCheckpoint wrote, in step order."""
+        restore(self.dirpath)  # a save that was killed while it replaced a checkpoint must not hide it
         names = os.listdir(self.dirpath) if self.dirpath.is_dir() else []
         # Only names that this callback would give: "007" is not the checkpoint of step 7.
         steps = sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))

@@ -137,15 +137,20 @@ class NewDirectory:
         # No portable call replaces a directory that is not empty, so the old one is renamed first. Killed between
         # the two renames, a process leaves both complete, and the next sweep gives the old one its name back. Until
         # then the name is free. The lock keeps a sweep from that while this process is alive.
-        aside = _temporary_name(self._path, "old")
         os.chmod(self.temporary, stat.S_IMODE(os.stat(self._path).st_mode))
         with _held(self._path / _LOCK):
-            os.rename(self._path, aside)
-            try:
-                os.rename(self.temporary, self._path)
-            except OSError:
-                os.rename(aside, self._path)
-                raise
+            while True:
+                aside = _temporary_name(self._path, "old")
+                os.rename(self._path, aside)
+                try:
+                    os.rename(self.temporary, self._path)
+                except OSError:
+                    # Without locks a reader cannot tell this process from a killed one, and may have given the name back.
+                    if not aside.exists():
+                        continue
+                    os.rename(aside, self._path)
+                    raise
+                break
             # The new one is in place, so a failure to remove the old one is none of the save. The next sweep retries.
             _remove(aside)
 
@@ -167,7 +172,8 @@ def remove_directory(path: Path) -> None:
 def sweep(directory: Path) -> None:
     """Removes what killed writers left in a directory, and gives what they were about to replace its name back.
 
-    Where the file system has no locks, nothing is removed, since a living writer cannot be told from a killed one.
+    Where the file system has no locks, nothing is removed, since a living writer cannot be told from a killed one. A
+    name is given back there too: a writer whose directory it was moves that aside once more.
     """
     _reclaim_all(directory, ("tmp", "old"))
 
@@ -179,7 +185,7 @@ def restore(directory: Path) -> None:
 
 def _reclaim_all(directory: Path, kinds: tuple[str, ...]) -> None:
     names: list[str] = []
-    with contextlib.suppress(PermissionError):  # a shared directory into which one may write, but not look
+    with contextlib.suppress(OSError):  # none, or a shared directory into which one may write, but not look
         names = os.listdir(directory) if sys.platform != "win32" else []
     for name in names:
         match = _TEMPORARY.fullmatch(name)
@@ -208,10 +214,10 @@ def _reclaim(temporary: Path, original: Path | None) -> None:
         return
     descriptor = os.open(lock, os.O_WRONLY)  # for writing, without which NFS grants no exclusive lock
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        has_lock = _lock(descriptor)
         if original is not None and not original.exists():
             os.rename(temporary, original)
-        else:
+        elif has_lock:
             _remove(temporary)
     finally:
         os.close(descriptor)
@@ -251,12 +257,25 @@ def _lock_new(descriptor: int) -> bool:
     if sys.platform == "win32":
         return True
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        has_lock = _lock(descriptor)
     except BlockingIOError:  # a sweep holds the lock, and removes the file next
         return False
-    except OSError:  # no locks on this file system (ENOSYS, ENOLCK, EOPNOTSUPP, 524 on Cray DVS): no sweep there either
-        return True
-    return os.fstat(descriptor).st_nlink > 0
+    return not has_lock or os.fstat(descriptor).st_nlink > 0
+
+
+def _lock(descriptor: int) -> bool:
+    """Locks an open file; returns False where the file system has no locks (ENOSYS, ENOLCK, 524 on Cray DVS, …).
+
+    Raises:
+        BlockingIOError: Somebody has locked it.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import msgpack
 import numpy as np
 
+from trainer.checkpoints.atomic import restore
 from trainer.checkpoints.file_format import Bundle, Leaf
 from trainer.checkpoints.plain_values import unpack
 from trainer.checkpoints.weights_files import WeightsFile, weights_kind
@@ -89,6 +90,8 @@ def open_source(
         CheckpointError: It is missing, damaged, of a newer format, or no checkpoint.
     """
     path = Path(path)
+    if not os.path.lexists(path):
+        restore(path.parent)  # a save that was killed while it replaced a directory must not hide it
     if path.is_dir():
         from trainer.checkpoints.orbax_directory import OrbaxDirectory  # here, since few runs need it
 

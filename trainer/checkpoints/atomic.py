@@ -145,7 +145,7 @@ class NewDirectory:
                 try:
                     os.rename(self.temporary, self._path)
                 except OSError:
-                    # Without locks a reader cannot tell this process from a killed one, and may have given the name back.
+                    # Without locks a reader takes this process for a killed one, and may have given the name back.
                     if not aside.exists():
                         continue
                     os.rename(aside, self._path)

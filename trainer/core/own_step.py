@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from trainer.core.objective import check_loss_fn, check_metric
+from trainer.core.objective import check_loss_fn, check_metric, flat_metrics
 from trainer.core.tree_paths import leaf_path
 from trainer.errors import ArgumentError, ArgumentTypeError, ObjectiveError
 from trainer.state import TrainState
@@ -23,13 +23,14 @@ def own_step(step_fn: StepFn) -> Callable[[TrainState, Batch], tuple[TrainState,
                 f"state.replace(…) makes it."
             )
         after, metrics = result
+        metrics = {} if metrics is None else metrics
         if not isinstance(metrics, Mapping):
             raise ObjectiveError(
                 f"`step_fn` returned metrics of type {type(metrics).__name__}; they must be a mapping of names to "
                 f"scalars."
             )
         after = _as_before(state, after)
-        named = {name: check_metric(name, value, "step_fn") for name, value in metrics.items() if name != "step"}
+        named = {name: check_metric(name, value, "step_fn") for name, value in flat_metrics(metrics) if name != "step"}
         return after, {**named, "step": after.step}
 
     return train_step

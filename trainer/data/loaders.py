@@ -170,10 +170,24 @@ def _check_iterable(batches: Any, subject: str) -> None:
             f"[batch] if it is one batch; for a whole data set call train(data, num_epochs, batch_size)."
         )
     _check_rows(batches, subject)
+    _check_columns(batches, subject)
     if not isinstance(batches, Iterable):
         raise ArgumentTypeError(
             f"{subject} is of type {type(batches).__name__}; it must be an iterable of batches, or a callable "
             f"that returns one."
+        )
+
+
+def _check_columns(loader: Any, subject: str) -> None:
+    """Refuses a list of the columns of a data set, ``[x, y]``: batches of one loader have equally many dimensions."""
+    if not isinstance(loader, list) or not all(hasattr(one, "__array__") and hasattr(one, "shape") for one in loader):
+        return
+    shapes = [tuple(one.shape) for one in loader]
+    if all(shapes) and len({shape[0] for shape in shapes}) == 1 and len({len(shape) for shape in shapes}) > 1:
+        listed = ", ".join(map(str, shapes[:5])) + (", …" if len(shapes) > 5 else "")
+        raise ArgumentTypeError(
+            f"{subject} is a list of arrays of shapes {listed}, and a list is a loader: each item would be a batch. "
+            f"Pass a tuple if they are the columns of one data set, (x, y)."
         )
 
 

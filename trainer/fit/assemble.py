@@ -22,7 +22,7 @@ from trainer.compile.dispatch import CompiledStep
 from trainer.config import TrainingConfig, make_optimizer, make_schedule
 from trainer.config.schedules import check_horizon, needs_horizon
 from trainer.core.averaged_params import resolve_eval_params
-from trainer.core.checks import check_bool, check_count
+from trainer.core.checks import check_bool, check_count, check_interval
 from trainer.core.learning_rate import plateau_scale
 from trainer.core.modes import evaluated_as_a_whole
 from trainer.core.module_views import check_view, combined
@@ -45,7 +45,7 @@ from trainer.loggers.fanout import MetricFanout, as_loggers
 from trainer.loggers.wandb import WandbLogger
 from trainer.run import Run
 from trainer.sharding.placement import Placement, placement_of
-from trainer.state import TrainState, check_model, check_optimizer, check_rng
+from trainer.state import TrainState, as_key, check_model, check_optimizer
 from trainer.steps import make_eval_step, make_predict_step, make_train_step
 from trainer.types import Batch, EvalParams, ExtensionLike, LogCallback, LossFn, NonFinite, Remat, StepFn
 
@@ -65,12 +65,12 @@ def assemble(
     train_data_loader: Callable[..., Any] | Iterable[Batch] | None,
     val_data_loader: Callable[..., Any] | Iterable[Batch] | None,
     workdir: str | os.PathLike[str] | None,
-    rng: jax.Array | None,
+    rng: jax.Array | int | None,
     loss_fn: LossFn | None,
     metrics_logger: MetricsLoggerLike | None,
     logger: Logger | Sequence[Logger] | None,
     checkpoint_dir: str | os.PathLike[str] | None,
-    save_interval: int,
+    save_interval: int | None,
     log_callback: LogCallback | None,
     callbacks: Any,
     eval_params: EvalParams | None,
@@ -135,7 +135,7 @@ def assemble(
     objective = objective if pad_to is None else requiring_weight(objective)
     if log_callback is not None and not callable(log_callback):
         raise ArgumentTypeError(f"`log_callback` is of type {type(log_callback).__name__}; it must be callable.")
-    save_interval = check_count(save_interval, "save_interval")
+    save_interval = check_interval(save_interval, "save_interval")
     dry = int(fast_dev_run) if isinstance(fast_dev_run, bool) else check_count(fast_dev_run, "fast_dev_run")
     if overfit_batches is not None:
         overfit_batches = check_count(overfit_batches, "overfit_batches")
@@ -149,8 +149,7 @@ def assemble(
         without_savers(callbacks) if dry else callbacks, extensions, progress_for(progress, callbacks)
     )
     placement = placement_of(mesh, partition_rules)
-    rng = jax.random.PRNGKey(0) if rng is None else rng
-    check_rng(rng)
+    rng = as_key(0 if rng is None else rng)
     precision = as_precision(precision)
     held = {"wrt": wrt, "extensions": losses, "nonfinite": nonfinite}
     make_whole = functools.partial(build_optimizer, training_config, optimizer, optimizer_parts, params_average)

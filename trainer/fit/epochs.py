@@ -191,7 +191,7 @@ def _run_epoch(trainer: Trainer, plan: FitPlan, signals: Signals, batches: Itera
             # A checkpoint comes after the validation of its step, so that the two belong together.
             if plan.held_out is not None and _is_due(plan.validate_every, trainer.run):
                 validate(trainer, plan.held_out, signals.check)
-            if trainer.run.step % plan.save_every == 0:
+            if _is_due(plan.save_every, trainer.run):
                 trainer.save_checkpoint(background="if_finite")
         # Several processes wait for a save at the same point, before the next one.
         if setup.placement.num_processes == 1:

@@ -40,10 +40,10 @@ def warn_beside_own_step(config: TrainingConfig, optimizer: Any, wrt: Any) -> No
         )
 
 
-def warn_of_overridden(config: TrainingConfig, save_interval: int, num_epochs: int, batch_size: int) -> None:
+def warn_of_overridden(config: TrainingConfig, save_interval: int | None, num_epochs: int, batch_size: int) -> None:
     """Warns of what the configuration says and `train` does not do, because an argument says otherwise."""
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    decided: dict[str, tuple[int, str]] = {
+    decided: dict[str, tuple[int | None, str]] = {
         "num_epochs": (num_epochs, "the argument of train()"),
         "batch_size": (batch_size, "the argument of train()"),
         "save_frequency": (save_interval, "`save_interval` of the Trainer"),

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 from trainer.errors import ArgumentTypeError
 from trainer.sharding.mesh import Axes
 from trainer.sharding.partition import MIN_SIZE, partition, shardings_of
-from trainer.state import TrainState, check_model, check_optimizer, check_rng
+from trainer.state import TrainState, as_key, check_model, check_optimizer
 from trainer.types import ExtensionLike, NonFinite
 
 
@@ -21,7 +21,7 @@ def abstract_state(
     model_fn: Callable[[nnx.Rngs], nnx.Module],
     optimizer: optax.GradientTransformation,
     *,
-    rng: jax.Array,
+    rng: jax.Array | int,
     mesh: Mesh,
     rules: Mapping[str, PartitionSpec] | None = None,
     logical_axes: Mapping[str, Axes] | None = None,
@@ -37,14 +37,14 @@ def abstract_state(
     """
     held = {"wrt": wrt, "extensions": extensions, "nonfinite": nonfinite}
     how = {"rules": rules, "logical_axes": logical_axes, "min_size": min_size}
-    return _abstract_init(model_fn, optimizer, rng, mesh, held, how)[1]
+    return _abstract_init(model_fn, optimizer, as_key(rng), mesh, held, how)[1]
 
 
 def create_sharded(
     model_fn: Callable[[nnx.Rngs], nnx.Module],
     optimizer: optax.GradientTransformation,
     *,
-    rng: jax.Array,
+    rng: jax.Array | int,
     mesh: Mesh,
     rules: Mapping[str, PartitionSpec] | None = None,
     logical_axes: Mapping[str, Axes] | None = None,
@@ -67,9 +67,9 @@ def create_sharded(
         model_fn: Makes the module from random streams, such as ``lambda rngs: Transformer(config, rngs=rngs)``.
             It is traced, so it must not close over large arrays.
         optimizer: Any optax transformation.
-        rng: A key, raw or typed, the same in every process. It is an argument of the compiled program:
-            a seed written into ``model_fn`` would be a constant, which the compiler may fold, computing
-            whole parameters at compile time.
+        rng: A key, raw or typed, or an integer to make it of, the same in every process. It is an argument of the
+            compiled program: a seed written into ``model_fn`` would be a constant, which the compiler may fold,
+            computing whole parameters at compile time.
         mesh: See `make_mesh`.
         rules: See `partition`.
         logical_axes: See `partition`.
@@ -81,6 +81,7 @@ def create_sharded(
     """
     held = {"wrt": wrt, "extensions": extensions, "nonfinite": nonfinite}
     how = {"rules": rules, "logical_axes": logical_axes, "min_size": min_size}
+    rng = as_key(rng)
     init, abstract = _abstract_init(model_fn, optimizer, rng, mesh, held, how)
     with _logical_axis_rules(mesh, logical_axes):
         state: TrainState = jax.jit(init, out_shardings=shardings_of(abstract))(rng)
@@ -100,7 +101,6 @@ def _abstract_init(
     ``held`` are the arguments of `TrainState.create` that decide what the state holds, ``how`` those of `partition`.
     """
     check_optimizer(optimizer)
-    check_rng(rng)
     if not callable(model_fn) or isinstance(model_fn, nnx.Module):
         raise ArgumentTypeError(
             f"`model_fn` is of type {type(model_fn).__name__}; it must be a callable that makes the module from random "

@@ -295,7 +295,7 @@ class ModelCheckpoint(Checking):
         }
 
     def _is_same(self, run: str | None) -> bool:
-        """Tells whether a checkpoint is from this run; one from before runs had ids counts as such."""
+        """Tells whether a checkpoint is from this run; checkpoints older than run ids count as such."""
         return self._run is None or run is None or run == self._run
 
     def _list(self) -> list[Any]:

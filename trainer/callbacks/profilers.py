@@ -63,7 +63,7 @@ class JAXProfiler(Callback):
 
 
 class MemoryProfiler(Callback):
-    """Writes a profile of device memory by allocating line, and logs how much is in use.
+    """Writes profiles of device memory by the line that allocated it, and logs how much is in use.
 
     ``directory/memory_<step>.prof`` is written at the end of every ``every``-th epoch, for ``pprof -http : FILE``
     (https://docs.jax.dev/en/latest/device_memory_profiling.html). The trainer's loggers get ``memory/bytes_in_use`` and

@@ -134,7 +134,7 @@ class NewDirectory:
 
     def _replace(self) -> None:
         # No portable call replaces a non-empty directory, so the old one is renamed first. If the process is killed
-        # between the two renames, both are complete, nothing has the name, and the next sweep restores the old one.
+        # between the two renames, both are complete, the path is missing, and the next sweep restores the old one.
         # The lock keeps sweeps from doing so while this process is alive.
         os.chmod(self.temporary, stat.S_IMODE(os.stat(self._path).st_mode))
         with _held(self._path / _LOCK):
@@ -150,7 +150,7 @@ class NewDirectory:
                     os.rename(aside, self._path)
                     raise
                 break
-            # The new directory is in place, so failing to remove the old one is no failed save. The next sweep retries.
+            # The new directory is in place, so failing to remove the old one is not an error. The next sweep retries.
             _remove(aside)
 
     def _unlock(self) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints of a trainer: where they are written, how many are kept, and background saves."""
+"""Checkpoints of a trainer: where they go, how many are kept, and background saves."""
 
 import collections
 import copy
@@ -33,7 +33,7 @@ class Checkpointer:
     replacing another run's checkpoint of the same step warns.
 
     Args:
-        directory: Where checkpoints without an explicit path are written. It is created at the first save.
+        directory: Where checkpoints without an explicit path go. It is created at the first save.
         max_checkpoints: How many checkpoints with default names to keep per run: the last ones written.
     """
 
@@ -69,8 +69,8 @@ class Checkpointer:
 
         Raises:
             ArgumentError: The suffix is that of another program's format.
-            CheckpointError: The write failed, or the previous background save did; or a file at the default path
-                was not written by this library.
+            CheckpointError: The write or the previous background save failed, or the default path holds
+                something that this library did not write.
         """
         run = run.with_edits()
         target = self.directory / default_name(run.step, run.leaves) if path is None else Path(path)
@@ -197,7 +197,7 @@ class Checkpointer:
     def take_complete(self) -> list[tuple[Path, int]]:
         """Returns the paths and steps of checkpoints completed since the last call. Does not wait.
 
-        Includes checkpoints that have been removed since. Only the latest 100 are remembered.
+        Includes ones removed since. Only the latest 100 are remembered.
         """
         return [self._complete.popleft() for _ in range(len(self._complete))]
 

@@ -180,7 +180,7 @@ def _is_of_its_kind(path: Path) -> bool:
 
 
 def _is_foreign(path: Path) -> bool:
-    """Tells whether something was not written by this library; a damaged checkpoint was."""
+    """Tells a file or directory of another program from a damaged checkpoint."""
     if path.suffix == ".orbax":
         names = set(os.listdir(path))
         return bool(names) and not names & {"about", "state"}

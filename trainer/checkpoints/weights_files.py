@@ -67,7 +67,7 @@ class WeightsFile:
         except Exception as error:  # safetensors raises its own errors from Rust; zipfile and NumPy raise many types
             raise UnreadableError(f"`{path}` could not be read: {error}") from error
         for name, array in self._arrays.items():
-            if not isinstance(array, np.ndarray):  # for a member that is no array, NumPy returns its bytes
+            if not isinstance(array, np.ndarray):  # if a member is not an array, NumPy returns its bytes
                 raise UnreadableError(f"`{path}` is an archive of other things than arrays: `{name}` is none.")
         known = {} if like is None else _known_names(like)
         self.leaves: dict[LeafPath, Leaf] = {}

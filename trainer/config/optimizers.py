@@ -1,4 +1,4 @@
-"""Optax optimizers by name: their configuration, and the function that builds them."""
+"""Optax optimizers by name: their configuration and construction."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ class _Optimizer(NamedTuple):
 
     Attributes:
         build: Takes the learning rate, and the names in ``arguments`` as keywords.
-        arguments: The fields of `OptimizerConfig` that the optimizer reads in addition to ``weight_decay``,
+        arguments: The fields of `OptimizerConfig` that the optimizer reads besides ``weight_decay``,
             each with the name of its argument of ``build``.
         decoupled: Whether the optimizer has its own weight decay: ``build`` then also takes
             ``weight_decay`` and ``mask``.
@@ -134,7 +134,7 @@ class OptimizerConfig(Config):
         self._require("nesterov", "False while `momentum` is 0", not self.nesterov or bool(self.momentum))
 
     def hyperparameters(self) -> dict[str, Any]:
-        """Returns the hyperparameters, without the learning rate, that differ from our default and the reference's."""
+        """Returns the hyperparameters, except the rate, that differ from our and the reference's defaults."""
         plain = {*(field.name for field in dataclasses.fields(Config)), "optimizer_type", "learning_rate"}
         return {
             field.name: getattr(self, field.name)

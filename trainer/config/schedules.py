@@ -1,4 +1,4 @@
-"""Learning-rate schedules by name: their configuration, and the function that builds them."""
+"""Learning-rate schedules by name: their configuration and construction."""
 
 import dataclasses
 from collections.abc import Callable

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
-# JAX copies a smaller unaligned array (in bytes) during the call anyway, so aligning it saves nothing. (JAX aliases an
-# aligned array of any size, so every array is copied here.)
+# Below this size in bytes, JAX copies an unaligned array during the call anyway, so aligning it saves nothing. (It
+# aliases an aligned array of any size, so every array is copied here.)
 _COPIED_BY_JAX = 100 * 1024
 
 

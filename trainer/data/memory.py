@@ -147,8 +147,8 @@ class InMemoryData:
         """Starts making the source in a thread, unless that has been done.
 
         Importing datarax loads Grain and Orbax: a quarter of the time to the first step when compilations are cached.
-        So the first pass starts it after its first batch, while the device is busy; a pass of a single
-        batch leaves it to the next pass.
+        So the first pass starts it after its first batch, while the device is busy; a pass of a single batch leaves
+        it to the next pass.
         """
         if self._source is None:
             maker = ThreadPoolExecutor(1, thread_name_prefix="datarax")

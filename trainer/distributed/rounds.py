@@ -242,7 +242,7 @@ def _decide(directory: str, number: int, verdict: _Verdict) -> None:
 
 
 def _leave(directory: str, number: int) -> None:
-    """Deletes a complete round once all processes have read it.
+    """Deletes a complete round if all other processes have read it.
 
     Earlier rounds go first: while this one exists, no process restarts at number 0.
     """

@@ -22,8 +22,8 @@ class Signals:
     A signal may arrive at any instruction, even between the call of a step that consumes the old state and the
     assignment of the new one. So the handler only records it, and `check` raises. A second signal raises
     immediately, and may lose the state.
-    On exit, the previous handlers are restored. Python handles signals only in the main thread; in other threads, or
-    without ``with``, this never raises.
+    On exit, the previous handlers are restored. Python handles signals only in the main thread, so in other threads
+    this handles none; without ``with``, it never raises.
 
     Args:
         together: Whether all processes train together. A signal to any process then stops all of them at the same

@@ -55,7 +55,7 @@ class Logger:
         """Discards rows of steps after ``step``, because the resumed run will measure them again."""
 
     def close(self) -> None:
-        """Closes files and connections. Whoever creates a logger closes it."""
+        """Closes files and connections. The code that creates a logger closes it."""
 
     def __enter__(self) -> Self:
         return self
@@ -75,10 +75,10 @@ class MetricsLoggerLike(Protocol):
 
 
 class MetricsLogger:
-    """Logs metrics under ``train/``, ``val/`` and ``test/``, depending on where they were measured."""
+    """Logs metrics under ``train/``, ``val/`` or ``test/``, depending on where they were measured."""
 
     def __init__(self, logger: Logger) -> None:
-        """Wraps a logger. The caller remains responsible for closing it."""
+        """Wraps a logger, which the caller must close."""
         self.logger = logger
 
     def rewind(self, step: int) -> None:

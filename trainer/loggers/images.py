@@ -1,4 +1,4 @@
-"""Converts images to pixels, and writes them as PNG files."""
+"""Converts images to pixels and PNG files."""
 
 import re
 import urllib.parse
@@ -61,9 +61,9 @@ def write_png(folder: Path, name: str, step: int | None, image: Any, by: str) ->
     """Writes an image to ``folder/<name>/<step>.png``, or ``folder/<name>.png`` without a step, atomically.
 
     Args:
-        folder: The image directory; created if missing.
-        name: The name; ``/`` makes subdirectories, and characters invalid in a path are escaped as in a URL.
-        step: The number of updates finished; an existing image of the same step is replaced.
+        folder: Where images go; created if missing.
+        name: The name; ``/`` makes subdirectories, and characters invalid in paths are URL-escaped.
+        step: The number of updates finished. Replaces an image of the same step.
         image: As for `Logger.log_image`.
         by: The name of the writer, for messages.
 

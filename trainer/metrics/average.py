@@ -65,10 +65,9 @@ class WeightedAverage:
     The weight of a batch is its number of examples, or the metric ``batch_weight`` if the objective reports it;
     ``batch_weight`` itself is reported as a sum. Batches of weight zero are ignored, and so are steps that were
     skipped (``nonfinite``); ``skipped`` is their number. Metrics that are not averages of scalars, such as an
-    accuracy with its own merge, are merged in order. Sums are float64 on
-    the host. ``not_finite`` is the step and value of the first loss read that was not finite, or None. The metrics
-    of the latest calls stay on the device until `compute`; those of older calls are read as new
-    ones are added.
+    accuracy with its own merge, are merged in order. Sums are float64 on the host. ``not_finite`` is the step and
+    value of the first loss read that was not finite, or None. The metrics of the latest calls stay on the device
+    until `compute`; those of older calls are read as new ones are added.
 
     A copy costs nothing: the two share their parts, which are replaced and never mutated.
 

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 # Peak dense bfloat16 FLOP/s of one device, from the data sheets of NVIDIA and Google. The keys are complete
-# `jax.Device.device_kind` strings: boards with the same base name differ by a
-# quarter (H100 SXM, NVL and PCIe), so a prefix would overstate some of them.
+# `jax.Device.device_kind` strings: boards with the same base name differ by a quarter (H100 SXM, NVL and PCIe), so a
+# prefix would overstate some of them.
 PEAK_FLOPS = {
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,

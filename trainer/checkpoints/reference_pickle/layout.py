@@ -1,9 +1,9 @@
 """The contents of a pickle in the reference's layout, shared by the reader and the writer.
 
 A pickle is a dict with the keys ``step`` (an int), ``opt_state``, ``model_state``, ``rng`` and ``extensions_state``.
-The reference cannot resume from our pickles: it needs optax's named tuples and nnx variables, pickled by reference to
-the installed versions of their classes. Ours have plain tuples and dicts, which any program of any version reads.
-We can resume from the reference's pickles.
+The reference does not continue a run from a pickle of ours. It needs optax's named tuples and nnx variables, pickled
+by reference to the installed versions of their classes. Ours have plain tuples and dicts, which any program of any
+version reads. We can resume from the reference's pickles.
 
 We write only dicts, tuples, lists, strings, ints, None and NumPy arrays, so that ``pickle.load`` needs nothing
 but NumPy. An array whose dtype NumPy lacks is written as a dict:

@@ -46,7 +46,7 @@ class Global:
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Instance:
-    """A stand-in for an instance of a class: the arguments from which Python would make it."""
+    """A stand-in for an instance of a class: what Python would build it from."""
 
     kind: Global
     arguments: tuple[Any, ...]

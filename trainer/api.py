@@ -91,6 +91,8 @@ class Trainer(Inspection):
             `ArgumentTypeError`, a contradiction with the configuration `ConfigError`.
     """
 
+    __slots__ = ("__weakref__", "run", "setup")
+
     def __init__(
         self,
         model: nnx.Module | Callable[[nnx.Rngs], nnx.Module] | TrainState,

@@ -25,12 +25,14 @@ Each event goes to the callbacks in list order, then to the extensions in theirs
 into one call.
 """
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from operator import is_
 from types import MappingProxyType
 from typing import Any
 
-from trainer.errors import ArgumentTypeError
+from trainer.core.checks import did_you_mean
+from trainer.errors import ArgumentTypeError, warn
 
 EVENTS = (
     "on_train_begin",
@@ -277,6 +279,8 @@ def as_callback_list(callbacks: Any) -> Any:
     if is_callback(callbacks):
         if isinstance(callbacks, CallbackList):
             _check_members(callbacks)
+        else:
+            check_handlers(callbacks, "callbacks")
         return callbacks
     inside = getattr(callbacks, "callbacks", None)
     if isinstance(inside, list | tuple) and not isinstance(callbacks, type):
@@ -294,9 +298,57 @@ def as_callback_list(callbacks: Any) -> Any:
     return made
 
 
+def check_handlers(callback: Any, name: str) -> None:
+    """Checks the methods of a callback or an extension that events would call.
+
+    A method whose name begins with ``on_`` and that no event calls, such as ``on_train_epoch_end``, is a warning.
+
+    Raises:
+        ArgumentTypeError: A method cannot take the arguments of its event.
+    """
+    kind = type(callback)
+    unknown = [
+        f"`{method}` ({did_you_mean(_in_our_words(method), EVENTS)})"
+        for method in dir(kind)
+        if method.startswith("on_") and method not in EVENTS and callable(getattr(kind, method, None))
+    ]
+    if unknown:
+        warn(f"`{name}` of type {kind.__name__} has methods that no event calls: {', '.join(unknown)}")
+    for event in EVENTS:
+        if not handles(callback, event):
+            continue
+        called = inspect.signature(getattr(Callback, event))
+        wanted = [parameter for parameter in called.parameters if parameter != "self"]
+        try:
+            signature = inspect.signature(getattr(callback, event))
+        except (TypeError, ValueError):  # of a function without a signature
+            continue
+        try:
+            signature.bind(*wanted)
+        except TypeError as error:
+            raise ArgumentTypeError(
+                f"`{name}` of type {kind.__name__} has {event}{signature}, which is called as "
+                f"{event}({', '.join(wanted)}): {error}."
+            ) from None
+
+
+def _in_our_words(method: str) -> str:
+    """Returns the name of an event of Keras or Lightning as it would be here, ``on_epoch_begin``, or nearly so."""
+    for theirs, ours in (
+        ("train_batch", "batch"),
+        ("train_epoch", "epoch"),
+        ("start", "begin"),
+        ("test", "validation"),
+    ):
+        method = method.replace(theirs, ours)
+    return method
+
+
 def _check_members(callbacks: CallbackList) -> None:
     for index, callback in enumerate(flatten(callbacks.callbacks)):
-        if not is_callback(callback):
+        if is_callback(callback):
+            check_handlers(callback, f"callbacks[{index}]")
+        else:
             raise ArgumentTypeError(
                 f"`callbacks[{index}]` {_what_came(callback)}, which is no callback; a callback is an object with a "
                 f"method for at least one event ({', '.join(EVENTS[:4])}, ...), for example an instance of a subclass "

@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from trainer.callbacks.base import as_callback_list, asked_by, without_savers
+from trainer.callbacks.base import as_callback_list, asked_by, check_handlers, without_savers
 from trainer.callbacks.dispatch import CallbackDispatcher
 from trainer.callbacks.progress import progress_for
 from trainer.checkpoints.checkpointer import Checkpointer
@@ -119,6 +119,8 @@ def assemble(
         "nonfinite": nonfinite,
         "accumulate_steps": check_count(accumulate_steps, "accumulate_steps"),
     }
+    for name, extension in extensions.items():
+        check_handlers(extension, f"extensions[{name!r}]")
     callbacks = as_callback_list(callbacks)
     optimizer_parts, asked = asked_by(callbacks)
     if step_fn is None:

@@ -17,6 +17,8 @@ from trainer.run import Run
 class ReadOnly:
     """The attributes of a `trainer.Trainer` that are read and never assigned."""
 
+    __slots__ = ()  # so that assigning a name that `Trainer` does not have raises, and is not ignored
+
     setup: Setup
     run: Run
 

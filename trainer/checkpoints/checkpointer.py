@@ -14,7 +14,7 @@ from trainer.checkpoints.listing import Written, entries_in, names_in, run_of
 from trainer.checkpoints.names import refuse_foreign, suffix_of
 from trainer.checkpoints.plain_values import to_plain
 from trainer.checkpoints.run_record import Restored, restore, snapshot_run
-from trainer.checkpoints.snapshot import Snapshot, is_in_host_memory, write_snapshot
+from trainer.checkpoints.saving import Snapshot, is_in_host_memory, write_snapshot
 from trainer.checkpoints.state_io import Loaded, default_name, load_latest, load_with_progress
 from trainer.distributed.agreement import AllOrNone
 from trainer.errors import CheckpointError, warn

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from trainer.checkpoints.snapshot import check_within_process, copied_to_host, is_in_host_memory
+from trainer.checkpoints.saving import check_within_process, copied_to_host, is_in_host_memory
 from trainer.core.tree_paths import leaf_path
 from trainer.data.resumable import LoaderPass
 from trainer.run import FromLoader, Run

@@ -12,7 +12,7 @@ from typing import Any
 import msgpack
 
 from trainer.checkpoints.plain_values import pack, to_plain
-from trainer.checkpoints.snapshot import Snapshot, take_snapshot, write_snapshot
+from trainer.checkpoints.saving import Snapshot, take_snapshot, write_snapshot
 from trainer.checkpoints.state_io import Loaded, load_with_progress
 from trainer.data.resumable import LoaderPass, LoaderPosition
 from trainer.errors import CheckpointError

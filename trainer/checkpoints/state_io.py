@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from trainer.checkpoints.file_format import DTYPES, Leaf
 from trainer.checkpoints.listing import Entry, entries_in, open_named
 from trainer.checkpoints.open import Source, describe, open_source, read_progress
-from trainer.checkpoints.snapshot import is_multiprocess_state, take_snapshot, write_snapshot
+from trainer.checkpoints.saving import is_multiprocess_state, take_snapshot, write_snapshot
 from trainer.checkpoints.weights_files import WEIGHTS, WeightsFile
 from trainer.core.checks import did_you_mean
 from trainer.core.tree_paths import LeafPath, parts_of

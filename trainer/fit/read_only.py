@@ -5,7 +5,7 @@ from typing import Any
 import optax
 
 from trainer.checkpoints.run_record import snapshot_run
-from trainer.checkpoints.snapshot import Snapshot
+from trainer.checkpoints.saving import Snapshot
 from trainer.core.averaged_params import with_eval_params
 from trainer.core.modes import in_evaluation_mode
 from trainer.fit.assemble import build_optimizer

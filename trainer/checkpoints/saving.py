@@ -1,4 +1,4 @@
-"""Snapshots: the arrays and run record of a run (`trainer.run`), described and copied before writing."""
+"""Saving: the arrays and the run record are described and copied as a `Snapshot`, then written in any format."""
 
 import dataclasses
 import datetime

@@ -63,7 +63,7 @@ def learning_rate_of(opt_state: Any) -> jax.Array:
 
 
 def plateau_scale(opt_state: Any) -> Any:
-    """Returns the factor of `optax.contrib.reduce_on_plateau` or `trainer.ReduceLROnPlateau` on updates; else 1."""
+    """Returns the factor that `optax.contrib.reduce_on_plateau` or `trainer.ReduceLROnPlateau` applies; else 1."""
 
     def is_plateau(node: Any) -> bool:
         return isinstance(node, optax.contrib.ReduceLROnPlateauState)

@@ -64,8 +64,8 @@ def checked_batch(batch: Any, name: str = "batch") -> tuple[Any, int | None]:
     """Returns a batch in a form that JAX accepts, and its length as from `check_batch`.
 
     A mapping that is not a pytree node becomes a dict, and an array of another framework (such as a torch tensor on the
-    CPU) becomes a NumPy array over the same memory. Checks of structures are cached; the only values read from every
-    batch are 64-bit integers.
+    CPU) becomes a NumPy array over the same memory. Checks of structures are cached; only 64-bit integers are read
+    from every batch.
 
     Raises:
         BatchError: As for `check_batch`; or 64-bit integers do not fit into 32 bits.
@@ -108,7 +108,7 @@ def checked_data(data: Any, name: str) -> tuple[Any, int]:
         BatchError: As for `batch_length`; or 64-bit integers do not fit into 32 bits.
     """
     data = _as_known_to_jax(data)
-    # Check everything before converting or reading anything, so that errors come at once.
+    # Check everything before converting or reading, so that errors come at once.
     length = batch_length(data, name)
     leaves, structure = jax.tree.flatten(data)
     if any(map(_is_foreign, leaves)):
@@ -226,7 +226,7 @@ def _first_too_wide(leaf: np.ndarray[Any, Any]) -> int | None:
 
 
 def _row_too_wide(leaf: np.ndarray[Any, Any]) -> int | None:
-    # The upper halves, which must all be zero. This takes a third of the time of a minimum and a maximum.
+    # All upper halves must be zero; this check takes a third of the time of a minimum and a maximum.
     upper = (leaf if leaf.dtype.kind == "u" else leaf + 2**31) >> 32
     if not np.count_nonzero(upper):
         return None

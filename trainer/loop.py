@@ -42,7 +42,7 @@ _COLLECT_AT = 50_000
 
 @dataclasses.dataclass
 class Tick:
-    """One call into the compiled step, finished or in flight.
+    """One call to the compiled step, finished or in flight.
 
     Attributes:
         run: The run after the call; its state may still be computing. Assign another run to continue from it.

@@ -55,7 +55,7 @@ class FromLoader:
         first_step: The updates finished when the run began. Consecutive calls to ``train_epoch`` are one run.
         batch: The batches finished in the current epoch.
         loader: The open pass over the loader, queried for its position only when a checkpoint is taken (the query may
-            be slow). In a restored run, the position itself. None if there is no known loader.
+            be slow). In a restored run, the position itself. None if no loader is known.
     """
 
     batch_size: int = 0

@@ -80,19 +80,19 @@ def make_train_step(
             floating variables changed by the forward pass are averaged over it. Gradients and metrics are
             weighted by ``batch_weight`` if the objective reports one, which itself is summed. Each device has
             its own key. The forward pass sees its own part of the batch only: to normalize over all parts, pass
-            the same axis to ``nnx.BatchNorm``. Leave it None for ``jit`` over sharded arrays, where the program
-            is written as for one device and JAX does all this.
+            the same axis to ``nnx.BatchNorm``. Leave it None under ``jit`` over sharded arrays: the program is
+            that of one device, and JAX does all this.
         accumulate_steps: The number of micro-batches per batch, processed in a loop, so that memory holds the
             activations of one. Gradients and metrics are averaged by ``batch_weight`` if the objective reports one,
-            else by examples: g = Σ w_i g_i / Σ w_i, which is the gradient of the whole batch if the loss is an average.
+            else by examples: g = Σ w_i g_i / Σ w_i, the gradient of the whole batch if the loss is an average.
             It is one update: clipping acts on g, and ``step`` counts it once. Batch normalization and dropout see one
             micro-batch at a time. See `trainer.core.accumulation.accumulated` for which rows form a micro-batch.
         nonfinite: How to handle NaN or infinity in the loss, gradients, new params or new model state of a step; create
             the state with the same value. "ignore" continues. "skip" counts the step and leaves the rest of the state
             bit-identical; the metric ``skipped`` is then 1, else 0, and averages exclude the batch. With "raise" this
             step and all later ones return the state from before it, and `check_finite`, which a `Trainer` calls, raises
-            `NonFiniteError` with the step and the arrays. "skip" and "raise" cost a pass over these arrays, but no wait
-            for the device.
+            `NonFiniteError` with the step and the arrays. Both cost a pass over these arrays, but no wait for the
+            device.
         report: Further metrics of each update: any of "gradient_norm" (before clipping), "update_ratio" (norm of the
             update / norm of the params) and "learning_rate" (if the optimizer keeps it in its state, as with
             ``optax.inject_hyperparams``), or a mapping of names to functions of a `trainer.Update`.
@@ -101,8 +101,8 @@ def make_train_step(
             `trainer.core.loss_scale.adapt_scale`: ``metrics`` then includes the ``loss_scale`` of the step, and the
             state must come from ``TrainState.create(..., precision=precision)``.
         remat: What to recompute in the backward pass instead of storing (Chen et al. 2016, "Training Deep Nets with
-            Sublinear Memory Cost"; `jax.checkpoint`). "blocks", or "nothing_saveable", recomputes all activations
-            within each block; the blocks are the outermost modules held in lists. Any other policy of
+            Sublinear Memory Cost"; `jax.checkpoint`). "blocks" or "nothing_saveable" recomputes all activations
+            within each block, where blocks are the outermost modules in lists. Any other policy of
             ``jax.checkpoint_policies``, by name ("dots_saveable", "dots_with_no_batch_dims_saveable") or as a function,
             applies to the whole objective. A mapping sets policies for modules by path, such as
             ``{"encoder/layers/*": "nothing_saveable"}``, with patterns as in `trainer.by_path`. Gradients, batch
@@ -116,8 +116,8 @@ def make_train_step(
     Raises:
         ArgumentTypeError: ``loss_fn``, ``optimizer``, an extension or ``accumulate_steps`` has the wrong type.
         ArgumentError: ``accumulate_steps`` is not positive, or ``precision`` or ``remat`` is invalid. The returned
-            function raises `ObjectiveError`, `BatchError`, `ArgumentError` or `StateError` only while it is traced,
-            never while it runs compiled.
+            function raises `ObjectiveError`, `BatchError`, `ArgumentError` or `StateError` while it is traced, never
+            when compiled.
 
     Example:
         >>> model, optimizer = nnx.Linear(2, 1, rngs=nnx.Rngs(0)), optax.sgd(0.5)
@@ -174,11 +174,11 @@ def make_train_step(
 def fuse_steps(
     step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]], n: int
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """Makes a function that runs up to ``n`` steps in one call, for when the host needs no state in between.
+    """Makes a function that runs up to ``n`` steps in one call, if the host needs no state in between.
 
-    The steps run in a loop whose body is compiled once, for any ``n`` and any ``count``. The operations and their order
-    are those of single steps. The results are bit-identical too, except where the compiler rounds differently in the
-    loop. XLA on the CPU does so in two cases:
+    The steps run in a loop whose body is compiled once, for any ``n`` and any ``count``. Operations and their order are
+    those of single steps. Results are bit-identical too, except where the compiler rounds differently in the loop. XLA
+    on the CPU does so in two cases:
 
     * In ``a * b + c * d`` it leaves one of the products unrounded (a fused multiply-add), but not always the same one.
       Entries then differ in the last place, for example the moments of ``optax.inject_hyperparams(optax.adamw)``.
@@ -248,9 +248,9 @@ def make_eval_step(
 ) -> Callable[..., Metrics]:
     """Makes an eval step: evaluates the objective with the model in evaluation mode.
 
-    All modules are in evaluation mode, whatever their mode when the state was created, since a module explicitly set
-    to training mode looks like one in training mode by default. For dropout in evaluation (Monte Carlo dropout), set
-    the mode in the call: ``self.dropout(x, deterministic=False)``.
+    All modules are in evaluation mode, whatever their mode when the state was created, since an explicit training mode
+    cannot be told from the default. For dropout in evaluation (Monte Carlo dropout), set the mode in the call:
+    ``self.dropout(x, deterministic=False)``.
 
     Args:
         loss_fn: The objective, as for `make_train_step`. Extensions are ignored in evaluation.

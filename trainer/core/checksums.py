@@ -6,8 +6,8 @@ only a few bytes are communicated. The result does not depend on the sharding: a
 verified on two. The hash of one word is a bijection, so damage within one word always changes both sums. Damage to
 several words, in one wide entry or in many, goes undetected with probability 2⁻⁶⁴.
 
-A device program is compiled for every shape. Therefore NumPy hashes, at least as fast, whole arrays in CPU memory, and
-arrays of up to 1 MiB unless they are sharded over processes.
+A device program is compiled for every shape. So NumPy, at least as fast, hashes whole arrays in CPU memory, and arrays
+of up to 1 MiB unless they are sharded over processes.
 """
 
 import functools

@@ -41,7 +41,7 @@ def primitives(jaxpr: Any) -> set[str]:
 
 
 def _bodies(equation: Any) -> list[Any]:
-    """Returns the jaxprs that an equation runs, such as the body of a loop or the branches of a conditional."""
+    """Returns the jaxprs that an equation runs: the body of a loop, the branches of a conditional."""
     values = (value if isinstance(value, list | tuple) else (value,) for value in equation.params.values())
     programs = (one for several in values for one in several if isinstance(one, core.ClosedJaxpr | core.Jaxpr))
     return [getattr(program, "jaxpr", program) for program in programs]

@@ -24,7 +24,7 @@ class Gradient(NamedTuple):
     Attributes:
         grads: A tree like the params.
         metrics: The metrics of the objective, and the total ``loss``.
-        state: The state after the forward pass, with its batch statistics, RNG counts and extension variables.
+        state: The state after the forward pass: its batch statistics, RNG counts and extension variables.
     """
 
     grads: Any
@@ -45,7 +45,7 @@ def make_objective(
 ) -> Objective:
     """Returns the objective plus the losses of the extensions, as a function of the params; see `make_train_step`.
 
-    ``view`` changes how the model computes, for example in half precision.
+    ``view`` changes how the model computes, such as its precision.
     """
     reduce = average_if_changed(axis_name)
 

@@ -59,7 +59,7 @@ def adapt_scale(growth_interval: int) -> Finish:
     s is clipped to the range of normal float32 numbers. This is the algorithm of ``flax.training.dynamic_scale`` and
     of section 3.2 of Micikevicius et al. 2018, "Mixed Precision Training". Nothing waits for the device. A skipped
     step counts as a step, since the host counts calls, but does not advance the optimizer's schedules. The gradient is
-    already averaged over the mapped axis, so all devices make the same decision.
+    averaged over the mapped axis, so all devices make the same decision.
     """
 
     def finish(before: TrainState, after: TrainState, grads: Any, metrics: Metrics) -> tuple[TrainState, Metrics]:

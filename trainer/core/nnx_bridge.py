@@ -308,7 +308,7 @@ def _token(graphdef: nnx.GraphDef[Any]) -> Hashable:
 
 
 def _with_own_values(graphdef: nnx.GraphDef[Any]) -> nnx.GraphDef[Any]:
-    """Returns an equal graphdef whose static values are copies, unaffected by later edits of the originals."""
+    """Returns an equal graphdef whose static values are copies, unaffected by edits of the originals."""
     memo: dict[int, Any] = {}
     nodes = copy_containers(graphdef.nodes, memo)
     return nnx.GraphDef(nodes, copy_containers(graphdef.attributes, memo), graphdef.num_leaves)

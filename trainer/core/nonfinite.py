@@ -77,7 +77,7 @@ def check_finite(state: TrainState) -> None:
     """Raises `NonFiniteError` if a step with ``nonfinite="raise"`` met NaN or infinity. Waits for the device.
 
     In a custom loop, call it as often as you can afford to wait. From the bad step on, all steps return the state from
-    before that step, so a late check loses nothing; ``error.state`` is that state, ready for further training.
+    before that step, so a late check loses nothing; ``error.state`` is that state, ready to train on.
 
     Args:
         state: A state created with ``nonfinite="raise"``; any other state passes.
@@ -90,7 +90,7 @@ def check_finite(state: TrainState) -> None:
         return
     step, bad = int(record["step"]), np.asarray(record["leaves"])
     names = [name for (name, _), is_bad in zip(_checked(state, state.params, state.step), bad, strict=True) if is_bad]
-    # Gradients are more informative than the params that they make non-finite.
+    # Gradients say more than the params that they make non-finite.
     spoilt = {name.replace("grads/", "params/", 1) for name in names if name.startswith("grads/")}
     leaves = tuple(name for name in names if name not in spoilt)
     listed = ", ".join(f"`{name}`" for name in leaves[:5])

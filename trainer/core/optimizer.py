@@ -1,4 +1,4 @@
-"""Passing optax transformations the extra arguments that they need beyond gradients and params."""
+"""The extra arguments of optax transformations, beyond gradients and params."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def extra_arguments(
         the loss), ``obj_fn`` (Sophia: the same) and ``grad_fn`` (opaque SAM: params and an index to the gradient).
     """
 
-    # Line searches reject an argument that neither they nor their `value_fn` name, hence `obj_fn` and `grad_fn` here.
+    # Line searches reject an argument that neither they nor their `value_fn` name, hence the two names here.
     def value_fn(params: chex.ArrayTree, *, obj_fn: Any = None, grad_fn: Any = None) -> jax.Array:
         del obj_fn, grad_fn
         return value_at(params)
@@ -106,7 +106,7 @@ def adapt_optimizer(optimizer: optax.GradientTransformation) -> optax.GradientTr
 
 
 def _call(update: Callable[..., Any], arguments: tuple[Any, ...], extra: dict[str, Any]) -> Any:
-    """Calls ``update`` without the extra arguments that one of its members rejects."""
+    """Calls ``update`` without the extra arguments that a member rejects."""
     while True:
         try:
             return update(*arguments, **extra)

@@ -13,7 +13,7 @@ from trainer.types import Batch, Metrics, StepFn
 
 
 def own_step(step_fn: StepFn) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Returns a step that calls ``step_fn``, and checks its result while it is traced."""
+    """Returns a step that checks the result of ``step_fn`` while it is traced."""
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         result = step_fn(state, batch)
@@ -46,15 +46,15 @@ _DEFAULTS: dict[str, Any] = {
 
 
 def check_own_step(step_fn: Any, loss_fn: Any, settings: Mapping[str, Any]) -> None:
-    """Checks a ``step_fn``, the optional ``loss_fn``, and that settings of `make_train_step` have their defaults.
+    """Checks a ``step_fn``, its optional ``loss_fn``, and settings that must have their defaults.
 
     Args:
         step_fn, loss_fn: The arguments.
         settings: The values of the settings by name.
 
     Raises:
-        ArgumentTypeError: ``step_fn`` or ``loss_fn`` is not callable.
-        ArgumentError: A setting was passed that only applies to a step from `make_train_step`.
+        ArgumentTypeError: One is not callable.
+        ArgumentError: A setting was passed that only `make_train_step` has.
     """
     if not callable(step_fn):
         raise ArgumentTypeError(
@@ -72,7 +72,7 @@ def check_own_step(step_fn: Any, loss_fn: Any, settings: Mapping[str, Any]) -> N
 
 
 def no_loss_fn(*arguments: Any) -> Any:
-    """The placeholder objective of a trainer without one; raises when it is called."""
+    """The objective of a trainer without one; raises when called."""
     raise ArgumentError("`loss_fn` is None, so there is nothing to validate or to evaluate; pass one beside `step_fn`.")
 
 

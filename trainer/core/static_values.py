@@ -31,7 +31,7 @@ def token(value: Any, parents: tuple[int, ...] = ()) -> Hashable:
 
     Containers, dataclasses with value equality, namespaces and `functools.partial` compare by content; dicts also by
     order, since a model may loop over them. Arrays compare by dtype, shape and bytes, floats by bits, so NaN equals
-    itself and -0.0 differs from 0.0. All other values compare with ``==`` of their class, functions by identity.
+    itself and -0.0 differs from 0.0. All other values compare by their ``==``, functions by identity.
 
     Args:
         value: Any Python object.

@@ -219,7 +219,7 @@ def assemble(
         step=compiled(remat),
         step_without_remat=None if remat is None else compiled(None),
         eval_step=jax.jit(names_checked(make_eval_step(objective, **evaluating)), out_shardings=placement.replicated),
-        # Cached by function, so that a function passed again is not compiled again.
+        # Cached, so that the same function is not compiled again.
         predict_step=functools.lru_cache(maxsize=8)(
             lambda fn: jax.jit(make_predict_step(fn, **evaluating), out_shardings=placement.replicated)
         ),
@@ -313,7 +313,7 @@ def _made_step(
     make_whole: Callable[[Any], optax.GradientTransformation],
     placement: Placement,
 ) -> tuple[Any, Callable[[Run], tuple[Any, ...]] | None]:
-    """Returns the step that ``make`` builds with the optimizer, and a function for its extra arguments, if any."""
+    """Returns the step built by ``make``, and the function that returns its extra arguments, if any."""
     scheduler = config.scheduler
 
     def make_until(horizon: Any) -> Any:

@@ -32,12 +32,12 @@ class Inspection(ReadOnly):
 
     def summary(self, depth: int | None = None, batch: Batch | None = None) -> str:
         """Returns a table of the model, to print, with operation counts for a batch: see `trainer.summarize`."""
-        from trainer.features.summary import summarize  # imported here, as below: runs do not need it
+        from trainer.features.summary import summarize  # here, as below: runs do not need it
 
         return summarize(self.run.peek(), depth, loss_fn=None if batch is None else self.setup.loss_fn, batch=batch)
 
     def predict(self, data: Any, batch_size: int, fn: Callable[[Any, Batch], Any] | None = None) -> Any:
-        """Returns the predictions of the model, in evaluation mode, for every example, in order.
+        """Returns the model's predictions, in evaluation mode, for every example, in order.
 
         It changes nothing and emits no events. For data in memory it is equivalent to::
 
@@ -45,7 +45,7 @@ class Inspection(ReadOnly):
 
         Args:
             data: Data in memory or a loader, as ``train_data`` of `train`.
-            batch_size: The number of examples in a batch; the last may be short.
+            batch_size: Examples per batch; the last may be short.
             fn: ``fn(model, batch) -> outputs``, traced like ``loss_fn``; for the default see `make_predict_step`. Each
                 function compiles once per batch shape, so reuse the same one instead of a new lambda.
 
@@ -87,12 +87,12 @@ class Inspection(ReadOnly):
 
         Args:
             train_data: Data in memory, as for `train`.
-            batch_size: The number of examples in a batch.
+            batch_size: Examples per batch.
             low, high, steps: As for `trainer.find_learning_rate`.
 
         Raises:
-            ArgumentError, ArgumentTypeError: An argument cannot be used; the optimizer was passed by the caller and
-                keeps no learning rate in its state; or the step is a ``step_fn``.
+            ArgumentError, ArgumentTypeError: An argument cannot be used; the caller's optimizer keeps no learning rate
+                in its state; or the step is a ``step_fn``.
         """
         from trainer.features.search import rates_between, try_rates
 
@@ -124,8 +124,8 @@ class Inspection(ReadOnly):
         Memory used outside the step is not known, so leave some.
 
         Args:
-            example: A batch of any size, or a tree of ``jax.ShapeDtypeStruct``: only dtypes and the shapes after the
-                first dimension matter.
+            example: A batch of any size, or ``jax.ShapeDtypeStruct`` of one: only dtypes and shapes after the first
+                dimension matter.
             high: The largest size to try.
             memory: The bytes that may be used; by default those of the device.
 

@@ -29,13 +29,13 @@ class FitPlan:
         batch_size: The number of examples in a batch; passed to a loader that takes an argument.
         data: The data in memory; None for a loader.
         loader: The loader; None for data in memory.
-        name: The name of the argument that holds the data, for messages.
+        name: The argument that holds the data, for messages.
         horizon: The number of steps of the call; None if unknown.
         planned: The planned length of the run that the call is part of.
         save_every: Save at multiples of this step; None for never.
         validate_every: Validate at multiples of this step, besides the ends of epochs; None for ends of epochs only.
         held_out: Opens the validation data; None for no validation.
-        about: A description of the plan, for loggers.
+        about: A description, for loggers.
         arguments: The arguments of the call, see `trainer.fit.identity`.
     """
 

@@ -27,7 +27,7 @@ def load(trainer: Trainer, path: str | os.PathLike[str]) -> None:
     """Restores a checkpoint; see `Trainer.load_checkpoint`."""
     setup = trainer.setup
     restored = setup.checkpointer.load(path, trainer.run)
-    # A trainer without callbacks, for example one that only evaluates, needs no callback states.
+    # A trainer without callbacks, used for evaluation, needs no callback states.
     if restored.listeners is not None and setup.events.has_states:
         with put_back(trainer, trainer.run, copy.deepcopy(setup.events.state_dict())):
             setup.events.load_state_dict(restored.listeners)
@@ -56,7 +56,7 @@ def find(setup: Setup, run: Run, plan: FitPlan, resume: Any) -> Restored | None:
         return setup.checkpointer.load(resume, run)
     here = run.position
     if plan.caller == "train_epoch" and isinstance(here, FromLoader) and _is_over(here):
-        # This trainer has just finished an epoch: a loop `while trainer.epoch < n` must terminate.
+        # This trainer has just finished an epoch: `while trainer.epoch < n` must terminate.
         return None
     return setup.checkpointer.load_latest(run)
 

@@ -76,7 +76,7 @@ def is_secret(name: str) -> bool:
 
 
 def as_json(value: Any, depth: int = 0) -> Any:
-    """Returns a value as JSON types: other types become text, and secrets (recognized by name or form) are masked."""
+    """Returns a value as JSON types: other types become text, and secrets (by name or form) are masked."""
     if isinstance(value, Mapping) and depth < 20:
         return {
             str(key): _HIDDEN if is_secret(str(key)) and inner else as_json(inner, depth + 1)

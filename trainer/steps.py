@@ -181,7 +181,7 @@ def fuse_steps(
     on the CPU does so in two cases:
 
     * In ``a * b + c * d`` it leaves one of the products unrounded (a fused multiply-add), but not always the same one.
-      Entries then differ in the last place, for example the moments of ``optax.inject_hyperparams(optax.adamw)``.
+      Entries then differ in the last place, such as moments of ``optax.inject_hyperparams(optax.adamw)``.
       With ``XLA_FLAGS=--xla_cpu_max_isa=AVX``, which has no such instruction, they are equal.
     * Convolutions use different code inside loops, several times slower.
 
@@ -253,7 +253,7 @@ def make_eval_step(
     ``self.dropout(x, deterministic=False)``.
 
     Args:
-        loss_fn: The objective, as for `make_train_step`. Extensions are ignored in evaluation.
+        loss_fn: The objective, as for `make_train_step`. Extensions are ignored.
         eval_params: A function of the optimizer state and the params that returns the params to evaluate, see
             `trainer.types.EvalParams`; by default the params themselves. The other variables of the model, such as
             batch statistics, are those of training.
@@ -298,7 +298,7 @@ def make_predict_step(
     Args:
         fn: ``fn(model, batch) -> outputs``, a pytree of arrays of shape ``(batch_size, ...)``. By default the model is
             called on the batch if it is an array, on its only entry, or on the entry ``input`` or ``x`` of a mapping
-            whose other entries have names of targets (``y``, ``label``, ``target``, and their plurals).
+            whose other entries have target names (``y``, ``label``, ``target``, and their plurals).
         eval_params: As for `make_eval_step`.
         precision: The dtype that the model computes in, as for `make_train_step`. Outputs have its ``output`` dtype.
 

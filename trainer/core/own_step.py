@@ -1,4 +1,4 @@
-"""A custom step of the caller, in place of one from `make_train_step`."""
+"""A custom step in place of one from `make_train_step`."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -17,7 +17,7 @@ def call_on_input(model: Any, batch: Any) -> Any:
     """Calls the model on the input of a batch, if it is unambiguous which part that is.
 
     It is the array itself, the only entry of a mapping or tuple, or the entry ``input`` or ``x`` of a mapping whose
-    other entries have names of targets. An entry of another name may be needed by the model, for example a mask.
+    other entries have target names. An entry of another name may be needed by the model, for example a mask.
 
     Raises:
         ArgumentError: The model is not callable, or its input is ambiguous.

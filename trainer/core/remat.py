@@ -57,7 +57,7 @@ def plan_of(remat: Remat) -> RematPlan:
         if not remat:
             raise ArgumentError("`remat` is empty; map patterns of paths to policies, such as {'layers/*': ...}.")
         return RematPlan(parts={check_pattern(key, "remat"): _policy(value, key) for key, value in remat.items()})
-    # Over the whole objective, saving nothing reduces no memory: everything would be recomputed at once.
+    # Over the whole objective, a policy that saves nothing does not reduce memory: all is recomputed at once.
     if remat in (BLOCKS, "nothing_saveable"):
         return RematPlan(parts={BLOCKS: jax.checkpoint_policies.nothing_saveable})
     return RematPlan(whole=_policy(remat))

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def hold_if_finite(trainer: Trainer) -> None:
-    """Raises `NonFiniteError` if ``nonfinite`` is "raise" and a step was not finite. With "raise" it waits.
+    """With ``nonfinite="raise"``, waits for the device and raises `NonFiniteError` if a step was not finite.
 
     The trainer then holds the state from before that step, with no position in the data; later steps are dropped.
     """

@@ -31,7 +31,7 @@ def load(trainer: Trainer, path: str | os.PathLike[str]) -> None:
     if restored.listeners is not None and setup.events.has_states:
         with put_back(trainer, trainer.run, copy.deepcopy(setup.events.state_dict())):
             setup.events.load_state_dict(restored.listeners)
-    own = trainer.run  # only the state is loaded: the run keeps its own identity
+    own = trainer.run  # which keeps its identity, wherever the state is from
     run = restored.run.replace(
         id=own.id, position=None, validation=None, logged_step=0, average=own.average, arguments=None
     )

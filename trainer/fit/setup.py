@@ -35,7 +35,7 @@ from trainer.state import TrainState
 from trainer.types import Batch, EvalParams, ExtensionLike, LogCallback, LossFn, Metrics, NonFinite, StepFn
 
 _BYTES_COMPARED = 256 * 2**20
-"""How much data in memory the processes compare, in a quarter of a second. Larger data is sampled by rows."""
+"""How much data in memory the processes compare, in a quarter of a second. Of larger data, evenly spread rows."""
 
 
 @dataclasses.dataclass(frozen=True)

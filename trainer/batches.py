@@ -1,8 +1,8 @@
-"""What a batch is, in one place: the step asks when it is traced, the shell before it calls.
+"""Checks of batches: a step runs them while it is traced, the host before it calls the step.
 
-A batch is any pytree of numeric arrays and numbers. Mostly its arrays share their leading dimension, the examples. A
-batch whose arrays do not (points inside a domain and on its edge, say) counts as one in averages, unless the objective
-reports its ``batch_weight``.
+A batch is any pytree of numeric arrays and numbers. Its arrays usually share their leading dimension, the examples. If
+they do not (for example points inside a domain and on its boundary), the batch has weight 1 in averages, unless the
+objective reports a ``batch_weight``.
 """
 
 from collections.abc import Mapping
@@ -17,30 +17,30 @@ from trainer.errors import BatchError
 _MOST_LEAVES = 5
 _MOST_CHARACTERS = 1000
 
-# Structures that were checked: (tree, types, shapes, dtypes) -> (length, positions of leaves with 64-bit integers).
+# Structures already checked: (tree, types, shapes, dtypes) -> (length, positions of leaves with 64-bit integers).
 _checked: dict[Any, tuple[int | None, tuple[int, ...]]] = {}
 _MAX_CHECKED = 256
 _MAX_LEAVES_OF_A_KEY = 1000
 
 _MOST_BYTES_AT_ONCE = 64 * 2**20
 
-# Type codes of NumPy: those of which nothing is to be said, and among them 64-bit integers.
+# NumPy type codes: those that need no check, and those of 64-bit integers.
 _PLAIN = "?bhilqBHILQefdFD"
 _WIDE = "".join(code for code in "ilqILQ" if np.dtype(code).itemsize == 8)
 
 
 def check_batch(batch: Any, name: str = "batch") -> int | None:
-    """Checks that a step can take a batch, by its structure, shapes and dtypes; no value is read.
+    """Checks that a step can take a batch, by its structure, shapes and dtypes; no values are read.
 
     Args:
         batch: A pytree of arrays, abstract arrays and numbers.
-        name: What to call it in an error.
+        name: Its name in error messages.
 
     Returns:
-        The common leading dimension of all arrays that have one; None if they differ, or none has one.
+        The leading dimension shared by all arrays that have one; None if they differ, or if no array has one.
 
     Raises:
-        BatchError: It has no leaf, no example, or a leaf that JAX cannot take as a numeric array.
+        BatchError: It has no leaves, no examples, or a leaf that JAX cannot convert to a numeric array.
     """
     return _checked_length(batch, name, is_data=False)
 
@@ -50,7 +50,7 @@ def batch_length(batch: Any, name: str = "batch") -> int:
 
     Args:
         batch: A pytree of arrays, each of shape ``(length, ...)``.
-        name: What to call it in an error.
+        name: Its name in error messages.
 
     Raises:
         BatchError: As for `check_batch`; or a leaf is a scalar, or leading dimensions differ.
@@ -61,11 +61,11 @@ def batch_length(batch: Any, name: str = "batch") -> int:
 
 
 def checked_batch(batch: Any, name: str = "batch") -> tuple[Any, int | None]:
-    """Returns a batch as JAX can take it, and its length as `check_batch` returns it.
+    """Returns a batch in a form that JAX accepts, and its length as from `check_batch`.
 
-    A mapping that JAX does not know becomes a dict, and an array of another framework (a torch tensor on the CPU, say)
-    a NumPy array over the same memory. Structures are checked once and remembered; of every batch only 64-bit integers
-    are read.
+    A mapping that is not a pytree node becomes a dict, and an array of another framework (such as a torch tensor on the
+    CPU) becomes a NumPy array over the same memory. Checks of structures are cached; only 64-bit integers are read
+    from every batch.
 
     Raises:
         BatchError: As for `check_batch`; or 64-bit integers do not fit into 32 bits.
@@ -98,17 +98,17 @@ def checked_batch(batch: Any, name: str = "batch") -> tuple[Any, int | None]:
 
 
 def checked_data(data: Any, name: str) -> tuple[Any, int]:
-    """Returns data in memory as JAX can take them, and the number of examples.
+    """Returns data in memory in a form that JAX accepts, and the number of examples.
 
     Args:
         data: A pytree of arrays, each of shape ``(num_examples, ...)``; converted as by `checked_batch`.
-        name: What to call it in an error.
+        name: Its name in error messages.
 
     Raises:
         BatchError: As for `batch_length`; or 64-bit integers do not fit into 32 bits.
     """
     data = _as_known_to_jax(data)
-    # Everything is checked before anything is converted or read, so an error costs no time.
+    # Check everything before converting or reading, so that errors come at once.
     length = batch_length(data, name)
     leaves, structure = jax.tree.flatten(data)
     if any(map(_is_foreign, leaves)):
@@ -120,12 +120,12 @@ def checked_data(data: Any, name: str) -> tuple[Any, int]:
 
 
 def describe(tree: Any) -> str:
-    """Writes a tree of arrays as ``image: float32(32, 8, 8, 1), label: int32(32,)``."""
+    """Formats a tree of arrays as ``image: float32(32, 8, 8, 1), label: int32(32,)``."""
     return ", ".join(map(_entry, jax.tree.leaves_with_path(tree)))
 
 
 def summarize(tree: Any) -> str:
-    """Writes a tree of arrays as `describe` does, but at most its first five leaves, for a message."""
+    """Formats a tree of arrays like `describe`, but at most its first five leaves, for a message."""
     leaves = jax.tree.leaves_with_path(tree)
     text = ", ".join(_entry(leaf)[:160] for leaf in leaves[:_MOST_LEAVES])
     return text + (f", and {len(leaves) - _MOST_LEAVES} more" if len(leaves) > _MOST_LEAVES else "")
@@ -144,7 +144,7 @@ def _checked_length(batch: Any, name: str, *, is_data: bool) -> int | None:
         raise BatchError(f"`{name}` holds no examples: {summarize(batch)}.")
     if len(lengths) == 1:
         (length,) = lengths
-        return int(length) if isinstance(length, int | np.integer) else length  # symbolic, where a step is exported
+        return int(length) if isinstance(length, int | np.integer) else length  # symbolic when a step is exported
     if is_data:
         raise BatchError(
             f"`{name}` has leading dimensions that differ: {_differing(leaves)}. They must be one number, the examples."
@@ -153,7 +153,7 @@ def _checked_length(batch: Any, name: str, *, is_data: bool) -> int | None:
 
 
 def _problem(leaf: Any, *, is_data: bool) -> str | None:
-    """Says why a leaf cannot be used; None if it can be. ``is_data``: whether it must hold examples."""
+    """Returns why a leaf cannot be used, or None. ``is_data``: whether it must hold examples."""
     if isinstance(leaf, bool | int | float | complex) and not isinstance(leaf, np.generic):
         return f"is of type {type(leaf).__name__}, not an array" if is_data else None
     if type(leaf) is list:
@@ -163,7 +163,7 @@ def _problem(leaf: Any, *, is_data: bool) -> str | None:
         )
     if isinstance(leaf, np.ma.MaskedArray):
         return "is a masked array, whose mask JAX drops; pass .filled(...) of it, and the mask as a leaf of its own"
-    # JAX's own sparse matrices are pytrees: a step can take them, but their parts have no rows to draw.
+    # JAX's own sparse matrices are pytrees: a step can take them, but their leaves have no rows to sample.
     if hasattr(leaf, "todense") and (is_data or jax.tree_util.all_leaves([leaf])):
         return f"is a sparse matrix of type {type(leaf).__name__}; pass .todense() of it, or its parts as arrays"
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
@@ -181,7 +181,7 @@ def _problem(leaf: Any, *, is_data: bool) -> str | None:
 
 
 def _problem_of_dtype(dtype: Any) -> str | None:
-    # Extended dtypes (keys, bfloat16, fp8) have a kind of their own. A key's dtype is no `numpy.dtype`.
+    # Extended dtypes (keys, bfloat16, fp8) have a different kind. The dtype of a key is not a `numpy.dtype`.
     if not isinstance(dtype, np.dtype):
         return None
     if dtype.names is not None:
@@ -194,7 +194,7 @@ def _problem_of_dtype(dtype: Any) -> str | None:
 
 
 def _check_range(batch: Any, wide: list[Any], name: str) -> None:
-    """Checks that 64-bit integers survive the conversion to 32 bits that JAX makes where x64 is off."""
+    """Checks that 64-bit integers fit into 32 bits, to which JAX converts them when x64 is off."""
     if all(map(_fits, wide)) or jax.dtypes.canonicalize_dtype(np.int64) == np.int64:
         return
     problems = [
@@ -217,7 +217,7 @@ def _fits(leaf: Any) -> bool:
 
 
 def _first_too_wide(leaf: np.ndarray[Any, Any]) -> int | None:
-    """Returns the first row that 32 bits cannot hold. Data may be larger than memory, so it takes some at a time."""
+    """Returns the first row that does not fit into 32 bits. Reads in chunks, as data may be larger than memory."""
     if leaf.nbytes > _MOST_BYTES_AT_ONCE and leaf.ndim:
         rows = max(1, _MOST_BYTES_AT_ONCE * len(leaf) // leaf.nbytes)
         parts = ((start, leaf[start : start + rows]) for start in range(0, len(leaf), rows))
@@ -226,7 +226,7 @@ def _first_too_wide(leaf: np.ndarray[Any, Any]) -> int | None:
 
 
 def _row_too_wide(leaf: np.ndarray[Any, Any]) -> int | None:
-    # The upper halves, of which none may be set; a third of the time of a minimum and a maximum.
+    # All upper halves must be zero; this check takes a third of the time of a minimum and a maximum.
     upper = (leaf if leaf.dtype.kind == "u" else leaf + 2**31) >> 32
     if not np.count_nonzero(upper):
         return None
@@ -258,7 +258,7 @@ def _is_foreign(leaf: Any) -> bool:
 
 
 def _is_unusable_node(node: Any) -> bool:
-    """Whether to look at a node as a whole: nested lists of numbers (a leaf for each number), and sparse matrices."""
+    """Whether to treat a node as a leaf: a nested list of numbers (else a leaf per number), or a sparse matrix."""
     if type(node) is not list:
         return hasattr(node, "todense")
     first: Any = node
@@ -273,7 +273,7 @@ def _as_known_to_jax(batch: Any) -> Any:
 
 
 def _listed(problems: list[tuple[Any, str]], name: str, advice: str) -> str:
-    """Writes problems of leaves, at most five, in at most a thousand characters."""
+    """Formats at most five problems of leaves, in at most a thousand characters."""
     listed = "; ".join(f"{_named(name, path)} {problem}" for path, problem in problems[:_MOST_LEAVES])
     more = f"; and {len(problems) - _MOST_LEAVES} more leaves" if len(problems) > _MOST_LEAVES else ""
     room = _MOST_CHARACTERS - len(more) - len(advice) - 2
@@ -281,7 +281,7 @@ def _listed(problems: list[tuple[Any, str]], name: str, advice: str) -> str:
 
 
 def _differing(leaves: list[tuple[Any, Any]]) -> str:
-    """Writes one leaf of each leading dimension, at most five, so that the odd one is seen."""
+    """Formats one leaf for each leading dimension, at most five, so that the odd one shows."""
     first: dict[int, Any] = {}
     for path, leaf in leaves:
         first.setdefault(leaf.shape[0], (path, leaf))

@@ -1,20 +1,20 @@
-"""What this library raises, and how it warns.
+"""The exceptions and warnings of this library.
 
     TrainerError
-    ├── ArgumentError (ValueError)        a value that a public call cannot take
-    │   ├── ArgumentTypeError (TypeError) … because it is of the wrong type
+    ├── ArgumentError (ValueError)        invalid value of an argument
+    │   ├── ArgumentTypeError (TypeError) … wrong type
     │   ├── ConfigError                   … in a configuration
     │   └── BatchError                    … in the data
-    ├── ObjectiveError (ValueError)       what the objective or an extension returned
-    ├── StateError (RuntimeError)         a training state that cannot be used any more
-    ├── NonFiniteError (ArithmeticError)  a step that met NaN or infinity, where it was to be refused
-    ├── DistributedError (RuntimeError)   processes that disagree, or wait for one that does not come
+    ├── ObjectiveError (ValueError)       invalid result of the objective or an extension
+    ├── StateError (RuntimeError)         a training state that can no longer be used
+    ├── NonFiniteError (ArithmeticError)  a step that met NaN or infinity, with ``nonfinite="raise"``
+    ├── DistributedError (RuntimeError)   processes that disagree, or wait for one that does not respond
     └── CheckpointError (ValueError)      a file that cannot be written or loaded
-        └── UnreadableError               … whatever it should be loaded into
+        └── UnreadableError               … into any state
 
-    TrainingInterrupted (SystemExit)      SIGTERM came during a run, which ended in order
+    TrainingInterrupted (SystemExit)      SIGTERM during a run, which was shut down cleanly
 
-Every message names the argument in backticks, what came, what was wanted and what to do.
+Every message gives the argument in backticks, the actual value, what is expected and what to do.
 """
 
 import contextlib
@@ -24,12 +24,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-# Frames of these files are not where a warning comes from; the constructor of a dataclass is in "<string>".
+# A warning is never attributed to these files; the constructor of a dataclass is in "<string>".
 _OURS = (__file__.removesuffix("errors.py"), contextlib.__file__, "<string>")
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warns at the line of the caller's code, however deep in this library the reason was found."""
+    """Warns at the caller's line of code, from any depth in this library."""
     level, frame = 1, inspect.currentframe()
     while frame is not None and frame.f_code.co_filename.startswith(_OURS):
         level, frame = level + 1, frame.f_back
@@ -37,7 +37,7 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
 
 
 class TrainerError(Exception):
-    """The root: catches everything that this library raises by itself."""
+    """The base class of all exceptions of this library."""
 
 
 class ArgumentError(TrainerError, ValueError):
@@ -53,24 +53,24 @@ class ConfigError(ArgumentError):
 
 
 class BatchError(ArgumentError):
-    """A batch or a data set cannot be used: a leaf is no numeric array, or lengths differ where they must not."""
+    """A batch or a data set cannot be used: a leaf is not a numeric array, or lengths differ that must agree."""
 
 
 class ObjectiveError(TrainerError, ValueError):
-    """The objective, or an extension, returned or did something a step cannot use."""
+    """The objective or an extension returned or did something that a step cannot use."""
 
 
 class StateError(TrainerError, RuntimeError):
-    """The arrays of a training state are gone, usually because it was donated."""
+    """The arrays of a training state were deleted, usually because it was donated."""
 
 
 class NonFiniteError(TrainerError, ArithmeticError):
     """A step with ``nonfinite="raise"`` met NaN or infinity.
 
     Attributes:
-        step: The number of the step, the first being 1.
-        leaves: Names of the arrays that were not finite: ``loss``, ``grads/…``, ``model_state/…``, or ``params/…``
-            where the update made them so.
+        step: The number of the step; the first is 1.
+        leaves: Names of the arrays that were not finite: ``loss``, ``grads/…``, ``model_state/…``, or ``params/…`` if
+            only the update made them so.
         state: The state before that step.
     """
 
@@ -80,22 +80,22 @@ class NonFiniteError(TrainerError, ArithmeticError):
 
 
 class DistributedError(TrainerError, RuntimeError):
-    """The processes of a run disagree about what to do, or one of them did not come."""
+    """The processes of a run disagree about what to do, or one of them did not respond."""
 
 
 class CheckpointError(TrainerError, ValueError):
-    """A checkpoint could not be written, read, or fitted to the state at hand."""
+    """A checkpoint could not be written or read, or does not fit the current state."""
 
 
 class UnreadableError(CheckpointError):
-    """A file is missing, damaged, or no checkpoint of a version that this release reads."""
+    """A file is missing, damaged, or not a checkpoint of a version that this release can read."""
 
 
 class TrainingInterrupted(SystemExit):
-    """SIGTERM ended a run, whose state was saved. Not caught, it ends the process with status 143.
+    """SIGTERM ended a run, and its state was saved. If not caught, it exits the process with status 143.
 
     Attributes:
-        path: The checkpoint with which ``train(..., resume=True)`` goes on, None if there is none.
+        path: The checkpoint from which ``train(..., resume=True)`` resumes; None if there is none.
     """
 
     def __init__(self, message: str) -> None:

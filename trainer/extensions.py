@@ -15,13 +15,13 @@ from trainer.errors import ArgumentTypeError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExtensionConfig(Config):
-    """The configuration that all extensions share.
+    """The base configuration of all extensions.
 
     Attributes:
-        name: A name for people; its loss is reported under its key in ``extensions``.
-        weight: The factor of its loss, any finite number. It may be negative: the loss of a bonus, such as the entropy
-            of a policy, is to grow. Changing it compiles nothing.
-        enabled: Whether its loss takes part. Switching it compiles the step once for each setting.
+        name: A display name; the loss is reported under the key in ``extensions``.
+        weight: The factor of the loss, any finite number. It is negative for a bonus that should grow, such as the
+            entropy of a policy. Changing it compiles nothing.
+        enabled: Whether the loss is included. Each setting compiles the step once.
     """
 
     weight: float = 1.0
@@ -33,12 +33,12 @@ class ExtensionConfig(Config):
 
 
 class Extension(nnx.Module, Callback):
-    """The base of extensions; a plain object with the same methods works as well.
+    """The base class of extensions; any object with the same methods works too.
 
-    Its variables live in the training state: `loss_fn` may read and assign them, and the step
-    carries them into the next state; no optimizer updates them. The hooks of `trainer.Callback` run on the
-    object that was passed to the trainer, with its Python attributes, outside any compiled code; a
-    Python attribute that `loss_fn` reads is a constant from the moment the step is traced.
+    Its variables are part of the training state: `loss_fn` may read and assign them, and the step
+    carries them into the next state; no optimizer updates them. The hooks of `trainer.Callback` run
+    outside compiled code, on the object that was passed to the trainer, with its Python attributes. A
+    Python attribute that `loss_fn` reads becomes a constant when the step is traced.
 
     Example::
 
@@ -57,7 +57,7 @@ class Extension(nnx.Module, Callback):
             rngs: For subclasses that need random variables; not used here.
 
         Raises:
-            ArgumentTypeError: ``config`` is something else.
+            ArgumentTypeError: ``config`` is not an `ExtensionConfig`.
         """
         del rngs
         config = ExtensionConfig() if config is None else config
@@ -68,12 +68,12 @@ class Extension(nnx.Module, Callback):
         self.config = config
 
     def is_enabled(self) -> bool:
-        """Whether the loss takes part."""
+        """Returns whether the loss is included."""
         return self.config.enabled
 
     @property
     def enabled(self) -> bool:
-        """The same as `is_enabled`; assign it to switch the extension."""
+        """The same as `is_enabled`; assign it to switch the extension on or off."""
         return self.config.enabled
 
     @enabled.setter
@@ -94,8 +94,8 @@ class Extension(nnx.Module, Callback):
 
         Args:
             batch: The batch of the step.
-            model_outputs: What the objective reported under ``model_outputs``, else
-                ``model(batch["input"])`` where that applies, else None.
+            model_outputs: The objective's ``model_outputs``; if it reports none,
+                ``model(batch["input"])`` where possible, else None.
             **kwargs: ``model`` (after the objective's forward pass), ``rng`` (a key for this
                 extension and this step) and ``step`` (the updates before this one).
         """

@@ -1,11 +1,11 @@
-"""The loop: `run_epoch` advances a run over batches, `evaluate` averages an objective, `predict` stacks outputs.
+"""The loop: `run_epoch` advances a run over batches, `evaluate` averages metrics, `predict` concatenates outputs.
 
-All work without a `Trainer`.
+None of them needs a `Trainer`.
 
-`Trainer.train`, `Trainer.train_epoch` and your own loop are the same loop::
+`Trainer.train`, `Trainer.train_epoch` and a custom loop are the same loop::
 
     for tick in run_epoch(step, run, batches):
-        run = tick.run  # the run before was donated
+        run = tick.run  # the previous run was donated
 """
 
 import collections
@@ -34,21 +34,21 @@ from trainer.state import TrainState
 from trainer.types import Batch, Metrics
 
 MAX_IN_FLIGHT = 2
-"""Calls that may be in flight: one that runs, and one that follows it without a gap. More would only hold memory."""
+"""The most calls in flight: one running and one queued, so that there is no gap. More would only hold memory."""
 
-_FROZEN_BY_PYTHON = 1000  # Python 3.12 freezes 375 objects of its own; who freezes those of a program has ten thousands
+_FROZEN_BY_PYTHON = 1000  # Python 3.12 itself freezes 375 objects; a program that calls gc.freeze has tens of thousands
 _COLLECT_AT = 50_000
 
 
 @dataclasses.dataclass
 class Tick:
-    """One call into the compiled step, finished or in flight.
+    """One call to the compiled step, finished or in flight.
 
     Attributes:
-        run: The run after the call; its state may still be computing. Assign another to continue from that.
-        metrics: Scalars on the device; where ``count`` is given, stacked as `trainer.fuse_steps` returns them.
-        count: The number of steps in the call where they are fused, else None.
-        examples: The examples in each batch; where fused steps end with a padded batch (``pad_to``), its padding too.
+        run: The run after the call; its state may still be computing. Assign another run to continue from it.
+        metrics: Scalars on the device; with ``count``, stacked as `trainer.fuse_steps` returns them.
+        count: The number of fused steps in the call; None if steps are not fused.
+        examples: The examples in each batch. If fused steps end with a padded batch (``pad_to``), its padding counts.
     """
 
     run: Run
@@ -63,14 +63,14 @@ class Tick:
 
 
 class InFlight:
-    """Bounds the calls that wait for the device, so that the host does not run ahead of it without limit."""
+    """Limits the number of calls in flight, so that the host does not run too far ahead of the device."""
 
     def __init__(self, limit: int = MAX_IN_FLIGHT) -> None:
         self._results: collections.deque[jax.Array] = collections.deque()
         self._limit = limit
 
     def add(self, result: jax.Array) -> None:
-        """Adds a result of a call; waits for the oldest call if there are more than the limit."""
+        """Adds the result of a call; waits for the oldest call if the limit is exceeded."""
         self._results.append(result)
         if len(self._results) > self._limit:
             self._results.popleft().block_until_ready()
@@ -87,28 +87,28 @@ def run_epoch(
     meter: Meter | None = None,
     each: Callable[[Run, Batch, int], tuple[Run, Metrics]] | None = None,
 ) -> Iterator[Tick]:
-    """Advances a run over batches, and yields after each call into the compiled step.
+    """Advances a run over batches, and yields after each call to the compiled step.
 
-    A step is counted before its tick is yielded, so what is saved then is complete. Each call is dispatched while
-    the one before is running, and the batches of the next are prepared meanwhile. Data in memory
-    (`trainer.InMemoryData`) is fused: a call runs several small steps, and never crosses a multiple of ``sync_every``.
-    Batches of any other iterable are one call each.
+    A step is counted before its tick is yielded, so a checkpoint taken then is complete. Each call is dispatched while
+    the previous one runs, and the next batches are prepared meanwhile. Over data in memory (`trainer.InMemoryData`)
+    steps are fused: one call runs several small steps, but never crosses a multiple of ``sync_every``. Any other
+    iterable takes one call per batch.
 
     Args:
         step: The compiled step.
         run: The run to start from. Its state is donated: afterwards only the latest ``tick.run`` can be used.
         batches: One pass over data in memory, or an iterable of batches.
-        sync_every: The steps, as multiples, at which you need the state: to save, validate or log.
-        plan: How to call the step; see `plan_dispatch`, which decides it if it is left out.
-        placement: Where batches are put; JAX's default device if left out.
+        sync_every: Intervals in steps at which you need the state, to save, validate or log.
+        plan: How to call the step; by default decided by `plan_dispatch`.
+        placement: Where to put batches; by default JAX's default device.
         meter: Measures throughput.
-        each: Runs one batch in place of ``step``; then no steps are fused.
+        each: Called on each batch in place of ``step``; steps are then not fused.
 
     Yields:
         A `Tick` for each call. The loop continues from ``tick.run``, so you may assign to it.
 
     Raises:
-        ArgumentTypeError: ``step`` is something else, such as a function of ``jax.jit``.
+        ArgumentTypeError: ``step`` is not a `CompiledStep`, such as a function returned by ``jax.jit``.
         BatchError: A batch cannot be used. The run of the latest tick is intact.
     """
     if not isinstance(step, CompiledStep):
@@ -135,10 +135,10 @@ def run_epoch(
         else:
             try:
                 after, metrics = step(run, batch, examples)
-            except (TypeError, ValueError) as error:  # of a batch whose shapes the objective cannot take, say
+            except (TypeError, ValueError) as error:  # for example batch shapes that the objective does not accept
                 error.add_note(f"raised by the step on batch {run.batch}, the first being batch 0")
                 raise
-        # Any result shows that the call has finished, but only metrics outlive it: the next call donates the state.
+        # Any output shows that the call has finished, but only metrics remain valid: the next call donates the state.
         result = metrics["step"] if "step" in metrics else jax.tree.leaves(metrics)[0]
         in_flight.add(result)
         meter.dispatched(result, count or 1, examples)
@@ -152,26 +152,26 @@ def run_epoch(
 def open_pass(
     run: Run, loader: Any, *, batch_size: int = 0, name: str = "loader", limit: int | None = None
 ) -> tuple[Run, LoaderPass]:
-    """Opens a loader at the position of a run: at its start, or at the next batch of an epoch that is resumed.
+    """Opens a loader at the position of a run: at its start, or at the next batch of a resumed epoch.
 
     Args:
         run: The run, outside an epoch or restored from a checkpoint.
         loader: An iterable of batches, or a callable that returns one and may take the batch size.
         batch_size: The argument for a callable that takes one.
         name: Its name in error messages.
-        limit: The most batches of a pass; None for no limit.
+        limit: The maximum number of batches per pass; None for no limit.
 
     Returns:
-        The run, which holds the open pass so that a checkpoint can ask for its position; and the pass, an iterator.
+        The run, holding the open pass so that a checkpoint can query its position; and the pass, an iterator.
 
     Raises:
-        CheckpointError: The loader refuses the position, or has too few batches.
+        CheckpointError: The loader rejects the position, or has too few batches.
         ArgumentError: It is an iterator that cannot be set to a position.
     """
     position = run.position if isinstance(run.position, FromLoader) else FromLoader(first_step=run.step)
     before, where = position.loader, None
     if isinstance(before, LoaderPosition):
-        # At the end of a pass the next one starts from there, with no batches drawn.
+        # The pass has ended: the next one starts from there, with no batches drawn.
         where = dataclasses.replace(before, drawn=0) if before.over and not position.batch else before
     elif position.batch:
         where = LoaderPosition()
@@ -184,29 +184,29 @@ def open_pass(
 def prefetched(
     batches: Iterable[Batch], count: int = 2, *, placement: Placement | None = None, may_be_short: bool = True
 ) -> Prefetched:
-    """Draws and places batches ahead in a thread, while the device computes and the host does something else.
+    """Prefetches batches in a thread: draws them and places them on the device ahead of use.
 
-    `run_epoch` dispatches without waiting, so it draws while the device computes already. This helps where a loop waits
-    for each step (to print its loss, say), and where some batches take much longer than others. The order and the
-    numbers stay. The loader runs in a thread: it must neither need the main thread nor be changed during the pass::
+    `run_epoch` dispatches asynchronously, so it already draws while the device computes. Prefetching helps if the loop
+    waits for each step (for example to print its loss), or if some batches take much longer than others. Order and
+    results stay the same. The loader runs in a thread, so it must not need the main thread or change during the pass::
 
         with prefetched(batches, 2) as ahead:
             for tick in run_epoch(step, run, ahead):
                 run = tick.run
 
     Args:
-        batches: An iterable of batches, such as the pass that `open_pass` returns, whose position stays that of the
-            batches that were trained. Data in memory (`trainer.InMemoryData`) gain nothing.
-        count: The most batches drawn ahead; each takes memory of the device.
-        placement: Where batches are put; JAX's default device if left out.
+        batches: An iterable of batches. The position of a pass from `open_pass` counts only the batches trained on.
+            Data in memory (`trainer.InMemoryData`) gains nothing.
+        count: The maximum number of batches drawn ahead; each takes device memory.
+        placement: Where to put batches; by default JAX's default device.
         may_be_short: Whether the first batch may be a short last one, see `Placement.place_batch`.
 
     Returns:
-        An iterator of batches; see `trainer.data.Prefetched`. Iterators that you drop early lose what they drew ahead.
+        An iterator of batches; see `trainer.data.Prefetched`. An iterator dropped early loses its prefetched batches.
 
     Raises:
         ArgumentError: ``count`` is not a positive integer.
-        BatchError: When its turn comes: a batch cannot be used.
+        BatchError: A batch cannot be used; raised when the iterator reaches it.
     """
     where = SingleDevice() if placement is None else placement
     numbers = itertools.count()
@@ -226,10 +226,10 @@ def plan_dispatch(
     placement: Placement | None = None,
     fuse: bool = True,
 ) -> DispatchPlan:
-    """Decides how many steps over these batches go into a call; arguments as for `run_epoch`.
+    """Decides how many steps over these batches to fuse into one call; arguments as for `run_epoch`.
 
-    Batches that are not in memory are not known before they are drawn, so their steps are not fused. Neither are steps
-    while ``jax_debug_nans`` or ``jax_debug_infs`` is on, whose error then names the step.
+    Batches that are not in memory are unknown until they are drawn, so their steps are not fused. With
+    ``jax_debug_nans`` or ``jax_debug_infs`` on, steps are not fused either, so that the error identifies the step.
     """
     debugs = jax.config.jax_debug_nans or jax.config.jax_debug_infs  # type: ignore[attr-defined]
     if not isinstance(batches, Epoch) or not batches.full_batches:
@@ -249,7 +249,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Returns the weighted averages of the metrics over batches. Changes nothing, not even the key.
 
-    It equals::
+    Equivalent to::
 
         average = WeightedAverage()
         for index, batch in enumerate(batches):
@@ -260,8 +260,8 @@ def evaluate(
         eval_step: ``jax.jit(make_eval_step(loss_fn))``.
         state: The state. It is not donated.
         batches: An iterable of batches; the last may be short.
-        placement: Where batches are put; JAX's default device if left out.
-        check: Called after each batch; what it raises ends the evaluation. For signals.
+        placement: Where to put batches; by default JAX's default device.
+        check: Called after each batch, for signals; an exception that it raises ends the evaluation.
     """
     placement = SingleDevice() if placement is None else placement
     average, batches, index = WeightedAverage(), iter(batches), 0
@@ -277,7 +277,7 @@ def evaluate(
 def evaluate_batch(
     eval_step: Callable[..., Metrics], state: TrainState, batch: Batch, index: int, placement: Placement
 ) -> Metrics:
-    """Returns the metrics of one batch; ``index`` tells the batches of an evaluation apart."""
+    """Returns the metrics of one batch; ``index`` is its number within the evaluation."""
     metrics: Metrics = _called(eval_step, placement, state, batch, placement.replicated_int(index))
     return metrics
 
@@ -289,9 +289,9 @@ def predict(
     *,
     placement: Placement | None = None,
 ) -> Any:
-    """Returns what the model predicts for all examples, in their order. Changes nothing.
+    """Returns the model's predictions for all examples, in their order. Changes nothing.
 
-    It equals::
+    Equivalent to::
 
         outputs = [predict_step(state, batch) for batch in batches]
         return jax.tree.map(lambda *parts: np.concatenate(parts), *outputs)
@@ -300,17 +300,17 @@ def predict(
         predict_step: ``jax.jit(make_predict_step(fn))``. Over a mesh of several processes its outputs must be
             replicated (``out_shardings``).
         state: The state. It is not donated.
-        batches: An iterable of batches; the last may be short. Of those that the data or the loader padded
-            (``pad_to``), the padding is left out.
-        placement: Where batches are put; JAX's default device if left out.
+        batches: An iterable of batches; the last may be short. Padding added by the data or the loader (``pad_to``)
+            is removed from the outputs.
+        placement: Where to put batches; by default JAX's default device.
 
     Returns:
-        The outputs, as NumPy arrays of shape ``(num_examples, ...)``: they need memory of the host, and of the device
-        that of a few batches.
+        The outputs, as NumPy arrays of shape ``(num_examples, ...)`` in host memory. The device holds those of a few
+        batches at a time.
 
     Raises:
-        ArgumentError: There was no batch, an output has no row for each example, or batches give outputs of
-            shapes that differ in more than the examples.
+        ArgumentError: There was no batch, an output lacks one row per example, or the outputs of two batches differ
+            in shape beyond the first dimension.
     """
     placement = SingleDevice() if placement is None else placement
     batches = iter(batches)
@@ -354,8 +354,8 @@ def _joined(*parts: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 def rare_collections() -> Iterator[None]:
     """Makes garbage collection cheap inside the block, and restores its settings afterwards.
 
-    A full collection walks every object of the process, 100 ms where JAX is loaded. Everything that exists now is
-    frozen, so collections inside walk new objects only. A collector that is switched off stays off.
+    A full collection traverses every object of the process, which takes 100 ms with JAX loaded. Existing objects are
+    frozen, so collections inside the block traverse new objects only. A disabled collector stays disabled.
     """
     if not gc.isenabled() or gc.get_freeze_count() > _FROZEN_BY_PYTHON:
         yield
@@ -373,7 +373,7 @@ def rare_collections() -> Iterator[None]:
 def _draw(
     batches: Iterator[Batch], run: Run, plan: DispatchPlan, placement: Placement, *, at_once: bool
 ) -> tuple[Any, int, int | None] | None:
-    """Returns what the next call trains on, the examples in a batch, and the number of steps where they are fused."""
+    """Returns the input of the next call, the examples per batch, and the number of fused steps (None if not fused)."""
     if plan.program is not None and isinstance(batches, Epoch) and batches.full_batches:
         count = min(plan.steps_before_sync(run.step), batches.full_batches)
         return placement.next_batches(batches, count, plan.capacity), batches.batch_size, count

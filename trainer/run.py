@@ -1,7 +1,7 @@
-"""`Run`: the training state and everything that travels with it. A checkpoint holds exactly this.
+"""`Run`: the training state and the host-side record that goes with it. A checkpoint holds exactly this.
 
-A run is an immutable value. A step, a validation or a restored checkpoint makes a new one, so "all or nothing"
-needs no code: until the new run is assigned, nothing has happened.
+A run is immutable. A step, a validation or a restored checkpoint makes a new one, so every change is atomic without
+extra code: until the new run is assigned, nothing has happened.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class InMemory:
     """The position of a run over arrays in memory.
 
     Attributes:
-        seed: The key data from which the order of every epoch is drawn.
+        seed: The key data that determines the shuffle of every epoch.
         num_examples: The number of examples in the data.
         batch_size: The number of examples in a batch.
         first_epoch: The epochs finished when the run began.
@@ -47,15 +47,15 @@ class InMemory:
 
 @dataclasses.dataclass(frozen=True)
 class FromLoader:
-    """The position of a run over a loader, or over batches of your own loop.
+    """The position of a run over a loader, or over the batches of a custom loop.
 
     Attributes:
         batch_size: The batch size that the loader is called with; 0 if it takes none.
-        first_epoch: The epochs finished when the run, or the call of ``train_epoch``, began.
-        first_step: The updates finished when the run began. Consecutive calls of ``train_epoch`` are one run.
+        first_epoch: The epochs finished when the run, or the call to ``train_epoch``, began.
+        first_step: The updates finished when the run began. Consecutive calls to ``train_epoch`` are one run.
         batch: The batches finished in the current epoch.
-        loader: The open pass over the loader, which is asked for its position when a checkpoint is taken (asking
-            may be slow); or the position itself, in a run that was restored; None where no loader is known.
+        loader: The open pass over the loader, queried for its position only when a checkpoint is taken (the query may
+            be slow). In a restored run, the position itself. None if no loader is known.
     """
 
     batch_size: int = 0
@@ -70,7 +70,7 @@ Position = InMemory | FromLoader
 
 @dataclasses.dataclass(frozen=True)
 class Validation:
-    """The averages of the latest validation, and the step of the state that was validated."""
+    """The averages of the latest validation, and the step of the validated state."""
 
     step: int
     averages: Mapping[str, float]
@@ -78,16 +78,16 @@ class Validation:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a flat list of arrays makes up a state: the tree, and the arrays that are key data of typed keys."""
+    """The structure that turns a flat list of arrays into a state: the treedef, and which arrays are typed keys."""
 
     treedef: Any
     keys: tuple[tuple[int, str], ...]
 
     def unflatten(self, leaves: Sequence[Any]) -> tuple[TrainState, list[Any]]:
-        """Returns the state, which shares the arrays, and the leaves in it."""
+        """Returns the state, which shares the arrays, and its leaves."""
         leaves = list(leaves)
         for index, implementation in self.keys:
-            # A donated array cannot be wrapped as a key. Left as it is, it still shows that the state is gone.
+            # A donated array cannot be wrapped as a key. Left unwrapped, it still shows that the state was donated.
             if not is_gone(leaves[index]):
                 leaves[index] = jax.random.wrap_key_data(leaves[index], impl=implementation)
         state: TrainState = jax.tree.unflatten(self.treedef, leaves)
@@ -95,7 +95,7 @@ class Layout:
 
 
 def flatten_state(state: TrainState) -> tuple[list[Any], Layout]:
-    """Returns the arrays of a state, typed keys as key data, and their layout."""
+    """Returns the arrays of a state, with typed keys as key data, and their layout."""
     leaves, treedef = jax.tree.flatten(state)
     keys = []
     for index, leaf in enumerate(leaves):
@@ -107,29 +107,29 @@ def flatten_state(state: TrainState) -> tuple[list[Any], Layout]:
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class Run:
-    """A training run at one step: the state, and the host-side record that travels with it.
+    """A training run at one step: the state, and the host-side record that goes with it.
 
-    Make one with `start`, advance it with `trainer.run_epoch`, save it with `trainer.save_run`. A step that donates
-    consumes the arrays of the run that it is given; the run that it returns is the one to keep.
+    Make one with `start`, advance it with `trainer.run_epoch`, save it with `trainer.save_run`. A step with donation
+    consumes the arrays of the run passed to it, so keep the run that it returns.
 
     Attributes:
-        step: The number of updates finished. Known on the host, so reading it never waits.
+        step: The number of updates finished. Held on the host, so reading it never waits for the device.
         epoch: The number of epochs finished.
-        position: Where in the data the run is; None outside a run, where there is nothing to resume.
-        average: The weighted average over the current epoch, or over the latest one between two epochs.
+        position: The position in the data; None outside a run, where there is nothing to resume.
+        average: The weighted average over the current epoch; between epochs, over the latest one.
         metrics: The metrics of the latest step.
         validation: The latest validation, None before the first.
         logged_step: The latest step whose training metrics were logged.
-        history: The rows that were logged.
-        horizon: The step at which a computed learning-rate schedule ends, None where nothing depends on it.
-        drawn: The number of examples in a batch that was drawn and is not trained on yet; it is never saved.
-        weights: The weights of the extensions in the state, as the host knows them; they are never saved.
-        id: Names the run in its checkpoints: a random one at its start, and the same after it was resumed.
-        arguments: What the call in progress was made with, by name, as texts; None outside a call.
+        history: The logged rows.
+        horizon: The step at which a computed learning-rate schedule ends; None if nothing depends on it.
+        drawn: The number of examples in a batch drawn but not yet trained on; never saved.
+        weights: The extension weights in the state, as known on the host; never saved.
+        id: Identifies the run in its checkpoints. Random at the start, and kept when the run is resumed.
+        arguments: The arguments of the current call, by name, as text; None outside a call.
     """
 
-    # The compiled step takes the flat list of arrays: flattening a tree of 300 arrays on every call costs a tenth
-    # of a step. The state is unflattened when it is read.
+    # The compiled step takes a flat list of arrays: flattening a tree of 300 arrays on every call costs a tenth of a
+    # step. The state is unflattened only when it is read.
     _leaves: list[Any]
     _layout: Layout
     step: int
@@ -145,19 +145,19 @@ class Run:
     weights: Mapping[str, Any] | None = None
     id: str = dataclasses.field(default_factory=lambda: secrets.token_hex(8))
     arguments: Mapping[str, str] | None = None
-    # Two pairs [state, its leaves at the last comparison]: the state that the property `state` returned, whose mutable
-    # containers the caller may edit, and the latest one that a step consumed, where edits come too late.
+    # Two pairs [state, its leaves at the last comparison]: the state returned by the property `state`, whose mutable
+    # containers the caller may edit, and the latest state consumed by a step, where edits come too late.
     _given: list[Any] | None = None
     _consumed: list[Any] | None = None
     _cached: list[TrainState] = dataclasses.field(default_factory=list)
 
     @classmethod
     def start(cls, state: TrainState, position: Position | None = None) -> Self:
-        """Returns the run at its beginning, or at the step that ``state`` has come to.
+        """Returns a run that starts at the step of ``state``.
 
         Args:
             state: The state. The run shares its arrays.
-            position: The tag of the data; the default is that of batches from a loop of your own.
+            position: The position in the data; by default that of a custom loop over batches.
 
         Raises:
             StateError: The state was donated to a step.
@@ -169,11 +169,11 @@ class Run:
 
     @property
     def state(self) -> TrainState:
-        """The training state. Assignments to the containers in it take effect in the next step.
+        """The training state. Assignments to its containers take effect in the next step.
 
         Raises:
-            StateError: From the next step, where the assignment comes after a step has consumed the state. Only the
-                latest consumed state is watched, so do not keep older ones.
+            StateError: In the next step, if a state was edited after a step had consumed it. Only the latest consumed
+                state is checked, so do not keep older ones.
         """
         if self._given is None:
             object.__setattr__(self, "_given", list(self._layout.unflatten(self._leaves)))
@@ -193,34 +193,34 @@ class Run:
 
     @property
     def validation_of_epoch(self) -> Mapping[str, float]:
-        """The averages of the latest validation, if it was in the current epoch; else empty."""
+        """The averages of the latest validation if it ran in the current epoch; else empty."""
         if self.validation is None or self.validation.step <= self.step - self.batch:
             return {}
         return self.validation.averages
 
     @property
     def validation_of_step(self) -> Mapping[str, float]:
-        """The averages of the latest validation, if it was of this state; else empty."""
+        """The averages of the latest validation if it ran on this state; else empty."""
         return {} if self.validation is None or self.validation.step != self.step else self.validation.averages
 
     @property
     def leaves(self) -> list[Any]:
-        """The arrays of the state, for a compiled step; see `Layout`. It is not to be changed."""
+        """The arrays of the state, for a compiled step; see `Layout`. Do not modify the list."""
         return self._leaves
 
     @property
     def layout(self) -> Layout:
-        """How `leaves` make up the state."""
+        """The structure that turns `leaves` into the state."""
         return self._layout
 
     def peek(self) -> TrainState:
-        """Returns the state for reading only, without edits that `with_edits` has not taken over yet."""
+        """Returns the state for reading only, without edits that `with_edits` has not applied yet."""
         if not self._cached:
             self._cached.append(self._layout.unflatten(self._leaves)[0])
         return self._cached[0]
 
     def state_with_edits(self) -> TrainState:
-        """Returns the state for reading only, as the next step takes it; raises as `with_edits` does."""
+        """Returns the state for reading only, as the next step will see it; raises as `with_edits` does."""
         return self.with_edits().peek()
 
     def replace(self, **changes: Any) -> Self:
@@ -232,9 +232,9 @@ class Run:
 
         Args:
             state: The state.
-            step: Its step, if the host knows it; else it is read from the device.
-            keeps_position: Whether the run stays where it is in its data. If not, it does so only if the state is at
-                the same step; else it is outside of any run, and there is nothing to resume.
+            step: Its step, if known on the host; else it is read from the device.
+            keeps_position: Whether to keep the position in the data. If False, the position is kept only if the state
+                is at the same step; otherwise it is dropped, and there is nothing to resume.
         """
         leaves, layout = flatten_state(state)
         layout = self._layout if layout == self._layout else layout
@@ -243,22 +243,21 @@ class Run:
             step = int(state.step)
         position = self.position if keeps_position or step == self.step else None
         changes = {"_leaves": leaves, "_layout": layout, "step": step, "position": position, "weights": None}
-        # Edits so far to the state that was returned before are replaced with it, as asked. Later edits to it would be
-        # lost silently, so it is watched as a consumed one.
+        # The state returned earlier is replaced along with the edits made to it so far. Later edits to it would be
+        # lost silently, so it is checked like a consumed state.
         replaced = self._consumed if self._given is None else [self._given[0], jax.tree.leaves(self._given[0])]
         return self.replace(**changes, _given=[state, jax.tree.leaves(state)], _consumed=replaced, _cached=[])
 
     def with_edits(self) -> Self:
-        """Returns the run with what the caller assigned to the containers of its `state`.
+        """Returns the run with the caller's assignments to the containers of its `state` applied.
 
         Raises:
-            StateError: A container of a state that a step has consumed was changed, or one was given values that the
-                next step cannot take.
+            StateError: A container of a consumed state was changed, or a new value does not fit the next step.
         """
         if self._given is None and self._consumed is None:
             return self
         if self._consumed is not None and _is_changed(self._consumed):
-            # Raised once per edit: the run itself is intact, and its next step must not fail for the same edit.
+            # Raised once per edit: the run itself is intact, so the next step must not fail on the same edit.
             self._consumed[1] = jax.tree.leaves(self._consumed[0])
             raise StateError(
                 "a `state` (or `params`, `opt_state`, …) was changed after a step had consumed it, so the change would "
@@ -269,22 +268,22 @@ class Run:
         given, recorded = self._given
         _, held = self._layout.unflatten(self._leaves)
         leaves, _ = flatten_state(_as_arrays(given, recorded, held, self._layout))
-        # The caller still holds the containers of `given` and may edit them again: watch them, not the converted copy.
+        # The caller still holds the containers of `given` and may edit them again: track them, not the converted copy.
         return self.replace(_leaves=leaves, _given=[given, jax.tree.leaves(given)], _cached=[])
 
     def drawing(self, examples: int) -> Self:
-        """Returns the run with a batch that was drawn; the step that follows counts it."""
+        """Returns the run with a batch drawn; the next step counts it."""
         return self._next(self._leaves, self.step, self.position, self.average, self.metrics, examples)
 
     def advance(self, leaves: list[Any], metrics: Metrics, examples: int | None, count: int | None = None) -> Self:
-        """Returns the run after a call of a compiled step.
+        """Returns the run after a call to a compiled step.
 
         Args:
-            leaves: The arrays of the new state; those of this run are gone by donation.
-            metrics: Scalars; where ``count`` is given, stacked as `trainer.fuse_steps` returns them.
+            leaves: The arrays of the new state; those of this run were donated.
+            metrics: Scalars; with ``count``, stacked as `trainer.fuse_steps` returns them.
             examples: The examples in each batch; None outside a run, where nothing is counted and nothing can be
                 resumed afterwards.
-            count: The number of steps, where they were fused.
+            count: The number of fused steps, if any.
         """
         step = self.step + (count or 1)
         if examples is None:
@@ -295,24 +294,24 @@ class Run:
         return self._next(leaves, step, _moved(self.position, count or 1), average, last, None)
 
     def recorded(self, metrics: Mapping[str, Any], *, step: int | None = None, prefix: str = "") -> Self:
-        """Returns the run with a row in its history.
+        """Returns the run with a row added to its history.
 
         Args:
-            metrics: What was measured.
-            step: The step of it; the current one by default.
-            prefix: ``"val_"`` for validation averages; training metrics have none.
+            metrics: The metrics.
+            step: Their step; by default the current one.
+            prefix: ``"val_"`` for validation averages; empty for training metrics.
         """
         return self.recorded_rows([(self.step if step is None else step, metrics)], prefix=prefix)
 
     def recorded_rows(
         self, rows: Sequence[tuple[int, Mapping[str, Any]]], *, prefix: str = "", logged: int | None = None
     ) -> Self:
-        """Returns the run with several rows in its history.
+        """Returns the run with several rows added to its history.
 
         Args:
             rows: The steps and their metrics, in ascending order.
             prefix: As for `recorded`.
-            logged: The latest step that loggers got, where that is not the last of the rows.
+            logged: The latest step sent to loggers, if not the step of the last row.
         """
         if not rows:
             return self
@@ -328,19 +327,19 @@ class Run:
         return self.replace(validation=Validation(self.step, dict(averages))).recorded(averages, prefix="val_")
 
     def begin_epoch(self) -> Self:
-        """Returns the run at the beginning of an epoch, or where it is within the epoch that it is resumed in."""
+        """Returns the run at the beginning of an epoch; a run resumed within an epoch is returned unchanged."""
         return self if self.batch else self.replace(average=WeightedAverage())
 
     def end_epoch(self) -> Self:
-        """Returns the run after the current epoch; its average is that of the epoch."""
+        """Returns the run after the current epoch, with the average of that epoch."""
         position = None if self.position is None else dataclasses.replace(self.position, batch=0)
         return self.replace(epoch=self.epoch + 1, position=position)
 
     def check_same_run(self, asked: Position) -> None:
-        """Compares the run that was interrupted with the one that is asked for.
+        """Checks that the interrupted run and the requested one use the same data in the same order.
 
         Raises:
-            ArgumentError: They differ in the data or its order; every difference is named.
+            ArgumentError: They differ; the message lists every difference.
         """
         names = {"seed": "rng", "num_examples": "train_data", "batch_size": "batch_size"}
         differences = [
@@ -366,7 +365,7 @@ class Run:
         metrics: Mapping[str, Any],
         drawn: int | None,
     ) -> Self:
-        # `dataclasses.replace` takes 4 µs, a tenth of the smallest step; naming every field takes one.
+        # `dataclasses.replace` takes 4 µs, a tenth of the smallest step; passing every field takes 1 µs.
         moved = leaves is not self._leaves
         return type(self)(
             leaves,
@@ -399,17 +398,17 @@ def _moved(position: Position | None, batches: int) -> Position | None:
 def _is_changed(given: list[Any]) -> bool:
     state, leaves = given
     now = jax.tree.leaves(state)
-    # By identity and without a loop in Python: every step after `Run.state` was read comes through here.
+    # By identity and without a Python loop: every step after a read of `Run.state` runs this.
     return len(now) != len(leaves) or any(map(operator.is_not, now, leaves))
 
 
 def _as_arrays(state: TrainState, recorded: list[Any], held: list[Any], layout: Layout) -> TrainState:
-    """Returns an edited state with arrays of the types that the step was compiled for.
+    """Returns an edited state with arrays of the types the step was compiled for.
 
     Args:
         state: The edited state.
         recorded: Its leaves at the last comparison.
-        held: The arrays of the run for these leaves. They differ where an earlier edit was converted.
+        held: The run's arrays for these leaves. They differ where an earlier edit was converted.
         layout: The structure that it must have.
     """
     if jax.tree.structure(state) != layout.treedef:
@@ -426,9 +425,9 @@ def _as_arrays(state: TrainState, recorded: list[Any], held: list[Any], layout: 
         if shape != old.shape:
             raise StateError(f"`{leaf_path(path)}` of shape {old.shape} was given a value of shape {shape}.")
         array = jnp.asarray(new) if jnp.issubdtype(old.dtype, jax.dtypes.extended) else jnp.asarray(new, old.dtype)
-        # Copied: the step donates it, and the caller's array must outlive that.
+        # Copied: the step donates it, and the caller's array must survive that.
         array = jnp.array(array, copy=True) if array is new else array
-        # An uncommitted array must stay so, or the compiled step sees another kind of argument.
+        # An uncommitted array must stay uncommitted, or the step would be compiled again.
         arrays.append(jax.device_put(array, old.sharding) if old.committed else array)
     edited: TrainState = jax.tree.unflatten(layout.treedef, arrays)
     return edited

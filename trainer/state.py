@@ -1,8 +1,7 @@
 """The training state: everything that training changes, as one immutable pytree of arrays.
 
-Nothing in it is callable and nothing in it is configuration, so "the state" and "what a checkpoint
-holds" are one thing, and a state that was built twice compiles nothing twice. The single static
-field is the ``graphdef``, the shape of the module without its values.
+It holds no callables and no configuration, so it is exactly what a checkpoint saves, and building it twice compiles
+nothing twice. The only static field is ``graphdef``, the structure of the module without its values.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from trainer.core.tree_paths import join_path, leaf_path
 from trainer.errors import ArgumentError, ArgumentTypeError, StateError
 from trainer.types import LOSS_SCALE, NONFINITE, ExtensionLike, NonFinite
 
-if TYPE_CHECKING:  # for annotations only: importing chex takes a tenth of the time of `import trainer`
+if TYPE_CHECKING:  # importing chex takes a tenth of the time of `import trainer`
     import chex
 
 
@@ -38,20 +37,20 @@ if TYPE_CHECKING:  # for annotations only: importing chex takes a tenth of the t
 )
 @dataclasses.dataclass(frozen=True, repr=False)
 class TrainState:
-    """What training changes. Make one with `create`, advance it with a step, never change it.
+    """Everything that training changes. Make one with `create`, advance it with a step; it is immutable.
 
-    A step compiled with ``donate_argnums=0`` reuses the buffers of the state it is given: that
-    state is gone afterwards, and only the returned one may be used.
+    A step compiled with ``donate_argnums=0`` reuses the buffers of its input state: that state is
+    invalid afterwards, and only the returned one may be used.
 
     Attributes:
-        params: What the optimizer updates, as nested plain dicts along the module's attributes.
+        params: The variables that the optimizer updates, as nested plain dicts along the module's attributes.
         model_state: Every other variable of the module (batch statistics, RNG counts, caches).
         opt_state: The state of the optax optimizer.
-        rng: The base key, raw or typed as the caller gave it. It never changes: each step uses
+        rng: The base key, raw or typed as it was passed. It never changes: each step uses
             ``fold_in(rng, step)``.
         step: The number of optimizer updates finished, an int32 scalar.
-        extensions: By name of the extension, its ``weight`` (a float32 scalar, so that changing it
-            compiles nothing) and its ``variables``; and what steps keep a record of, see ``nonfinite`` of `create`.
+        extensions: For each extension by name, its ``weight`` (a float32 scalar, so that changing it
+            compiles nothing) and its ``variables``; also the records kept by steps, see ``nonfinite`` of `create`.
         graphdef: The static structure of the module, shared by all states of one architecture.
     """
 
@@ -75,26 +74,27 @@ class TrainState:
         nonfinite: NonFinite = "ignore",
         precision: str | Precision | None = None,
     ) -> Self:
-        """Copies the values out of a module and starts its optimizer.
+        """Creates a state from a module's variables, and initializes the optimizer.
 
-        Every array is copied, so the caller's module stays alive when the state is donated, and no
-        two leaves share a buffer. It may be traced: ``jax.vmap`` over keys makes an ensemble.
+        Every array is copied, so the module stays valid when the state is donated, and no two leaves
+        share a buffer. `create` can be traced: ``jax.vmap`` over keys makes an ensemble.
 
         Args:
-            model: The module. It is read, never changed.
+            model: The module. It is not modified.
             optimizer: Any optax transformation.
-            rng: A typed key (``jax.random.key``), a raw one (``jax.random.PRNGKey``), or an integer to make that of.
-            wrt: Which variables the optimizer updates, an nnx filter. The rest is ``model_state``. A string with a
-                ``*`` or a slash is a pattern of paths, ``"encoder/**"``, see `trainer.by_path`; so it is in a list.
-            extensions: By name, the extensions whose weights and variables the state carries.
-            nonfinite: That of the step, see `make_train_step`. All but "ignore" keep a record in the state, as
-                ``extensions["nonfinite"]``: ``skipped``, the number of steps left out, and more.
-            precision: That of the step, see `with_precision`.
+            rng: A typed key (``jax.random.key``), a raw key (``jax.random.PRNGKey``), or an integer seed for a raw key.
+            wrt: The variables that the optimizer updates, as an nnx filter. All others become ``model_state``. A string
+                with a ``*`` or a slash, also within a list, is a path pattern such as ``"encoder/**"``, see
+                `trainer.by_path`.
+            extensions: The extensions by name; the state carries their weights and variables.
+            nonfinite: As for `make_train_step`. Every value but "ignore" keeps a record in the state, in
+                ``extensions["nonfinite"]``: ``skipped``, the number of skipped steps, and more.
+            precision: As for `make_train_step`, see `with_precision`.
 
         Raises:
-            ArgumentTypeError: ``model``, ``optimizer`` or ``rng`` is something else.
-            ArgumentError: A variable holds no array, the optimizer cannot update a selected one, a pattern of ``wrt``
-                selects nothing, or an extension has the name of a record.
+            ArgumentTypeError: ``model``, ``optimizer`` or ``rng`` has the wrong type.
+            ArgumentError: A variable holds no array, the optimizer cannot update a selected variable, a pattern in
+                ``wrt`` selects nothing, or an extension has the name of a record.
         """
         check_model(model)
         check_optimizer(optimizer)
@@ -119,16 +119,16 @@ class TrainState:
                     "variables": nest(_own_all(variables_of(extension), f"extensions/{name}")),
                 }
                 for name, extension in (extensions or {}).items()
-                if hasattr(extension, "weight")  # the others handle events only
+                if hasattr(extension, "weight")  # an extension without a weight only handles events
             },
             graphdef=graphdef,
         )
         return created.with_precision(precision)
 
     def model(self) -> Any:
-        """Returns a new module with the values of this state, in the mode it was created in.
+        """Returns a new module with the values of this state, in its original training or evaluation mode.
 
-        Its variables refer to the arrays of the state: fine to evaluate, gone after a donation.
+        Its variables share the arrays of the state: use it for evaluation; a donation invalidates it.
 
         Raises:
             StateError: The state was donated to a step.
@@ -142,30 +142,30 @@ class TrainState:
         return dataclasses.replace(self, **changes)
 
     def with_learning_rate(self, value: float) -> Self:
-        """Returns a copy with another learning rate, where the optimizer keeps one in its state.
+        """Returns a copy with another learning rate, if the optimizer keeps the rate in its state.
 
-        That of `optax.inject_hyperparams` does, alone or inside ``optax.chain``, ``optax.MultiSteps`` and others. The
-        optimizer of a configuration becomes one by ``optax.inject_hyperparams(make_optimizer)(optimizer_config,
-        learning_rate=1e-3)``. Any other has its rate compiled into the step. (Further hyperparameters that are kept
+        An optimizer made by `optax.inject_hyperparams` does, also inside ``optax.chain``, ``optax.MultiSteps`` and
+        others. For a configured optimizer use ``optax.inject_hyperparams(make_optimizer)(optimizer_config,
+        learning_rate=1e-3)``. Any other optimizer has its rate compiled into the step. (Other injected hyperparameters
         are entries of ``opt_state.hyperparams``, which a `Trainer` lets you assign.)
 
         Args:
-            value: The rate from the next step on, until it is set again. It compiles nothing.
+            value: The learning rate from the next step on, until it is set again. Nothing is recompiled.
 
         Raises:
-            ArgumentError: ``value`` is no number, negative or not finite; or the state holds no rate, several, or one
-                that a schedule sets anew in every step.
+            ArgumentError: ``value`` is not a number, is negative or is not finite; or the state holds no rate, several,
+                or one that a schedule overwrites in every step.
         """
         return self.replace(opt_state=with_learning_rate(self.opt_state, value))
 
     def with_precision(self, precision: str | Precision | None) -> Self:
-        """Returns a state that a step of a precision can train: for float16 with a loss scale, else this one.
+        """Returns a state for training in a precision: with a loss scale for float16, otherwise unchanged.
 
         The loss scale is an entry of ``extensions``, ``{"scale": a float32 scalar, "good_steps": an int32 scalar}``.
-        One that is there is kept.
+        An existing one is kept.
 
         Raises:
-            ArgumentError: ``precision`` is none, or an extension has the name ``loss_scale``.
+            ArgumentError: ``precision`` is invalid, or an extension has the name ``loss_scale``.
         """
         resolved = as_precision(precision)
         if resolved is None or not resolved.has_loss_scale:
@@ -183,20 +183,20 @@ class TrainState:
         return self.replace(extensions={**self.extensions, LOSS_SCALE: started if held is None else held})
 
     def copy(self) -> Self:
-        """Returns an equal state with buffers of its own, which outlives a donation of this one.
+        """Returns a copy with its own buffers, which stays valid when this state is donated.
 
         Raises:
-            StateError: This one was donated already.
+            StateError: This state was already donated.
         """
         self.check_alive()
         copied: Self = jax.tree.map(_own, self)
         return copied
 
     def is_finite(self) -> jax.Array:
-        """Tells, as a scalar on the device, whether training can go on from here: nothing is NaN or infinite.
+        """Returns whether the state holds no NaN or infinity, as a boolean scalar on the device.
 
-        It looks at the parameters, the variables of the model, and all that the optimizer holds. Scalars of the
-        optimizer may be infinite, though not NaN: the best loss so far begins so.
+        Checks ``params``, ``model_state`` and ``opt_state``. Scalars in ``opt_state`` may be infinite, but not NaN:
+        the best loss so far starts at infinity.
         """
         self.check_alive()
         held = jax.tree.leaves(self.opt_state)
@@ -205,7 +205,7 @@ class TrainState:
         return finite
 
     def __repr__(self) -> str:
-        """Shows sizes only, so that printing a state neither waits for the device nor fills the screen."""
+        """Returns sizes only, so that printing a state neither waits for the device nor fills the screen."""
         parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del parts["graphdef"]
         leaves = {name: jax.tree.leaves(part) for name, part in parts.items()}
@@ -220,7 +220,7 @@ class TrainState:
         """
         if not any(map(is_gone, jax.tree.leaves(self))):
             return
-        # Paths take as long again as the check itself, so only the message makes them.
+        # Computing paths takes as long as the check itself, so it is left to the error message.
         path = next(path for path, leaf in jax.tree.leaves_with_path(self) if is_gone(leaf))
         raise StateError(
             f"`state` was donated: the buffer of `{leaf_path(path)}` is gone. A step compiled with "
@@ -230,7 +230,7 @@ class TrainState:
 
 
 def is_gone(leaf: Any) -> bool:
-    """Tells whether an array was donated. Tracers and NumPy arrays never are: these know no `is_deleted`."""
+    """Returns whether an array was donated. Tracers and NumPy arrays never are, and have no `is_deleted`."""
     return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted()
 
 
@@ -251,7 +251,7 @@ def check_model(model: Any) -> None:
 
 
 def check_optimizer(optimizer: Any, name: str = "optimizer") -> None:
-    """Raises `ArgumentTypeError` unless ``optimizer``, the argument of this name, is an optax transformation."""
+    """Raises `ArgumentTypeError` unless ``optimizer``, passed as the argument ``name``, is an optax transformation."""
     if isinstance(optimizer, nnx.Optimizer):
         raise ArgumentTypeError(
             f"`{name}` is {_kind(optimizer)}, which holds its own state; pass the optax transformation that "
@@ -264,7 +264,7 @@ def check_optimizer(optimizer: Any, name: str = "optimizer") -> None:
 
 
 def as_key(rng: Any) -> jax.Array:
-    """Returns a key, raw or typed, as it is, and ``jax.random.PRNGKey(rng)`` for an integer.
+    """Returns a raw or typed key unchanged, and ``jax.random.PRNGKey(rng)`` for an integer.
 
     Raises:
         ArgumentTypeError: ``rng`` is neither.
@@ -287,13 +287,13 @@ def as_key(rng: Any) -> jax.Array:
 def _init_optimizer(optimizer: optax.GradientTransformation, params: chex.ArrayTree) -> Any:
     """Returns the optimizer's initial state, whose leaves share no buffer with anything else.
 
-    All of it is copied, because what is shared cannot be told: ``init`` may return the params (lookahead), an array
-    that it also keeps, or another object over the same buffer (`jax.device_put`, a jitted function that returns its
-    argument, a NumPy array without a copy). A donated step would then destroy the other one. Each leaf is released
-    before the next is copied, so the copies cost time but not a second state: for Adam on 100 MB of params the peak is
-    200 MB of optimizer state and one leaf, not 400 MB.
+    Every leaf is copied, because sharing cannot be detected: ``init`` may return the params (lookahead), an array that
+    it also keeps, or another object over the same buffer (from `jax.device_put`, a jitted identity function, or a NumPy
+    array without a copy). Donating one would then destroy the other. Each leaf is released before the next is copied,
+    so the copies cost time but not a second state: for Adam on 100 MB of params the peak is 200 MB of optimizer state
+    plus one leaf, not 400 MB.
     """
-    # `leaves` holds the only reference that we have to each leaf.
+    # `leaves` holds our only reference to each leaf.
     leaves, treedef = jax.tree.flatten(adapt_optimizer(optimizer).init(params))
     for index in range(len(leaves)):
         leaves[index] = _own(leaves[index])
@@ -309,7 +309,7 @@ def _own_all(flat: Flat, where: str) -> Flat:
                 f"`{join_path(where, path)}` holds {leaf!r:.60}, {_kind(leaf)}; a variable must hold arrays."
             ) from error
 
-    # Most variables hold one array; `jax.tree.map` over it takes as long as the copy.
+    # Most variables hold a single array, for which `jax.tree.map` would take as long as the copy.
     return {
         path: own(path, value) if isinstance(value, jax.Array) else jax.tree.map(functools.partial(own, path), value)
         for path, value in flat.items()
@@ -317,7 +317,7 @@ def _own_all(flat: Flat, where: str) -> Flat:
 
 
 def _own(leaf: Any) -> jax.Array:
-    # A weakly typed leaf would return from the first step strongly typed, and the second step would compile again.
+    # The first step returns a weakly typed leaf as strongly typed, so the second step would compile again.
     copied = jnp.array(leaf, copy=True)
     return copied.astype(copied.dtype) if getattr(copied, "weak_type", False) else copied
 

@@ -1,7 +1,7 @@
 """Pure step functions: no files, no clocks, traceable by every JAX transformation.
 
-A step is not compiled here: ``jax.jit``, ``scan``, ``vmap``, ``pmap`` and ``shard_map`` are the
-caller's to choose, and the same function works under each.
+Steps are not compiled here: the caller applies ``jax.jit``, ``scan``, ``vmap``, ``pmap`` or
+``shard_map``, and the same function works under each.
 """
 
 import operator
@@ -51,7 +51,7 @@ def make_train_step(
     precision: str | Precision | None = None,
     remat: Remat = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Makes a train step: draw a key, differentiate the objective, update the params, carry the model state over.
+    """Makes a train step: derive a key, differentiate the objective, update the params, carry the model state over.
 
     With objective L, params θ, key k, extensions e of weight w_e, and the optimizer's update u::
 
@@ -59,65 +59,65 @@ def make_train_step(
         g  = ∇_θ [ L(θ, batch, k_step, step) + Σ_e w_e · L_e(batch, model_outputs) ]
         θ' = θ + u(g, opt_state, θ),   step' = step + 1
 
-    Assignments that the forward pass makes to variables under ``wrt`` last for that pass only;
-    every other variable (batch statistics, RNG counts, extension state) is carried into the
-    next state, and what `nnx.Module.sow` keeps is dropped. Plain Python attributes are part of the compiled
-    program: a forward pass that changes one is refused, except for the flags of `nnx.Module.train`.
-    An extension whose ``is_enabled()`` is false when the step is traced is left out.
+    Assignments in the forward pass to variables under ``wrt`` last for that pass only; every other
+    variable (batch statistics, RNG counts, extension state) is carried into the next state. Values
+    stored by `nnx.Module.sow` are dropped. Plain Python attributes are part of the compiled program, so
+    changing one in the forward pass is an error, except for the flags of `nnx.Module.train`. An
+    extension whose ``is_enabled()`` is false when the step is traced is left out.
 
-    The model is in training mode, except for the parts that were in evaluation mode when the state was created: their
-    dropout stays off, and their batch statistics stay as they are.
+    The model is in training mode, except for modules that were in evaluation mode when the state was created: they
+    apply no dropout, and their batch statistics do not change.
 
     Args:
         loss_fn: The objective, see `trainer.LossFn`.
-        optimizer: The optax transformation with which the state was created. Its ``update`` is given what it accepts
-            of ``value`` (the total loss), ``grad``, ``value_fn`` and ``obj_fn`` (params to the loss of this batch,
-            with the key and the model state of the step) and ``grad_fn`` (params and an index to the gradient).
+        optimizer: The optax transformation with which the state was created. Its ``update`` receives those extra
+            arguments that it accepts: ``value`` (the total loss), ``grad``, ``value_fn`` and ``obj_fn`` (params to the
+            loss of this batch, with the step's key and model state), ``grad_fn`` (params and an index to the gradient).
         wrt: The filter with which the state was created.
-        extensions: The extensions with which the state was created, by name. A key of its own is
-            folded from the step's key, so that adding one leaves the objective's draws alone.
-        axis_name: The mapped axis (or axes) under ``pmap``, ``vmap`` or ``shard_map``. Gradients,
-            metrics and the variables that the forward pass changed (those of floating dtype) are averaged
-            over it, gradients and metrics by ``batch_weight`` where the objective reports one, which itself
-            is summed; each device draws from a key of its own. The forward pass sees its own part of the
-            batch only: to normalize over all parts, give ``nnx.BatchNorm`` the same axis. None, also for
-            ``jit`` over sharded arrays, where the program is that of one device and JAX does all this.
-        accumulate_steps: The micro-batches into which a batch is split, one after the other in a loop, so that memory
-            holds the activations of one. Gradients and metrics are averaged by ``batch_weight`` where the objective
-            reports one, else by examples: g = Σ w_i g_i / Σ w_i, that of the whole batch for a loss that is an average.
-            It is one update: clipping acts on g, ``step`` counts it once. Batch normalization and dropout see one
+        extensions: The extensions by name, the same as for the state. Each gets its own key, folded
+            from the step's key, so adding an extension does not change the objective's random draws.
+        axis_name: The mapped axis (or axes) under ``pmap``, ``vmap`` or ``shard_map``. Gradients, metrics and
+            floating variables changed by the forward pass are averaged over it. Gradients and metrics are
+            weighted by ``batch_weight`` if the objective reports one, which itself is summed. Each device has
+            its own key. The forward pass sees its own part of the batch only: to normalize over all parts, pass
+            the same axis to ``nnx.BatchNorm``. Leave it None under ``jit`` over sharded arrays: the program is
+            that of one device, and JAX does all this.
+        accumulate_steps: The number of micro-batches per batch, processed in a loop, so that memory holds the
+            activations of one. Gradients and metrics are averaged by ``batch_weight`` if the objective reports one,
+            else by examples: g = Σ w_i g_i / Σ w_i, the gradient of the whole batch if the loss is an average.
+            It is one update: clipping acts on g, and ``step`` counts it once. Batch normalization and dropout see one
             micro-batch at a time. See `trainer.core.accumulation.accumulated` for which rows form a micro-batch.
-        nonfinite: What becomes of a step whose loss, gradients, new params or new model state hold NaN or infinity;
-            the state is created with the same value. "ignore" trains on. With "skip" the step counts, and everything
-            else in the state stays to the bit; the metric ``skipped`` is 1, else 0, and a skipped batch has no part in
-            averages. With "raise" every step from there on returns the state of before, and `check_finite`, which a
-            `Trainer` calls, raises `NonFiniteError` with the step and the arrays. Both cost a pass over these arrays
-            and no wait for the device.
-        report: What else to report of each update: names among "gradient_norm" (before clipping), "update_ratio" (the
-            norm of the update by that of the params) and "learning_rate" (where the optimizer keeps it, as that of
-            ``optax.inject_hyperparams``), or functions of a `trainer.Update` by name.
-        precision: What the model computes in: "bfloat16", "float16", or a `trainer.Precision`, whose docstring has the
-            details; None and "float32" change nothing. The state stays in float32. "float16" scales the loss, see
-            `trainer.core.loss_scale.adapt_scale`: ``metrics`` then has the ``loss_scale`` of the step, and the state
-            comes from ``TrainState.create(..., precision=precision)``.
-        remat: What is not kept for the backward pass but computed again (Chen et al. 2016, "Training Deep Nets with
-            Sublinear Memory Cost"; `jax.checkpoint`). "blocks": all activations within each block, which is each of
-            the outermost modules that lists hold; "nothing_saveable" is the same. Another policy of
-            ``jax.checkpoint_policies`` by name ("dots_saveable", "dots_with_no_batch_dims_saveable"), or a policy, is
-            that of the objective as a whole. A mapping gives policies to modules by path, as
-            ``{"encoder/layers/*": "nothing_saveable"}``, in the patterns of `trainer.by_path`. Gradients, batch
+        nonfinite: How to handle NaN or infinity in the loss, gradients, new params or new model state of a step; create
+            the state with the same value. "ignore" continues. "skip" counts the step and leaves the rest of the state
+            bit-identical; the metric ``skipped`` is then 1, else 0, and averages exclude the batch. With "raise" this
+            step and all later ones return the state from before it, and `check_finite`, which a `Trainer` calls, raises
+            `NonFiniteError` with the step and the arrays. Both cost a pass over these arrays, but no wait for the
+            device.
+        report: Further metrics of each update: any of "gradient_norm" (before clipping), "update_ratio" (norm of the
+            update / norm of the params) and "learning_rate" (if the optimizer keeps it in its state, as with
+            ``optax.inject_hyperparams``), or a mapping of names to functions of a `trainer.Update`.
+        precision: The dtype that the model computes in: "bfloat16", "float16", or a `trainer.Precision`, which has the
+            details; None and "float32" change nothing. The state stays in float32. "float16" uses loss scaling, see
+            `trainer.core.loss_scale.adapt_scale`: ``metrics`` then includes the ``loss_scale`` of the step, and the
+            state must come from ``TrainState.create(..., precision=precision)``.
+        remat: What to recompute in the backward pass instead of storing (Chen et al. 2016, "Training Deep Nets with
+            Sublinear Memory Cost"; `jax.checkpoint`). "blocks" or "nothing_saveable" recomputes all activations
+            within each block, where blocks are the outermost modules in lists. Any other policy of
+            ``jax.checkpoint_policies``, by name ("dots_saveable", "dots_with_no_batch_dims_saveable") or as a function,
+            applies to the whole objective. A mapping sets policies for modules by path, such as
+            ``{"encoder/layers/*": "nothing_saveable"}``, with patterns as in `trainer.by_path`. Gradients, batch
             statistics and random draws are the same, within rounding.
 
     Returns:
-        A pure ``(state, batch) -> (state, metrics)``. ``metrics`` holds scalars on the device: what
-        the objective reports, ``<name>_loss`` for each enabled extension (weighted), ``loss`` (the
+        A pure function ``(state, batch) -> (state, metrics)``. ``metrics`` holds scalars on the device: the
+        metrics of the objective, ``<name>_loss`` for each enabled extension (weighted), ``loss`` (the
         total) and ``step`` (the updates finished, this one included).
 
     Raises:
-        ArgumentTypeError: ``loss_fn``, ``optimizer``, an extension or ``accumulate_steps`` is something else.
-        ArgumentError: ``accumulate_steps`` is not positive, ``precision`` or ``remat`` means nothing. The returned
+        ArgumentTypeError: ``loss_fn``, ``optimizer``, an extension or ``accumulate_steps`` has the wrong type.
+        ArgumentError: ``accumulate_steps`` is not positive, or ``precision`` or ``remat`` is invalid. The returned
             function raises `ObjectiveError`, `BatchError`, `ArgumentError` or `StateError` while it is traced, never
-            while it runs compiled.
+            when compiled.
 
     Example:
         >>> model, optimizer = nnx.Linear(2, 1, rngs=nnx.Rngs(0)), optax.sgd(0.5)
@@ -150,8 +150,8 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         _check_call(state, batch)
         _check_wrt(state, wrt)
-        # Not `split`, which also computes the next key: XLA drops a `fold_in` that the objective draws nothing from,
-        # and a split takes a third of a tiny step.
+        # Not `split`, which also computes the next key and takes a third of a tiny step: XLA eliminates a `fold_in` if
+        # the objective does not use the key.
         rng = fold_in_device(jax.random.fold_in(state.rng, state.step), axis_name)
         grads, metrics, after = gradient(state, batch, rng)
         grads, metrics = average_over_axis(grads, metrics, axis_name)
@@ -174,29 +174,29 @@ def make_train_step(
 def fuse_steps(
     step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]], n: int
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """Makes one function of up to ``n`` steps, for one call where the host needs no state in between.
+    """Makes a function that runs up to ``n`` steps in one call, if the host needs no state in between.
 
-    The steps run in a loop whose body is compiled once, for any ``n`` and any ``count``. The operations are those of
-    single steps, in their order. Their bits are as well, except where the compiler chooses another rounding for the
-    loop, as XLA on the CPU does in two cases:
+    The steps run in a loop whose body is compiled once, for any ``n`` and any ``count``. Operations and their order are
+    those of single steps. Results are bit-identical too, except where the compiler rounds differently in the loop. XLA
+    on the CPU does so in two cases:
 
-    * In ``a * b + c * d`` it rounds one product and not the other (a fused multiply-add), and not always the same one.
-      Entries then differ in the last place, as moments of ``optax.inject_hyperparams(optax.adamw)`` do. With
-      ``XLA_FLAGS=--xla_cpu_max_isa=AVX``, which has no such instruction, they do not.
-    * Convolutions run other code inside loops, several times slower.
+    * In ``a * b + c * d`` it leaves one of the products unrounded (a fused multiply-add), but not always the same one.
+      Entries then differ in the last place, such as moments of ``optax.inject_hyperparams(optax.adamw)``.
+      With ``XLA_FLAGS=--xla_cpu_max_isa=AVX``, which has no such instruction, they are equal.
+    * Convolutions use different code inside loops, several times slower.
 
     Args:
         step: A step of `make_train_step`, or any other ``(state, batch) -> (state, metrics)``.
-        n: The capacity, the most steps in a call.
+        n: The capacity, the maximum number of steps per call.
 
     Returns:
-        A pure ``(state, batches, count=n) -> (state, metrics)``. Every array of ``batches`` has shape
-        ``(n, batch_size, ...)``; the first ``count`` batches are used. ``count`` may be traced, so
-        that fewer steps compile nothing. Metrics have shape ``(n,)``, those beyond ``count`` are zero.
+        A pure function ``(state, batches, count=n) -> (state, metrics)``. Every array of ``batches`` has
+        shape ``(n, batch_size, ...)``; the first ``count`` batches are used. ``count`` may be traced, so
+        fewer steps need no recompilation. Metrics have shape ``(n,)``, with zeros beyond ``count``.
 
     Raises:
         ArgumentError: ``n`` is not a positive integer. The returned function raises it if ``count`` is concrete and
-            not in 0..n, and `BatchError` while it is traced if ``batches`` is not of that shape.
+            not in 0..n, and `BatchError` while it is traced if ``batches`` does not have that shape.
 
     Example:
         >>> optimizer = optax.sgd(0.5)
@@ -246,28 +246,28 @@ def make_eval_step(
     axis_name: AxisName | None = None,
     precision: str | Precision | None = None,
 ) -> Callable[..., Metrics]:
-    """Makes the function that evaluates the objective with the model in evaluation mode.
+    """Makes an eval step: evaluates the objective with the model in evaluation mode.
 
-    Every part is, whatever its mode when the state was created, since a part that was put into training mode cannot be
-    told from one that is so by default. Dropout that shall draw in evaluation too (Monte Carlo dropout) says so where
-    it is called: ``self.dropout(x, deterministic=False)``.
+    All modules are in evaluation mode, whatever their mode when the state was created, since an explicit training mode
+    cannot be told from the default. For dropout in evaluation (Monte Carlo dropout), set the mode in the call:
+    ``self.dropout(x, deterministic=False)``.
 
     Args:
-        loss_fn: The objective, as for `make_train_step`. Extensions take no part in evaluation.
-        eval_params: From the state of the optimizer and the params to the params to evaluate, see
-            `trainer.types.EvalParams`; the params themselves if left out. The other variables of the model, such as
-            batch statistics, stay those of training.
+        loss_fn: The objective, as for `make_train_step`. Extensions are ignored.
+        eval_params: A function of the optimizer state and the params that returns the params to evaluate, see
+            `trainer.types.EvalParams`; by default the params themselves. The other variables of the model, such as
+            batch statistics, are those of training.
         axis_name: The mapped axis over which metrics are averaged, as for `make_train_step`.
-        precision: What the model computes in, as for `make_train_step`.
+        precision: The dtype that the model computes in, as for `make_train_step`.
 
     Returns:
-        A pure ``(state, batch, index=0) -> metrics``. The objective's key is a function of ``state.rng`` and
-        ``index``, the number of the batch in its evaluation, so all evaluations of a run draw alike and can be
-        compared. The state does not change, RNG counts included. ``metrics`` holds scalars on the device: what
-        the objective reports, ``loss``, and ``step`` (the updates finished).
+        A pure function ``(state, batch, index=0) -> metrics``. The objective's key depends only on ``state.rng``
+        and ``index``, the number of the batch in its evaluation, so all evaluations of a run use the same random
+        draws and can be compared. The state does not change, RNG counts included. ``metrics`` holds scalars on the
+        device: the metrics of the objective, ``loss``, and ``step`` (the updates finished).
 
     Raises:
-        ArgumentTypeError: ``loss_fn`` or ``eval_params`` is something else.
+        ArgumentTypeError: ``loss_fn`` or ``eval_params`` has the wrong type.
     """
     check_loss_fn(loss_fn)
     check_eval_params(eval_params)
@@ -293,23 +293,23 @@ def make_predict_step(
     eval_params: EvalParams | None = None,
     precision: str | Precision | None = None,
 ) -> Callable[[TrainState, Batch], Any]:
-    """Makes the function that computes what the model, in evaluation mode, predicts for a batch.
+    """Makes a predict step: computes the predictions of the model, in evaluation mode, for a batch.
 
     Args:
         fn: ``fn(model, batch) -> outputs``, a pytree of arrays of shape ``(batch_size, ...)``. By default the model is
-            called on the batch, if that is an array; on its only entry; or on the entry ``input`` or ``x`` of a mapping
-            whose other entries are targets by their names (``y``, ``label``, ``target``, and plurals of these).
+            called on the batch if it is an array, on its only entry, or on the entry ``input`` or ``x`` of a mapping
+            whose other entries have target names (``y``, ``label``, ``target``, and their plurals).
         eval_params: As for `make_eval_step`.
-        precision: What the model computes in, as for `make_train_step`. Outputs have the dtype of its ``output``.
+        precision: The dtype that the model computes in, as for `make_train_step`. Outputs have its ``output`` dtype.
 
     Returns:
-        A pure ``(state, batch) -> outputs``. The state does not change, RNG counts included, so a model that draws in
-        evaluation mode draws the same for every batch; make a key for each example a part of the data where that
-        matters.
+        A pure function ``(state, batch) -> outputs``. The state does not change, RNG counts included, so a model that
+        is random in evaluation mode makes the same draws for every batch; if that matters, add a key per example to
+        the data.
 
     Raises:
-        ArgumentTypeError: ``fn`` is not callable. The returned function raises `ArgumentError` while it is traced: an
-            output has no row for each example, or ``fn`` was left out and the input of the model cannot be told.
+        ArgumentTypeError: ``fn`` is not callable. The returned function raises `ArgumentError` while it is traced, if
+            an output lacks one row per example, or if ``fn`` was left out and the model's input is ambiguous.
 
     Example:
         >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))

@@ -1,4 +1,4 @@
-"""The words that signatures are written in: aliases and documented callables, no logic."""
+"""Types used in signatures: aliases and documented callables, no logic."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
@@ -6,75 +6,75 @@ from typing import Any, Literal, Protocol
 import jax
 
 Batch = Any
-"""A pytree of arrays (a dict, a tuple, …) that mostly share their leading dimension, the examples."""
+"""A pytree of arrays (a dict, a tuple, …) that usually share their leading dimension, the examples."""
 
 Metrics = dict[str, Any]
-"""Names to scalars on the device, or to what becomes one (`float(metric)`). Reading it waits for the step."""
+"""Scalars on the device, or objects that convert to one (`float(metric)`), by name. Reading one waits for the step."""
 
 
 class LossFn(Protocol):
-    """The objective: what to minimize. The only thing that a caller must bring."""
+    """The objective to minimize, written by the caller."""
 
     def __call__(
         self, model: Any, batch: Any, rng: jax.Array, step: jax.Array, /
     ) -> tuple[jax.Array, Mapping[str, Any]]:
         """Evaluates the objective on one batch.
 
-        It is traced, so it sees abstract values and runs again only for a new shape. It may change
-        the variables of ``model`` (batch statistics, random counts): the step carries them on.
+        It is traced, so it sees abstract values and runs again only for new shapes. It may assign the
+        variables of ``model`` (batch statistics, RNG counts): the step carries them over.
 
         Args:
-            model: The module. In a train step it is in training mode, but for the parts that were handed over in
-                evaluation mode; otherwise all of it is in evaluation mode.
-            batch: The batch as it was given: a pytree of arrays, mostly each of shape ``(batch_size, ...)``.
-            rng: A key for this step and no other.
+            model: The module. In a train step it is in training mode, except for modules that were in evaluation mode
+                when the state was created; elsewhere it is in evaluation mode.
+            batch: The batch as it was passed: a pytree of arrays, usually each of shape ``(batch_size, ...)``.
+            rng: A key unique to this step.
             step: The number of updates before this one, an int32 scalar.
 
         Returns:
-            The loss, a floating scalar, and a mapping of metrics: scalars, averaged by the weights of batches; pairs
-            ``(value, weight)``, averaged by weights of their own; an `nnx.Metric` that was made and updated in this
+            The loss, a floating scalar, and a mapping of metrics: scalars, averaged with the weights of the batches;
+            pairs ``(value, weight)``, averaged with their own weights; an `nnx.Metric` created and updated in this
             call, or another pytree with ``merge(other)`` and ``compute()`` (clu, metrax), merged over all batches
-            before it computes; arrays by entry, `trainer.vector` and `trainer.histogram`. Some names are special:
+            and then computed; arrays as `trainer.vector` or `trainer.histogram`. Some names are special:
 
-            * ``batch_weight``: how much this batch counts in averages (tokens that are not
-              padding, say). Left out, a batch counts by its number of examples, or as one where its arrays have
-              no common leading dimension. A batch of weight zero counts for nothing, whatever its metrics are.
-            * ``model_outputs``: handed to the extensions, not reported. It may be any tree. Left out,
-              an enabled extension costs a second call of the model.
-            * ``loss`` is replaced by the total, extensions included; ``step`` is refused.
+            * ``batch_weight``: the weight of this batch in averages, such as the number of tokens that are not
+              padding. By default a batch is weighted by its number of examples, or as 1 if its arrays have no
+              common leading dimension. A batch of weight zero is ignored, whatever its metrics are.
+            * ``model_outputs``: any tree, passed to the extensions and not reported. Without it, an enabled
+              extension costs a second call of the model.
+            * ``loss`` is replaced by the total, extensions included; ``step`` raises an error.
         """
         ...
 
 
 class StepFn(Protocol):
-    """A step of your own: any pure function that advances a training state by one step."""
+    """A custom step: any pure function that advances a training state by one step."""
 
     def __call__(self, state: Any, batch: Batch, /) -> tuple[Any, Mapping[str, Any]]:
         """Returns the next state and scalar metrics; it is traced.
 
         Args:
-            state: A `trainer.TrainState`. Its fields may hold what you put there: ``opt_state`` the states of two
+            state: A `trainer.TrainState`. Its fields may hold other pytrees: ``opt_state`` the states of two
                 optimizers, ``extensions`` a replay buffer.
             batch: The batch.
 
         Returns:
-            The state with the same structure, shapes and dtypes, and a ``step`` that is larger by one; and the
-            metrics, of which ``loss`` is the one that is watched for NaN.
+            The state with the same structure, shapes and dtypes, and ``step`` increased by one; and the metrics.
+            The metric ``loss`` is checked for NaN.
         """
         ...
 
 
 class EvalParams(Protocol):
-    """Returns the params to evaluate: ``optax.contrib.schedule_free_eval_params``, an average, slow params."""
+    """Returns the params to evaluate, such as averages, slow params or ``optax.contrib.schedule_free_eval_params``."""
 
     def __call__(self, opt_state: Any, params: Any, /) -> Any:
         """Returns a tree like ``params``.
 
-        It is traced in an evaluation step, and called as it is for ``trainer.model``.
+        It is traced in an eval step, and called directly for ``trainer.model``.
 
         Args:
             opt_state: The state of the optimizer that you made.
-            params: What it updates, as nested plain dicts.
+            params: The params that it updates, as nested plain dicts.
         """
         ...
 
@@ -86,7 +86,7 @@ class LogCallback(Protocol):
 
 
 class ExtensionLike(Protocol):
-    """What a step and a trainer need of an extension; `trainer.Extension` has all of it."""
+    """The interface of an extension, for a step and a trainer; `trainer.Extension` implements it."""
 
     @property
     def weight(self) -> float: ...
@@ -97,25 +97,25 @@ class ExtensionLike(Protocol):
 
 
 BATCH_WEIGHT = "batch_weight"
-"""The metric under which an objective reports how much its batch counts in averages."""
+"""The metric under which an objective reports the weight of its batch in averages."""
 
 NonFinite = Literal["ignore", "skip", "raise"]
-"""What becomes of a step whose loss, gradients or results are not finite; see `trainer.make_train_step`."""
+"""How a step handles a loss, gradients or results that are not finite; see `trainer.make_train_step`."""
 
 SKIPPED = "skipped"
-"""The metric under which a step with ``nonfinite`` reports whether it was left out: 0 or 1."""
+"""The metric under which a step with ``nonfinite`` reports whether it was skipped: 0 or 1."""
 
 MODEL_OUTPUTS = "model_outputs"
-"""The metric under which an objective hands outputs of the model to extensions; it is not reported."""
+"""The metric under which an objective passes model outputs to extensions; it is not reported."""
 
 LOSS_SCALE = "loss_scale"
 """The entry of ``state.extensions`` that holds the loss scale of a float16 step, and the metric that reports it."""
 
 NONFINITE = "nonfinite"
-"""The entry of ``state.extensions`` that holds what happened in steps that were not finite."""
+"""The entry of ``state.extensions`` that records steps that were not finite."""
 
 RECORDS = (NONFINITE, LOSS_SCALE)
-"""The entries of ``state.extensions`` that belong to no extension: records that a step keeps."""
+"""The entries of ``state.extensions`` that are not extensions, but records kept by the step."""
 
 Remat = str | Mapping[str, str | Callable[..., Any]] | Callable[..., Any] | None
-"""What is computed again in the backward pass: a policy of `jax.checkpoint` by name, policies by path, or none."""
+"""What to recompute in the backward pass: a policy of `jax.checkpoint`, its name, policies by path, or None."""

@@ -4,8 +4,8 @@ With micro-batches i of weight w_i, gradient g_i and loss l_i::
 
     g = Σ_i w_i · g_i / Σ_i w_i,    l = Σ_i w_i · l_i / Σ_i w_i
 
-That is the gradient of the whole batch if the loss is an average with these weights. Averaging the averages, as if all
-micro-batches weighed the same, is not (huggingface/transformers#34191, google/tunix#1744).
+This is the gradient of the whole batch if the loss is an average with these weights. The unweighted mean of the
+micro-batch averages is not (huggingface/transformers#34191, google/tunix#1744).
 """
 
 from collections import Counter
@@ -28,33 +28,33 @@ from trainer.types import BATCH_WEIGHT, Batch, Metrics
 def accumulated(
     objective: Objective, gradient: GradientFn, steps: int, axis_name: AxisName | None = None
 ) -> tuple[Objective, GradientFn]:
-    """Returns the objective and its gradient over the whole batch, computed on one micro-batch after the other.
+    """Returns the objective and its gradient over the whole batch, computed one micro-batch at a time.
 
-    A batch of n rows is split into micro-batches of m = ⌈n / steps⌉ rows. With q = ⌊n / m⌋ of them, micro-batch i is
-    the rows i, i + q, i + 2q, …; rows from q · m on are a shorter one at the end. So where a mesh splits the rows,
-    every device has its part of every micro-batch, and no row is moved, if the number of devices divides m. Under
-    ``jit`` over a mesh the devices add up their gradients after every micro-batch, with ``axis_name`` once at the end.
+    A batch of n rows is split into q = ⌊n / m⌋ micro-batches of m = ⌈n / steps⌉ rows. Micro-batch i has the rows i,
+    i + q, i + 2q, …; rows from q · m on form a shorter one at the end. So if a mesh shards the rows and the number of
+    devices divides m, every device has a part of every micro-batch, and no rows move. Under ``jit`` over a mesh
+    gradients are reduced over the devices after every micro-batch, with ``axis_name`` once at the end.
 
-    The rows are those of the leading dimension that most arrays of the batch have. What has another (a table, say) or
-    none is handed to every micro-batch whole.
+    Rows are counted along the leading dimension that most arrays of the batch share. Arrays with another one (a table,
+    for example) or none are passed whole to every micro-batch.
 
     Args:
         objective: The objective of one micro-batch.
         gradient: Its gradient.
-        steps: The number of micro-batches, at most; 1 returns both as they are.
+        steps: The maximum number of micro-batches; 1 returns both functions unchanged.
         axis_name: As for `make_train_step`. Each device accumulates over its own part of the batch.
 
     Returns:
-        The objective, differentiable in its params at the memory of one micro-batch, and the gradient. The weight of a
-        micro-batch is its ``batch_weight`` where the objective reports one, which itself is summed, else its number of
-        rows; metrics are averaged like the loss. A micro-batch of weight zero adds nothing, even if it is not finite;
-        where all weights are zero, so are gradient and metrics. Sums are float32 or wider, and are divided once.
+        The objective, differentiable in its params with the memory of one micro-batch, and the gradient. Micro-batches
+        are weighted by ``batch_weight`` if the objective reports one, which itself is summed, else by their number of
+        rows; metrics are averaged like the loss. A micro-batch of weight zero adds nothing, even if it is not finite.
+        If all weights are zero, so are gradient and metrics. Sums are float32 or wider, and are divided once.
 
-        The state passes through the micro-batches in their order, so batch normalization normalizes each by its own
-        statistics and moves the running ones once for each. Micro-batch i draws from ``fold_in(rng, i)``.
+        The state is carried through the micro-batches in order, so batch normalization uses the statistics of each
+        micro-batch and updates the running ones once per micro-batch. Micro-batch i uses the key ``fold_in(rng, i)``.
 
-        Both raise `BatchError`, before they trace the objective, for a batch of fewer rows than ``steps``, or one in
-        which no leading dimension is that of most arrays.
+        Both raise `BatchError`, before they trace the objective, if the batch has fewer rows than ``steps``, or if no
+        leading dimension is shared by most of its arrays.
     """
     if steps == 1:
         return objective, gradient
@@ -92,7 +92,7 @@ def accumulated(
 def _over_micro_batches(
     evaluate: GradientFn, state: TrainState, batch: Batch, rng: jax.Array, steps: int, zeros: Any
 ) -> Gradient:
-    """Returns the weighted average of what ``evaluate`` finds; ``zeros`` is where the sums of gradients start."""
+    """Returns the weighted average of the results of ``evaluate``; ``zeros`` initializes the sums of gradients."""
     rows = _rows(batch, steps)
     size = -(-rows // steps)
     count = rows // size
@@ -159,9 +159,9 @@ def _rows(batch: Batch, steps: int) -> int:
 
 
 def _strided(batch: Batch, rows: int, size: int, count: int, index: jax.Array) -> Batch:
-    """Returns every ``count``-th row from ``index`` on."""
+    """Returns every ``count``-th row, starting at ``index``."""
 
-    # Indexed in the loop, and not transposed before it: that would copy the batch.
+    # Indexed in the loop instead of transposed before it, which would copy the batch.
     def take(leaf: Any) -> Any:
         grouped = leaf[: count * size].reshape(size, count, *leaf.shape[1:])
         return jax.lax.dynamic_index_in_dim(grouped, index, axis=1, keepdims=False)
@@ -177,7 +177,7 @@ def _split(batch: Batch, rows: int, take: Callable[[Any], Any]) -> Batch:
 
 
 def _weighted(leaf: jax.Array, weight: jax.Array) -> jax.Array:
-    # Selected and not only multiplied: 0 * nan is nan.
+    # `where`, because 0 * nan is nan.
     leaf = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
     return jnp.where(weight == 0, jnp.zeros_like(leaf), leaf * weight.astype(leaf.dtype))
 

@@ -1,4 +1,4 @@
-"""Params for evaluation that are not those that are trained: averages that an optimizer keeps."""
+"""Evaluation with params other than the trained ones: averages kept by an optimizer."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ def with_eval_params(state: TrainState, eval_params: EvalParams | None) -> Train
     """Returns the state with the params to evaluate, ``eval_params(state.opt_state, state.params)``.
 
     Raises:
-        ArgumentError: They are another tree than the params, or have other shapes.
+        ArgumentError: Their tree structure or shapes differ from those of the params.
     """
     if eval_params is None:
         return state
@@ -42,16 +42,16 @@ def check_eval_params(eval_params: Any) -> None:
 def resolve_eval_params(
     eval_params: EvalParams | None, state: TrainState, own_state: Callable[[Any], Any]
 ) -> EvalParams | None:
-    """Returns ``eval_params`` as a function of the state of the trainer's optimizer, once it is known to work.
+    """Returns ``eval_params`` as a function of the trainer's optimizer state, after checking that it works.
 
     Args:
-        eval_params: The caller's, for the state of the optimizer that the caller made.
+        eval_params: The caller's function, which takes the state of the caller's optimizer.
         state: The initial state; nothing is computed.
-        own_state: Returns, of the state of the trainer's optimizer, that of the optimizer that the caller made.
+        own_state: Extracts the state of the caller's optimizer from that of the trainer's optimizer.
 
     Raises:
-        ArgumentTypeError: It is no callable.
-        ArgumentError: It returns no params.
+        ArgumentTypeError: It is not callable.
+        ArgumentError: It does not return params.
     """
     check_eval_params(eval_params)
     if eval_params is None:

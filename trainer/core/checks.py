@@ -1,4 +1,4 @@
-"""Checks of arguments, and hints for messages, that several modules share."""
+"""Argument checks and message hints shared by several modules."""
 
 import contextlib
 import reprlib
@@ -10,9 +10,9 @@ from trainer.errors import ArgumentError, ArgumentTypeError
 
 
 def check_count(value: Any, name: str, *, least: int = 1) -> int:
-    """Returns ``value`` as a positive int, or with ``least=0`` as one that may be 0.
+    """Returns ``value`` as a positive int, or with ``least=0`` a non-negative one.
 
-    Any type with ``__index__`` is taken, except bool.
+    Any type with ``__index__`` is accepted, except bool.
 
     Raises:
         ArgumentTypeError: ``value`` is not an integer.
@@ -35,7 +35,7 @@ def check_count(value: Any, name: str, *, least: int = 1) -> int:
 
 
 def check_interval(value: Any, name: str) -> int | None:
-    """Returns ``value``, the steps from one to the next of something, as a positive int, or None for never.
+    """Returns ``value``, an interval in steps, as a positive int, or None for never.
 
     Raises:
         ArgumentTypeError, ArgumentError: As for `check_count`.
@@ -49,10 +49,10 @@ def check_interval(value: Any, name: str) -> int | None:
 
 
 def check_number(value: Any, name: str) -> float:
-    """Returns ``value`` as a float; any real number is taken, and an array of one, but no bool and no text.
+    """Returns ``value`` as a float; accepts any real number and one-element arrays, but no bool or text.
 
     Raises:
-        ArgumentTypeError: ``value`` is no number.
+        ArgumentTypeError: ``value`` is not a number.
     """
     if not isinstance(value, bool | str | bytes):
         with contextlib.suppress(TypeError, ValueError):
@@ -61,10 +61,10 @@ def check_number(value: Any, name: str) -> float:
 
 
 def check_bool(value: Any, name: str) -> bool:
-    """Returns ``value``, True or False.
+    """Returns ``value`` if it is a bool.
 
     Raises:
-        ArgumentTypeError: It is neither.
+        ArgumentTypeError: It is not.
     """
     if not isinstance(value, bool):
         raise ArgumentTypeError(f"`{name}` is {value!r:.60} of type {type(value).__name__}; it must be True or False.")
@@ -72,10 +72,10 @@ def check_bool(value: Any, name: str) -> bool:
 
 
 def check_choice(value: Any, choices: Iterable[str], name: str) -> str:
-    """Returns ``value``, one of the texts ``choices``.
+    """Returns ``value`` if it is one of the strings ``choices``.
 
     Raises:
-        ArgumentError: It is none of them.
+        ArgumentError: It is not.
     """
     choices = tuple(choices)
     if not isinstance(value, str) or value not in choices:
@@ -87,7 +87,7 @@ def check_choice(value: Any, choices: Iterable[str], name: str) -> str:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns the end of a message about an unknown ``name``: the closest known name, or all known names."""
     known = sorted(known)
-    # "AdamW" is adamw, and "one-cycle" one_cycle: letters alone would find adam.
+    # Normalized, so that "AdamW" finds adamw (not adam) and "one-cycle" finds one_cycle.
     plain = {_plain(candidate): candidate for candidate in known}
     near = get_close_matches(_plain(name), plain, n=1)
     return f"did you mean {plain[near[0]]!r}?" if near else f"known: {', '.join(known) or 'none'}."

@@ -1,13 +1,13 @@
-"""Checksums of arrays, computed where the arrays are, and independent of their sharding.
+"""Checksums of arrays, computed on the device that holds them and independent of their sharding.
 
-A digest is two sums, modulo 2³². Each adds, over the words of an array, a hash of the word's bits and its position. A
-word is an entry of up to four bytes; a wider entry is two words, or four for complex128. So each device adds up what it
-holds, a few bytes travel, and the result does not depend on the sharding: what was saved from eight devices is verified
-on two. The hash of one word is a bijection, hence damage within one word always changes both sums. Damage to several
-words, of one wide entry or of many, goes unnoticed about once in 2⁶⁴.
+A digest is a pair of sums modulo 2³². Each sums a hash of a word's bits and position over the words of an array. A word
+is an entry of up to four bytes; a wider entry is two words, or four for complex128. Each device sums its own shard and
+only a few bytes are communicated. The result does not depend on the sharding: an array saved from eight devices can be
+verified on two. The hash of one word is a bijection, so damage within one word always changes both sums. Damage to
+several words, in one wide entry or in many, goes undetected with probability 2⁻⁶⁴.
 
-A program on a device is compiled for every shape. So NumPy hashes, in the same time or less, whole arrays in the memory
-of the CPU, and arrays of up to 1 MiB unless they are split over processes.
+A device program is compiled for every shape. So NumPy, at least as fast, hashes whole arrays in CPU memory, and arrays
+of up to 1 MiB unless they are sharded over processes.
 """
 
 import functools
@@ -21,12 +21,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 _SEEDS = (0x9E3779B9, 0x7F4A7C15)
-_SLICE = 2**16  # words at a time, so that the intermediate results stay in the cache
-_LARGEST_ON_HOST = 2**20  # bytes; a larger array is not copied from its device
+_SLICE = 2**16  # words at a time, so that intermediate results stay in the cache
+_LARGEST_ON_HOST = 2**20  # bytes; larger arrays are not copied from their device
 
 
 def digest(array: jax.Array) -> jax.Array:
-    """Returns the digest of an array of any dtype but keys, as uint32 of shape ``(2,)``; does not wait."""
+    """Returns the digest of an array, of any dtype except keys, as uint32 of shape ``(2,)``; does not wait."""
     result: jax.Array = _digest(array)
     return result
 
@@ -34,7 +34,7 @@ def digest(array: jax.Array) -> jax.Array:
 def digests_as_text(arrays: Sequence[jax.Array | np.ndarray[Any, Any]]) -> list[str]:
     """Returns the digest of each array as text, and waits for all of them.
 
-    Digests of arrays on devices of several processes are the same in all; every process must call this.
+    The digest of an array sharded over processes is the same in all of them; every process must call this.
     """
     found: list[Any] = []
     for array in arrays:
@@ -47,8 +47,8 @@ def digests_as_text(arrays: Sequence[jax.Array | np.ndarray[Any, Any]]) -> list[
         else:
             mesh = array.sharding.mesh if isinstance(array.sharding, NamedSharding) else None
             found.append(_digest_over(mesh)(array))
-            # CPU devices share threads. Of many programs that communicate, two devices may start different ones first,
-            # and then wait for each other.
+            # CPU devices share threads. With several communicating programs in flight, two devices may start different
+            # ones first, and deadlock.
             if _is_on_cpu(array):
                 jax.block_until_ready(found[-1])
     return [as_text(one) for one in found]
@@ -73,15 +73,15 @@ def digest_on_host(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def as_text(digest: Any) -> str:
-    """Writes a digest as 16 hexadecimal digits, waiting for it."""
+    """Returns a digest as 16 hexadecimal digits; waits for it."""
     return "".join(f"{word:08x}" for word in np.asarray(digest).tolist())
 
 
 def bits(array: jax.Array) -> jax.Array:
     """Returns the bits of an array as unsigned integers of one, two or four bytes.
 
-    Entries narrower than a byte take one; wider than four bytes, or complex, the last dimension of the
-    result counts their parts.
+    Entries narrower than a byte take one byte. Entries that are complex or wider than four bytes are
+    split into parts along a new last dimension.
     """
     dtype = array.dtype
     if dtype == jnp.bool_:
@@ -96,7 +96,7 @@ def bits(array: jax.Array) -> jax.Array:
 
 
 def from_bits(words: jax.Array, dtype: Any) -> jax.Array:
-    """Undoes `bits` for dtypes of at most one byte."""
+    """The inverse of `bits`, for dtypes of at most one byte."""
     width = _bit_width(dtype)
     narrow = words.astype(jnp.dtype(f"uint{width}")) if width < 8 else words
     array: jax.Array = jax.lax.bitcast_convert_type(narrow, dtype)
@@ -104,7 +104,7 @@ def from_bits(words: jax.Array, dtype: Any) -> jax.Array:
 
 
 def _is_for_host(array: jax.Array) -> bool:
-    """Tells, in all processes alike, whether NumPy hashes an array."""
+    """Returns whether NumPy hashes an array; the same in all processes."""
     if array.nbytes <= _LARGEST_ON_HOST:
         return array.is_fully_replicated or array.is_fully_addressable
     return array.is_fully_replicated and _is_on_cpu(array)
@@ -116,7 +116,7 @@ def _is_on_cpu(array: jax.Array) -> bool:
 
 
 def _assembled(array: jax.Array) -> np.ndarray[Any, Any]:
-    """Returns the whole array, which keeps no copy on the host, as it would if NumPy were given the array itself."""
+    """Returns the whole array in NumPy. Unlike ``np.asarray(array)``, it caches no host copy in ``array``."""
     if array.is_fully_replicated:
         return np.asarray(array.addressable_data(0))
     whole = np.empty(array.shape, array.dtype)
@@ -132,7 +132,7 @@ def _bit_width(dtype: Any) -> int:
 
 @functools.cache
 def _digest_over(mesh: Mesh | None) -> Any:
-    """Returns the compiled digest whose result every device of a mesh holds."""
+    """Returns the compiled digest, with its result replicated over a mesh."""
     return jax.jit(_digest, out_shardings=None if mesh is None else NamedSharding(mesh, PartitionSpec()))
 
 
@@ -149,14 +149,14 @@ def _digest(array: jax.Array) -> jax.Array:
 
 
 def _mixed(word: Any) -> Any:
-    """The finalizer of MurmurHash3 (Appleby 2011), a bijection of 32 bits."""
+    """The finalizer of MurmurHash3 (Appleby 2011), a bijection on 32 bits."""
     word = (word ^ (word >> 16)) * np.uint32(0x85EBCA6B)
     word = (word ^ (word >> 13)) * np.uint32(0xC2B2AE35)
     return word ^ (word >> 16)
 
 
 def _mix_in_place(word: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Does the same as `_mixed` in the memory of ``word``, which is several times as fast."""
+    """The same as `_mixed`, in place, which is several times faster."""
     shifted = np.empty_like(word)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
         np.right_shift(word, np.uint32(shift), out=shifted)

@@ -1,6 +1,6 @@
 """Counting the floating-point operations of a traced program.
 
-`jax.extend.core` and the parameters of equations are not part of JAX's stable interface; seen in 0.10 and 0.11.
+`jax.extend.core` and equation parameters are not part of JAX's stable API; checked with 0.10 and 0.11.
 """
 
 import math
@@ -10,16 +10,16 @@ from jax.extend import core
 
 
 def flops(jaxpr: Any) -> float:
-    """Estimates the floating-point operations of a jaxpr, a multiplication and an addition as two.
+    """Estimates the floating-point operations of a jaxpr; a multiply-add counts as two.
 
-    Matrix products and convolutions are counted exactly, any other operation as one for each entry of its result. A
-    loop of unknown length counts as one pass, and so does the body of a Pallas kernel.
+    Matrix products and convolutions are counted exactly, any other operation as one per entry of its result. A loop of
+    unknown length counts as one iteration, and so does the body of a Pallas kernel.
     """
     return sum(flops_by_scope(jaxpr).values())
 
 
 def flops_by_scope(jaxpr: Any, outer: str = "") -> dict[str, float]:
-    """Returns the same by `jax.named_scope`: the names of all scopes around an operation, outermost first."""
+    """Returns the same count by `jax.named_scope`, keyed by the names of all enclosing scopes, outermost first."""
     total: dict[str, float] = {}
     for equation in jaxpr.eqns:
         scope = f"{outer}/{equation.source_info.name_stack}"
@@ -35,20 +35,20 @@ def flops_by_scope(jaxpr: Any, outer: str = "") -> dict[str, float]:
 
 
 def primitives(jaxpr: Any) -> set[str]:
-    """Returns the names of all operations in a jaxpr, those in loops and branches included."""
+    """Returns the names of all primitives in a jaxpr, including those in loops and branches."""
     names = {equation.primitive.name for equation in jaxpr.eqns}
     return names.union(*(primitives(body) for equation in jaxpr.eqns for body in _bodies(equation)))
 
 
 def _bodies(equation: Any) -> list[Any]:
-    """Returns the jaxprs that an equation runs: the body of a loop, the branches of a condition."""
+    """Returns the jaxprs that an equation runs: the body of a loop, the branches of a conditional."""
     values = (value if isinstance(value, list | tuple) else (value,) for value in equation.params.values())
     programs = (one for several in values for one in several if isinstance(one, core.ClosedJaxpr | core.Jaxpr))
     return [getattr(program, "jaxpr", program) for program in programs]
 
 
 def _passes(equation: Any) -> int:
-    """Returns how often the body of an equation runs; that of a `shard_map` runs on every device of its mesh."""
+    """Returns how often the body of an equation runs; the body of a `shard_map` runs on every device of its mesh."""
     if equation.primitive.name == "shard_map":
         return int(math.prod(equation.params["mesh"].shape.values()))
     return int(equation.params.get("length", 1)) if equation.primitive.name == "scan" else 1

@@ -1,4 +1,4 @@
-"""The objective as a function of the params, and its gradient: what the wrappers of a step compose."""
+"""The objective as a function of the params, and its gradient: the building blocks of a step."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -15,16 +15,16 @@ from trainer.state import TrainState
 from trainer.types import Batch, ExtensionLike, LossFn, Metrics
 
 Objective = Callable[[Any, TrainState, Batch, jax.Array], tuple[jax.Array, tuple[Metrics, TrainState]]]
-"""From params, state, batch and key to the total loss, its metrics, and the state after the forward pass."""
+"""Maps params, state, batch and key to the total loss, the metrics, and the state after the forward pass."""
 
 
 class Gradient(NamedTuple):
-    """What a batch says about the params.
+    """The gradient of a batch, with metrics and state.
 
     Attributes:
         grads: A tree like the params.
-        metrics: What the objective reported, and the total ``loss``.
-        state: The state after the forward pass: its batch statistics, RNG counts and variables of extensions.
+        metrics: The metrics of the objective, and the total ``loss``.
+        state: The state after the forward pass: its batch statistics, RNG counts and extension variables.
     """
 
     grads: Any
@@ -33,7 +33,7 @@ class Gradient(NamedTuple):
 
 
 GradientFn = Callable[[TrainState, Batch, jax.Array], Gradient]
-"""From a state, a batch and a key to the gradient at the params of the state."""
+"""Maps a state, a batch and a key to the gradient at the params of the state."""
 
 
 def make_objective(
@@ -43,9 +43,9 @@ def make_objective(
     axis_name: AxisName | None,
     view: View = no_view,
 ) -> Objective:
-    """Returns the objective with the losses of its extensions, as a function of the params; see `make_train_step`.
+    """Returns the objective plus the losses of the extensions, as a function of the params; see `make_train_step`.
 
-    Within ``view`` the model computes in another way, in half precision say.
+    ``view`` changes how the model computes, such as its precision.
     """
     reduce = average_if_changed(axis_name)
 
@@ -80,7 +80,7 @@ def make_objective(
 
 
 def gradient_of(objective: Objective, axis_name: AxisName | None) -> GradientFn:
-    """Returns the gradient of an objective, on each device that of its own part of the batch."""
+    """Returns the gradient of an objective; each device computes it on its own part of the batch."""
 
     def gradient(state: TrainState, batch: Batch, rng: jax.Array) -> Gradient:
         evaluate = jax.value_and_grad(objective, has_aux=True)

@@ -1,4 +1,4 @@
-"""Names of a package that import their module when they are first used, so that importing the package stays light."""
+"""Lazy imports: names whose module is imported on first use, so that importing the package stays fast."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -7,11 +7,11 @@ from typing import Any
 def imported_when_used(held: dict[str, Any], names: Mapping[str, Iterable[str]]) -> Callable[[str], Any]:
     """Returns the ``__getattr__`` of a package (PEP 562), and lists the names for ``dir`` and ``import *``.
 
-    Call it behind the imports of the package. Type checkers need the same imports under ``if TYPE_CHECKING:``.
+    Call it after the imports of the package. Type checkers need the same imports under ``if TYPE_CHECKING:``.
 
     Args:
-        held: The names of the package so far, ``globals()``.
-        names: By module, the names that are defined there.
+        held: The namespace of the package, ``globals()``.
+        names: The lazy names, by the module that defines them.
     """
     homes = {name: module for module, defined in names.items() for name in defined}
     held["__all__"] = [*(name for name in held if not name.startswith("_")), *homes]
@@ -20,9 +20,9 @@ def imported_when_used(held: dict[str, Any], names: Mapping[str, Iterable[str]])
     def attribute(name: str) -> Any:
         if name not in homes:
             package = held["__name__"]
-            module = __import__(package, fromlist=["__name__"])  # from whose names Python suggests one
+            module = __import__(package, fromlist=["__name__"])  # Python suggests one of its names
             raise AttributeError(f"module {package!r} has no attribute {name!r}", name=name, obj=module)
-        # Kept, so that this function is asked once.
+        # Cached, so that this function runs once per name.
         held[name] = getattr(__import__(homes[name], fromlist=[name]), name)
         return held[name]
 

@@ -1,4 +1,4 @@
-"""The learning rate in the state of an optimizer of `optax.inject_hyperparams`."""
+"""The learning rate in the optimizer state of `optax.inject_hyperparams`."""
 
 import math
 from typing import Any
@@ -15,7 +15,7 @@ _SCHEDULED = "hyperparams_states/learning_rate"
 
 
 def with_learning_rate(opt_state: Any, value: Any) -> Any:
-    """Returns the state of an optimizer with another learning rate; see `trainer.TrainState.with_learning_rate`."""
+    """Returns an optimizer state with another learning rate; see `trainer.TrainState.with_learning_rate`."""
     rate = _checked(value)
     leaves, structure = jax.tree.flatten(opt_state)
     paths = [leaf_path(path) for path, _ in jax.tree.leaves_with_path(opt_state)]
@@ -44,10 +44,10 @@ def with_learning_rate(opt_state: Any, value: Any) -> Any:
 
 
 def learning_rate_of(opt_state: Any) -> jax.Array:
-    """Returns the learning rate that an optimizer keeps in its state: after an update, that of the update.
+    """Returns the learning rate in an optimizer state; after an update, the rate of that update.
 
     Raises:
-        ArgumentError: It keeps none, or several.
+        ArgumentError: There is none, or more than one.
     """
     held = {leaf_path(path): leaf for path, leaf in jax.tree.leaves_with_path(opt_state)}
     rates = {path: leaf for path, leaf in held.items() if f"/{path}".endswith(f"/{_RATE}")}
@@ -63,7 +63,7 @@ def learning_rate_of(opt_state: Any) -> jax.Array:
 
 
 def plateau_scale(opt_state: Any) -> Any:
-    """Returns what `optax.contrib.reduce_on_plateau`, or `trainer.ReduceLROnPlateau`, multiplies updates by; else 1."""
+    """Returns the factor that `optax.contrib.reduce_on_plateau` or `trainer.ReduceLROnPlateau` applies; else 1."""
 
     def is_plateau(node: Any) -> bool:
         return isinstance(node, optax.contrib.ReduceLROnPlateauState)
@@ -89,7 +89,7 @@ def _checked(value: Any) -> Any:
 
 def _like(value: Any, old: jax.Array) -> jax.Array:
     array = jnp.full(old.shape, value, old.dtype)
-    # An uncommitted array must stay so, or the compiled step sees another kind of argument.
+    # An uncommitted array must stay uncommitted, or the step would be compiled again.
     if isinstance(old, jax.core.Tracer) or not old.committed:
         return array
     placed: jax.Array = jax.device_put(array, old.sharding)

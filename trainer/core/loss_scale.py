@@ -1,4 +1,4 @@
-"""Dynamic loss scaling: gradients that float16 can hold."""
+"""Dynamic loss scaling, which keeps gradients within the range of float16."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ from trainer.state import TrainState
 from trainer.types import LOSS_SCALE, Batch, Metrics
 
 Finish = Callable[[TrainState, TrainState, Any, Metrics], tuple[TrainState, Metrics]]
-"""From the states before and after an update, its gradient and its metrics to what the step returns."""
+"""Maps the states before and after an update, its gradient and its metrics to the result of the step."""
 
 
 def as_it_is(before: TrainState, after: TrainState, grads: Any, metrics: Metrics) -> tuple[TrainState, Metrics]:
@@ -24,9 +24,9 @@ def as_it_is(before: TrainState, after: TrainState, grads: Any, metrics: Metrics
 
 
 def scaled_gradient_of(objective: Objective, axis_name: AxisName | None) -> GradientFn:
-    """Returns `gradient_of` by way of the loss L times the scale s of the state: ``g = ∇_θ(s · L) / s``, in float32.
+    """Returns `gradient_of`, computed with the loss L multiplied by the scale s: ``g = ∇_θ(s · L) / s``, in float32.
 
-    Numbers below 6e-8 are zero in float16, and what is scaled is not. Where something overflows, g is not finite.
+    Numbers below 6e-8 underflow to zero in float16; scaling avoids that. On overflow, g is not finite.
     """
 
     def scaled(params: Any, state: TrainState, batch: Batch, rng: jax.Array) -> Any:
@@ -48,18 +48,18 @@ def scaled_gradient_of(objective: Objective, axis_name: AxisName | None) -> Grad
 
 
 def adapt_scale(growth_interval: int) -> Finish:
-    """Returns the `Finish` that skips an update that is not finite, and adapts the scale s.
+    """Returns the `Finish` that skips an update if it is not finite, and adapts the scale s.
 
     With n finite steps in a row since the scale last changed, this one included, and N the ``growth_interval``::
 
-        s' = s / 2  where the gradient is not finite: the update is skipped, and all of the state but s is as before
-        s' = 2 s    where n = N, and n starts again
+        s' = s / 2  if the gradient is not finite: the update is skipped, and the state changes only in s and the step
+        s' = 2 s    if n = N; n restarts at 0
         s' = s      else
 
-    No more than the largest float32, and no less than its smallest normal number. It is the algorithm of
-    ``flax.training.dynamic_scale`` and of section 3.2 of Micikevicius et al. 2018, "Mixed Precision Training". Nothing
-    waits for the device. A skipped step counts as a step, since the host counts calls; schedules of the optimizer stand
-    still. The gradient is that averaged over the mapped axis, so all devices decide alike.
+    s is clipped to the range of normal float32 numbers. This is the algorithm of ``flax.training.dynamic_scale`` and
+    of section 3.2 of Micikevicius et al. 2018, "Mixed Precision Training". Nothing waits for the device. A skipped
+    step counts as a step, since the host counts calls, but does not advance the optimizer's schedules. The gradient is
+    averaged over the mapped axis, so all devices make the same decision.
     """
 
     def finish(before: TrainState, after: TrainState, grads: Any, metrics: Metrics) -> tuple[TrainState, Metrics]:

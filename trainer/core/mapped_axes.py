@@ -1,6 +1,6 @@
 """Averages over the mapped axis of `pmap`, `vmap` and `shard_map`.
 
-`typeof(...).manual_axis_type`, `pcast` and `manual_axes` are recent additions to JAX, seen in 0.10 and 0.11.
+`typeof(...).manual_axis_type`, `pcast` and `manual_axes` are recent additions to JAX, checked with 0.10 and 0.11.
 """
 
 from collections.abc import Callable
@@ -22,10 +22,10 @@ def fold_in_device(rng: jax.Array, axis_name: AxisName | None) -> jax.Array:
 
 
 def per_device(params: Any, axis_name: AxisName | None) -> Any:
-    """Marks replicated params as differing by device, so that each device gets its own gradient.
+    """Marks replicated params as varying over the mapped axis, so that each device gets its own gradient.
 
     Under ``shard_map`` JAX sums the gradient of a replicated value over the devices, without weights; under
-    ``pmap`` and ``vmap`` it does not. With this mark it never does, and `average_over_axis` does it everywhere.
+    ``pmap`` and ``vmap`` it does not. With this mark it never does, and `average_over_axis` reduces in all cases.
     """
     if axis_name is None:
         return params
@@ -41,10 +41,10 @@ def per_device(params: Any, axis_name: AxisName | None) -> Any:
 
 
 def average_over_axis(grads: Any, metrics: Metrics, axis_name: AxisName | None) -> tuple[Any, Metrics]:
-    """Averages over the mapped axis, by ``batch_weight`` where there is one; that itself is summed.
+    """Averages over the mapped axis, weighted by ``batch_weight`` if there is one, which itself is summed.
 
-    A device of weight zero adds nothing, even if its gradients are not finite. Where all weights are zero there is no
-    average: gradients and metrics are zero, beside a ``batch_weight`` of zero.
+    A device of weight zero adds nothing, even if its gradients are not finite. If all weights are zero there is no
+    average: gradients, metrics and ``batch_weight`` are zero.
     """
     if axis_name is None:
         return grads, metrics
@@ -59,7 +59,7 @@ def average_over_axis(grads: Any, metrics: Metrics, axis_name: AxisName | None) 
     share = weight / jnp.where(total == 0, 1, total)
 
     def weighted(leaf: jax.Array) -> jax.Array:
-        # Selected and not only multiplied: 0 * nan is nan.
+        # `where`, because 0 * nan is nan.
         return jnp.where(weight == 0, jnp.zeros_like(leaf), leaf * share.astype(leaf.dtype))
 
     grads, metrics = jax.lax.psum(jax.tree.map(weighted, (grads, metrics)), axis_name)
@@ -67,10 +67,10 @@ def average_over_axis(grads: Any, metrics: Metrics, axis_name: AxisName | None) 
 
 
 def average_if_changed(axis_name: AxisName | None) -> Callable[[Any, Any], Any]:
-    """Returns the ``reduce`` of `merge_updated`: it averages variables that the forward pass assigned over the axis.
+    """Returns the ``reduce`` of `merge_updated` that averages variables assigned in the forward pass over the axis.
 
-    Only floating ones are averaged. Variables that were not assigned are equal on all devices already, and averaging
-    equal numbers may round.
+    Only floating variables are averaged. Variables that were not assigned are already equal on all devices, and
+    averaging them could round.
     """
 
     def reduce(old: Any, new: Any) -> Any:

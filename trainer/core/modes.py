@@ -1,7 +1,7 @@
 """Training mode and evaluation mode of a module and its parts.
 
-In Flax a mode is two attributes, ``deterministic`` (dropout is off) and ``use_running_average`` (batch normalization
-uses its stored statistics), which any module of the tree may have.
+In Flax the mode is set by two attributes, ``deterministic`` (dropout is off) and ``use_running_average`` (batch
+normalization uses its stored statistics), which any module of the tree may have.
 """
 
 import inspect
@@ -17,10 +17,10 @@ _MODES = ("deterministic", "use_running_average")
 
 
 def in_training_mode(model: Any) -> Any:
-    """Returns the model, switched to training mode but for the parts that were in evaluation mode.
+    """Returns the model in training mode, except for modules that were in evaluation mode.
 
-    The state holds the modes that the model was handed over in, so a part that its owner put into evaluation mode (the
-    batch statistics of a backbone, say) stays in it, as it does in a loop by hand.
+    The state holds the original modes of the model, so a module that the user put into evaluation mode (for example
+    to freeze the batch statistics of a backbone) stays in it, as in a hand-written loop.
     """
     held = [(module, name) for _, module, name in _evaluated(model)]
     _switch(model, "train")
@@ -30,16 +30,16 @@ def in_training_mode(model: Any) -> Any:
 
 
 def in_evaluation_mode(model: Any) -> Any:
-    """Returns the model, switched to evaluation mode, every part of it."""
+    """Returns the model with every module in evaluation mode."""
     _switch(model, "eval")
     return model
 
 
 def evaluated_as_a_whole(model: Any, wrt: nnx.filterlib.Filter) -> list[str]:
-    """Returns the parts in evaluation mode, if no part is in another and some stand beside trained variables.
+    """Returns the modules in evaluation mode if that is all of them and some are next to trained variables.
 
-    Then the mode is probably left from an evaluation. A model whose parts in evaluation mode are not trained is
-    fine-tuned on purpose.
+    The mode is then probably left over from an evaluation. If no module in evaluation mode is trained, it is intended,
+    as in fine-tuning.
     """
     evaluated = list(_evaluated(model))
     if len(evaluated) < sum(hasattr(module, name) for _, module in nnx.iter_modules(model) for name in _MODES):
@@ -60,7 +60,7 @@ def _evaluated(model: Any) -> Iterator[tuple[Path, Any, str]]:
 
 
 def _owner(path: Path) -> Path:
-    """Returns the path of the module that a part belongs to, itself or in a list."""
+    """Returns the path of the module that owns a submodule, directly or in a list."""
     owner = path[:-1]
     while owner and isinstance(path[len(owner)], int):
         owner = owner[:-1]
@@ -68,8 +68,8 @@ def _owner(path: Path) -> Path:
 
 
 def _switch(model: Any, name: str) -> None:
-    # Looked up in the class: an attribute of this name may be the model's own. A class may override the method, or have
-    # one of this name that means something else.
+    # Looked up in the class, since an instance attribute may have this name. A class may override the method, or define
+    # an unrelated one of this name.
     switch = getattr(type(model), name)
     try:
         inspect.signature(switch).bind(model)

@@ -1,8 +1,8 @@
-"""Views of a model: for a while its modules compute in another way, and nothing of that outlasts it.
+"""Views of a model: context managers that temporarily change how its modules compute.
 
-A model is changed without an edit of its code: each module concerned becomes an instance of a
-subclass whose ``__call__`` is wrapped, and is given back its class afterwards. So ``isinstance``, attributes, methods,
-and splitting and merging by nnx work as before.
+The code of the model is not edited: each affected module becomes an instance of a subclass with a
+wrapped ``__call__``, and gets its class back afterwards. So ``isinstance``, attributes, methods, and splitting and
+merging by nnx work as before.
 """
 
 import contextlib
@@ -21,10 +21,10 @@ from trainer.core.path_patterns import matches, matches_nothing
 from trainer.errors import ArgumentError
 
 View = Callable[[Any], AbstractContextManager[None]]
-"""From a model, which the step has made for itself, to the context within which it computes in another way."""
+"""Maps a model, created by the step for its own use, to the context manager in which it computes differently."""
 
 Wrapper = Callable[[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any]
-"""From ``__call__`` of a class, a module and arguments to the outputs; hashable, since classes are kept by it."""
+"""Maps ``__call__`` of a class, a module and arguments to outputs; hashable, since subclasses are cached by it."""
 
 
 def no_view(model: Any) -> AbstractContextManager[None]:
@@ -34,7 +34,7 @@ def no_view(model: Any) -> AbstractContextManager[None]:
 
 
 def combined(*views: View) -> View:
-    """Returns the view that enters several, one after the other."""
+    """Returns a view that enters several views in order."""
     views = tuple(view for view in views if view is not no_view)
     if len(views) < 2:
         return views[0] if views else no_view
@@ -50,7 +50,7 @@ def combined(*views: View) -> View:
 
 
 def check_view(view: View, state: Any) -> None:
-    """Enters a view of the model of a state, so that a pattern that matches nothing is refused before any step."""
+    """Enters a view of the model of a state, so that a pattern that matches nothing raises before any step."""
 
     def enter(state: Any) -> None:
         with view(state.model()):
@@ -62,7 +62,7 @@ def check_view(view: View, state: Any) -> None:
 
 @contextlib.contextmanager
 def called_through(wrappers: Iterable[tuple[Any, Wrapper]]) -> Iterator[None]:
-    """Wraps ``__call__`` of modules, each in its own way; a module whose class has none is left alone."""
+    """Wraps ``__call__`` of modules, each with its own wrapper; modules without ``__call__`` are left alone."""
     kinds: list[tuple[Any, Any, Wrapper]] = [
         (module, type(module), wrapper) for module, wrapper in wrappers if callable(module)
     ]
@@ -76,13 +76,13 @@ def called_through(wrappers: Iterable[tuple[Any, Wrapper]]) -> Iterator[None]:
 
 
 def modules_of(model: Any) -> dict[Path, nnx.Module]:
-    """Returns the modules of a model by path, the model itself first; one that is shared has the first of its paths."""
+    """Returns the modules of a model by path, the model itself first; a shared module has the first of its paths."""
     found: dict[Path, nnx.Module] = dict(nnx.iter_modules(model)) if isinstance(model, nnx.Module) else {}
     return dict(sorted(found.items(), key=lambda item: (len(item[0]), [str(key) for key in item[0]])))
 
 
 def owner_matches(pattern: str, path: Path) -> bool:
-    """Tells whether a pattern matches a path, or that of what holds it, so ``head`` and ``head/**`` are alike."""
+    """Returns whether a pattern matches a path or one of its parents, so ``head`` and ``head/**`` are equivalent."""
     names = [str(key) for key in path]
     pattern = re.sub(r"/\*+$", "", pattern)
     return pattern in ("*", "**") or any(matches(pattern, "/".join(names[:end])) for end in range(1, len(names) + 1))
@@ -95,18 +95,18 @@ def refuse_unmatched(name: str, pattern: str, paths: Any) -> None:
 
 
 def is_of_nnx(node: Any) -> bool:
-    """Tells whether a node of a tree is a module or a variable, to be left whole."""
+    """Returns whether a tree node is a module or a variable, to be treated as a leaf."""
     return isinstance(node, nnx.Pytree | nnx.Module | nnx.Variable)
 
 
 def raw_value(leaf: Any) -> Any:
-    """Returns the array that a variable holds; any other leaf is returned as it is."""
+    """Returns the array in a variable; any other leaf is returned unchanged."""
     return leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf
 
 
 @functools.cache
 def _wrapped(kind: Any, wrapper: Wrapper) -> type:
-    """Returns a subclass with a wrapped ``__call__``, one for each class and wrapper: JAX keeps classes of nodes."""
+    """Returns a subclass with a wrapped ``__call__``; cached, since JAX keeps every registered node class alive."""
     call = kind.__call__
 
     @functools.wraps(call)
@@ -117,11 +117,11 @@ def _wrapped(kind: Any, wrapper: Wrapper) -> type:
         kept = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
         namespace.update(kept, __call__=wrapped)
 
-    # A module that was declared to be no pytree has list attributes of its own, which a pytree may not.
+    # A module declared with `pytree=False` may have plain list attributes, which a pytree may not.
     keywords = {} if getattr(kind, "_pytree__is_pytree", True) else {"pytree": False}
     return types.new_class(kind.__name__, (kind,), keywords, fill)
 
 
 def _set_class(module: Any, kind: type) -> None:
-    # Past `__setattr__` of nnx, which is for attributes that hold data.
+    # Bypasses `__setattr__` of nnx, which is for data attributes.
     object.__setattr__(module, "__class__", kind)

@@ -1,4 +1,4 @@
-"""Conversion between nnx modules, which are mutable graphs, and plain trees of arrays, which JAX can transform."""
+"""Conversion between nnx modules, which are mutable graphs, and plain pytrees of arrays, which JAX can transform."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trainer.core.static_values import copy_containers, token
 from trainer.core.tree_paths import join_path, leaf_path
 from trainer.errors import ObjectiveError
 
-if TYPE_CHECKING:  # for annotations only: importing chex takes a tenth of the time of `import trainer`
+if TYPE_CHECKING:  # importing chex takes a tenth of the time of `import trainer`
     import chex
 
 Path = tuple[Any, ...]
@@ -31,12 +31,12 @@ Flat = dict[Path, Any]
 
 
 class GraphDef(nnx.GraphDef[Any]):
-    """An interned `nnx.GraphDef` that can be hashed whatever it holds: equal graphdefs are one object.
+    """An interned `nnx.GraphDef` that is hashable whatever it holds: equal graphdefs are one object.
 
     ``jax.jit`` hashes and compares the static part of its arguments on every call. Flax recomputes the hash each time
-    (76 µs for four layers), and cannot where an attribute is a list. Here the token that stands for the values is made
-    once, and interning makes the comparison an identity. It equals the `nnx.GraphDef` that it was made of, whose hash
-    is another. ``nnx.merge(state.graphdef, state.params, state.model_state)`` works.
+    (76 µs for four layers), and fails if an attribute is a list. Here a token of the values is computed once, and
+    interning reduces the comparison to identity. It equals the `nnx.GraphDef` it was made from, but has a different
+    hash. ``nnx.merge(state.graphdef, state.params, state.model_state)`` works.
     """
 
     __slots__ = ("__weakref__", "_hash", "_token", "paths")
@@ -44,7 +44,7 @@ class GraphDef(nnx.GraphDef[Any]):
     _hash: int
     _token: Hashable
     paths: tuple[Path, ...]
-    """The path of each variable, in the order in which ``nnx.merge`` takes their values."""
+    """The path of each variable, in the order in which ``nnx.merge`` takes the values."""
 
     def __new__(cls, graphdef: nnx.GraphDef[Any], paths: Iterable[Path]) -> GraphDef:
         graphdef = _with_own_values(graphdef)
@@ -83,7 +83,7 @@ class GraphDef(nnx.GraphDef[Any]):
         return GraphDef, (plain, self.paths)
 
     def merge(self, values: list[Any]) -> Any:
-        """Returns a module with ``values`` in the order of `paths`; its lists and other containers are its own."""
+        """Returns a module with ``values``, in the order of `paths`; its lists and other containers are copies."""
         return nnx.merge(_with_own_values(self), values)
 
 
@@ -92,7 +92,7 @@ interned: weakref.WeakValueDictionary[Hashable, GraphDef] = weakref.WeakValueDic
 
 
 def split_module(module: nnx.Module, wrt: nnx.filterlib.Filter) -> tuple[GraphDef, Flat, Flat]:
-    """Returns the static structure of a module, the values of its variables under ``wrt``, and those of all others."""
+    """Returns the static structure of a module, the values of its variables under ``wrt``, and all other values."""
     graphdef, flat = _flatten(module)
     selected, rest = _split(flat, wrt)
     return GraphDef(graphdef, flat.paths), _values(selected), _values(rest)
@@ -105,12 +105,12 @@ def split_variables(module: nnx.Module, wrt: nnx.filterlib.Filter) -> tuple[Flat
 
 
 def variables_of(module: Any) -> Flat:
-    """Returns the values of a module's variables by path; an object that is not a module has none."""
+    """Returns the values of a module's variables by path; empty for an object that is not a module."""
     return _values(_flatten(module)[1]) if isinstance(module, nnx.Module) else {}
 
 
 def with_variables(module: Any, variables: chex.ArrayTree) -> Any:
-    """Returns a copy of a module that holds ``variables``; an object that is not a module is returned as it is."""
+    """Returns a copy of a module that holds ``variables``; an object that is not a module is returned unchanged."""
     if not isinstance(module, nnx.Module):
         return module
     graphdef, flat = _flatten(module)
@@ -123,17 +123,17 @@ def merge_updated(
 ) -> chex.ArrayTree:
     """Returns the variables of the next state: the values ``after`` the forward pass, in the structure ``before`` it.
 
-    A variable that is created, removed or changes shape or dtype would change the type of the state: ``jit`` would
-    compile every step again, and ``scan`` cannot carry it.
+    Creating or removing a variable, or changing its shape or dtype, would change the type of the state: ``jit`` would
+    compile every step again, and ``scan`` could not carry it.
 
     Args:
-        before: The nested variables that the step started from.
+        before: The nested variables at the start of the step.
         after: The values after the forward pass, by path.
         where: Their root in error messages, such as ``model_state``.
-        reduce: Returns the array of the next state from the old and the new one.
+        reduce: Computes the array of the next state from the old and the new one.
 
     Raises:
-        ObjectiveError: Naming every variable that appeared, vanished or changed shape or dtype.
+        ObjectiveError: A variable was created, removed or changed in shape or dtype; the message lists all of them.
     """
     flat = lookup(before, paths=after.keys(), missing=_ABSENT)
     problems: list[str] = []
@@ -172,18 +172,18 @@ def static_attributes(module: Any) -> Flat:
 
 
 def refuse_changed_attributes(before: Flat, module: Any, where: str) -> None:
-    """Checks that a forward pass left the plain Python attributes of a module alone.
+    """Checks that a forward pass did not change the plain Python attributes of a module.
 
-    They are part of the compiled program, which would have to be compiled anew after every change, as ``nnx.jit`` does.
-    Arrays that are attributes are values like those of variables, and are carried.
+    They are part of the compiled program, so every change would need a new compilation, as in ``nnx.jit``. Attributes
+    that are arrays count as values, like variables, and are carried over.
 
     Args:
-        before: What `static_attributes` returned before the forward pass.
+        before: The result of `static_attributes` before the forward pass.
         module: The module after it.
-        where: What the module is in error messages, such as ``model``.
+        where: The name of the module in error messages, such as ``model``.
 
     Raises:
-        ObjectiveError: Naming the attributes that were set, changed or deleted.
+        ObjectiveError: An attribute was set, changed or deleted; the message lists them.
     """
     after = static_attributes(module)
     changed = [
@@ -239,8 +239,8 @@ def lookup(*trees: Any, paths: Iterable[Path], missing: Any = None) -> Flat:
 def _flatten(module: nnx.Module) -> tuple[nnx.GraphDef[Any], Any]:
     """Returns the static structure of a module and its variables by path, without those of `nnx.Module.sow`.
 
-    Sown values grow with every call, so a state that keeps its type cannot hold them. Flattening takes half as long as
-    copying all arrays, so each caller flattens once.
+    Sown values grow with every call, so a state of fixed type cannot hold them. Flattening takes half as long as
+    copying all arrays, so each caller flattens only once.
     """
     graphdef, flat = nnx.flatten(module, graph=True)
     if any(isinstance(leaf, nnx.Intermediate) for leaf in flat.leaves):
@@ -258,7 +258,7 @@ def _split(flat: Any, wrt: nnx.filterlib.Filter) -> Any:
 
 
 def _with_static_constants(graphdef: nnx.GraphDef[Any], flat: Any) -> tuple[nnx.GraphDef[Any], Any]:
-    """Moves NumPy arrays that no device can hold (names, dates, objects) from the values into the static structure."""
+    """Moves NumPy arrays that JAX does not support (strings, dates, objects) from values to the static structure."""
     constants = {path: leaf for path, leaf in flat if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "OSTUMmV"}
     constants = {path: leaf for path, leaf in constants.items() if not jnp.issubdtype(leaf.dtype, jnp.number)}
     if not constants:
@@ -272,10 +272,10 @@ def _with_static_constants(graphdef: nnx.GraphDef[Any], flat: Any) -> tuple[nnx.
 
 
 def _with_ordinary_variables(graphdef: nnx.GraphDef[Any]) -> nnx.GraphDef[Any]:
-    """Returns the graphdef of the same module with variables that are not hijax types.
+    """Returns the graphdef of the same module with ordinary variables in place of hijax ones.
 
-    JAX cannot differentiate the creation of a hijax variable, and a step creates the module while it differentiates.
-    Ordinary variables compute the same.
+    JAX cannot differentiate the creation of a hijax variable, and a step creates the module inside the gradient.
+    Ordinary variables give the same results.
     """
 
     def ordinary(node: Any) -> Any:
@@ -308,7 +308,7 @@ def _token(graphdef: nnx.GraphDef[Any]) -> Hashable:
 
 
 def _with_own_values(graphdef: nnx.GraphDef[Any]) -> nnx.GraphDef[Any]:
-    """Returns an equal graphdef whose static values no edit of the given one's reaches."""
+    """Returns an equal graphdef whose static values are copies, unaffected by edits of the originals."""
     memo: dict[int, Any] = {}
     nodes = copy_containers(graphdef.nodes, memo)
     return nnx.GraphDef(nodes, copy_containers(graphdef.attributes, memo), graphdef.num_leaves)
@@ -328,7 +328,7 @@ def _same_tree(before: Any, after: Any) -> bool:
 
 
 def _as_before(before: Any, after: Any) -> Any:
-    # A Python number, or the weakly typed result of one, takes the dtype of the variable.
+    # A Python number or a weakly typed array takes the dtype of the variable.
     if isinstance(after, bool | int | float | complex) or getattr(after, "weak_type", False):
         return jnp.asarray(after, before.dtype)
     return after

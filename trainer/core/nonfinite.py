@@ -1,7 +1,7 @@
-"""The guard: what becomes of a step whose loss, gradients or results are not finite.
+"""The guard: how a step handles a loss, gradients or results that are not finite.
 
-The decision is part of the compiled step, so it costs no wait for the device and works in fused steps: where anything
-is NaN or infinite, the step returns the arrays that it was given. What happened is a record in the state, under
+The decision is part of the compiled step, so it does not wait for the device and works in fused steps: if anything is
+NaN or infinite, the step returns its input arrays. The event is recorded in the state, under
 ``extensions["nonfinite"]``.
 """
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from trainer.state import TrainState
 
 Guard = Callable[["TrainState", "TrainState", Any, Metrics], tuple["TrainState", Metrics]]
-"""From the states before and after an update, its gradients and its metrics to what the step returns."""
+"""Maps the states before and after an update, its gradients and its metrics to the result of the step."""
 
 
 def check_policy(policy: Any) -> str:
@@ -32,14 +32,14 @@ def check_policy(policy: Any) -> str:
 
 
 def make_guard(policy: str, *, watches_gradient: bool = True) -> Guard:
-    """Returns what follows the update of a step, for the ``nonfinite`` of `make_train_step`.
+    """Returns the guard applied after the update of a step, for the ``nonfinite`` of `make_train_step`.
 
     With ``finite = all(isfinite(loss, gradients, params', model_state'))``::
 
         "skip":  state'' = where(finite, state', state),  step + 1 in any case
-        "raise": state'' = where(finite and no step before was not, state', state),  step included
+        "raise": state'' = where(finite and all earlier steps were, state', state),  step included
 
-    With a loss scale, which overflows and is adapted, the gradient is not watched.
+    With a loss scale the gradient is not checked, since it may overflow and the scale then adapts.
     """
     if check_policy(policy) == "ignore":
         return lambda before, after, grads, metrics: (after, metrics)
@@ -74,13 +74,13 @@ def make_guard(policy: str, *, watches_gradient: bool = True) -> Guard:
 
 
 def check_finite(state: TrainState) -> None:
-    """Raises where a step with ``nonfinite="raise"`` has met something that is not finite. Waits for the device.
+    """Raises `NonFiniteError` if a step with ``nonfinite="raise"`` met NaN or infinity. Waits for the device.
 
-    Call it in a loop of your own as often as you can wait. From the bad step on, all steps return the state as it was
-    before that step, so nothing is lost by asking late; ``error.state`` is that state, ready to go on from.
+    In a custom loop, call it as often as you can afford to wait. From the bad step on, all steps return the state from
+    before that step, so a late check loses nothing; ``error.state`` is that state, ready to train on.
 
     Args:
-        state: A state that was created with ``nonfinite="raise"``; any other passes.
+        state: A state created with ``nonfinite="raise"``; any other state passes.
 
     Raises:
         NonFiniteError: With the step, and the first arrays that were not finite.
@@ -90,7 +90,7 @@ def check_finite(state: TrainState) -> None:
         return
     step, bad = int(record["step"]), np.asarray(record["leaves"])
     names = [name for (name, _), is_bad in zip(_checked(state, state.params, state.step), bad, strict=True) if is_bad]
-    # Gradients say more than the params that they spoil.
+    # Gradients say more than the params that they make non-finite.
     spoilt = {name.replace("grads/", "params/", 1) for name in names if name.startswith("grads/")}
     leaves = tuple(name for name in names if name not in spoilt)
     listed = ", ".join(f"`{name}`" for name in leaves[:5])
@@ -106,10 +106,10 @@ def check_finite(state: TrainState) -> None:
 
 
 def record_of(params: Any, model_state: Any) -> dict[str, jax.Array]:
-    """Returns the record of a state in which nothing has happened.
+    """Returns an empty record for a new state.
 
-    Its entries are ``skipped`` (how many steps were left out), ``step`` (the number of the latest; with "raise" of the
-    first) and ``leaves`` (which arrays were not finite in it, in the order of `check_finite`).
+    Its entries are ``skipped`` (the number of skipped steps), ``step`` (the number of the latest one; with "raise" of
+    the first) and ``leaves`` (which arrays were not finite in that step, in the order of `check_finite`).
     """
     count = 1 + 2 * len(jax.tree.leaves(params)) + len(_floating(model_state))
     return {

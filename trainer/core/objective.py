@@ -1,4 +1,4 @@
-"""Calling the objective and the extensions, and checking what they return."""
+"""Calling the objective and the extensions, and checking their results."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -18,19 +18,19 @@ from trainer.state import TrainState
 from trainer.types import BATCH_WEIGHT, MODEL_OUTPUTS, Batch, ExtensionLike, LossFn, Metrics
 
 NOT_REPORTED = object()
-"""The model outputs of an objective that reports none; None would be a value that it may report."""
+"""Marks that an objective reported no model outputs; None is a valid value to report."""
 
 
 def call_objective(
     loss_fn: LossFn, model: Any, batch: Batch, rng: jax.Array, step: jax.Array
 ) -> tuple[jax.Array, Metrics, Any]:
-    """Calls the objective and checks what it returns.
+    """Calls the objective and checks its result.
 
     Returns:
-        The loss, the metrics as scalars, and what was reported as ``model_outputs``, if anything.
+        The loss, the metrics as scalars, and the reported ``model_outputs`` or `NOT_REPORTED`.
 
     Raises:
-        ObjectiveError: The objective breaks the contract of `trainer.LossFn`.
+        ObjectiveError: The objective violates the contract of `trainer.LossFn`.
     """
     try:
         result = loss_fn(model, batch, rng, step)
@@ -59,12 +59,11 @@ def call_objective(
 
 
 def forward(state: TrainState, batch: Batch, view: View) -> Any:
-    """Returns ``model(batch["input"])`` where that can be called, else None.
+    """Returns ``model(batch["input"])`` if that call is possible, else None.
 
-    It runs on a model of its own that starts from the same variables, RNG counts included, so an extension
-    changes no batch statistics. It is not free: where the objective makes the same call XLA shares most of the
-    forward pass, but computes the backward pass again (44 % more operations for a perceptron 64-512-1). Reporting
-    ``model_outputs`` avoids that.
+    It runs on a separate model with the same variables, RNG counts included, so an extension changes no batch
+    statistics. It has a cost: if the objective makes the same call, XLA shares most of the forward pass but computes
+    the backward pass twice (44 % more operations for a 64-512-1 perceptron). Reporting ``model_outputs`` avoids that.
     """
     model = in_training_mode(state.model())
     if not isinstance(batch, Mapping) or "input" not in batch or not callable(model):
@@ -97,7 +96,7 @@ def extension_losses(
                 f"{sorted(state.extensions) or 'none'}; pass the same extensions to TrainState.create."
             )
         held = state.extensions[name]
-        # The variables come from the state; Python attributes are those of the caller's object.
+        # Variables come from the state, Python attributes from the caller's object.
         traced = with_variables(extension, held["variables"])
         attributes = static_attributes(traced)
         rng = jax.random.fold_in(context["rng"], crc32(name.encode()))
@@ -110,10 +109,10 @@ def extension_losses(
 
 
 def _taken(function: Callable[..., Any], offered: dict[str, Any]) -> dict[str, Any]:
-    """Returns those of the offered keyword arguments that a function takes beside its first two arguments."""
+    """Returns the offered keyword arguments that a function accepts, besides its first two parameters."""
     try:
         parameters = list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):  # of a function without a signature
+    except (TypeError, ValueError):  # a function without a signature
         return offered
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return offered
@@ -122,7 +121,7 @@ def _taken(function: Callable[..., Any], offered: dict[str, Any]) -> dict[str, A
 
 
 def refuse_shadowing(metrics: Metrics, losses: Metrics) -> None:
-    """Raises `ObjectiveError` where the objective reports a metric under the name of an extension's loss."""
+    """Raises `ObjectiveError` if the objective reports a metric under the name of an extension's loss."""
     for name in losses:
         if name in metrics:
             raise ObjectiveError(
@@ -132,7 +131,7 @@ def refuse_shadowing(metrics: Metrics, losses: Metrics) -> None:
 
 
 def check_loss(loss: Any, subject: str) -> jax.Array:
-    """Returns ``loss`` as an array, if it is a floating scalar."""
+    """Returns ``loss`` as an array; raises `ObjectiveError` unless it is a floating scalar."""
     try:
         array = jnp.asarray(loss)
     except (TypeError, ValueError) as error:
@@ -147,7 +146,7 @@ def check_loss(loss: Any, subject: str) -> jax.Array:
 
 
 def flat_metrics(metrics: Mapping[Any, Any]) -> Iterator[tuple[Any, Any]]:
-    """Yields name and value of every metric; one in a nested mapping is named by its path, ``"eval/accuracy"``."""
+    """Yields the name and value of every metric; in a nested mapping the name is the path, ``"eval/accuracy"``."""
     for name, value in metrics.items():
         if isinstance(value, Mapping) and isinstance(name, str):
             yield from ((f"{name}/{inner}", one) for inner, one in flat_metrics(value))
@@ -166,7 +165,7 @@ def _metrics(named: Mapping[str, Any]) -> Metrics:
 
 
 def check_metric(name: Any, value: Any, source: str = "loss_fn") -> jax.Array:
-    """Returns a metric that ``source`` returned as an array, if it is a scalar with a name."""
+    """Returns a metric from ``source`` as an array; raises `ObjectiveError` unless it is a scalar with a name."""
     if not isinstance(name, str):
         raise ObjectiveError(f"`{source}` returned a metric named {name!r}; names must be strings.")
     try:
@@ -191,10 +190,10 @@ def _describe_result(result: Any) -> str:
 
 
 def _handles_events_only(extension: Any) -> bool:
-    kind = type(extension)  # asked of the class, so that no property is evaluated
+    kind = type(extension)  # the class, so that no property is evaluated
     names = {name for name in dir(kind) if callable(getattr(kind, name, None))}
     hooks = {name for name in names if name.startswith("on_")}
-    # A loss under another name, as `compute_loss(batch, outputs)`, is a mistake.
+    # A loss under another name, such as `compute_loss(batch, outputs)`, is a mistake.
     losses = (name for name in names - hooks if "loss" in name.lower())
     return bool(hooks) and not any(_takes_two(getattr(extension, name)) for name in losses)
 
@@ -208,7 +207,7 @@ def _takes_two(function: Callable[..., Any]) -> bool:
 
 
 def requiring_weight(loss_fn: LossFn) -> LossFn:
-    """Returns the objective of padded batches: it raises `ObjectiveError` where it reports no ``batch_weight``."""
+    """Wraps an objective for padded batches: raises `ObjectiveError` if it reports no ``batch_weight``."""
 
     def weighted(model: Any, batch: Any, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, Mapping[str, Any]]:
         result = loss_fn(model, batch, rng, step)
@@ -234,7 +233,7 @@ def check_loss_fn(loss_fn: Any) -> None:
         )
     try:
         signature = inspect.signature(loss_fn)
-    except (TypeError, ValueError):  # of a function without a signature
+    except (TypeError, ValueError):  # a function without a signature
         return
     try:
         signature.bind(None, None, None, None)
@@ -245,15 +244,15 @@ def check_loss_fn(loss_fn: Any) -> None:
 
 
 def with_losses(extensions: Mapping[str, Any]) -> dict[str, ExtensionLike]:
-    """Returns the extensions that have a loss; the others handle events only, and leave no trace in the state."""
+    """Returns the extensions that have a loss; the others only handle events, and are not in the state."""
     return {name: extension for name, extension in extensions.items() if hasattr(extension, "loss_fn")}
 
 
 def check_extensions(extensions: Mapping[str, ExtensionLike] | None) -> dict[str, ExtensionLike]:
-    """Returns the extensions as a dict. One that has a method for an event needs no loss.
+    """Returns the extensions as a dict. An extension that handles events needs no loss.
 
     Raises:
-        ArgumentTypeError: One lacks a method or attribute of `trainer.types.ExtensionLike`; all that it lacks is named.
+        ArgumentTypeError: An extension lacks methods or attributes of `trainer.types.ExtensionLike`; all are listed.
         ArgumentError: Two have the same name, or a weight is not finite.
     """
     if extensions is None:
@@ -291,6 +290,6 @@ def check_extensions(extensions: Mapping[str, ExtensionLike] | None) -> dict[str
 
 
 def check_weight(weight: Any, key: str) -> None:
-    """Raises `ArgumentError` where the weight of an extension is known not to be finite; a bonus has a negative one."""
+    """Raises `ArgumentError` if the weight of an extension is known and not finite; it may be negative (a bonus)."""
     if not isinstance(weight, jax.core.Tracer) and not abs(float(weight)) < float("inf"):
         raise ArgumentError(f"`extensions[{key!r}].weight` is {weight!r}; it must be finite.")

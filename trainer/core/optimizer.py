@@ -1,4 +1,4 @@
-"""What optax transformations ask for beyond gradients and params, and how they get it."""
+"""The extra arguments of optax transformations, beyond gradients and params."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import optax
 from trainer.core.mapped_axes import AxisName, average_over_axis, per_device
 from trainer.errors import ArgumentError
 
-if TYPE_CHECKING:  # for annotations only: importing chex takes a tenth of the time of `import trainer`
+if TYPE_CHECKING:  # importing chex takes a tenth of the time of `import trainer`
     import chex
 
 _REFUSALS = ("unexpected keyword argument", "multiple values for argument")
@@ -36,11 +36,11 @@ def extra_arguments(
     grads: chex.ArrayTree,
     axis_name: AxisName | None,
 ) -> dict[str, Any]:
-    """Returns what a transformation may ask for by keyword, under the names that optax uses.
+    """Returns the extra keyword arguments that a transformation may accept, under the names that optax uses.
 
     Args:
-        objective: From params to the total loss and a pair of metrics and other values, for the batch, the key and
-            the model state of the step.
+        objective: Maps params to the total loss and a pair of metrics and other values, with the batch, key and model
+            state of the step.
         value: The loss of the step, averaged over the axis.
         grads: Its gradient, averaged over the axis.
         axis_name: The mapped axis. The functions average over it as the step does.
@@ -50,7 +50,7 @@ def extra_arguments(
         the loss), ``obj_fn`` (Sophia: the same) and ``grad_fn`` (opaque SAM: params and an index to the gradient).
     """
 
-    # Line searches refuse an argument that neither they nor their `value_fn` name, hence these two names here.
+    # Line searches reject an argument that neither they nor their `value_fn` name, hence the two names here.
     def value_fn(params: chex.ArrayTree, *, obj_fn: Any = None, grad_fn: Any = None) -> jax.Array:
         del obj_fn, grad_fn
         return value_at(params)
@@ -64,14 +64,14 @@ def extra_arguments(
 
 
 def adapt_optimizer(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Returns the transformation, taking any extra argument and plain params.
+    """Returns a transformation that takes any extra arguments and plain params.
 
-    It passes on the extra arguments that the transformation accepts: those that the signature of its ``update``
-    names, or all where that has ``**extra_args``, as ``optax.chain`` and ``MultiSteps`` have. One that a member of a
-    chain refuses is left out.
+    It forwards the extra arguments that the transformation accepts: those named in the signature of its ``update``, or
+    all if that has ``**extra_args``, as in ``optax.chain`` and ``MultiSteps``. Arguments rejected by a member of a
+    chain are left out.
 
-    ``optax.lookahead`` wants its params as a pair of fast and slow ones. It gets that pair; the state keeps the slow
-    ones beside the transformation's own, as `LookaheadOptState`.
+    ``optax.lookahead`` needs its params as a pair of fast and slow ones. It gets that pair; the slow params are kept
+    next to the transformation's own state, in `LookaheadOptState`.
     """
     accepted = _accepted(optimizer.update)
 
@@ -81,7 +81,7 @@ def adapt_optimizer(optimizer: optax.GradientTransformation) -> optax.GradientTr
             if not _has_lookahead(opt_state):
                 return opt_state
             return LookaheadOptState(optimizer.init(optax.LookaheadParams.init_synced(params)), params)
-        except ArgumentError:  # it says itself what is wrong
+        except ArgumentError:  # its message is already clear
             raise
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise ArgumentError(
@@ -106,14 +106,14 @@ def adapt_optimizer(optimizer: optax.GradientTransformation) -> optax.GradientTr
 
 
 def _call(update: Callable[..., Any], arguments: tuple[Any, ...], extra: dict[str, Any]) -> Any:
-    """Calls ``update`` without the extra arguments that a member of it refuses."""
+    """Calls ``update`` without the extra arguments that a member rejects."""
     while True:
         try:
             return update(*arguments, **extra)
         except TypeError as error:
-            # A chain hands everything to everyone, but a member may have no `**extra_args` (`optax.contrib.sam`), or
-            # call its first parameter `grad`. Its signature cannot be asked: `inject_hyperparams` makes its members
-            # inside `update`.
+            # A chain passes every argument to every member, but a member may have no `**extra_args`
+            # (`optax.contrib.sam`), or name its first parameter `grad`. Its signature is not available:
+            # `inject_hyperparams` creates its members inside `update`.
             text = str(error)
             is_refusal = any(refusal in text.lower() for refusal in _REFUSALS)
             refused = [name for name in extra if is_refusal and f"'{name}'" in text]
@@ -125,7 +125,7 @@ def _call(update: Callable[..., Any], arguments: tuple[Any, ...], extra: dict[st
 
 
 def _accepted(update: Callable[..., Any]) -> frozenset[str] | None:
-    """Returns the names of the parameters of a function; None if it takes any keyword."""
+    """Returns the parameter names of a function; None if it accepts any keyword."""
     try:
         parameters = inspect.signature(update).parameters.values()
     except (TypeError, ValueError):  # a callable without a signature
@@ -145,7 +145,7 @@ def _has_lookahead(opt_state: Any) -> bool:
 def _averaged(
     objective: Callable[[chex.ArrayTree], tuple[jax.Array, Any]], axis_name: AxisName | None
 ) -> Callable[[chex.ArrayTree], jax.Array]:
-    """Returns the loss as a function of params; over an axis both it and its gradient are averaged."""
+    """Returns the loss as a function of params, with loss and gradient averaged over the mapped axis."""
     if axis_name is None:
         return lambda params: objective(params)[0]
 
@@ -157,7 +157,7 @@ def _averaged(
     def backward(grads: chex.ArrayTree, cotangent: jax.Array) -> tuple[chex.ArrayTree]:
         return (jax.tree.map(lambda leaf: cotangent.astype(leaf.dtype) * leaf, grads),)
 
-    # JAX differentiates an average over an axis into the gradient of the own part only.
+    # Differentiating an average over an axis in JAX gives the gradient of the device's own part only.
     averaged = jax.custom_vjp(lambda params: forward(params)[0])
     averaged.defvjp(forward, backward)
     return averaged

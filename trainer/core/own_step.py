@@ -1,4 +1,4 @@
-"""A step that the caller wrote, in place of that of `make_train_step`."""
+"""A custom step in place of one from `make_train_step`."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from trainer.types import Batch, Metrics, StepFn
 
 
 def own_step(step_fn: StepFn) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Returns the step, which checks what ``step_fn`` returns while it is traced."""
+    """Returns a step that checks the result of ``step_fn`` while it is traced."""
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         result = step_fn(state, batch)
@@ -46,15 +46,15 @@ _DEFAULTS: dict[str, Any] = {
 
 
 def check_own_step(step_fn: Any, loss_fn: Any, settings: Mapping[str, Any]) -> None:
-    """Checks a ``step_fn``, the ``loss_fn`` beside it, which may be None, and the settings of a step of ours.
+    """Checks a ``step_fn``, its optional ``loss_fn``, and settings that must have their defaults.
 
     Args:
         step_fn, loss_fn: The arguments.
-        settings: By name, the values of the settings.
+        settings: The values of the settings by name.
 
     Raises:
         ArgumentTypeError: One is not callable.
-        ArgumentError: A setting is given that only a step of `make_train_step` has.
+        ArgumentError: A setting was passed that only `make_train_step` has.
     """
     if not callable(step_fn):
         raise ArgumentTypeError(
@@ -72,15 +72,15 @@ def check_own_step(step_fn: Any, loss_fn: Any, settings: Mapping[str, Any]) -> N
 
 
 def no_loss_fn(*arguments: Any) -> Any:
-    """Stands for the objective of a trainer that was given none."""
+    """The objective of a trainer without one; raises when called."""
     raise ArgumentError("`loss_fn` is None, so there is nothing to validate or to evaluate; pass one beside `step_fn`.")
 
 
 def _as_before(before: TrainState, after: TrainState) -> TrainState:
-    """Returns the state with the dtypes that it had.
+    """Returns the state ``after`` a step with the dtypes ``before`` it.
 
     Raises:
-        ObjectiveError: It has another structure; the first differences are named.
+        ObjectiveError: The structure changed; the message lists the first differences.
     """
     held, new = ({leaf_path(path): leaf for path, leaf in jax.tree.leaves_with_path(one)} for one in (before, after))
     wrong = [f"`{name}` was removed" for name in held.keys() - new.keys()]

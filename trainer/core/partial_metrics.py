@@ -1,8 +1,8 @@
-"""Metrics that are not averages of scalars: pairs of value and weight, and objects that merge and compute.
+"""Metrics that are not plain averages of scalars: pairs of value and weight, and objects that merge and compute.
 
-A step returns what its batch contributes, a pytree that is a `PartialMetric`. Contributions are merged over
-micro-batches, devices, fused steps and batches, and computed once, so that accuracy, AUC or perplexity over uneven
-batches is that of all the data at once.
+A step returns the contribution of its batch, a pytree that is a `PartialMetric`. Contributions are merged over
+micro-batches, devices, fused steps and batches, and then computed once, so that accuracy, AUC or perplexity over
+batches of different sizes equals that over the whole data.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from trainer.errors import ArgumentError, ObjectiveError
 
 
 class PartialMetric:
-    """What a batch contributes to a metric. ``float(metric)`` is the metric of that contribution alone."""
+    """The contribution of a batch to a metric. ``float(metric)`` is the metric of this contribution alone."""
 
     def compute(self) -> Any:
         """Returns the metric, a scalar or an array."""
         raise NotImplementedError
 
     def merge(self, other: Self) -> Self:
-        """Returns the contribution of both."""
+        """Returns the combined contribution."""
         raise NotImplementedError
 
     def at(self, index: int) -> Self:
-        """Returns one of the contributions of several steps, whose arrays are stacked."""
+        """Returns the contribution at an index of stacked ones."""
         one: Self = jax.tree.map(lambda leaf: leaf[index], self)
         return one
 
@@ -51,7 +51,7 @@ class PartialMetric:
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["value", "weight"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Weighted(PartialMetric):
-    """A mean with a weight of its own: Σ w·v / Σ w, whatever the weight of the batch."""
+    """A mean with its own weight, Σ w·v / Σ w, independent of the weight of the batch."""
 
     value: Any
     weight: Any
@@ -61,7 +61,7 @@ class Weighted(PartialMetric):
 
     def merge(self, other: Self) -> Self:
         weight = self.weight + other.weight
-        # Selected and not only multiplied: 0 * nan is nan.
+        # `where`, because 0 * nan is nan.
         parts = [jnp.where(one.weight == 0, 0, one.value * one.weight) for one in (self, other)]
         return dataclasses.replace(self, value=sum(parts) / jnp.where(weight == 0, 1, weight), weight=weight)
 
@@ -69,7 +69,7 @@ class Weighted(PartialMetric):
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["total", "weight"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Vector(PartialMetric):
-    """Means that each have a weight of their own, Σ w·v / Σ w by entry; NaN where there was no weight at all."""
+    """Elementwise means with a weight per entry, Σ w·v / Σ w; NaN where the total weight is zero."""
 
     total: Any
     weight: Any
@@ -84,7 +84,7 @@ class Vector(PartialMetric):
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["counts"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Histogram(PartialMetric):
-    """How often values fall into bins, see `histogram`."""
+    """Counts of values per bin, see `histogram`."""
 
     counts: Any
 
@@ -96,15 +96,15 @@ class Histogram(PartialMetric):
 
 
 def vector(values: Any, weights: Any = 1.0) -> Vector:
-    """Returns an array as a metric of an objective: means by entry over batches, such as an accuracy by class.
+    """Returns an array as a metric of an objective, averaged elementwise over batches, such as accuracy per class.
 
     Args:
-        values: An array of a shape that all batches have, such as ``(num_classes,)``.
-        weights: How much each entry counts in the mean over batches: a number, or an array of the same shape. An entry
-            without any weight is NaN.
+        values: An array of the same shape in all batches, such as ``(num_classes,)``.
+        weights: The weight of each entry in the mean over batches: a number, or an array of the same shape. An entry
+            whose total weight is zero is NaN.
 
     Raises:
-        ArgumentError: The shapes do not fit.
+        ArgumentError: The shapes do not match.
 
     Example:
         >>> correct, count = jnp.array([3.0, 1.0]), jnp.array([4.0, 1.0])
@@ -119,20 +119,20 @@ def vector(values: Any, weights: Any = 1.0) -> Vector:
             f"`weights` is of shape {weights.shape}; it must be a number, or of the shape {values.shape} of `values`."
         )
     weights = jnp.broadcast_to(weights, values.shape)
-    # Selected and not only multiplied: 0 * nan is nan.
+    # `where`, because 0 * nan is nan.
     return Vector(jnp.where(weights == 0, 0, values * weights), weights)
 
 
 def histogram(values: Any, low: float, high: float, bins: int = 20) -> Histogram:
-    """Returns a histogram of all entries of an array, as a metric of an objective: counts add up over batches.
+    """Returns a histogram of all entries of an array, as a metric of an objective; counts are summed over batches.
 
     Args:
         values: An array of any shape.
-        low, high: The edges of the first and of the last bin. Values beyond count into these two, NaN into none.
-        bins: How many bins of the same width.
+        low, high: The outer edges of the first and last bin. Values outside count in these two bins, NaN in none.
+        bins: The number of bins, all of the same width.
 
     Raises:
-        ArgumentError: The edges are not ascending, or ``bins`` is not positive.
+        ArgumentError: ``low`` is not less than ``high``, or ``bins`` is not positive.
 
     Example:
         >>> histogram(jnp.array([0.1, 0.2, 0.9, 5.0]), 0.0, 1.0, bins=2).counts.tolist()
@@ -150,7 +150,7 @@ def histogram(values: Any, low: float, high: float, bins: int = 20) -> Histogram
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["metric"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Mergeable(PartialMetric):
-    """An object with ``merge(other)`` and ``compute()`` that is a pytree, as those of clu and metrax are."""
+    """A metric object that is a pytree with ``merge(other)`` and ``compute()``, as in clu and metrax."""
 
     metric: Any
 
@@ -164,7 +164,7 @@ class Mergeable(PartialMetric):
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["graphdef", "field"])
 @dataclasses.dataclass(frozen=True)
 class NnxMetric(PartialMetric):
-    """The variables of an `nnx.Metric` that was updated on one batch, of which ``field`` is reported."""
+    """The variables of an `nnx.Metric` updated on one batch; ``field`` of its result is reported, or all of it."""
 
     values: Any
     graphdef: Any
@@ -175,17 +175,17 @@ class NnxMetric(PartialMetric):
         return computed if self.field is None else getattr(computed, self.field)
 
     def merge(self, other: Self) -> Self:
-        # NumPy arrays, as read from the device, cannot be assigned to in a variable.
+        # Variables do not support assignment into NumPy arrays, which is what a read from the device gives.
         metrics = [nnx.merge(one.graphdef, list(map(jnp.asarray, one.values))) for one in (self, other)]
         _merge_into(*metrics)
         return dataclasses.replace(self, values=_split(metrics[0])[1])
 
 
 def partial_metrics(name: str, value: Any) -> dict[str, PartialMetric] | None:
-    """Returns a metric of an objective as what it contributes, under the names to report; None for a scalar.
+    """Returns the contributions of an objective's metric, by the names to report; None for a scalar.
 
     Raises:
-        ObjectiveError: It cannot be merged, or computes no array.
+        ObjectiveError: It cannot be merged, or does not compute an array.
     """
     if isinstance(value, PartialMetric):
         return {name: value}
@@ -215,10 +215,10 @@ def partial_metrics(name: str, value: Any) -> dict[str, PartialMetric] | None:
 
 
 def merged_over_axis(metric: PartialMetric, axis_name: Any, weight: Any = None) -> PartialMetric:
-    """Returns the contribution of all devices of a mapped axis, but those whose ``batch_weight`` is zero."""
+    """Returns the merged contribution of all devices of a mapped axis, except those of ``batch_weight`` zero."""
     count, index = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
 
-    # A sum and no gathering: of its result `shard_map` knows that it is the same on all devices.
+    # `psum` instead of `all_gather`: `shard_map` then knows that the result is the same on all devices.
     def gathered(leaf: jax.Array) -> jax.Array:
         own = jnp.zeros((count, *leaf.shape), leaf.dtype).at[index].set(leaf)
         everyone: jax.Array = jax.lax.psum(own.astype(jnp.int32) if leaf.dtype == bool else own, axis_name)
@@ -229,13 +229,13 @@ def merged_over_axis(metric: PartialMetric, axis_name: Any, weight: Any = None) 
 
 
 def merged(stacked: PartialMetric, count: int, where: Any = None) -> PartialMetric:
-    """Returns the contribution of ``count`` stacked ones, in their order; of those only at which ``where`` is true."""
+    """Merges ``count`` stacked contributions in order; with ``where``, only those for which it is true."""
 
     def add(total: PartialMetric, index: Any) -> tuple[PartialMetric, None]:
         one = stacked.at(index)
         both = total.merge(one)
         if where is not None:
-            # What is left out contributes nothing; in front of the first that counts, the total is to be replaced.
+            # Excluded entries contribute nothing; the first included one replaces the total.
             begun = jnp.any(jnp.where(jnp.arange(count) < index, where, False))
             both = jax.tree.map(
                 lambda new, old, first: jnp.where(where[index], jnp.where(begun, new, first), old), both, total, one
@@ -285,7 +285,7 @@ def _merge_into(metric: Any, other: Any) -> None:
     elif isinstance(metric, nnx.metrics.Average):
         metric.total[...] += other.total[...]
         metric.count[...] += other.count[...]
-    else:  # the formula of Chan, Golub and LeVeque for the moments of two samples
+    else:  # the formula of Chan, Golub and LeVeque for combining the moments of two samples
         one, two = metric.count[...], other.count[...]
         count = jnp.maximum(one + two, 1)
         delta = other.mean[...] - metric.mean[...]
@@ -295,6 +295,6 @@ def _merge_into(metric: Any, other: Any) -> None:
 
 
 def scalars_and_partials(metrics: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, PartialMetric]]:
-    """Returns the metrics that are scalars, and the others."""
+    """Splits metrics into scalars and partial metrics."""
     partials = {name: value for name, value in metrics.items() if isinstance(value, PartialMetric)}
     return {name: value for name, value in metrics.items() if name not in partials}, partials

@@ -1,4 +1,4 @@
-"""Path patterns such as ``encoder/**``: the one matcher of ``wrt``, partition rules, groups and LoRA."""
+"""Path patterns such as ``encoder/**``: the matcher shared by ``wrt``, partition rules, groups and LoRA."""
 
 import dataclasses
 import difflib
@@ -16,11 +16,11 @@ _REGULAR_EXPRESSION = frozenset(".^$+?{}()|\\")
 
 @dataclasses.dataclass(frozen=True)
 class ByPath:
-    """The filter that `by_path` returns; nnx takes it wherever it takes a filter.
+    """The nnx filter returned by `by_path`.
 
     Attributes:
         patterns: A variable is selected if one of them matches its whole path.
-        of: It is, besides, one that this filter selects.
+        of: The variable must also be selected by this filter.
     """
 
     patterns: tuple[str, ...]
@@ -40,24 +40,24 @@ class ByPath:
 def by_path(*patterns: str, of: nnx.filterlib.Filter = nnx.Param) -> ByPath:
     """Returns an nnx filter that selects variables by their path in the module.
 
-    The path of a variable is the names of the attributes that lead to it, joined by slashes:
-    ``encoder/layers/0/kernel``. A pattern has to match all of it:
+    The path of a variable consists of the attribute names that lead to it, joined by slashes:
+    ``encoder/layers/0/kernel``. A pattern must match the whole path:
 
-    * ``*`` stands for any part of a name, ``[0-3]`` for one of these characters, and ``**`` for any number of names:
-      ``encoder/**`` is everything below ``encoder``, ``layers/*/bias`` the biases of all layers, ``**/norm/scale`` that
-      scale at any depth.
+    * ``*`` matches any part of a name, ``[0-3]`` one of these characters, and ``**`` any number of names:
+      ``encoder/**`` is everything below ``encoder``, ``layers/*/bias`` the biases of all layers, ``**/norm/scale`` the
+      ``norm/scale`` at any depth.
     * A pattern with a ``*`` and without a slash is matched against the last name: ``*`` is everything, ``*bias`` every
       bias.
     * A pattern with one of ``.^$+?{}()|\\`` is a regular expression: ``layers/(query|value)/.*``.
 
     Args:
         patterns: One or more patterns; a variable is selected if one of them matches.
-        of: Which variables can be selected at all, an nnx filter. The statistics of a batch norm, say, are selected
-            by ``of=nnx.BatchStat`` only, never by a pattern alone.
+        of: An nnx filter that restricts which variables can be selected. Batch statistics, for example, are selected
+            only with ``of=nnx.BatchStat``, never by a pattern alone.
 
     Raises:
         ArgumentTypeError: A pattern is not a string.
-        ArgumentError: There is none, or one is no regular expression.
+        ArgumentError: There are no patterns, or one is not a valid regular expression.
 
     Example:
         >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Linear(3, 1, rngs=nnx.Rngs(1)))
@@ -72,15 +72,15 @@ def by_path(*patterns: str, of: nnx.filterlib.Filter = nnx.Param) -> ByPath:
 
 
 def check_pattern(pattern: Any, name: str) -> str:
-    """Returns a pattern if it is one.
+    """Returns a pattern if it is valid.
 
     Args:
-        pattern: What the caller gave.
+        pattern: The caller's value.
         name: The argument that holds it.
 
     Raises:
         ArgumentTypeError: It is not a string.
-        ArgumentError: It is to be a regular expression and is none.
+        ArgumentError: It is an invalid regular expression.
     """
     if not isinstance(pattern, str):
         raise ArgumentTypeError(
@@ -95,17 +95,17 @@ def check_pattern(pattern: Any, name: str) -> str:
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Tells whether a pattern matches a whole path, such as ``params/layers/0/kernel``."""
+    """Returns whether a pattern matches a whole path, such as ``params/layers/0/kernel``."""
     return _compiled(pattern).fullmatch(path) is not None
 
 
 def first_match(patterns: Iterable[str], path: str) -> str | None:
-    """Returns the first of the patterns that matches a path, or None."""
+    """Returns the first pattern that matches a path, or None."""
     return next((pattern for pattern in patterns if matches(pattern, path)), None)
 
 
 def matches_nothing(pattern: str, paths: Iterable[str]) -> str:
-    """Returns the end of a message about a pattern that matches none of the paths: the nearest of them."""
+    """Returns the end of a message about a pattern without a match, with the nearest paths."""
     paths = list(paths)
     partly = [path for path in paths if _compiled(pattern).search(path)]
     near = partly[:3] or difflib.get_close_matches(pattern, paths, n=3, cutoff=0.0)
@@ -113,16 +113,16 @@ def matches_nothing(pattern: str, paths: Iterable[str]) -> str:
 
 
 def is_pattern(text: str) -> bool:
-    """Tells whether a string is a path pattern where a tag of nnx could be one as well."""
+    """Returns whether a string is a path pattern, as opposed to an nnx tag."""
     return "*" in text or "/" in text
 
 
 def as_filter(selection: nnx.filterlib.Filter) -> nnx.filterlib.Filter:
-    """Returns an nnx filter in which every string that is a path pattern has become `by_path` of it.
+    """Returns an nnx filter in which every path pattern is replaced by `by_path` of it.
 
-    A string with a ``*`` or a slash is a pattern, alone, in a list or tuple, and in `nnx.Any`, `nnx.All` and `nnx.Not`.
+    A string with a ``*`` or a slash is a pattern: alone, in a list or tuple, or in `nnx.Any`, `nnx.All` or `nnx.Not`.
     """
-    if isinstance(selection, nnx.filterlib.WithTag):  # what nnx makes of a string
+    if isinstance(selection, nnx.filterlib.WithTag):  # nnx converts strings to this
         return as_filter(selection.tag) if is_pattern(selection.tag) else selection
     if isinstance(selection, str):
         return by_path(check_pattern(selection, "wrt")) if is_pattern(selection) else selection
@@ -139,12 +139,12 @@ def check_selects(selection: nnx.filterlib.Filter, variables: Mapping[tuple[Any,
     """Checks that every path pattern of a filter selects something.
 
     Args:
-        selection: What `as_filter` returned.
+        selection: A filter from `as_filter`.
         variables: All variables of a module by path.
 
     Raises:
-        ArgumentError: Naming each pattern that selects nothing, and the nearest paths; or a tag of nnx that no variable
-            has.
+        ArgumentError: Patterns select nothing (the message lists them with the nearest paths), or no variable has the
+            nnx tag.
     """
     if isinstance(selection, str):
         has_tag = nnx.filterlib.WithTag(selection)
@@ -189,7 +189,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 
 def _name(glob: str) -> str:
-    """Returns the regular expression of a name in which ``*`` is any text, and ``[ab]`` one of these characters."""
+    """Returns the regular expression of a name in which ``*`` matches any text, and ``[ab]`` one of the characters."""
     parts = re.split(r"(\*+|\[[^\]]+\])", glob)
     return "".join(
         ("[^/]*" if part[0] == "*" else part) if index % 2 else re.escape(part) for index, part in enumerate(parts)

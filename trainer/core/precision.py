@@ -1,4 +1,4 @@
-"""Mixed precision: a model computes in half precision, while its state stays in float32."""
+"""Mixed precision: a model computes in half precision while its state stays in float32."""
 
 import contextlib
 import dataclasses
@@ -32,42 +32,41 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """In which dtypes a model computes; its params, and the state of the optimizer, stay in the dtype of the state.
+    """The dtypes in which a model computes; its params and the optimizer state keep the dtype of the state.
 
     With the cast c to ``compute`` and the cast o to ``output``, the objective sees the model f(x; θ) as
-    o(f(c(x); c(θ))) and the gradient is that at θ, of the dtype of θ (Micikevicius et al. 2018, "Mixed Precision
-    Training"; the same three dtypes as a policy of DeepMind's ``jmp``):
+    o(f(c(x); c(θ))). The gradient is taken at θ and has the dtype of θ (Micikevicius et al. 2018, "Mixed Precision
+    Training"; the three dtypes match a policy of DeepMind's ``jmp``):
 
-    * Floating params, and other floating arrays of the model, are cast inside the function that is differentiated.
-      Batch statistics (`nnx.BatchStat`) are not. A variable that the forward pass assigns gets the dtype of the state
-      back, and one that it leaves alone keeps its bits. A variable of another kind that it assigns, such as an average,
-      was computed in ``compute``: a warning says so, and an exception keeps it in float32.
-    * Each module casts the floating arrays that it is called on. Layers of Flax do so by their ``dtype``, where it is
-      None; an `nnx.Embed` also where it is that of its table. Its lookups are cast after they are read, so that the
-      gradient of the table is summed in float32. A layer that was made with a dtype keeps it, as does
-      `nnx.SimpleCell`, which sets float32 by itself. (`nnx.LSTMCell` and `nnx.GRUCell` compute their products in
-      ``compute`` and hold their carry in float32.)
-    * What calling the model itself returns is cast to ``output``. Other methods of it return what they compute.
-    * The objective gets the batch as it is, so that targets, masks and weights lose no digit; its loss and its floating
+    * Floating params and other floating arrays of the model are cast inside the differentiated function, except batch
+      statistics (`nnx.BatchStat`). Variables assigned in the forward pass are cast back to the dtype of the state;
+      all others stay bit-identical. An assigned variable of another kind, such as an average, was computed in
+      ``compute``: this causes a warning, and an entry in ``exceptions`` keeps the variable in float32.
+    * Each module casts its floating inputs. Flax layers do so through their ``dtype`` if it is None, and an `nnx.Embed`
+      also if it equals the dtype of its table. Embeddings are cast after the lookup, so that the gradient of the table
+      is summed in float32. A layer created with a dtype keeps it, as does `nnx.SimpleCell`, which sets float32 itself.
+      (`nnx.LSTMCell` and `nnx.GRUCell` compute their products in ``compute`` and keep their carry in float32.)
+    * The result of calling the model itself is cast to ``output``. Results of its other methods are not cast.
+    * The objective gets the batch unchanged, so targets, masks and weights keep full precision; its loss and floating
       metrics are float32.
 
-    Products of other dtypes remain where a function that is no module combines params with float32 arrays that it makes
-    itself: give it arrays of ``x.dtype``, or make it a module. Where a module indexes a table by itself, the gradient
-    of the table is summed in ``compute``, which is slow and loses small ones: make the table an `nnx.Embed`.
+    Some products still have another dtype if a function outside any module combines params with float32 arrays that it
+    creates: use arrays of ``x.dtype``, or make it a module. If a module indexes a table directly, the gradient of the
+    table is summed in ``compute``, which is slow and loses small terms: make the table an `nnx.Embed`.
 
     Attributes:
         compute: The dtype of computation: "float32", "bfloat16" or "float16".
-        output: The dtype of what calling the model returns.
+        output: The dtype of the result of calling the model.
         inputs: The dtype to which floating entries of the batch are cast before the objective sees them, for
-            objectives that compute with them outside of modules; None leaves them as they are.
-        exceptions: By path of a module or variable, another dtype: ``{"head/**": "float32"}``. Patterns are those of
-            `trainer.by_path`; one that matches a module counts for everything in it. The first that matches decides.
+            objectives that compute with them outside of modules; None for no cast.
+        exceptions: Other dtypes by path of a module or variable: ``{"head/**": "float32"}``. Patterns are as in
+            `trainer.by_path`; one that matches a module applies to everything in it. The first match decides.
         initial_scale: For "float16", the loss scale of the first step; see `trainer.core.loss_scale`.
-        growth_interval: For "float16", the finite steps in a row after which the loss scale doubles.
+        growth_interval: For "float16", the number of consecutive finite steps after which the loss scale doubles.
 
     Raises:
-        ArgumentError: A dtype, a pattern or a number cannot be used. A step raises it while it is traced where a
-            pattern matches nothing in the model.
+        ArgumentError: A dtype, a pattern or a number is invalid. A step raises it while it is traced if a pattern
+            matches nothing in the model.
     """
 
     compute: str
@@ -99,24 +98,24 @@ class Precision:
 
     @property
     def has_loss_scale(self) -> bool:
-        """Whether gradients are scaled, so that float16, whose smallest number is 6e-8, holds them."""
+        """Whether the loss is scaled, to keep gradients above 6e-8, the smallest float16 number."""
         return "float16" in (self.compute, *self.exceptions.values())
 
     @property
     def is_plain(self) -> bool:
-        """Whether it asks for float32 everywhere, as without it."""
+        """Whether all dtypes are float32, the same as no `Precision`."""
         return {self.compute, self.output, self.inputs or "float32", *self.exceptions.values()} == {"float32"}
 
     def dtype_at(self, path: Path) -> str:
-        """Returns the dtype of computation of a module or a variable."""
+        """Returns the dtype in which a module or variable computes."""
         return next((dtype for pattern, dtype in self.exceptions.items() if owner_matches(pattern, path)), self.compute)
 
 
 def as_precision(precision: str | Precision | None) -> Precision | None:
-    """Returns what a ``precision`` argument means, None where nothing is asked for.
+    """Returns the `Precision` of a ``precision`` argument; None if it changes nothing.
 
     Raises:
-        ArgumentError: It is the name of no dtype; of another type `ArgumentTypeError`.
+        ArgumentError: It is not the name of a dtype; if it is of another type, `ArgumentTypeError`.
     """
     if precision is None:
         return None
@@ -152,7 +151,7 @@ def in_precision(precision: Precision | None) -> View:
 
 
 def objective_in(precision: Precision | None, loss_fn: Any) -> Any:
-    """Returns an objective whose loss and floating metrics are float32, on a batch that is cast as asked."""
+    """Returns an objective with float32 loss and floating metrics, on a batch cast to ``precision.inputs``."""
     if precision is None:
         return loss_fn
 
@@ -160,9 +159,9 @@ def objective_in(precision: Precision | None, loss_fn: Any) -> Any:
     def objective(model: Any, batch: Any, rng: Any, step: Any) -> Any:
         result = loss_fn(model, batch_in(precision, batch), rng, step)
         if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], Mapping):
-            return result  # `call_objective` refuses it
+            return result  # `call_objective` raises
         loss, metrics = result
-        # Extensions get the outputs of the model as the objective reported them.
+        # Extensions get the model outputs uncast.
         wide = {name: value if name == MODEL_OUTPUTS else _widened(value) for name, value in metrics.items()}
         return _widened(loss), wide
 
@@ -170,7 +169,7 @@ def objective_in(precision: Precision | None, loss_fn: Any) -> Any:
 
 
 def batch_in(precision: Precision | None, batch: Any) -> Any:
-    """Returns the batch with floating entries of the dtype that a precision asks for."""
+    """Returns the batch with floating entries cast to ``precision.inputs``."""
     if precision is None or precision.inputs is None:
         return batch
     return _cast(batch, precision.inputs)
@@ -178,7 +177,7 @@ def batch_in(precision: Precision | None, batch: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Cast:
-    """The wrapper that casts what a module is called on, and what it returns."""
+    """The wrapper that casts the inputs and outputs of a module."""
 
     inputs: str
     outputs: str | None
@@ -193,8 +192,8 @@ class _Cast:
 class _Lookup:
     """The wrapper that reads rows of a table in float32, and returns them in another dtype.
 
-    The rows are the same. Their gradients, many for each row of a small table, are summed in float32: in half precision
-    the sum loses small ones, and a GPU, which adds these one at a time, took as long for it as for the whole model.
+    The rows are the same. Their gradients, many per row of a small table, are summed in float32: in half precision the
+    sum loses small terms, and a GPU adds them one at a time, which took as long as the whole model.
     """
 
     outputs: str
@@ -206,7 +205,7 @@ class _Lookup:
 
 @contextlib.contextmanager
 def _cast_variables(model: Any, precision: Precision, modules: Mapping[Path, Any]) -> Iterator[None]:
-    """Casts the arrays of a model; afterwards those that were assigned have their dtypes back, others their bits."""
+    """Casts the arrays of a model; on exit assigned arrays are cast back, and others are restored exactly."""
     leaves = dict(nnx.flatten(model, graph=True)[1])
     for pattern in precision.exceptions:
         if not any(owner_matches(pattern, path) for path in (*leaves, *modules)):
@@ -236,7 +235,7 @@ def _cast_variables(model: Any, precision: Precision, modules: Mapping[Path, Any
 
 @contextlib.contextmanager
 def _with_dtypes(unset: Iterable[tuple[Any, str]]) -> Iterator[None]:
-    """Sets the ``dtype`` of layers for a while."""
+    """Sets the ``dtype`` of layers temporarily."""
     held = [(module, module.dtype, dtype) for module, dtype in unset]
     try:
         for module, _, dtype in held:
@@ -248,22 +247,22 @@ def _with_dtypes(unset: Iterable[tuple[Any, str]]) -> Iterator[None]:
 
 
 def _has_no_dtype(module: Any) -> bool:
-    """Tells whether a layer of Flax was left to infer the dtype of its computation."""
+    """Returns whether a Flax layer infers the dtype of its computation."""
     layer = any(kind.__module__.startswith("flax.nnx.nn.") for kind in type(module).__mro__)
     if not layer or "dtype" not in vars(module):
         return False
-    # An `nnx.Embed` that is given none takes that of its table.
+    # An `nnx.Embed` without a dtype uses that of its table.
     inferred = isinstance(module, nnx.Embed) and jnp.dtype(module.dtype) == jnp.dtype(module.param_dtype)
     return module.dtype is None or inferred
 
 
 def _casts_by_itself(module: Any) -> bool:
-    """Tells whether a module casts its inputs, or hands them on to those that do: all of Flax but a Linen module."""
+    """Returns whether a module casts its inputs, or passes them to modules that do: all of Flax except Linen."""
     return type(module).__module__.startswith("flax.") and not isinstance(module, nnx.bridge.ToNNX)
 
 
 def _cast(tree: Any, dtype: str) -> Any:
-    """Returns a tree with the floating arrays in another dtype; modules and variables in it stay what they are."""
+    """Returns a tree with its floating arrays cast to a dtype; modules and variables in it are unchanged."""
     return jax.tree.map(lambda leaf: _as(leaf, dtype) if _is_floating(leaf) else leaf, tree, is_leaf=is_of_nnx)
 
 
@@ -277,7 +276,7 @@ def _widened(tree: Any) -> Any:
 def _like(value: Any, before: Any) -> Any:
     structures: list[Any] = [jax.tree.structure(tree) for tree in (value, before)]
     if structures[0] != structures[1]:
-        return value  # refused by `merge_updated`
+        return value  # `merge_updated` raises
     return jax.tree.map(
         lambda new, old: _as(new, old.dtype) if _is_floating(new) and _is_floating(old) else new, value, before
     )
@@ -288,7 +287,7 @@ def _as(leaf: Any, dtype: Any) -> Any:
 
 
 def _is_floating(leaf: Any) -> bool:
-    # Numbers of eight bits are a model's own quantization.
+    # Eight-bit floats come from the model's own quantization.
     is_array = isinstance(leaf, jax.Array | np.ndarray | np.generic)
     return is_array and jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize > 1
 

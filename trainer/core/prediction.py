@@ -1,4 +1,4 @@
-"""What a model is called on to predict, and what the outputs of a batch must be."""
+"""The model input and the checks of model outputs in prediction."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,13 +14,13 @@ _TARGETS = frozenset({"label", "labels", "target", "targets", "y"})
 
 
 def call_on_input(model: Any, batch: Any) -> Any:
-    """Returns the model called on the input of a batch, where there is no doubt which part that is.
+    """Calls the model on the input of a batch, if it is unambiguous which part that is.
 
     It is the array itself, the only entry of a mapping or tuple, or the entry ``input`` or ``x`` of a mapping whose
-    other entries are named as targets. An entry of another name may be something that the model needs, a mask say.
+    other entries have target names. An entry of another name may be needed by the model, for example a mask.
 
     Raises:
-        ArgumentError: The model cannot be called, or it cannot be told what on.
+        ArgumentError: The model is not callable, or its input is ambiguous.
     """
     advice = "pass fn, such as fn=lambda model, batch: model(batch[...])"
     if not callable(model):
@@ -40,11 +40,11 @@ def call_on_input(model: Any, batch: Any) -> Any:
 
 
 def check_outputs(outputs: Any, batch: Any) -> None:
-    """Checks that outputs can be put together over batches: each is an array with a row for each example.
+    """Checks that outputs can be concatenated over batches: each must be an array with one row per example.
 
     Raises:
-        ArgumentError: There is none, or one has another leading dimension; where the arrays of the batch themselves
-            have no common one, outputs that have none.
+        ArgumentError: There are no outputs, or one has another leading dimension than the batch. If the arrays of the
+            batch do not share one, the outputs must share one.
     """
     leaves = jax.tree.leaves_with_path(outputs)
     examples = check_batch(batch)

@@ -1,6 +1,6 @@
-"""Every private name of another library that this one uses, each behind a function that says what it stands in for.
+"""All uses of private names of other libraries, each wrapped in a function that documents it.
 
-A release of that library may rename or remove such a name. No other module imports one (`tests/test_surface.py`).
+A release of such a library may rename or remove the name. No other module imports one (`tests/test_surface.py`).
 """
 
 import atexit
@@ -15,10 +15,10 @@ def coordination_client() -> Any:
     """Returns the client of JAX's coordination service, None before `jax.distributed.initialize`.
 
     ``jax._src.distributed.global_state.client``, seen in jax 0.10.2 and 0.11; Orbax uses it too. JAX has no public
-    way to its key-value store.
+    API for its key-value store.
 
     Raises:
-        DistributedError: This release of JAX has no such name. A single process never gets here.
+        DistributedError: This release of JAX does not have the name. Single-process runs never call this.
     """
     try:
         from jax._src import distributed
@@ -38,11 +38,11 @@ def names_of_metrics(metric: Any) -> tuple[str, ...]:
 
 
 def before_executors_shut_down(call: Callable[[], None]) -> None:
-    """Runs a function when the interpreter exits, while executors still take work.
+    """Runs a function at interpreter exit, while executors still accept work.
 
     ``threading._register_atexit``, seen in Python 3.11 to 3.13; `concurrent.futures.thread` registers its own shutdown
-    with it, and what is registered last runs first. Where Python has no such name, `atexit` runs the function instead:
-    then a save that is in flight when the interpreter exits may fail, with an error of the executor.
+    with it, and functions run in reverse order of registration. If Python lacks the name, `atexit` is used instead: a
+    save in flight at interpreter exit may then fail with an error from the executor.
     """
     import concurrent.futures.thread  # noqa: F401 - it has to register before this does
 

@@ -1,4 +1,4 @@
-"""Rematerialization: the backward pass computes activations again, which saves the memory that holds them."""
+"""Rematerialization: the backward pass recomputes activations instead of keeping them in memory."""
 
 import contextlib
 import dataclasses
@@ -17,7 +17,7 @@ from trainer.errors import ArgumentError, ArgumentTypeError
 from trainer.types import Remat
 
 BLOCKS = "blocks"
-"""The name that stands for recomputing every block of a model: the outermost modules that lists hold."""
+"""The name for recomputing every block of a model, that is the outermost modules held in lists."""
 
 _NAMES = (
     "everything_saveable",
@@ -34,11 +34,11 @@ Policy = Callable[..., Any]
 
 @dataclasses.dataclass(frozen=True)
 class RematPlan:
-    """What a ``remat`` argument means.
+    """The meaning of a ``remat`` argument.
 
     Attributes:
-        whole: The policy for the objective as a whole, or None.
-        parts: Policies by pattern of the paths of modules; `BLOCKS` stands for all blocks.
+        whole: The policy for the whole objective, or None.
+        parts: Policies by path pattern of modules; `BLOCKS` means all blocks.
     """
 
     whole: Policy | None = None
@@ -46,10 +46,10 @@ class RematPlan:
 
 
 def plan_of(remat: Remat) -> RematPlan:
-    """Returns what a ``remat`` argument means; see `trainer.make_train_step`.
+    """Returns the plan of a ``remat`` argument; see `trainer.make_train_step`.
 
     Raises:
-        ArgumentError: It names no policy, or has a pattern that is none; of another type `ArgumentTypeError`.
+        ArgumentError: It has an unknown policy or an invalid pattern; if it is of another type, `ArgumentTypeError`.
     """
     if remat is None:
         return RematPlan()
@@ -57,26 +57,26 @@ def plan_of(remat: Remat) -> RematPlan:
         if not remat:
             raise ArgumentError("`remat` is empty; map patterns of paths to policies, such as {'layers/*': ...}.")
         return RematPlan(parts={check_pattern(key, "remat"): _policy(value, key) for key, value in remat.items()})
-    # Over the whole objective a policy that saves nothing saves no memory: everything is computed again at once.
+    # Over the whole objective, a policy that saves nothing does not reduce memory: all is recomputed at once.
     if remat in (BLOCKS, "nothing_saveable"):
         return RematPlan(parts={BLOCKS: jax.checkpoint_policies.nothing_saveable})
     return RematPlan(whole=_policy(remat))
 
 
 def rematerialized(plan: RematPlan, objective: Objective) -> Objective:
-    """Returns an objective whose activations, but for those that the policy saves, are computed again."""
+    """Returns an objective that recomputes all activations except those that the policy saves."""
     if plan.whole is None:
         return objective
 
     def again(*args: Any) -> Any:
-        # A new function for every trace: JAX caches traces by function, and an extension may have been switched.
+        # A new function per trace, since JAX caches traces by function and an extension may have been switched.
         return jax.checkpoint(lambda *traced: objective(*traced), policy=plan.whole)(*args)
 
     return again
 
 
 def in_parts(plan: RematPlan) -> View:
-    """Returns the view of a model whose modules that a pattern matches are computed again in the backward pass."""
+    """Returns the view of a model that recomputes modules matched by a pattern in the backward pass."""
     if not plan.parts:
         return no_view
 
@@ -97,12 +97,12 @@ def in_parts(plan: RematPlan) -> View:
 
 @dataclasses.dataclass(frozen=True)
 class _Rematerialize:
-    """The wrapper that calls a module under `jax.checkpoint`, with its batch statistics and RNG counts carried."""
+    """The wrapper that calls a module under `jax.checkpoint` and carries its batch statistics and RNG counts over."""
 
     policy: Policy
 
     def __call__(self, call: Callable[..., Any], module: Any, args: Any, kwargs: Any) -> Any:
-        # What is no array, a flag say, is a constant of the traced call, and so it is among the outputs.
+        # Arguments and outputs that are not arrays, such as flags, are constants of the traced call.
         leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_of_nnx)
         traced = [leaf if _is_traced(leaf) else None for leaf in leaves]
         before = dict(nnx.flatten(module, graph=True)[1])
@@ -124,7 +124,7 @@ class _Rematerialize:
             return [leaf if _is_traced(leaf) else None for leaf in outputs]
 
         outputs = nnx.remat(run, policy=self.policy)(module, traced)
-        # Flax returns all variables as results of the call; those that it left alone are the arrays that they were.
+        # Flax returns all variables as results of the call; restore the original arrays of those not assigned.
         for path, leaf in before.items():
             if path not in assigned and isinstance(leaf, nnx.Variable):
                 leaf.set_raw_value(values[path])

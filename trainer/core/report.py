@@ -1,4 +1,4 @@
-"""What a step reports of its update beside what the objective reports: norms, and the learning rate in force."""
+"""Metrics of an update that a step reports in addition to those of the objective: norms and the learning rate."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -14,14 +14,14 @@ from trainer.types import Metrics
 
 
 class Update(NamedTuple):
-    """An update as a step made it.
+    """One update of a step.
 
     Attributes:
         step: The number of updates before it.
         grads: The gradient, averaged over devices, before any clipping by the optimizer.
-        updates: What was added to the params.
-        params: The params before it.
-        opt_state: The state of the optimizer after it.
+        updates: The updates added to the params.
+        params: The params before the update.
+        opt_state: The optimizer state after the update.
     """
 
     step: jax.Array
@@ -32,7 +32,7 @@ class Update(NamedTuple):
 
 
 Measure = Callable[[Update], jax.Array]
-"""From an update to a scalar."""
+"""Maps an update to a scalar."""
 
 
 def gradient_norm(update: Update) -> jax.Array:
@@ -42,13 +42,13 @@ def gradient_norm(update: Update) -> jax.Array:
 
 
 def update_ratio(update: Update) -> jax.Array:
-    """Returns ‖u‖₂ / ‖θ‖₂ over all params: about 1e-3 in a run that goes well."""
+    """Returns ‖u‖₂ / ‖θ‖₂ over all params; about 1e-3 in a healthy run."""
     ratio: jax.Array = optax.tree.norm(update.updates) / optax.tree.norm(update.params)
     return ratio
 
 
 def learning_rate(update: Update) -> jax.Array:
-    """Returns the learning rate of the update, where the optimizer keeps it in its state.
+    """Returns the learning rate of the update, if the optimizer keeps it in its state.
 
     Raises:
         ArgumentError: The optimizer keeps none, or several.
@@ -61,18 +61,18 @@ MEASURES: dict[str, Measure] = {
     "update_ratio": update_ratio,
     "learning_rate": learning_rate,
 }
-"""What a step can report by name."""
+"""The measures that a step can report by name."""
 
 
 def resolve_report(report: Iterable[str] | Mapping[str, Measure], known: Mapping[str, Measure]) -> dict[str, Measure]:
     """Returns the measures by name.
 
     Args:
-        report: Names of measures, or functions by the name of their metric.
-        known: The measures that have names.
+        report: Names of measures, or a mapping of metric names to functions.
+        known: The named measures.
 
     Raises:
-        ArgumentTypeError: It is something else.
+        ArgumentTypeError: It is neither.
         ArgumentError: A name is unknown.
     """
     if isinstance(report, Mapping):
@@ -92,7 +92,7 @@ def resolve_report(report: Iterable[str] | Mapping[str, Measure], known: Mapping
 
 
 def make_report(report: Iterable[str] | Mapping[str, Measure]) -> Callable[[Update, Metrics], Metrics]:
-    """Returns the function that adds to the metrics of a step what is to be reported of its update."""
+    """Returns the function that adds the reported measures of an update to the metrics of a step."""
     measures = resolve_report(report, MEASURES)
 
     def reported(update: Update, metrics: Metrics) -> Metrics:

@@ -1,8 +1,8 @@
-"""Plain Python attributes of modules as parts of a compiled program's identity, hashable or not.
+"""Hashable tokens for plain Python attributes of modules, which are static parts of compiled programs.
 
-``jax.jit`` tells programs apart by hash and equality of what is static. Lists, dicts and configuration objects have no
-hash, arrays no equality, and ``1 == 1.0 == True``. So each value gets a token: hashable, made once, and equal for
-values from which a model computes the same. What can be edited is copied first, so that no edit reaches a token.
+``jax.jit`` identifies programs by hash and equality of their static values. But lists, dicts and configuration objects
+have no hash, arrays no plain equality, and ``1 == 1.0 == True``. So each value gets a hashable token, made once and
+equal only for values with which a model computes the same. Mutable values are copied first, so edits reach no token.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _MAPPINGS = (dict, types.MappingProxyType)
 
 
 def token(value: Any, parents: tuple[int, ...] = ()) -> Hashable:
-    """Returns a hashable stand-in of a static value: two are equal if their values are, in type and content.
+    """Returns a hashable token of a static value; tokens are equal if the values have equal type and content.
 
-    Containers, dataclasses that compare by value, namespaces and `functools.partial` compare by what they hold; dicts
-    also by their order, in which a model may loop over them. Arrays compare by dtype, shape and bytes, floats by bits,
-    so that NaN equals itself and -0.0 is not 0.0. Everything else compares as its class says, functions by identity.
+    Containers, dataclasses with value equality, namespaces and `functools.partial` compare by content; dicts also by
+    order, since a model may loop over them. Arrays compare by dtype, shape and bytes, floats by bits, so NaN equals
+    itself and -0.0 differs from 0.0. All other values compare by their ``==``, functions by identity.
 
     Args:
         value: Any Python object.
-        parents: The ids of the containers around it, for containers that hold themselves.
+        parents: The ids of the enclosing containers, for containers that contain themselves.
     """
     kind = type(value)
     if kind in _ATOMS:
@@ -51,7 +51,7 @@ def token(value: Any, parents: tuple[int, ...] = ()) -> Hashable:
     inner = functools.partial(token, parents=(*parents, id(value)))
     if _is_array(value):
         return kind, *_array_token(value, inner)
-    if isinstance(value, HashableMapping):  # Flax's own, of names of attributes and metadata, in no order
+    if isinstance(value, HashableMapping):  # Flax's own type for attribute names and metadata, unordered
         return kind, frozenset((inner(key), inner(held)) for key, held in value.items())
     if isinstance(value, _MAPPINGS):
         return kind, tuple((inner(key), inner(held)) for key, held in value.items()), _named(value, inner)
@@ -67,14 +67,14 @@ def token(value: Any, parents: tuple[int, ...] = ()) -> Hashable:
 
 
 def copy_containers(value: Any, memo: dict[int, Any]) -> Any:
-    """Returns a value that no edit of the given one reaches; what is hashable is returned as it is.
+    """Returns a copy of a value that later edits of the original do not affect; hashable values are not copied.
 
-    Containers, dataclasses, namespaces and NumPy arrays are built anew, at any depth. An unhashable object of another
-    class is copied by `copy.deepcopy` if its copy equals it; else it is shared.
+    Containers, dataclasses, namespaces and NumPy arrays are copied at any depth. An unhashable object of another class
+    is copied by `copy.deepcopy` if the copy equals the original; else it is shared.
 
     Args:
         value: Any Python object.
-        memo: The values copied so far and their copies, by id, so that what is shared stays shared.
+        memo: The values copied so far and their copies, by id, so that shared values stay shared.
     """
     if id(value) in memo:
         return memo[id(value)][1]
@@ -90,7 +90,7 @@ def copy_containers(value: Any, memo: dict[int, Any]) -> Any:
         copied = copy.copy(value)
     else:
         copied = _deep_copy(value)
-    # Before the parts, because a container may hold itself; with the value, so that its id is not used again.
+    # Before the contents, because a container may contain itself; with the value, so that its id is not reused.
     memo[id(value)] = value, copied
     if isinstance(value, list | collections.deque):
         for index, held in enumerate(value):
@@ -105,7 +105,7 @@ def copy_containers(value: Any, memo: dict[int, Any]) -> Any:
 
 
 class _Opaque:
-    """A value whose class says what equals what; one that cannot be compared equals itself only."""
+    """A value compared by the ``==`` of its class; if that fails, the value equals only itself."""
 
     __slots__ = ("value",)
 
@@ -120,14 +120,14 @@ class _Opaque:
             return False
         try:
             return self.value is other.value or bool(self.value == other.value)
-        except Exception:  # the class of the user's object raises what it likes: an array has no single truth value
+        except Exception:  # a user's class may raise anything, for example if ``==`` returns an array
             return False
 
 
 def _is_hashable(value: Any) -> bool:
     try:
         hash(value)
-    except Exception:  # TypeError of a list, ValueError of a class of the user's
+    except Exception:  # TypeError for a list, any error for a user's class
         return False
     return True
 
@@ -139,7 +139,7 @@ def _is_array(value: Any) -> bool:
 def _array_token(array: Any, inner: Callable[[Any], Hashable]) -> tuple[Hashable, ...]:
     dtype = str(array.dtype)
     if isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-        with jax.ensure_compile_time_eval():  # a step compares while it is traced
+        with jax.ensure_compile_time_eval():  # a step compares tokens while it is traced
             array = jax.random.key_data(array)
     array = np.asarray(array)
     if array.dtype.hasobject:
@@ -155,7 +155,7 @@ def _compares_by_fields(value: Any) -> bool:
 
 
 def _attributes(value: Any) -> dict[str, Any]:
-    """Returns the fields of a dataclass, and the public attributes of any value but those that it caches."""
+    """Returns the fields of a dataclass, and the public attributes of any value except cached properties."""
     fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
     names = [field.name for field in fields if hasattr(value, field.name)]
     for name in getattr(value, "__dict__", ()):

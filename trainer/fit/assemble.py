@@ -1,4 +1,4 @@
-"""`assemble`: checks the arguments of a trainer, and makes its parts and its initial run."""
+"""`assemble`: checks the arguments of a trainer, and builds its parts and initial run."""
 
 import dataclasses
 import functools
@@ -52,7 +52,7 @@ from trainer.types import Batch, EvalParams, ExtensionLike, LogCallback, LossFn,
 # An interval that no run reaches.
 _NEVER = 2**62
 
-# Stands for the horizon where only the structure of an optimizer's state matters.
+# A placeholder horizon, used if only the structure of the optimizer state matters.
 _ANY_HORIZON = 2**31 - 1
 
 
@@ -94,10 +94,10 @@ def assemble(
     debug: bool,
     progress: Any,
 ) -> tuple[Setup, Run]:
-    """Checks the arguments of `trainer.Trainer`, and returns its parts and its initial run.
+    """Checks the arguments of `trainer.Trainer`, and returns its parts and initial run.
 
     Raises:
-        ArgumentError: An argument cannot be used; nothing has happened then.
+        ArgumentError: An argument cannot be used; nothing was changed.
     """
     if not isinstance(model, TrainState) and (mesh is None or not callable(model)):
         check_model(model)
@@ -221,7 +221,7 @@ def assemble(
         step=compiled(remat),
         step_without_remat=None if remat is None else compiled(None),
         eval_step=jax.jit(names_checked(make_eval_step(objective, **evaluating)), out_shardings=placement.replicated),
-        # The same function again finds its compiled step.
+        # Cached, so that the same function is not compiled again.
         predict_step=functools.lru_cache(maxsize=8)(
             lambda fn: jax.jit(make_predict_step(fn, **evaluating), out_shardings=placement.replicated)
         ),
@@ -261,9 +261,9 @@ def _resolved_eval_params(
     parts: Sequence[optax.GradientTransformation],
     average: optax.GradientTransformation | None,
 ) -> EvalParams | None:
-    """Returns the params for evaluation: those of the caller's function, else the average that the optimizer keeps."""
+    """Returns the function for evaluation params: the caller's, else one for the average that the optimizer keeps."""
     if given is None and average is not None:
-        from trainer.features.averages import averaged_params  # here, since few runs need it
+        from trainer.features.averages import averaged_params  # few runs need it
 
         return resolve_eval_params(averaged_params, run.peek(), lambda opt_state: opt_state)
 
@@ -282,17 +282,17 @@ def build_optimizer(
     average: optax.GradientTransformation | None,
     horizon: Any,
 ) -> optax.GradientTransformation:
-    """Returns the given or configured optimizer, behind gradient clipping and before an average of the params.
+    """Returns the chain of gradient clipping, the given or configured optimizer, and the average of the params.
 
     Args:
         config: The configuration.
         given: The caller's optimizer.
-        parts: What callbacks put behind it, as `trainer.ReduceLROnPlateau` does.
-        average: What sees its updates last, see `trainer.ema_of_params`.
+        parts: Transformations that callbacks append to it, as `trainer.ReduceLROnPlateau` does.
+        average: The last transformation of the chain, see `trainer.ema_of_params`.
         horizon: The step at which a computed schedule ends; it may be traced, so that a longer run compiles nothing.
 
     Raises:
-        ConfigError: The schedule needs a horizon and none is known.
+        ConfigError: The schedule needs a horizon, but none is known.
     """
     optimizer = given
     if optimizer is None:
@@ -315,7 +315,7 @@ def _made_step(
     make_whole: Callable[[Any], optax.GradientTransformation],
     placement: Placement,
 ) -> tuple[Any, Callable[[Run], tuple[Any, ...]] | None]:
-    """Returns the step that ``make`` makes of the optimizer, and what it takes beside state and batch."""
+    """Returns the step built by ``make``, and the function that returns its extra arguments, if any."""
     scheduler = config.scheduler
 
     def make_until(horizon: Any) -> Any:
@@ -343,7 +343,7 @@ def _configured_rate(config: TrainingConfig, horizon: Any, update: Update) -> ja
     """Returns the learning rate of an update of a configured optimizer."""
     rate: Any = config.optimizer.learning_rate
     if config.scheduler is not None:
-        # The optimizer counts the updates that it made; the step counts those as well that ``nonfinite`` left out.
+        # The optimizer counts the updates that it made; ``step`` also counts those skipped by ``nonfinite``.
         counts = optax.tree_utils.tree_get_all_with_path(update.opt_state, "count")
         made = counts[0][1] - 1 if counts else update.step
         rate = make_schedule(config.scheduler, rate, horizon)(made)
@@ -357,8 +357,8 @@ def _check_step(
     losses: dict[str, ExtensionLike],
     precision: Precision | None,
 ) -> Callable[[TrainState, Batch], None]:
-    """Returns the function that checks each step before it runs, with ``debug``."""
-    from trainer.features.debugging import make_check_own_step, make_check_step  # here, since few runs need it
+    """Returns the function that checks each step before it runs, for ``debug``."""
+    from trainer.features.debugging import make_check_own_step, make_check_step  # few runs need it
 
     if step_fn is not None:
         return make_check_own_step(own_step(step_fn))
@@ -401,7 +401,7 @@ def _fanout(
     metrics_logger: MetricsLoggerLike | None,
     logger: Logger | Sequence[Logger] | None,
 ) -> MetricFanout:
-    """Returns the destinations of metrics: none in any process but the first."""
+    """Returns the destinations of metrics: none except in the primary process."""
     loggers = as_loggers(logger)
     if not placement.is_primary_process:
         return MetricFanout(None, None, ())

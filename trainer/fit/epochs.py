@@ -1,7 +1,7 @@
 """What `Trainer.train` and `Trainer.train_epoch` add to the loop: events, logs, validation, saves, stops and signals.
 
-Both are a `FitPlan` that `fit` carries out. Wherever a new run exists the trainer holds it before anyone is told, so
-whatever a callback saves is complete.
+Both build a `FitPlan` that `fit` executes. The trainer always holds a new run before events are emitted, so a
+checkpoint saved by a callback is complete.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 def fit(trainer: Trainer, plan: FitPlan, resume: bool | str | os.PathLike[str]) -> Run:
-    """Carries out a plan, from its start or from a checkpoint, and returns the run at its end."""
+    """Executes a plan, from its start or from a checkpoint, and returns the final run."""
     setup, before = trainer.setup, trainer.run
     setup.live.validates = plan.held_out is not None
     restored = find(setup, before, plan, resume)
@@ -62,7 +62,7 @@ def fit(trainer: Trainer, plan: FitPlan, resume: bool | str | os.PathLike[str]) 
         if finished and plan.caller == "train_epoch":
             return trainer.run
         if not finished and plan.loader is not None:
-            # The loader may refuse its position when it is opened.
+            # The loader may reject its position when it is opened.
             opening = put_back(trainer, before, listeners)
     try:
         return _run_epochs(trainer, plan, restored, opening)
@@ -73,7 +73,7 @@ def fit(trainer: Trainer, plan: FitPlan, resume: bool | str | os.PathLike[str]) 
 
 
 def train_step(trainer: Trainer, batch: Batch) -> Metrics:
-    """Runs one step on a batch that is placed, with its events; see `Trainer.train_step`."""
+    """Runs one step on a placed batch and emits its events; see `Trainer.train_step`."""
     setup = trainer.setup
     setup.events.emit("on_batch_begin", trainer, trainer.run.step)
     run = setup.with_weights(trainer.run)
@@ -87,7 +87,7 @@ def train_step(trainer: Trainer, batch: Batch) -> Metrics:
 
 
 def validate(trainer: Trainer, held_out: Callable[[], Iterator[Batch]], check: Callable[[], None]) -> None:
-    """Evaluates the state, and records, logs and announces the averages."""
+    """Evaluates the state, records and logs the averages, and emits the validation events."""
     setup = trainer.setup
     hold_if_finite(trainer)
     setup.events.emit("on_validation_begin", trainer)
@@ -116,7 +116,7 @@ def _run_epochs(
         first = plan.position.first_epoch if restored is None else _position(trainer.run).first_epoch
         average = None
         for epoch in range(trainer.run.epoch, first + plan.num_epochs):
-            # A run that was to stop after its last epoch, and is resumed there, stays stopped.
+            # A run that was asked to stop after its last epoch, and is resumed there, stays stopped.
             if trainer.run.batch == 0 and epoch > first and setup.events.should_stop:
                 why = "; ".join(setup.events.stop_reasons())
                 done = f"stopped after {epoch - first} of {plan.num_epochs} epochs"
@@ -126,7 +126,7 @@ def _run_epochs(
             with rare_collections(), setup.ahead(batches, may_be_short=trainer.run.batch > 0) as batches:
                 _run_epoch(trainer, plan, signals, batches, is_last=epoch + 1 == first + plan.num_epochs)
             opening = contextlib.nullcontext()
-            # Of the epoch before: the device has finished it, so reading waits for nothing.
+            # The average of the previous epoch: the device has finished it, so reading does not wait.
             if average is not None:
                 average.compute()
                 react_if_not_finite(trainer, average)
@@ -135,7 +135,7 @@ def _run_epochs(
         trainer.run.average.compute()  # the caller reads it next
         react_if_not_finite(trainer, trainer.run.average)
         setup.fanout.flush()
-        # The end may have come before an epoch whose end is due: a callback stopped the run.
+        # A callback may have stopped the run before the end of the epoch at which validation was due.
         if plan.held_out is not None and _not_validated(trainer.run) and _is_end(setup, plan, trainer.run):
             validate(trainer, plan.held_out, signals.check)
         if plan.caller == "train" and trainer.run.validation is not None and plan.held_out is not None:
@@ -152,7 +152,7 @@ def _run_epochs(
 def _run_epoch(trainer: Trainer, plan: FitPlan, signals: Signals, batches: Iterator[Batch], *, is_last: bool) -> None:
     setup, run = trainer.setup, trainer.run
     epoch = run.epoch
-    # An interruption may have come between a step and the validation that was due after it.
+    # The run may have been interrupted between a step and the validation due after it.
     if run.batch and _is_due(plan.validate_every, run) and _not_validated(run):
         assert plan.held_out is not None
         validate(trainer, plan.held_out, signals.check)
@@ -167,7 +167,7 @@ def _run_epoch(trainer: Trainer, plan: FitPlan, signals: Signals, batches: Itera
         _advise(setup, dispatch.fusable_steps, run.step)
 
     def each(run: Run, batch: Batch, examples: int) -> tuple[Run, Metrics]:
-        # The public method, which a subclass may override. It finds the batch announced, so it counts it.
+        # The public method, since a subclass may override it. `drawing` lets it count the batch's examples.
         trainer.hold(run.drawing(examples))
         metrics = trainer.train_step(batch)
         return trainer.run, metrics
@@ -188,12 +188,12 @@ def _run_epoch(trainer: Trainer, plan: FitPlan, signals: Signals, batches: Itera
             trainer.hold(tick.run)
             _after_call(trainer, tick.metrics, tick.count, defer=True)
         with meter.pausing():
-            # A checkpoint comes after the validation of its step, so that the two belong together.
+            # Validate before saving, so that the checkpoint includes the validation of its step.
             if plan.held_out is not None and _is_due(plan.validate_every, trainer.run):
                 validate(trainer, plan.held_out, signals.check)
             if _is_due(plan.save_every, trainer.run):
                 trainer.save_checkpoint(background="if_finite")
-        # Several processes wait for a save at the same point, before the next one.
+        # With several processes, all wait for a save at the same point: before the next save.
         if setup.placement.num_processes == 1:
             setup.checkpointer.check()
         setup.tell_saved()
@@ -210,19 +210,19 @@ def _run_epoch(trainer: Trainer, plan: FitPlan, signals: Signals, batches: Itera
     validation = prefixed("val_", trainer.run.validation_of_epoch)
     trainer.hold(trainer.run.end_epoch())
     setup.fanout.defer_average(trainer.run.step, trainer.run.average)
-    # The average waits for the device, so it is computed only for those who handle the event.
+    # Computing the average waits for the device, so it is done only if the event is handled.
     if setup.events.handles("on_epoch_end"):
         setup.events.emit("on_epoch_end", trainer, epoch, {**trainer.run.average.compute(), **validation})
 
 
 def _open_epoch(trainer: Trainer, plan: FitPlan, opening: contextlib.AbstractContextManager[None]) -> Iterator[Batch]:
-    """Begins an epoch, or the rest of the epoch that is resumed, and returns its batches."""
+    """Begins an epoch, or continues a resumed one, and returns its batches."""
     setup = trainer.setup
     trainer.hold(trainer.run.begin_epoch())
     setup.events.emit("on_epoch_begin", trainer, trainer.run.epoch)
     if plan.data is not None:
         return plan.data.shuffled(setup.seed, trainer.run.epoch, skip=trainer.run.batch)
-    # After the event: a callback may tell the loader which epoch begins.
+    # Opened after the event, in which a callback may set the epoch of the loader.
     with opening:
         run, batches = open_pass(
             trainer.run, plan.loader, batch_size=plan.batch_size, name=plan.name, limit=setup.config.steps_per_epoch
@@ -234,11 +234,11 @@ def _open_epoch(trainer: Trainer, plan: FitPlan, opening: contextlib.AbstractCon
 
 
 def _after_call(trainer: Trainer, metrics: Metrics, count: int | None, *, defer: bool) -> None:
-    """Reports a compilation, logs the steps that are due, and emits the events of a call."""
+    """Reports any compilation, logs the steps that are due, and emits the events of a call."""
     setup, run = trainer.setup, trainer.run
     report = setup.step.report()
     if report is not None:
-        # At the step before the call: the rows of fused steps follow, and some loggers drop a row of an earlier step.
+        # Logged at the step before the call: rows of fused steps follow, and some loggers drop rows of earlier steps.
         tell_compilation(trainer, report.name, report.seconds, report.warning, run.step - (count or 1))
         _check_counted(trainer)
     setup.fanout.flush_rows()
@@ -256,7 +256,7 @@ def _after_call(trainer: Trainer, metrics: Metrics, count: int | None, *, defer:
 
 
 def _check_counted(trainer: Trainer) -> None:
-    """Checks that a step of the caller's counts itself. Waits for the device; called after a compilation only."""
+    """Checks that a ``step_fn`` increments ``step``. Waits for the device, so it runs only after a compilation."""
     counted = None if trainer.setup.step_fn is None else int(trainer.run.peek().step)
     if counted not in (None, trainer.run.step):
         raise ObjectiveError(
@@ -266,7 +266,7 @@ def _check_counted(trainer: Trainer) -> None:
 
 
 def _log_last_step(trainer: Trainer) -> None:
-    """Logs the training metrics of the latest step, if its turn has not come by the cadence."""
+    """Logs the training metrics of the latest step if they have not been logged yet."""
     run = trainer.run
     if run.logged_step != run.step:
         trainer.hold(run.recorded(run.metrics))
@@ -274,7 +274,7 @@ def _log_last_step(trainer: Trainer) -> None:
 
 
 def compile_step(trainer: Trainer, batch: Batch, without_remat: bool) -> ProgramCost:
-    """Compiles the step for batches like this; see `Trainer.compile`."""
+    """Compiles the step for batches like this one; see `Trainer.compile`."""
     setup = trainer.setup
     batch, _ = setup.placement.abstract_batch(setup.with_mask(batch))
     run = setup.with_weights(trainer.run).with_edits()
@@ -300,7 +300,7 @@ def compile_step(trainer: Trainer, batch: Batch, without_remat: bool) -> Program
 
 
 def tell_compilation(trainer: Trainer, name: str, seconds: float, warning: str | None, step: int) -> None:
-    """Tells callbacks and loggers of a compilation before ``step``, and warns where it is one too many."""
+    """Reports a compilation at ``step`` to callbacks and loggers; ``warning`` is set after too many compilations."""
     setup = trainer.setup
     setup.events.emit("on_compile_end", trainer, name, seconds)
     setup.fanout.log_text("compilation", f"{name} took {seconds:.1f} s to compile", step)
@@ -309,10 +309,9 @@ def tell_compilation(trainer: Trainer, name: str, seconds: float, warning: str |
 
 
 def _is_to_be_saved(setup: Setup, plan: FitPlan, run: Run) -> bool:
-    """Tells whether what was learned would be lost: at the end of a run whose latest step is in no checkpoint.
+    """Returns whether to save so that no training is lost: at the end of a run whose latest step is in no checkpoint.
 
-    A call of ``train_epoch`` ends a run if no more is wanted. Any later call may never come, so the first call saves
-    too, if nothing else has.
+    A call to ``train_epoch`` may be the last one, so the first call also saves if there is no checkpoint yet.
     """
     saved = setup.checkpointer.saved_step(run)
     if not setup.is_directory_given or saved == run.step:
@@ -321,12 +320,12 @@ def _is_to_be_saved(setup: Setup, plan: FitPlan, run: Run) -> bool:
 
 
 def _is_end(setup: Setup, plan: FitPlan, run: Run) -> bool:
-    """Tells whether a call that has come to its end ends a run: one of ``train_epoch`` may be followed by others."""
+    """Returns whether the end of a call is the end of the run: more calls to ``train_epoch`` may follow."""
     return plan.caller == "train" or run.epoch >= setup.config.num_epochs or setup.events.should_stop
 
 
 def _resumed(plan: FitPlan, position: Position) -> Planned:
-    """Returns how far a run that is resumed is meant to go."""
+    """Returns the planned length of a resumed run."""
     first_epoch = position.first_epoch if plan.caller == "train" else plan.planned.first_epoch
     return dataclasses.replace(plan.planned, first_step=position.first_step, first_epoch=first_epoch)
 
@@ -353,7 +352,7 @@ def _overrides_train_step(trainer: Trainer) -> bool:
 
 
 def _advise(setup: Setup, fusable_steps: int, step: int) -> None:
-    """Says once that a callback costs much, where many steps could be fused but for its events."""
+    """Logs advice once if a callback's events prevent the fusing of many steps."""
     if fusable_steps >= setup.step.policy.advise_at and not setup.live.has_advised:
         setup.live.has_advised = True
         setup.fanout.log_text(

@@ -1,4 +1,4 @@
-"""Hashes of functions and plain values, which tell an objective or an optimizer from another in another process."""
+"""Hashes of functions and plain values, comparable across processes, to detect a changed objective or optimizer."""
 
 import functools
 import hashlib
@@ -17,7 +17,7 @@ _DEEPEST = 12
 
 
 def fingerprint(value: Any) -> str:
-    """Returns a hash of a value: of bytecode and plain values, the same in every process of one release of Python."""
+    """Returns a hash of a value's bytecode and plain values, the same in every process of one Python release."""
     text = "\n".join(_parts(value, {}, 0))
     return f"python {sys.version_info[0]}.{sys.version_info[1]} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
@@ -30,7 +30,7 @@ def fingerprints_of(
     run: Run,
     params_average: optax.GradientTransformation | None,
 ) -> dict[str, str]:
-    """Returns hashes by which resume tells an objective, an optimizer, an extension or a model from another."""
+    """Returns hashes by which resume detects another objective, optimizer, extension or model."""
     # Dropout rates and activations are static attributes of the model.
     attributes = run.peek().graphdef.attributes
     told = {
@@ -48,7 +48,7 @@ def fingerprints_of(
 
 
 def _parts(value: Any, seen: dict[int, Any], depth: int) -> Iterator[str]:
-    """Yields texts that tell a value from others. Nothing in them depends on the process."""
+    """Yields strings that identify a value, independent of the process."""
     if value is None or isinstance(value, bool | int | float | complex | str | bytes):
         yield repr(value)
         return
@@ -73,7 +73,7 @@ def _parts(value: Any, seen: dict[int, Any], depth: int) -> Iterator[str]:
         names = [name for name in value.__code__.co_names if name in value.__globals__]
         for name in names:
             used = value.__globals__[name]
-            # Of globals, constants and the functions beside it: whole libraries are told by their names.
+            # Only global constants and functions of the same module are hashed; others count by name.
             if isinstance(used, bool | int | float | str) or getattr(used, "__module__", None) == value.__module__:
                 yield from deeper(used)
     elif isinstance(value, types.MethodType):
@@ -102,7 +102,7 @@ def _parts(value: Any, seen: dict[int, Any], depth: int) -> Iterator[str]:
 
 
 def _read_in(function: Any, owner: Any) -> dict[str, Any]:
-    """Returns the plain attributes of an object that its method reads; others, as counters, may change in a run."""
+    """Returns the plain attributes that an object's method reads; others, such as counters, may change in a run."""
     names = getattr(getattr(function, "__code__", None), "co_names", ())
     held = getattr(owner, "__dict__", {})
     return {name: held[name] for name in names if isinstance(held.get(name), bool | int | float | str)}

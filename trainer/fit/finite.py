@@ -1,4 +1,4 @@
-"""What a trainer does of steps that are not finite: it raises, or says so once."""
+"""How a trainer reacts to steps that are not finite: it raises, or warns once."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 def hold_if_finite(trainer: Trainer) -> None:
-    """Raises `NonFiniteError` where ``nonfinite`` is "raise" and a step was not finite. Waits for the device then.
+    """With ``nonfinite="raise"``, waits for the device and raises `NonFiniteError` if a step was not finite.
 
-    The trainer holds the state from before that step, outside of any data; what came later is forgotten.
+    The trainer then holds the state from before that step, with no position in the data; later steps are dropped.
     """
     if trainer.setup.nonfinite != "raise":
         return
@@ -34,7 +34,7 @@ def hold_if_finite(trainer: Trainer) -> None:
 
 
 def react_if_not_finite(trainer: Trainer, average: WeightedAverage) -> None:
-    """Raises or says, once, that a step is not finite, as soon as metrics that are not were read for an average."""
+    """Raises, or warns once, as soon as an average has read metrics that are not finite."""
     if average.skipped:
         hold_if_finite(trainer)
     found = average.not_finite

@@ -1,4 +1,4 @@
-"""What a call of ``train`` or ``train_epoch`` was made with, as texts that a checkpoint carries and resume compares."""
+"""The arguments of a call to ``train`` or ``train_epoch`` as text, stored in checkpoints and compared on resume."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -19,11 +19,11 @@ def describe_call(
     train_data: InMemoryData | None = None,
     val_data: InMemoryData | None = None,
 ) -> dict[str, str]:
-    """Returns the arguments of a call by name.
+    """Returns the arguments of a call by name, as text.
 
-    Counts and settings are texts of their own, data in memory by a fingerprint of shapes and sampled rows. Functions
-    (the objective, the optimizer) and the static attributes of the model are hashes of their bytecode and plain values,
-    and so are the extensions. What has no plain value, as a loader or an array, is not compared.
+    Counts and settings are given as such, data in memory as a fingerprint of shapes and sampled rows. Functions (the
+    objective, the optimizer), extensions and the static attributes of the model are hashes of their bytecode and plain
+    values. Arguments without a plain value, such as loaders and arrays, are not compared.
     """
     config = {name: value for name, value in setup.config.to_dict().items() if name not in _BESIDE}
     if setup.given_optimizer is not None:
@@ -40,11 +40,11 @@ def describe_call(
 def check_same_call(before: Mapping[str, str] | None, now: Mapping[str, str]) -> None:
     """Compares the arguments of the interrupted call with those of the call that resumes it.
 
-    What was given once only, or is not in an older checkpoint, is not compared. Other training data are refused: the
-    rest of an epoch over other examples is no epoch of either. Anything else may be meant, and is said in a warning.
+    Arguments missing from one of the calls or from an older checkpoint are not compared. Different training data is an
+    error, since the epoch would mix two data sets. Any other difference may be intended, and only causes a warning.
 
     Raises:
-        ArgumentError: The training data are others.
+        ArgumentError: The training data differs.
     """
     differing = [name for name in now if before is not None and before.get(name, now[name]) != now[name]]
     if before is None or not differing:

@@ -1,4 +1,4 @@
-"""What one may ask a `Trainer` without changing it: a table of its model, predictions, and settings that suit it."""
+"""The methods of a `Trainer` that do not change it: summary, predictions, and searches for good settings."""
 
 from __future__ import annotations
 
@@ -28,34 +28,34 @@ if TYPE_CHECKING:
 
 
 class Inspection(ReadOnly):
-    """The methods of a `trainer.Trainer` that leave it as it is, to the bit, and emit no event."""
+    """The methods of a `trainer.Trainer` that leave it bit-identical and emit no events."""
 
     __slots__ = ()
 
     def summary(self, depth: int | None = None, batch: Batch | None = None) -> str:
-        """Returns a table of the model, to print, with operations where a batch is given: see `trainer.summarize`."""
-        from trainer.features.summary import summarize  # here, as below: no run needs it
+        """Returns a table of the model, to print, with operation counts for a batch: see `trainer.summarize`."""
+        from trainer.features.summary import summarize  # here, as below: runs do not need it
 
         return summarize(self.run.peek(), depth, loss_fn=None if batch is None else self.setup.loss_fn, batch=batch)
 
     def predict(self, data: Any, batch_size: int, fn: Callable[[Any, Batch], Any] | None = None) -> Any:
-        """Returns what the model, in evaluation mode, predicts for every example, in their order.
+        """Returns the model's predictions, in evaluation mode, for every example, in order.
 
-        It changes nothing and emits no event. For data in memory it is::
+        It changes nothing and emits no events. For data in memory it is equivalent to::
 
             predict(jax.jit(make_predict_step(fn)), trainer.state, InMemoryData(data, batch_size).in_order())
 
         Args:
             data: Data in memory or a loader, as ``train_data`` of `train`.
-            batch_size: Examples in a batch; the last may be short.
-            fn: ``fn(model, batch) -> outputs``, traced like ``loss_fn``; see `make_predict_step` if left out. Each
-                function compiles once for each shape of a batch, so pass the same one again, not a new lambda.
+            batch_size: Examples per batch; the last may be short.
+            fn: ``fn(model, batch) -> outputs``, traced like ``loss_fn``; for the default see `make_predict_step`. Each
+                function compiles once per batch shape, so reuse the same one instead of a new lambda.
 
         Returns:
             The outputs of all processes, a pytree of NumPy arrays of shape ``(num_examples, ...)``.
 
         Raises:
-            ArgumentError, BatchError: An argument cannot be used, or ``fn`` returned no row for each example.
+            ArgumentError, BatchError: An argument cannot be used, or an output of ``fn`` lacks one row per example.
         """
         batches = plan_prediction(self.setup, self.run, data, check_count(batch_size, "batch_size"))
         state = self.run.state_with_edits()
@@ -70,10 +70,10 @@ class Inspection(ReadOnly):
         batch_size: int | None = None,
         platforms: Sequence[str] | None = None,
     ) -> Path:
-        """Writes what `predict` computes for a batch to a file that runs with JAX alone.
+        """Exports the computation of `predict` for one batch to a file that runs with JAX alone.
 
-        It is ``export_prediction(path, make_predict_step(fn), trainer.state, example)``, of the params that `predict`
-        uses and in its precision; arguments and errors as for `trainer.export_prediction`.
+        It is ``export_prediction(path, make_predict_step(fn), trainer.state, example)``, with the params and precision
+        of `predict`; arguments and errors as for `trainer.export_prediction`.
         """
         from trainer.checkpoints.exported import export_prediction
 
@@ -83,18 +83,18 @@ class Inspection(ReadOnly):
     def find_learning_rate(
         self, train_data: Any, batch_size: int, *, low: float = 1e-6, high: float = 1.0, steps: int = 100
     ) -> RateSearch:
-        """Trains a copy for a few steps with ever larger rates, and says where the loss falls fastest.
+        """Trains a copy for a few steps with increasing learning rates, and reports where the loss falls fastest.
 
-        It is `trainer.find_learning_rate` with the trainer's own step, from its state, on data in the order of a run.
+        It is `trainer.find_learning_rate` with the trainer's step and state, on data in the order of a run.
 
         Args:
             train_data: Data in memory, as for `train`.
-            batch_size: Examples in a batch.
+            batch_size: Examples per batch.
             low, high, steps: As for `trainer.find_learning_rate`.
 
         Raises:
-            ArgumentError, ArgumentTypeError: An argument cannot be used; or the optimizer is the caller's and keeps no
-                learning rate in its state; or the step is a ``step_fn``.
+            ArgumentError, ArgumentTypeError: An argument cannot be used; the caller's optimizer keeps no learning rate
+                in its state; or the step is a ``step_fn``.
         """
         from trainer.features.search import rates_between, try_rates
 
@@ -109,7 +109,7 @@ class Inspection(ReadOnly):
         if setup.given_optimizer is None:
             opt_state = jax.tree.map(jax.numpy.array, adapt_optimizer(optimizer).init(state.params))
             state = setup.placement.adopt(state.replace(opt_state=opt_state))
-        state.with_learning_rate(first)  # refused here, before anything is compiled
+        state.with_learning_rate(first)  # raises here, before anything is compiled
 
         def batches() -> Iterator[Batch]:
             for epoch in range(len(rates)):
@@ -120,20 +120,20 @@ class Inspection(ReadOnly):
         return try_rates(setup.make_step(optimizer), state, batches(), rates)
 
     def find_batch_size(self, example: Batch, *, high: int = 65536, memory: int | None = None) -> int:
-        """Returns the largest power of two of examples whose step fits into the memory of a device.
+        """Returns the largest power of two as batch size whose step fits into the memory of a device.
 
-        It compiles the step for some sizes, runs nothing, and asks XLA's own analysis, as `compile` does. What else
-        takes memory beside a step is not known, so leave some.
+        It compiles the step for several sizes without running it, and uses XLA's memory analysis, as `compile` does.
+        Memory used outside the step is not known, so leave some.
 
         Args:
-            example: A batch of any size, or ``jax.ShapeDtypeStruct`` of one: the shapes behind the first dimension and
-                the dtypes matter.
+            example: A batch of any size, or ``jax.ShapeDtypeStruct`` of one: only dtypes and shapes after the first
+                dimension matter.
             high: The largest size to try.
             memory: The bytes that may be used; by default those of the device.
 
         Raises:
-            ArgumentError: Not even the smallest batch fits that the devices can share.
-            ArgumentTypeError: ``high`` is no integer, or ``memory`` no number.
+            ArgumentError: Not even the smallest batch that the devices can share fits.
+            ArgumentTypeError: ``high`` is not an integer, or ``memory`` is not a number.
         """
         batch_length(example, "example")
         high, limit = check_count(high, "high"), None if memory is None else check_number(memory, "memory")
@@ -148,7 +148,7 @@ class Inspection(ReadOnly):
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
-                return False  # XLA for a GPU refuses to compile what can never fit
+                return False  # on GPU, XLA refuses to compile a program that can never fit
             room = cost.available if limit is None else limit
             return room is None or cost.total <= room
 

@@ -1,4 +1,4 @@
-"""`FitPlan`: what one call of ``Trainer.train`` or ``Trainer.train_epoch`` does, decided before anything changes."""
+"""`FitPlan`: what one call to ``Trainer.train`` or ``Trainer.train_epoch`` does, decided before anything changes."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,23 +20,23 @@ from trainer.types import Batch
 
 @dataclasses.dataclass(frozen=True)
 class FitPlan:
-    """What one call of ``train`` or ``train_epoch`` does.
+    """What one call to ``train`` or ``train_epoch`` does.
 
     Attributes:
         caller: The name of the method, for messages.
-        position: The position at the start, from which a checkpoint is recognized as one of the same run.
+        position: The position at the start, used to check that a checkpoint belongs to the same run.
         num_epochs: The number of epochs.
-        batch_size: The number of examples in a batch, which a loader that takes an argument is called with.
+        batch_size: The number of examples in a batch; passed to a loader that takes an argument.
         data: The data in memory; None for a loader.
         loader: The loader; None for data in memory.
-        name: The argument that the data came in, for messages.
-        horizon: The steps of the call, None if they are not known.
-        planned: How far the run of which the call is a part is meant to go.
-        save_every: Save at multiples of this step; None for at none.
-        validate_every: Validate at multiples of this step, beside the ends of epochs; None for no other.
-        held_out: Opens the validation data; None where nothing is validated.
-        about: The plan in words.
-        arguments: What the call was made with, see `trainer.fit.identity`.
+        name: The argument that holds the data, for messages.
+        horizon: The number of steps of the call; None if unknown.
+        planned: The planned length of the run that the call is part of.
+        save_every: Save at multiples of this step; None for never.
+        validate_every: Validate at multiples of this step, besides the ends of epochs; None for ends of epochs only.
+        held_out: Opens the validation data; None for no validation.
+        about: A description, for loggers.
+        arguments: The arguments of the call, see `trainer.fit.identity`.
     """
 
     caller: str
@@ -56,16 +56,16 @@ class FitPlan:
 
     @property
     def sync_every(self) -> list[int]:
-        """The multiples of steps at which the host needs the state."""
+        """The intervals in steps at which the host needs the state."""
         return [every for every in (self.save_every, self.validate_every) if every is not None]
 
     def validates_epoch(self, config: TrainingConfig, finished: int, *, is_last: bool) -> bool:
-        """Tells whether to validate at the end of an epoch.
+        """Returns whether to validate at the end of an epoch.
 
         Args:
             config: The configuration.
             finished: The epochs finished, this one included.
-            is_last: Whether it is the last of the call. One of ``train_epoch`` may be followed by others.
+            is_last: Whether it is the last epoch of the call; more calls to ``train_epoch`` may follow.
         """
         every = config.epochs_per_validation
         if every is not None and finished % every == 0:
@@ -81,7 +81,7 @@ def plan_run(
     resume: Any,
     **counts: Any,
 ) -> FitPlan:
-    """Returns the plan of a call of ``train``, on which all processes agree; ``counts`` are its other arguments."""
+    """Returns the plan of a call to ``train``, on which all processes agree; ``counts`` are its other arguments."""
     num_epochs = check_count(counts["num_epochs"], "num_epochs", least=0)
     batch_size = check_count(counts["batch_size"], "batch_size")
     val_interval = check_interval(counts["val_interval"], "val_interval")
@@ -101,7 +101,7 @@ def plan_run(
         "validate_every": None if held_out is None else val_interval,
         "held_out": held_out,
     }
-    if setup.train_data_loader is None:  # else `train_epoch` obeys the configuration
+    if setup.train_data_loader is None:  # else the configuration is meant for `train_epoch`
         warn_of_overridden(setup.config, setup.save_interval, num_epochs, batch_size)
     counts["resume"] = str(resume)
     told = {"val_interval": common["validate_every"]}
@@ -136,7 +136,7 @@ def plan_run(
 
 
 def plan_epoch(setup: Setup, run: Run, resume: Any) -> FitPlan:
-    """Returns the plan of a call of ``train_epoch``, on which all processes agree."""
+    """Returns the plan of a call to ``train_epoch``, on which all processes agree."""
     if setup.train_data_loader is None:
         raise ArgumentError(
             "`train_data_loader` was not given to the Trainer, and train_epoch() trains on nothing else; "
@@ -150,7 +150,7 @@ def plan_epoch(setup: Setup, run: Run, resume: Any) -> FitPlan:
     if setup.is_limited:
         training = setup.limited_train_data_loader
         held_out = setup.limited_validation(held_out, _again(setup, training))
-    # Consecutive calls are one run, so that early stopping counts over all of them.
+    # Consecutive calls are one run, so that early stopping counts across them.
     before = run.position
     continues = isinstance(before, FromLoader) and before.batch == 0
     first_step = before.first_step if continues and before is not None else run.step
@@ -179,7 +179,7 @@ def plan_epoch(setup: Setup, run: Run, resume: Any) -> FitPlan:
 
 
 def plan_evaluation(setup: Setup, run: Run, data: Any, batch_size: int) -> Iterator[Batch]:
-    """Returns the batches of a call of ``evaluate``, on which all processes agree."""
+    """Returns the batches of a call to ``evaluate``, on which all processes agree."""
     held = None if _is_loader(data) else setup.in_memory(data, batch_size, "data")
     batches = setup.padded(_all_of(data, batch_size)) if held is None else held.in_order()
     setup.agree_on_run("evaluate", run, {"batch_size": batch_size}, data=held)
@@ -187,11 +187,11 @@ def plan_evaluation(setup: Setup, run: Run, data: Any, batch_size: int) -> Itera
 
 
 def plan_prediction(setup: Setup, run: Run, data: Any, batch_size: int) -> Iterator[Batch]:
-    """Returns the batches of a call of ``predict``, on which all processes agree."""
+    """Returns the batches of a call to ``predict``, on which all processes agree."""
     if _is_loader(data):
         batches = _all_of(data, batch_size)
         setup.agree_on_run("predict", run, {"batch_size": batch_size})
-        # Of a batch of several processes, no process knows which rows are the padding of another.
+        # With several processes, none knows which rows of a batch are the padding of another process.
         return setup.padded(batches, mask=False) if setup.placement.num_processes == 1 else batches
     held = setup.in_memory(data, batch_size, "data", mask=False)
     setup.agree_on_run("predict", run, {"batch_size": batch_size}, data=held)
@@ -199,7 +199,7 @@ def plan_prediction(setup: Setup, run: Run, data: Any, batch_size: int) -> Itera
 
 
 def first_batch(setup: Setup, plan: FitPlan) -> Batch:
-    """Returns the first batch of a plan, of a pass of its own: what `Trainer.compile` takes."""
+    """Returns the first batch of a plan from a separate pass, for `Trainer.compile`."""
     if plan.data is not None:
         return next(plan.data.in_order())
     batches = one_pass(plan.loader, plan.batch_size, plan.name, 1, bound="")
@@ -213,7 +213,7 @@ def _over_loader(
         batch_size=batch_size if takes_batch_size(loader, name) else 0,
         first_epoch=run.epoch,
         first_step=first_step,
-        # An iterator continues from where the pass before has left it.
+        # An iterator continues from where the previous pass left it.
         loader=run.position.loader if isinstance(run.position, FromLoader) else None,
     )
     about = f"{num_epochs} epoch{'s' * (num_epochs > 1)} over `{name}`"
@@ -230,7 +230,7 @@ def _over_loader(
 
 
 def _is_loader(data: Any) -> bool:
-    """Tells a loader, which is called or iterated over, from data in memory: an array, or a pytree but a list."""
+    """Returns whether the data is a loader (callable or iterable), not an array or a pytree other than a list."""
     if isinstance(data, Mapping | str | bytes) or hasattr(data, "__array__"):
         return False
     if not isinstance(data, list) and not jax.tree_util.all_leaves([data]):
@@ -239,13 +239,13 @@ def _is_loader(data: Any) -> bool:
 
 
 def _all_of(loader: Any, batch_size: int) -> Iterator[Batch]:
-    """Returns one pass over a loader of the argument ``data``."""
+    """Returns one pass over the loader passed as ``data``."""
     check_loader(loader, "data")
     return one_pass(loader, batch_size, "data", None, bound="pass itertools.islice(data, num_batches)")
 
 
 def _passes_over(setup: Setup, loader: Any, batch_size: int, name: str) -> Callable[[], Iterator[Batch]]:
-    """Returns a function that opens a pass over a validation loader, of ``validation_steps`` batches at most."""
+    """Returns a function that opens a pass over a validation loader, limited to ``validation_steps`` batches."""
     check_loader(loader, name)
     limit = setup.config.validation_steps
 
@@ -263,7 +263,7 @@ def _again(setup: Setup, batches: list[Batch]) -> Callable[[], Iterator[Batch]]:
 def _held_out(
     setup: Setup, val_data: Any, batch_size: int
 ) -> tuple[Callable[[], Iterator[Batch]] | None, InMemoryData | None]:
-    """Returns what opens the validation data, and the data if they are in memory."""
+    """Returns the function that opens the validation data, and the data itself if it is in memory."""
     if val_data is None:
         return None, None
     if _is_loader(val_data):

@@ -1,4 +1,4 @@
-"""What a `Trainer` is made of and where it is, to be read by its caller, its callbacks and its loggers."""
+"""The parts and progress of a `Trainer`, to be read by the caller, callbacks and loggers."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from trainer.run import Run
 
 
 class ReadOnly:
-    """The attributes of a `trainer.Trainer` that are read and never assigned."""
+    """The read-only attributes of a `trainer.Trainer`."""
 
     __slots__ = ()  # so that assigning a name that `Trainer` does not have raises, and is not ignored
 
@@ -31,7 +31,7 @@ class ReadOnly:
     opt_state = property(lambda self: self.run.state.opt_state, doc="The state of the optimizer.")
     is_new_run = property(lambda self: self.run.is_new, doc="Whether the run is neither resumed nor continued.")
 
-    # What was given, or made of it; read-only, since it is compiled into the step.
+    # The arguments of the trainer, or what was made from them; read-only, since they are compiled into the step.
     training_config = property(lambda self: self.setup.config)
     loss_fn = property(lambda self: self.setup.loss_fn)
     train_data_loader = property(lambda self: self.setup.train_data_loader)
@@ -46,7 +46,7 @@ class ReadOnly:
     checkpoint_dir = property(lambda self: self.setup.checkpointer.directory)
     is_primary_process = property(lambda self: self.setup.placement.is_primary_process)
 
-    # What is known of the call in progress, or of the latest.
+    # The current call, or else the latest.
     should_stop = property(lambda self: self.setup.events.should_stop, doc="Whether a callback wants the run to end.")
     planned = property(lambda self: self.setup.live.planned, doc="How far the run is meant to go, `fit.setup.Planned`.")
     has_ended = property(
@@ -58,17 +58,17 @@ class ReadOnly:
 
     @property
     def model(self) -> Any:
-        """A new module in evaluation mode with a copy of the current values; `state` has one in its first modes."""
+        """A new module in evaluation mode with a copy of the current values; `state.model()` has the original modes."""
         state = with_eval_params(self.run.state_with_edits(), self.setup.eval_params)
         return in_evaluation_mode(state.replace(opt_state=(), extensions={}).copy().model())
 
     @property
     def loggers(self) -> AllLoggers:
-        """All loggers of the run as one `trainer.Logger`, for callbacks; the step is the current one if left out."""
+        """All loggers of the run as one `trainer.Logger`, for callbacks; the step defaults to the current one."""
         return AllLoggers(self.setup.fanout, self.step)
 
     def snapshot(self) -> Snapshot:
-        """Returns what a checkpoint holds. Copies nothing: write it before the next step, or copy it first."""
+        """Returns the contents of a checkpoint without copying: write it before the next step, or copy it first."""
         run, beside = self.setup.beside(self.run)
         return snapshot_run(run, **beside)
 
@@ -77,7 +77,7 @@ class ReadOnly:
         """The given or configured optimizer, with gradient clipping and the average of params.
 
         Raises:
-            ConfigError: Its schedule ends with the run, and the length of the run is not known yet.
+            ConfigError: Its schedule ends with the run, whose length is not known yet.
         """
         return build_optimizer(
             self.setup.config,

@@ -1,4 +1,4 @@
-"""Resuming a run from a checkpoint, and loading one: all of it, or nothing."""
+"""Resuming a run from a checkpoint, and loading a checkpoint: both are atomic."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def load(trainer: Trainer, path: str | os.PathLike[str]) -> None:
     """Restores a checkpoint; see `Trainer.load_checkpoint`."""
     setup = trainer.setup
     restored = setup.checkpointer.load(path, trainer.run)
-    # A trainer without callbacks, which loads to evaluate, misses nothing.
+    # A trainer without callbacks, used for evaluation, needs no callback states.
     if restored.listeners is not None and setup.events.has_states:
         with put_back(trainer, trainer.run, copy.deepcopy(setup.events.state_dict())):
             setup.events.load_state_dict(restored.listeners)
-    own = trainer.run  # what comes next is this run's, wherever the state is from
+    own = trainer.run  # which keeps its identity, wherever the state is from
     run = restored.run.replace(
         id=own.id, position=None, validation=None, logged_step=0, average=own.average, arguments=None
     )
     if setup.live.is_running:
-        # A callback rolls the state back: the run goes through its data as before.
+        # A callback rolls the state back: the run keeps its position in the data.
         run = run.replace(position=own.position, epoch=own.epoch, arguments=own.arguments)
     trainer.hold(run)
     setup.fanout.rewind_later(trainer.run.step)
@@ -44,7 +44,7 @@ def load(trainer: Trainer, path: str | os.PathLike[str]) -> None:
 
 
 def find(setup: Setup, run: Run, plan: FitPlan, resume: Any) -> Restored | None:
-    """Returns the checkpoint to resume from, None to start the plan from here."""
+    """Returns the checkpoint to resume from; None to start the plan from the current run."""
     if not isinstance(resume, bool) and not (isinstance(resume, str | os.PathLike) and os.fspath(resume)):
         raise ArgumentTypeError(
             f"`resume` is {resume!r} of type {type(resume).__name__}; it must be a bool, 'latest', or the path of a "
@@ -56,13 +56,13 @@ def find(setup: Setup, run: Run, plan: FitPlan, resume: Any) -> Restored | None:
         return setup.checkpointer.load(resume, run)
     here = run.position
     if plan.caller == "train_epoch" and isinstance(here, FromLoader) and _is_over(here):
-        # This trainer has just finished an epoch: `while trainer.epoch < n` must come to an end.
+        # This trainer has just finished an epoch: `while trainer.epoch < n` must terminate.
         return None
     return setup.checkpointer.load_latest(run)
 
 
 def checked(setup: Setup, plan: FitPlan, restored: Restored) -> Run:
-    """Returns the run in a checkpoint, if it is the one that is asked for."""
+    """Returns the run in a checkpoint, after checking that it is the requested one."""
     run = restored.run
     if not isinstance(run.position, InMemory if plan.data is not None else FromLoader):
         what = "epoch" if plan.caller == "train_epoch" else "run"
@@ -80,24 +80,24 @@ def checked(setup: Setup, plan: FitPlan, restored: Restored) -> Run:
 
 
 def planned_end(first_step: int, plan: FitPlan) -> int | None:
-    """Returns the step at which a run ends that began at ``first_step``; None if its length is not known."""
+    """Returns the last step of a run that began at ``first_step``; None if its length is unknown."""
     return None if plan.horizon is None else first_step + plan.horizon
 
 
 @contextlib.contextmanager
 def put_back(trainer: Trainer, run: Run, listeners: list[Any]) -> Iterator[None]:
-    """Gives the trainer its run, and the callbacks their states, back if the block raises."""
+    """Restores the trainer's run and the callbacks' states if the block raises."""
     try:
         yield
     except BaseException:
         trainer.hold(run)
-        with contextlib.suppress(CheckpointError):  # from a callback that refuses its own state
+        with contextlib.suppress(CheckpointError):  # from a callback that rejects its own state
             trainer.setup.events.load_state_dict(listeners)
         raise
 
 
 def _own_position(setup: Setup, restored: Restored, position: FromLoader) -> Any:
-    """Returns the position of the loader of this process."""
+    """Returns the position of this process's loader."""
     loaders = restored.loaders or [None]
     if len(loaders) != setup.placement.num_processes:
         raise CheckpointError(

@@ -1,8 +1,8 @@
-"""``run.json``: what a person wants to know of the runs in a directory, beside their checkpoints.
+"""``run.json``: human-readable information on the runs in a directory, next to their checkpoints.
 
-The trainer writes it at the start of a run, where it was given a ``workdir``: an entry for each start and each resume,
-oldest first. Nothing of it is read again but by people and by ``trainer inspect``. It is replaced atomically, so a
-reader finds the entries of before or those of after. It is not flushed to the disk, so a power failure may cost it.
+If a ``workdir`` is given, the trainer adds an entry for each start and each resume of a run, oldest first. The file is
+read only by people and by ``trainer inspect``. It is replaced atomically, so a reader sees either the old or the new
+entries. It is not flushed to disk, so a power failure may lose it.
 """
 
 import contextlib
@@ -33,9 +33,9 @@ _LOCK_SECONDS = 0.5
 
 
 def write_start(setup: Setup, plan: FitPlan, run: Run, resumed: Path | None) -> None:
-    """Adds an entry to the file of the run's directory, in the primary process. Warns where that fails.
+    """Adds an entry to ``run.json`` in the run's directory, from the primary process. Warns on failure.
 
-    The latest 50 entries are kept. A file of this name that another program wrote stays as it is, with a warning.
+    The latest 50 entries are kept. A file of this name from another program is left unchanged, with a warning.
     """
     if setup.workdir is None or not setup.placement.is_primary_process:
         return
@@ -53,25 +53,25 @@ def write_start(setup: Setup, plan: FitPlan, run: Run, resumed: Path | None) -> 
 
 
 def _as_text(starts: list[dict[str, Any]]) -> str:
-    """Writes the latest entry for people, and a line for each of those before: indented, 50 of them take 20 ms."""
+    """Formats the latest entry with indentation, and earlier ones as a line each: indenting all 50 takes 20 ms."""
     lines = [json.dumps(entry, ensure_ascii=False) for entry in starts[:-1]]
     entries = ",\n".join([*lines, json.dumps(starts[-1], indent=1, ensure_ascii=False)])
     return f'{{"format": {json.dumps(FORMAT)}, "starts": [\n{entries}\n]}}\n'
 
 
 def read_starts(path: Path) -> list[dict[str, Any]] | None:
-    """Returns the entries of a file, oldest first; None if there is no such file, or it is empty.
+    """Returns the entries of a file, oldest first; None if it does not exist or is empty.
 
     Raises:
         OSError: It cannot be read.
-        ValueError: It is not a file of this kind.
+        ValueError: It is not in this format.
     """
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_BYTES + 1)
     except FileNotFoundError:
         return None
-    if not content.strip(b"\0 \n"):  # as a power failure leaves it
+    if not content.strip(b"\0 \n"):  # after a power failure
         return None
     try:
         found = json.loads(content)
@@ -84,7 +84,7 @@ def read_starts(path: Path) -> list[dict[str, Any]] | None:
 
 
 def _entry(setup: Setup, plan: FitPlan, run: Run, resumed: Path | None) -> dict[str, Any]:
-    # The configuration is there as a whole.
+    # The entry already has the whole configuration.
     arguments = {name: text for name, text in plan.arguments.items() if not name.startswith("training_config.")}
     return {
         "event": "start" if resumed is None else "resume",
@@ -112,7 +112,7 @@ def _entry(setup: Setup, plan: FitPlan, run: Run, resumed: Path | None) -> dict[
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Keeps other runs that start in the directory from it, where the system has such locks, for half a second."""
+    """Locks the directory against other starting runs, if the system has such locks; waits half a second at most."""
     if sys.platform == "win32":
         yield
         return

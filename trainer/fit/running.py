@@ -1,4 +1,4 @@
-"""The first and the last event of a run, with the signals and saves between: whatever ends it, the end is in order."""
+"""The first and last event of a run, with signals and saves in between, so that every run shuts down cleanly."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def running(trainer: Trainer) -> Iterator[Signals]:
-    """Emits the first and the last event of a run, whatever happens in between, and handles signals."""
+    """Emits the first and last event of a run, even if it fails in between, and handles signals."""
     setup = trainer.setup
     signals = Signals(together=setup.placement.num_processes > 1)
     with signals if setup.handle_signals else contextlib.nullcontext():
@@ -25,27 +25,27 @@ def running(trainer: Trainer) -> Iterator[Signals]:
             setup.events.emit("on_train_begin", trainer)
             yield signals
             setup.finish_saves()
-            # A signal that came after the last step must not be lost: it wants the process to end.
+            # A signal after the last step must not be lost: it asks the process to end.
             signals.check()
         except BaseException as error:
             is_interrupt = isinstance(error, KeyboardInterrupt | TrainingInterrupted)
             setup.live.failure = "interrupted" if is_interrupt else f"failed ({type(error).__name__})"
-            with contextlib.suppress(Exception):  # the metrics of finished steps are logged if they can be
+            with contextlib.suppress(Exception):  # log the metrics of finished steps if possible
                 setup.fanout.flush()
             try:
                 _finish_saves(trainer, signals, error)
-            finally:  # also where a second signal ends the saving
+            finally:  # also if a second signal interrupts the save
                 told = _noted(error, _end(trainer))
             if told is not error:
                 raise told from error
-            # XLA replaces an exception that is raised in a host callback of the objective by its own.
+            # XLA replaces an exception raised in a host callback of the objective with its own.
             if signals.second_signal and isinstance(error, Exception):
                 raise signals.exception() from error
             raise
         finally:
             setup.live.is_running = False
         failures = _end(trainer)
-        # Before anything is raised: every process waits here for the others.
+        # All processes wait for each other here, so this must come before anything is raised.
         if signals.wait_for_all():
             late = _noted(signals.exception(), failures)
             _finish_saves(trainer, signals, late)
@@ -58,7 +58,7 @@ def running(trainer: Trainer) -> Iterator[Signals]:
 
 
 def _end(trainer: Trainer) -> list[BaseException]:
-    """Emits the last event of a run, waits for what callbacks have begun to save at it, and returns the failures."""
+    """Emits the last event of a run, waits for saves that callbacks start in it, and returns the failures."""
     failures = trainer.setup.events.emit_to_all("on_train_end", trainer)
     try:
         trainer.setup.finish_saves()
@@ -68,7 +68,7 @@ def _end(trainer: Trainer) -> list[BaseException]:
 
 
 def _noted(error: BaseException, failures: Sequence[BaseException]) -> BaseException:
-    """Returns the error, or the Ctrl-C among what ``on_train_end`` raised, with notes of the rest of that."""
+    """Returns the error, or a Ctrl-C raised in ``on_train_end``, with the other failures added as notes."""
     told = next((one for one in (error, *failures) if not isinstance(one, Exception)), error)
     for failure in failures:
         if failure is not told:
@@ -77,7 +77,7 @@ def _noted(error: BaseException, failures: Sequence[BaseException]) -> BaseExcep
 
 
 def _finish_saves(trainer: Trainer, signals: Signals, error: BaseException) -> None:
-    """Waits for the save in flight and, if a signal came, saves for ``resume``; no failure hides the error."""
+    """Waits for the save in flight and, after a signal, saves for ``resume``. Failures become notes of the error."""
     try:
         trainer.setup.finish_saves()
     except Exception as unsaved:

@@ -1,4 +1,4 @@
-"""`Setup`: what a trainer is made of and never changes, checked once."""
+"""`Setup`: the immutable parts of a trainer, checked once."""
 
 import contextlib
 import dataclasses
@@ -35,20 +35,20 @@ from trainer.state import TrainState
 from trainer.types import Batch, EvalParams, ExtensionLike, LogCallback, LossFn, Metrics, NonFinite, StepFn
 
 _BYTES_COMPARED = 256 * 2**20
-"""How much of data in memory the processes compare: a quarter of a second's work. Of more, rows spread over all."""
+"""How much data in memory the processes compare, in a quarter of a second. Of larger data, evenly spread rows."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """How far a call of ``train``, or a sequence of calls of ``train_epoch``, is meant to go.
+    """The planned length of a call to ``train``, or of a sequence of calls to ``train_epoch``.
 
     Attributes:
         first_step: The updates finished when it began.
-        num_steps: Its steps in all; None where they are not known.
-        steps_per_epoch: The steps of an epoch; None where they are not known.
-        first_epoch: The epochs finished when it began; 0 for calls of ``train_epoch``.
-        num_epochs: Its epochs in all. None for calls of ``train_epoch`` where the configuration leaves ``num_epochs``
-            as it is: they end when the caller has had enough.
+        num_steps: The total steps; None if unknown.
+        steps_per_epoch: The steps of an epoch; None if unknown.
+        first_epoch: The epochs finished when it began; 0 for calls to ``train_epoch``.
+        num_epochs: The total epochs. None for calls to ``train_epoch`` if the configuration leaves ``num_epochs`` at
+            its default: the caller decides when to stop.
     """
 
     first_step: int
@@ -59,30 +59,30 @@ class Planned:
 
     @property
     def last_epoch(self) -> int | None:
-        """The epochs finished at its end; None where that is not known."""
+        """The epochs finished at its end; None if unknown."""
         return None if self.num_epochs is None else self.first_epoch + self.num_epochs
 
     @property
     def last_step(self) -> int | None:
-        """The updates finished at its end; None where that is not known."""
+        """The updates finished at its end; None if unknown."""
         return None if self.num_steps is None else self.first_step + self.num_steps
 
 
 @dataclasses.dataclass
 class Live:
-    """What is known of the call in progress, or of the latest. Nothing of it is saved.
+    """The mutable record of the current call, or else of the latest. It is never saved.
 
     Attributes:
-        trainer: The trainer that events are about; a weak reference, since the trainer holds this.
-        is_running: Whether a call of ``train`` or ``train_epoch`` is in progress.
-        validates: Whether it, or the latest, validates on anything.
-        planned: How far it, or the latest, is meant to go; None before the first.
-        meter: Measures the epoch in progress, or the latest.
-        failure: What ended it, in words, if it raised; empty otherwise.
-        has_ended: Whether it came to the end of a run: all epochs, or as many as callbacks wanted.
-        throughput: The speed of the latest epoch.
+        trainer: The trainer passed to events; a weak reference, since the trainer holds this object.
+        is_running: Whether a call to ``train`` or ``train_epoch`` is in progress.
+        validates: Whether the call has validation data.
+        planned: The planned length of the call; None before the first.
+        meter: Measures the throughput of the current or latest epoch.
+        failure: What ended the call, as text, if it raised; empty otherwise.
+        has_ended: Whether the call reached the end of a run: all epochs, or a stop requested by a callback.
+        throughput: The throughput of the latest epoch.
         has_advised: Whether fusing was recommended.
-        has_warned: Whether it was said that the loss is not finite.
+        has_warned: Whether there was a warning that the loss is not finite.
     """
 
     trainer: Callable[[], Any]
@@ -99,7 +99,7 @@ class Live:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Setup:
-    """The parts of a trainer, made by `trainer.fit.assemble`; attributes as the arguments of `trainer.Trainer`."""
+    """The parts of a trainer, built by `trainer.fit.assemble`; attributes named like the arguments of `Trainer`."""
 
     config: TrainingConfig
     loss_fn: LossFn | None
@@ -142,24 +142,24 @@ class Setup:
     live: Live
 
     def agree(self, what: str, parts: Mapping[str, Any], **data: InMemoryData | None) -> None:
-        """Compares with the other processes what all are about to do.
+        """Checks that all processes are about to do the same thing.
 
         Raises:
-            DistributedError: In all processes, if one is about to do something else.
+            DistributedError: In all processes, if one of them differs.
         """
         if self.placement.num_processes > 1:
             prints = {name: None if held is None else held.fingerprint(_BYTES_COMPARED) for name, held in data.items()}
             check_agreement({what: {**parts, **prints}})
 
     def agree_on_run(self, what: str, run: Run, arguments: Mapping[str, Any], **data: InMemoryData | None) -> None:
-        """Compares the arguments of a call, the data and where the run is, before the call does anything."""
+        """Checks that all processes have the same arguments, data and progress, before a call does anything."""
         self.agree(what, {**arguments, "step": run.step, "epoch": run.epoch, "rng": list(self.seed)}, **data)
 
     def agree_on_state(self, run: Run) -> None:
-        """Compares the values of the state with those of the other processes, before a run trains on it.
+        """Checks that replicated arrays of the state are equal in all processes, before a run trains on it.
 
         Raises:
-            DistributedError: In all processes, if arrays that several hold differ.
+            DistributedError: In all processes, if replicated arrays differ.
         """
         if self.placement.num_processes > 1:
             check_replicas(run.with_edits().peek())
@@ -167,7 +167,7 @@ class Setup:
     def in_memory(
         self, data: Any, batch_size: int, name: str, *, mask: bool = True, limit: int | None = None
     ) -> InMemoryData:
-        """Returns data in memory, if it can be used and its full batches can be shared by the devices."""
+        """Returns data in memory, after checking that it is valid and that the devices can share its full batches."""
         held = InMemoryData(data, batch_size, name, pad_to=self.pad_to, mask=mask, limit=limit)
         if held.num_examples >= batch_size or self.pad_to is not None:
             self.placement.check_batch_size(batch_size)
@@ -175,7 +175,7 @@ class Setup:
 
     @property
     def is_limited(self) -> bool:
-        """Whether a run trains on some batches only, the same in every epoch."""
+        """Whether a run trains on only some batches, the same in every epoch."""
         return self.fast_dev_run > 0 or self.overfit_batches is not None
 
     def limited_data(self, data: InMemoryData) -> InMemoryData:
@@ -194,29 +194,29 @@ class Setup:
     def limited_validation(
         self, held_out: Callable[[], Iterator[Batch]] | None, training: Callable[[], Iterator[Batch]]
     ) -> Callable[[], Iterator[Batch]] | None:
-        """Returns what a run validates on: with ``overfit_batches`` the batches that it trains on."""
+        """Returns the validation batches of a run: with ``overfit_batches``, its training batches."""
         return held_out if held_out is None or self.overfit_batches is None else training
 
     def with_mask(self, batch: Any) -> Any:
-        """Returns a single batch with the mask that an objective of padded batches asks for, where they are padded."""
+        """Returns a single batch, with the mask that the objective expects if batches are padded."""
         return batch if self.pad_to is None else with_mask(batch)
 
     def padded(
         self, batches: Iterator[Batch], size: int | None = None, *, mask: bool = True, setting: str | None = None
     ) -> Iterator[Batch]:
-        """Returns the batches of a loader, padded if they are to be; arguments as for `PaddedBatches`."""
+        """Returns the batches of a loader, padded if ``pad_to`` is set; arguments as for `PaddedBatches`."""
         return batches if self.pad_to is None else PaddedBatches(batches, size, mask=mask, setting=setting)
 
     def ahead(
         self, batches: Iterator[Batch], *, may_be_short: bool
     ) -> contextlib.AbstractContextManager[Iterator[Batch]]:
-        """Returns the batches of an epoch or a validation, drawn ahead if they are to be, until the block ends."""
+        """Returns a context manager for the batches of an epoch or validation, prefetched if ``prefetch`` is set."""
         if not self.prefetch or isinstance(batches, Epoch):
             return contextlib.nullcontext(batches)
         return prefetched(batches, self.prefetch, placement=self.placement, may_be_short=may_be_short)
 
     def check_micro_batches(self, data: InMemoryData) -> None:
-        """Checks that every batch of training data has enough examples for the micro-batches of a step.
+        """Checks that every training batch has enough examples for the micro-batches of a step.
 
         Warns if the devices of a mesh cannot share a micro-batch evenly.
 
@@ -245,7 +245,7 @@ class Setup:
                 )
 
     def with_weights(self, run: Run) -> Run:
-        """Returns the run with the weights that the extension objects have now."""
+        """Returns the run with the current weights of the extension objects."""
         if not self.extensions:
             return run
         weights = {name: extension.weight for name, extension in with_losses(self.extensions).items()}
@@ -259,7 +259,7 @@ class Setup:
             name: {**state.extensions[name], "weight": jnp.asarray(weight, state.extensions[name]["weight"].dtype)}
             for name, weight in weights.items()
         }
-        # Entries that are no extension's, as the loss scale, stay.
+        # Other entries, such as the loss scale, are kept.
         state = self.placement.adopt(state.replace(extensions={**state.extensions, **held}))
         return run.with_state(state, step=run.step).replace(weights=weights)
 
@@ -270,7 +270,7 @@ class Setup:
         return run.with_state(state, step=run.step, keeps_position=True)
 
     def horizon_of(self, loader: Any, num_epochs: int | None = None) -> int | None:
-        """Returns the steps of all epochs over a loader, None if its length is not known."""
+        """Returns the number of steps of all epochs over a loader; None if its length is unknown."""
         steps = self.config.steps_per_epoch
         if steps is None and isinstance(loader, Iterable) and isinstance(loader, Sized):
             with contextlib.suppress(TypeError):  # an iterable-style torch loader has no length after all
@@ -279,7 +279,7 @@ class Setup:
         return None if steps is None else steps * num_epochs
 
     def with_horizon(self, run: Run, horizon: int | None) -> Run:
-        """Returns the run with another end of its schedule. Warns if the learning rate jumps.
+        """Returns the run with another end of its learning-rate schedule. Warns if the learning rate jumps.
 
         Raises:
             ConfigError: The schedule cannot end there.
@@ -300,22 +300,22 @@ class Setup:
         return run.replace(horizon=horizon)
 
     def beside(self, run: Run) -> tuple[Run, dict[str, Any]]:
-        """Returns the run with what has to be known of its loader, and what is saved beside it: see `snapshot_run`."""
+        """Returns the run with its loader's position, and what is saved with it: see `snapshot_run`."""
         run, loaders = self._with_positions(run)
         return run, {"info": self._info, "listeners": self.events.state_dict, "loaders": loaders}
 
     def tell_saving(self, path: Path, step: int) -> None:
-        """Tells the loggers of a save that is written, or begun in the background."""
+        """Tells the loggers about a save that was written, or started in the background."""
         self.fanout.log_text("checkpoint", f"saved {path}", step)
         self.tell_saved()
 
     def tell_saved(self) -> None:
-        """Tells the loggers of checkpoints that are complete since the last call; waits for none."""
+        """Tells the loggers about checkpoints completed since the last call; does not wait."""
         for path, step in self.checkpointer.take_complete():
             self.fanout.log_checkpoint(path, step)
 
     def finish_saves(self) -> None:
-        """Waits for the save in flight, and tells the loggers of it; raises what it raised."""
+        """Waits for the save in flight, and tells the loggers about it; raises the exception of the save."""
         try:
             self.checkpointer.wait()
         finally:
@@ -326,7 +326,7 @@ class Setup:
         return {"name": self.config.name, "metadata": self.config.to_dict()["metadata"]}
 
     def without_lost_position(self, run: Run) -> Run:
-        """Returns the run, outside of any data if its loader cannot tell the position: it is over, and worth saving."""
+        """Returns the run, without a position if its loader cannot report it, so that a finished run can be saved."""
         position = run.position
         try:
             if self.placement.num_processes > 1:
@@ -338,7 +338,7 @@ class Setup:
         return run
 
     def _with_positions(self, run: Run) -> tuple[Run, list[Any] | None]:
-        """Returns the run, and the positions of the loaders of all processes where there are several."""
+        """Returns the run, and with several processes the positions of all their loaders."""
         position = run.position
         if self.placement.num_processes == 1 or not isinstance(position, FromLoader):
             return run, None
@@ -346,7 +346,7 @@ class Setup:
         try:
             if isinstance(position.loader, LoaderPass):
                 found = position.loader.position(position.batch)
-        except CheckpointError as error:  # the other processes wait for an answer all the same
+        except CheckpointError as error:  # do not raise yet: the other processes wait in `gathered`
             failure = str(error)
         everyone = gathered([dataclasses.asdict(found), failure])
         for process, (_, problem) in enumerate(everyone):

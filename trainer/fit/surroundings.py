@@ -1,4 +1,4 @@
-"""What a run ran in: the command, the code with its versions, and the devices. No environment variable is looked at."""
+"""The environment of a run: command, code, versions and devices. Environment variables are not read."""
 
 import functools
 import math
@@ -28,7 +28,7 @@ _HIDDEN = "***"
 
 
 def surroundings(devices: Iterable[jax.Device]) -> dict[str, Any]:
-    """Returns what a run on some devices ran in, as plain values."""
+    """Returns the environment of a run on these devices, as plain values."""
     devices = list(devices)
     return {
         "command": without_secrets(sys.argv),
@@ -48,10 +48,10 @@ def surroundings(devices: Iterable[jax.Device]) -> dict[str, Any]:
 
 
 def without_secrets(arguments: Sequence[str]) -> list[str]:
-    """Returns the words of a command line, ``***`` in place of what looks like a password or a token.
+    """Returns the words of a command line, with ``***`` in place of anything that looks like a password or token.
 
-    That is the value of an option whose name ends like one (``--api-key=…``, ``--token …``, ``auth.password=…``), what
-    begins as the tokens of well-known services do, and a login in an address. Anything else is kept.
+    That is the value of an option whose name suggests a secret (``--api-key=…``, ``--token …``, ``auth.password=…``),
+    a value with the prefix of a well-known service's tokens, or the login in a URL. Anything else is kept.
 
     Example:
         >>> without_secrets(["train.py", "--lr", "1", "--api-key", "abc", "db.password=x", "http://me:pw@host/"])
@@ -71,12 +71,12 @@ def without_secrets(arguments: Sequence[str]) -> list[str]:
 
 
 def is_secret(name: str) -> bool:
-    """Tells whether a name is that of a password or a token."""
+    """Returns whether a name is that of a password or token."""
     return _SECRET_NAME.search(name) is not None
 
 
 def as_json(value: Any, depth: int = 0) -> Any:
-    """Returns values that JSON has, for people: what it lacks as text, and no secrets under names that tell them."""
+    """Returns a value as JSON types: other types become text, and secrets (by name or form) are masked."""
     if isinstance(value, Mapping) and depth < 20:
         return {
             str(key): _HIDDEN if is_secret(str(key)) and inner else as_json(inner, depth + 1)
@@ -93,12 +93,12 @@ def _masked(text: str) -> str:
     return _LOGIN.sub(_HIDDEN, _SECRET_VALUE.sub(_HIDDEN, text))
 
 
-@functools.lru_cache(maxsize=8)  # the code that runs is that of the first look
+@functools.lru_cache(maxsize=8)  # the running code is that of the first call
 def git_state(directory: str) -> tuple[tuple[str, Any], ...]:
-    """Returns pairs of the commit of the repository that a directory is in, and whether tracked files differ from it.
+    """Returns the commit and branch of the repository around a directory, and whether tracked files differ, as pairs.
 
-    Empty without a repository, without git, or where it takes more than two seconds. It writes nothing, and runs no
-    program that a repository asks for.
+    Empty without a repository, without git, or if git takes more than two seconds. It writes nothing, and runs no
+    program configured by the repository.
     """
     if not any((parent / ".git").exists() for parent in (Path(directory), *Path(directory).parents)):
         return ()

@@ -1,4 +1,4 @@
-"""Warnings of settings that do nothing, since an `optimizer`, a `step_fn` or an argument of `train` overrides them."""
+"""Warnings about settings overridden by an `optimizer`, a `step_fn` or an argument of `train`."""
 
 import dataclasses
 from typing import Any
@@ -10,7 +10,7 @@ from trainer.errors import warn
 
 
 def warn_beside_optimizer(config: TrainingConfig) -> None:
-    """Warns of what an `optimizer` replaces. Its name and rate are required, so they may be there for no reason."""
+    """Warns about settings that an `optimizer` overrides, except name and rate, which a configuration must have."""
     if config.scheduler is not None and config.scheduler.scheduler_type != "none":
         warn(
             "`training_config.scheduler` does nothing, because an `optimizer` was given; put the schedule into "
@@ -26,7 +26,7 @@ def warn_beside_optimizer(config: TrainingConfig) -> None:
 
 
 def warn_beside_own_step(config: TrainingConfig, optimizer: Any, wrt: Any) -> None:
-    """Warns of what a `step_fn` and a state replace together: what is trained, and by which optimizer."""
+    """Warns about settings that a `step_fn` and a state override together: the optimizer, and what it trains."""
     given = {
         "optimizer": optimizer is not None,
         "wrt": wrt is not nnx.Param,
@@ -41,7 +41,7 @@ def warn_beside_own_step(config: TrainingConfig, optimizer: Any, wrt: Any) -> No
 
 
 def warn_of_overridden(config: TrainingConfig, save_interval: int | None, num_epochs: int, batch_size: int) -> None:
-    """Warns of what the configuration says and `train` does not do, because an argument says otherwise."""
+    """Warns about settings of the configuration that arguments of `train` override."""
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     decided: dict[str, tuple[int | None, str]] = {
         "num_epochs": (num_epochs, "the argument of train()"),

@@ -15,6 +15,11 @@ from trainer import BatchError, InMemoryData
 from trainer.batches import batch_length, check_batch, checked_batch, checked_data, describe, summarize
 
 
+@dataclasses.dataclass
+class Unregistered:
+    x: object
+
+
 class Frame:
     """Has a shape and no dtype, like a data frame."""
 
@@ -40,6 +45,11 @@ UNUSABLE = [
     refused([[[0.5]]], IS_A_LIST),
     refused("abc", "is of type str, not an array"),
     refused(Frame(), "is of type Frame, not an array"),
+    refused(
+        Unregistered(ONES),
+        "is of type Unregistered, not an array; make a tree of it with @jax.tree_util.register_dataclass, above its "
+        "@dataclasses.dataclass",
+    ),
     refused(np.array(["u", "v", "w"]), "has dtype <U1, which no model can take"),
     refused(np.array([None, 1, "x"]), "has dtype object, which no model can take"),
     refused(np.zeros(3, "datetime64[D]"), "has dtype datetime64[D], which no model can take"),

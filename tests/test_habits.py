@@ -22,6 +22,7 @@ from trainer import (
     SchedulerConfig,
     Trainer,
     TrainingConfig,
+    load_state,
     save_state,
 )
 from trainer.core.checks import check_count, did_you_mean
@@ -415,3 +416,39 @@ class TestColumnsInAList:
         trainer = make(tmp_path / "widths", loss_fn=of_any_width)
         trainer.train([rows[:8], np.tile(rows[:8], 2)], 1, 8)
         assert trainer.step == 2
+
+
+class TestPaths:
+    def test_the_home_directory(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        trainer = make("~/runs/a", checkpoint_dir="~/saved", save_interval=None)
+        trainer.train(regression(8), 1, 8)
+        assert [path.name for path in (tmp_path / "saved").iterdir()] == ["checkpoint_1.msgpack"]
+        assert (tmp_path / "runs" / "a" / "run.json").exists()
+        assert make(None, config(checkpoint_dir="~/c")).checkpoint_dir == tmp_path / "c"
+        assert make("a/b").workdir == "a/b"
+
+    def test_the_directory_of_a_run_is_its_newest_checkpoint(self, tmp_path):
+        data, (one, two) = regression(32), (tmp_path / "one", tmp_path / "two")
+        trainer = make(one, save_interval=3)
+        trainer.train(data, 1, 8)
+        loaded = make(two)
+        loaded.load_checkpoint(one)
+        assert loaded.step == 4
+        assert load_state(one, make(two).state).step == 4
+        resumed, whole = make(two), make(tmp_path / "whole")
+        assert resumed.train(data, 2, 8, resume=one) == whole.train(data, 2, 8)
+        (one / "checkpoint_4.msgpack").write_bytes(b"damaged")
+        with pytest.warns(UserWarning, match="checkpoint_4.msgpack"):
+            loaded.load_checkpoint(one)
+        assert loaded.step == 3
+
+
+class TestNumbersInAState:
+    def test_a_step_that_is_set_to_a_number(self, tmp_path):
+        trainer = make(tmp_path)
+        trainer.train(regression(32), 1, 8)
+        trainer.state = trainer.state.replace(step=0)
+        assert (trainer.step, trainer.state.step.dtype) == (0, jnp.int32)
+        trainer.train(regression(32), 1, 8)
+        assert trainer.step == 4

@@ -366,5 +366,5 @@ class Trainer(Inspection):
     def state(self, state: TrainState) -> None:
         if not isinstance(state, TrainState):
             raise ArgumentTypeError(f"`state` is of type {type(state).__name__}; it must be a trainer.TrainState.")
-        state = self.setup.placement.adopt(state)
+        state = self.setup.placement.adopt(self.run.with_arrays(state))
         self.hold(self.run.with_state(state, keeps_position=self.setup.live.is_running))

@@ -5,6 +5,7 @@ they do not (for example points inside a domain and on its boundary), the batch 
 objective reports a ``batch_weight``.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -172,7 +173,10 @@ def _problem(leaf: Any, *, is_data: bool) -> str | None:
                 f"is a {type(leaf).__name__}, which gives examples by their index; pass a loader of batches, such as "
                 f"torch.utils.data.DataLoader(...) or grain.MapDataset.source(...).shuffle(seed=0).batch(...)"
             )
-        return f"is of type {type(leaf).__name__}, not an array"
+        hint = ""
+        if dataclasses.is_dataclass(leaf):
+            hint = "; make a tree of it with @jax.tree_util.register_dataclass, above its @dataclasses.dataclass"
+        return f"is of type {type(leaf).__name__}, not an array{hint}"
     if (why := _problem_of_dtype(leaf.dtype)) is not None:
         return why
     if is_data and not leaf.shape:

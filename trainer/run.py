@@ -248,6 +248,17 @@ class Run:
         replaced = self._consumed if self._given is None else [self._given[0], jax.tree.leaves(self._given[0])]
         return self.replace(**changes, _given=[state, jax.tree.leaves(state)], _consumed=replaced, _cached=[])
 
+    def with_arrays(self, state: TrainState) -> TrainState:
+        """Returns a state whose Python numbers, as in ``state.replace(step=0)``, are arrays of the dtypes held here."""
+        leaves, treedef = jax.tree.flatten(state)
+        if treedef != self._layout.treedef or all(hasattr(leaf, "dtype") for leaf in leaves):
+            return state
+        held = jax.tree.leaves(self.peek())
+        pairs = zip(leaves, held, strict=True)
+        arrays = [leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf, one.dtype) for leaf, one in pairs]
+        after: TrainState = jax.tree.unflatten(treedef, arrays)
+        return after
+
     def with_edits(self) -> Self:
         """Returns the run with the caller's assignments to the containers of its `state` applied.
 

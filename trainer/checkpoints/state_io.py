@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from trainer.checkpoints.file_format import DTYPES, Leaf
-from trainer.checkpoints.listing import Entry, entries_in, open_named
+from trainer.checkpoints.listing import Entry, entries_in, names_in, open_named
 from trainer.checkpoints.open import Source, describe, open_source, read_progress
 from trainer.checkpoints.saving import is_multiprocess_state, take_snapshot, write_snapshot
 from trainer.checkpoints.weights_files import WEIGHTS, WeightsFile
@@ -86,7 +86,7 @@ def load_state(
             the reference implementation, or a weights file (``.safetensors``, ``.npz``). The contents
             decide the format, not the name. Weights files leave the other fields as in ``like``, and a
             warning names them. Nothing in a pickle is executed, but it has no checksums; save it again
-            in our format.
+            in our format. Of a directory of checkpoints, the newest undamaged one.
         like: A state of the same model, optimizer and extensions. Its values are used only for what is not
             loaded; if everything is loaded, it may be donated. Its sharding may differ from that of the
             saved state. If it spans several processes, all must load at the same point, and a failure in
@@ -103,8 +103,9 @@ def load_state(
             every array that does not fit is named.
         ArgumentError: ``only`` has a name that is not a field of the state.
     """
-    path = Path(path)
-    fields = _fields_to_load(only)
+    path, fields = Path(path), _fields_to_load(only)
+    if names_in(path):
+        path = latest_checkpoint(path) or path
 
     def load(agreement: AllOrNone | None) -> tuple[TrainState, str]:
         with open_source(path, like, agreement) as source:
@@ -124,6 +125,8 @@ def load_with_progress(path: str | os.PathLike[str], like: TrainState) -> Loaded
             not depend on ``like``.
     """
     path = Path(path)
+    if names_in(path) and (latest := load_latest(path, like)) is not None:
+        return latest
 
     def load(agreement: AllOrNone | None) -> Loaded:
         with open_source(path, like, agreement) as source:

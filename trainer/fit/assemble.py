@@ -150,6 +150,7 @@ def assemble(
     events = CallbackDispatcher(
         without_savers(callbacks) if dry else callbacks, extensions, progress_for(progress, callbacks)
     )
+    workdir, checkpoint_dir, configured_dir = map(_in_home, (workdir, checkpoint_dir, training_config.checkpoint_dir))
     placement = placement_of(mesh, partition_rules)
     rng = as_key(0 if rng is None else rng)
     precision = as_precision(precision)
@@ -174,9 +175,7 @@ def assemble(
 
     evaluating: dict[str, Any] = {"eval_params": eval_params, "precision": precision}
     default_directory = TrainingConfig.checkpoint_dir
-    checkpointer = Checkpointer(
-        Path(checkpoint_dir or workdir or training_config.checkpoint_dir), training_config.max_checkpoints
-    )
+    checkpointer = Checkpointer(checkpoint_dir or workdir or configured_dir, training_config.max_checkpoints)
     setup = Setup(
         config=training_config,
         loss_fn=loss_fn,
@@ -407,6 +406,11 @@ def _fanout(
         return MetricFanout(None, None, ())
     owned = [WandbLogger(project=config.wandb_project, name=config.name)] if config.use_wandb else []
     return MetricFanout(log_callback, metrics_logger, [*loggers, *owned], owned)
+
+
+def _in_home(path: Any) -> Any:
+    """Returns a path that begins with ``~`` as one in the home directory, and any other as it is."""
+    return Path(path).expanduser() if path is not None and os.fspath(path).startswith("~") else path
 
 
 def _check_config(config: Any) -> None:

@@ -17,6 +17,7 @@ from trainer import (
     ArgumentTypeError,
     Callback,
     ConfigError,
+    MetricsLogger,
     ObjectiveError,
     OptimizerConfig,
     SchedulerConfig,
@@ -452,3 +453,28 @@ class TestNumbersInAState:
         assert (trainer.step, trainer.state.step.dtype) == (0, jnp.int32)
         trainer.train(regression(32), 1, 8)
         assert trainer.step == 4
+
+
+class TestDestinations:
+    def test_a_log_callback_of_other_arguments_is_told_at_once(self, tmp_path):
+        with pytest.raises(
+            ArgumentTypeError, match=r"`log_callback` takes \(step, metrics\), and is called as"
+        ):
+            make(tmp_path, log_callback=lambda step, metrics: None)
+
+    def test_a_metrics_logger_may_have_some_of_the_methods(self, tmp_path):
+        class Training:
+            def __init__(self):
+                self.steps = []
+
+            def log_training_metrics(self, metrics, *, step):
+                self.steps.append(step)
+
+        logger = Training()
+        make(tmp_path, metrics_logger=logger).train(regression(32), 1, 8, regression(8))
+        assert logger.steps == [1, 4]
+
+    @pytest.mark.parametrize(("given", "what"), [({}, "of type dict"), (MetricsLogger, "the class MetricsLogger")])
+    def test_what_is_none_is_refused(self, given, what, tmp_path):
+        with pytest.raises(ArgumentTypeError, match=f"`metrics_logger` is {what}; it must have methods of trainer"):
+            make(tmp_path, metrics_logger=given)

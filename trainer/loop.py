@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from trainer.compile.dispatch import CompiledStep, DispatchPlan, explain_lost_state
-from trainer.data.loaders import no_batch
+from trainer.data.loaders import check_loader, no_batch
 from trainer.data.memory import Epoch
 from trainer.data.padding import PaddedBatches
 from trainer.data.prefetching import Prefetched
@@ -117,7 +117,7 @@ def run_epoch(
             f"CompiledStep(make_train_step(loss_fn, optimizer)), which compiles it by itself."
         )
     placement = SingleDevice() if placement is None else placement
-    batches = iter(batches)
+    batches = _iterator(batches)
     if plan is None:
         plan = plan_dispatch(step, run, batches, sync_every=sync_every, placement=placement, fuse=each is None)
     meter = Meter(plan.flops) if meter is None else meter
@@ -264,7 +264,7 @@ def evaluate(
         check: Called after each batch, for signals; an exception that it raises ends the evaluation.
     """
     placement = SingleDevice() if placement is None else placement
-    average, batches, index = WeightedAverage(), iter(batches), 0
+    average, batches, index = WeightedAverage(), _iterator(batches), 0
     while (taken := _next_batch(batches, index, placement)) is not None:
         batch, examples = taken
         average.add(evaluate_batch(eval_step, state, batch, index, placement), examples)
@@ -313,7 +313,7 @@ def predict(
             in shape beyond the first dimension.
     """
     placement = SingleDevice() if placement is None else placement
-    batches = iter(batches)
+    batches = _iterator(batches)
     parts: list[Any] = []
     in_flight: collections.deque[tuple[Any, int | None]] = collections.deque()
     while (taken := _next_batch(batches, len(parts) + len(in_flight), placement)) is not None:
@@ -325,6 +325,12 @@ def predict(
     if not parts:
         raise no_batch("batches")
     return jax.tree.map(_joined, *parts)
+
+
+def _iterator(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Opens an iterable of batches; raises `ArgumentTypeError` for data, whose iterator yields keys or rows."""
+    check_loader(batches, "batches")
+    return iter(batches)
 
 
 def _called(step: Callable[..., Any], placement: Placement, state: TrainState, *arguments: Any) -> Any:

@@ -274,8 +274,8 @@ class TestHandlers:
         with pytest.raises(ArgumentTypeError) as caught:
             as_callback_list([EarlyStopping(), self.OfKeras()])
         assert str(caught.value) == (
-            "`callbacks[1]` of type OfKeras has on_epoch_end(epoch, logs=None), which is called as "
-            "on_epoch_end(trainer, epoch, logs): too many positional arguments."
+            "`callbacks[1].on_epoch_end` takes (epoch, logs=None), and is called as on_epoch_end(trainer, epoch, logs):"
+            " too many positional arguments."
         )
 
     def test_a_method_of_another_library(self):

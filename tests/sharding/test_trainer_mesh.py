@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from tests.marks import slow_unless
 from tests.problems import config
+from tests.test_api import assert_same_bits
 from trainer import (
     ArgumentError,
     ArgumentTypeError,
@@ -23,11 +24,15 @@ from trainer import (
     MetricsLogger,
     Trainer,
     TrainState,
+    batch_sharding,
     create_sharded,
+    jit_step,
     latest_checkpoint,
     make_mesh,
+    make_train_step,
+    partition,
 )
-from trainer.sharding import bytes_per_device
+from trainer.sharding import bytes_per_device, shardings_of
 
 EXAMPLES, BATCH = 90, 16  # five full batches, and one of ten examples, which eight devices cannot share
 
@@ -230,17 +235,40 @@ class TestState:
         assert trainer.model(data()["input"]).shape == (EXAMPLES, 256)
 
 
+class TestAxesOfTypeExplicit:
+    """Those of `jax.make_mesh`, unless it is told otherwise."""
+
+    def test_a_trainer_gives_the_bits_of_a_mesh_of_ours(self, tmp_path):
+        mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Explicit,) * 3)
+        ours = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+        trainers = [
+            Trainer(
+                Perceptron(nnx.Rngs(0)), config(), loss_fn=objective, workdir=tmp_path / str(index), mesh=one,
+                partition_rules=RULES,
+            )
+            for index, one in enumerate((mesh, ours))
+        ]  # fmt: skip
+        for trainer in trainers:
+            trainer.train(data(), 2, BATCH)
+        assert_same_bits(*(trainer.state for trainer in trainers))
+        assert trainers[0].predict(data(), BATCH).shape == (EXAMPLES, 256)
+
+    def test_a_state_is_created_partitioned_and_trained(self):
+        mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Explicit,))
+        optimizer = optax.adam(1e-3)
+        state = create_sharded(Perceptron, optimizer, rng=0, mesh=mesh)
+        step = jit_step(make_train_step(objective, optimizer), state, batch_sharding(mesh))
+        state, metrics = step(state, data(16))
+        assert np.isfinite(float(metrics["loss"]))
+        assert shardings_of(state) == partition(state, make_mesh({"fsdp": 8}))
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         ("arguments", "kind", "message"),
         [
             (lambda: {"mesh": 8}, ArgumentTypeError, "`mesh` is of type int; it must be a jax.sharding.Mesh"),
             (lambda: {"partition_rules": RULES}, ArgumentError, "`partition_rules` were given without a `mesh`"),
-            (
-                lambda: {"mesh": jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))},
-                ArgumentError,
-                "the compiler partitions over axes of type Auto only",
-            ),
             (
                 lambda: {"mesh": make_mesh({"data": 8}), "partition_rules": RULES},
                 ArgumentError,

@@ -31,7 +31,7 @@ from operator import is_
 from types import MappingProxyType
 from typing import Any
 
-from trainer.core.checks import did_you_mean
+from trainer.core.checks import check_call, did_you_mean
 from trainer.errors import ArgumentTypeError, warn
 
 EVENTS = (
@@ -315,21 +315,9 @@ def check_handlers(callback: Any, name: str) -> None:
     if unknown:
         warn(f"`{name}` of type {kind.__name__} has methods that no event calls: {', '.join(unknown)}")
     for event in EVENTS:
-        if not handles(callback, event):
-            continue
-        called = inspect.signature(getattr(Callback, event))
-        wanted = [parameter for parameter in called.parameters if parameter != "self"]
-        try:
-            signature = inspect.signature(getattr(callback, event))
-        except (TypeError, ValueError):  # of a function without a signature
-            continue
-        try:
-            signature.bind(*wanted)
-        except TypeError as error:
-            raise ArgumentTypeError(
-                f"`{name}` of type {kind.__name__} has {event}{signature}, which is called as "
-                f"{event}({', '.join(wanted)}): {error}."
-            ) from None
+        if handles(callback, event):
+            called = [one for one in inspect.signature(getattr(Callback, event)).parameters if one != "self"]
+            check_call(getattr(callback, event), f"{name}.{event}", f"{event}({', '.join(called)})", *called)
 
 
 def _in_our_words(method: str) -> str:

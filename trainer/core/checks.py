@@ -1,8 +1,9 @@
 """Argument checks and message hints shared by several modules."""
 
 import contextlib
+import inspect
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from typing import Any
 
@@ -46,6 +47,28 @@ def check_interval(value: Any, name: str) -> int | None:
         return check_count(value, name)
     except ArgumentError as error:
         raise type(error)(f"{str(error).removesuffix('.')}, or None for never.") from None
+
+
+def check_call(function: Callable[..., Any], name: str, call: str, *args: Any, **kwargs: Any) -> None:
+    """Checks that a callable takes the arguments that it will be called with. One without a signature passes.
+
+    Args:
+        function: The callable.
+        name: The argument that it came in, for the message.
+        call: How it is called, for the message.
+        *args, **kwargs: Stand for the arguments.
+
+    Raises:
+        ArgumentTypeError: It does not take them.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise ArgumentTypeError(f"`{name}` takes {signature}, and is called as {call}: {error}.") from None
 
 
 def check_number(value: Any, name: str) -> float:

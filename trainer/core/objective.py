@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from trainer.batches import summarize
+from trainer.core.checks import check_call
 from trainer.core.modes import in_training_mode
 from trainer.core.module_views import View
 from trainer.core.nnx_bridge import Flat, refuse_changed_attributes, static_attributes, variables_of, with_variables
@@ -231,16 +232,7 @@ def check_loss_fn(loss_fn: Any) -> None:
             f"`loss_fn` is of type {type(loss_fn).__name__}; it must be a callable "
             f"loss_fn(model, batch, rng, step) -> (loss, metrics)."
         )
-    try:
-        signature = inspect.signature(loss_fn)
-    except (TypeError, ValueError):  # a function without a signature
-        return
-    try:
-        signature.bind(None, None, None, None)
-    except TypeError as error:
-        raise ArgumentTypeError(
-            f"`loss_fn` takes {signature}, and is called as loss_fn(model, batch, rng, step), by position: {error}."
-        ) from None
+    check_call(loss_fn, "loss_fn", "loss_fn(model, batch, rng, step), by position", None, None, None, None)
 
 
 def with_losses(extensions: Mapping[str, Any]) -> dict[str, ExtensionLike]:

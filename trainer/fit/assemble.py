@@ -22,7 +22,7 @@ from trainer.compile.dispatch import CompiledStep
 from trainer.config import TrainingConfig, make_optimizer, make_schedule
 from trainer.config.schedules import check_horizon, needs_horizon
 from trainer.core.averaged_params import resolve_eval_params
-from trainer.core.checks import check_bool, check_count, check_interval
+from trainer.core.checks import check_bool, check_call, check_count, check_interval
 from trainer.core.learning_rate import plateau_scale
 from trainer.core.modes import evaluated_as_a_whole
 from trainer.core.module_views import check_view, combined
@@ -41,7 +41,7 @@ from trainer.fit.fingerprint import fingerprints_of
 from trainer.fit.setup import Live, Setup
 from trainer.fit.unused_settings import warn_beside_optimizer, warn_beside_own_step
 from trainer.loggers.base import Logger, MetricsLoggerLike, names_checked
-from trainer.loggers.fanout import MetricFanout, as_loggers
+from trainer.loggers.fanout import MetricFanout, as_loggers, check_metrics_logger
 from trainer.loggers.wandb import WandbLogger
 from trainer.run import Run
 from trainer.sharding.placement import Placement, placement_of
@@ -137,6 +137,10 @@ def assemble(
     objective = objective if pad_to is None else requiring_weight(objective)
     if log_callback is not None and not callable(log_callback):
         raise ArgumentTypeError(f"`log_callback` is of type {type(log_callback).__name__}; it must be callable.")
+    if log_callback is not None:
+        check_call(log_callback, "log_callback", 'log_callback(step, metrics, prefix="train")', 0, {}, prefix="train")
+    if metrics_logger is not None:
+        check_metrics_logger(metrics_logger)
     save_interval = check_interval(save_interval, "save_interval")
     dry = int(fast_dev_run) if isinstance(fast_dev_run, bool) else check_count(fast_dev_run, "fast_dev_run")
     if overfit_batches is not None:

@@ -9,14 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from trainer.errors import ObjectiveError, warn
+from trainer.errors import ArgumentTypeError, ObjectiveError, warn
 from trainer.loggers.base import Logger, MetricsLoggerLike, check_logger, prefixed
 from trainer.metrics.average import WeightedAverage, read
 from trainer.metrics.throughput import Throughput
 from trainer.types import LogCallback
 
-_OPTIONAL = ("log_checkpoint", "rewind")
-"""Methods that a logger may lack."""
+_METRICS = ("log_training_metrics", "log_validation_metrics", "log_test_metrics")
+
+_OPTIONAL = ("log_checkpoint", "rewind", *_METRICS)
+"""Methods that a logger or a metrics logger may lack."""
 
 _MOST_ENTRIES = 64
 """Loggers get the entries of arrays with at most this many; the history has them all."""
@@ -214,6 +216,19 @@ def as_loggers(given: Any) -> list[Logger]:
     if not isinstance(given, list | tuple):
         return [check_logger(given, "logger")]
     return [check_logger(logger, f"logger[{index}]") for index, logger in enumerate(given)]
+
+
+def check_metrics_logger(given: Any) -> None:
+    """Checks that a metrics logger has a method to call.
+
+    Raises:
+        ArgumentTypeError: It is a class, or has no method of `trainer.MetricsLogger`.
+    """
+    if isinstance(given, type) or not any(callable(getattr(given, name, None)) for name in _METRICS):
+        what = f"the class {given.__name__}" if isinstance(given, type) else f"of type {type(given).__name__}"
+        raise ArgumentTypeError(
+            f"`metrics_logger` is {what}; it must have methods of trainer.MetricsLogger: {', '.join(_METRICS)}."
+        )
 
 
 class AllLoggers(Logger):

@@ -11,7 +11,7 @@ from flax.core import spmd
 from jax.sharding import Mesh, PartitionSpec
 
 from trainer.errors import ArgumentTypeError
-from trainer.sharding.mesh import Axes
+from trainer.sharding.mesh import Axes, with_auto_axes
 from trainer.sharding.partition import MIN_SIZE, partition, shardings_of
 from trainer.state import TrainState, as_key, check_model, check_optimizer
 from trainer.types import ExtensionLike, NonFinite
@@ -133,5 +133,5 @@ def _abstract_init(
 def _logical_axis_rules(mesh: Mesh, logical_axes: Mapping[str, Axes] | None) -> Iterator[None]:
     """Sets the mesh and axis rules for Flax, which places variables with named dimensions on creation."""
     rules = {**dict(spmd.get_logical_axis_rules()), **(logical_axes or {})}
-    with jax.set_mesh(mesh), spmd.logical_axis_rules(tuple(rules.items())):
+    with jax.set_mesh(with_auto_axes(mesh)), spmd.logical_axis_rules(tuple(rules.items())):
         yield

@@ -61,6 +61,17 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = No
     return jax.make_mesh(sizes, tuple(axes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
 
 
+def with_auto_axes(mesh: Mesh) -> Mesh:
+    """Returns a mesh with every axis of type `Auto`, over which the compiler partitions.
+
+    ``jax.make_mesh`` makes axes of type `Explicit` by default, which put shardings into the types of arrays. A model
+    needs no such types here: rules and propagation decide.
+    """
+    if all(kind == AxisType.Auto for kind in mesh.axis_types):
+        return mesh
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
 def batch_sharding(mesh: Mesh, axes: Axes = BATCH_AXES, *others: Axes) -> NamedSharding:
     """Returns the sharding of a batch. Axes missing from the mesh are ignored.
 
@@ -81,7 +92,7 @@ def batch_sharding(mesh: Mesh, axes: Axes = BATCH_AXES, *others: Axes) -> NamedS
     split = [tuple(name for name in as_tuple(entry) if name in mesh.axis_names) or None for entry in (axes, *others)]
     while split and split[-1] is None:
         split.pop()
-    return NamedSharding(mesh, PartitionSpec(*split))
+    return NamedSharding(with_auto_axes(mesh), PartitionSpec(*split))
 
 
 def check_batch_fits(batch: Batch, sharding: Any) -> None:

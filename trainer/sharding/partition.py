@@ -21,7 +21,7 @@ from trainer.core.checks import did_you_mean
 from trainer.core.path_patterns import check_pattern, matches, matches_nothing
 from trainer.core.tree_paths import leaf_path
 from trainer.errors import ArgumentError, ArgumentTypeError
-from trainer.sharding.mesh import Axes, as_tuple
+from trainer.sharding.mesh import Axes, as_tuple, with_auto_axes
 from trainer.state import TrainState
 
 FSDP_AXIS = "fsdp"
@@ -85,7 +85,7 @@ def partition(
         >>> partition(shapes, mesh, {"dense/.*": PartitionSpec(None, "tensor")})["dense"]["kernel"].spec
         P(None, 'tensor')
     """
-    rules = _check_rules(rules)
+    mesh, rules = with_auto_axes(mesh), _check_rules(rules)
     unknown = _unknown_axes(rules, mesh)
     leaves = {_keys(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
     problems = list(unknown.values())

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trainer.batches import checked_batch, summarize
 from trainer.data.host_arrays import flat_copy, private_copy
@@ -22,7 +22,7 @@ from trainer.data.memory import Epoch, dtype_in_jax
 from trainer.errors import ArgumentError, ArgumentTypeError, BatchError, warn
 from trainer.sharding.arrays import gather_rows, to_global
 from trainer.sharding.create import create_sharded
-from trainer.sharding.mesh import BATCH_AXES, batch_sharding, multiples_near
+from trainer.sharding.mesh import BATCH_AXES, batch_sharding, multiples_near, with_auto_axes
 from trainer.sharding.partition import partition
 from trainer.state import TrainState
 from trainer.types import Batch
@@ -204,7 +204,7 @@ class OverMesh:
 
     def __init__(self, mesh: Mesh, rules: Mapping[str, PartitionSpec] | None) -> None:
         _check_mesh(mesh)
-        self.mesh, self._rules = mesh, rules
+        self.mesh, self._rules = mesh, rules = with_auto_axes(mesh), rules
         self._single = SingleDevice() if mesh.size == 1 else None
         self._axes = tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
         self._shards = _parts(mesh, self._axes)
@@ -424,11 +424,6 @@ def _check_mesh(mesh: Any) -> None:
         raise ArgumentTypeError(
             f"`mesh` is of type {type(mesh).__name__}; it must be a jax.sharding.Mesh, such as "
             f"trainer.make_mesh({{'data': -1}})."
-        )
-    if any(kind != AxisType.Auto for kind in mesh.axis_types):
-        raise ArgumentError(
-            f"`mesh` has the axis types {mesh.axis_types}; the compiler partitions over axes of type Auto only, such "
-            f"as those of trainer.make_mesh."
         )
     absent = set(range(jax.process_count())) - {device.process_index for device in mesh.devices.flat}
     if absent:

@@ -50,7 +50,7 @@ class StepFn(Protocol):
     """A step of your own: any pure function that advances a training state by one step."""
 
     def __call__(self, state: Any, batch: Batch, /) -> tuple[Any, Mapping[str, Any]]:
-        """Returns the next state and scalar metrics; it is traced.
+        """Returns the next state and the metrics; it is traced.
 
         Args:
             state: A `trainer.TrainState`. Its fields may hold what you put there: ``opt_state`` the states of two
@@ -58,8 +58,8 @@ class StepFn(Protocol):
             batch: The batch.
 
         Returns:
-            The state with the same structure, shapes and dtypes, and a ``step`` that is larger by one; and the
-            metrics, of which ``loss`` is the one that is watched for NaN.
+            The state with the same structure, shapes and dtypes, and a ``step`` that is larger by one; and metrics of
+            the kinds that a `LossFn` reports, of which ``loss`` is the one that is watched for NaN.
         """
         ...
 

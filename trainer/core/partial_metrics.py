@@ -181,8 +181,8 @@ class NnxMetric(PartialMetric):
         return dataclasses.replace(self, values=_split(metrics[0])[1])
 
 
-def partial_metrics(name: str, value: Any) -> dict[str, PartialMetric] | None:
-    """Returns a metric of an objective as what it contributes, under the names to report; None for a scalar.
+def partial_metrics(name: str, value: Any, source: str = "loss_fn") -> dict[str, PartialMetric] | None:
+    """Returns a metric that ``source`` returned as what it contributes, under the names to report; None for a scalar.
 
     Raises:
         ObjectiveError: It cannot be merged, or computes no array.
@@ -194,24 +194,24 @@ def partial_metrics(name: str, value: Any) -> dict[str, PartialMetric] | None:
         if pair.value.shape == pair.weight.shape == ():
             return {name: pair}
         raise ObjectiveError(
-            f"`loss_fn` returned a metric `{name}` of shapes {pair.value.shape} and {pair.weight.shape}; a pair is a "
+            f"`{source}` returned a metric `{name}` of shapes {pair.value.shape} and {pair.weight.shape}; a pair is a "
             f"scalar and its weight. Means by entry are trainer.vector(values, weights)."
         )
     if isinstance(value, nnx.metrics.MultiMetric):
         parts: dict[str, PartialMetric] = {}
         for part in names_of_metrics(value):
-            parts |= partial_metrics(part, getattr(value, part)) or {}
+            parts |= partial_metrics(part, getattr(value, part), source) or {}
         return parts
     if isinstance(value, nnx.Metric):
-        return _of_nnx(name, value)
+        return _of_nnx(name, value, source)
     if not (callable(getattr(value, "merge", None)) and callable(getattr(value, "compute", None))):
         return None
     if jax.tree_util.all_leaves([value]):
         raise ObjectiveError(
-            f"`loss_fn` returned a metric `{name}` of type {type(value).__name__}, which has merge() and compute() but "
-            f"is no pytree; register it, or derive it from flax.struct.PyTreeNode."
+            f"`{source}` returned a metric `{name}` of type {type(value).__name__}, which has merge() and compute() "
+            f"but is no pytree; register it, or derive it from flax.struct.PyTreeNode."
         )
-    return {name: _checked(name, Mergeable(jax.tree.map(jnp.asarray, value)))}
+    return {name: _checked(name, Mergeable(jax.tree.map(jnp.asarray, value)), source)}
 
 
 def merged_over_axis(metric: PartialMetric, axis_name: Any, weight: Any = None) -> PartialMetric:
@@ -246,24 +246,24 @@ def merged(stacked: PartialMetric, count: int, where: Any = None) -> PartialMetr
     return total
 
 
-def _of_nnx(name: str, metric: Any) -> dict[str, PartialMetric]:
+def _of_nnx(name: str, metric: Any, source: str) -> dict[str, PartialMetric]:
     if not _can_merge(metric):
         raise ObjectiveError(
-            f"`loss_fn` returned a metric `{name}` of type {type(metric).__name__}, whose parts cannot be put "
+            f"`{source}` returned a metric `{name}` of type {type(metric).__name__}, whose parts cannot be put "
             f"together; give it a method merge(other), or report (value, weight)."
         )
     graphdef, values = _split(metric)
     if isinstance(metric, nnx.metrics.Welford):
         fields = [field.name for field in dataclasses.fields(nnx.metrics.Statistics)]
         return {f"{name}_{field}": NnxMetric(values, graphdef, field) for field in fields}
-    return {name: _checked(name, NnxMetric(values, graphdef, None))}
+    return {name: _checked(name, NnxMetric(values, graphdef, None), source)}
 
 
-def _checked(name: str, metric: PartialMetric) -> PartialMetric:
+def _checked(name: str, metric: PartialMetric, source: str) -> PartialMetric:
     computed = jax.eval_shape(lambda: metric.compute())
     if not hasattr(computed, "shape"):
         raise ObjectiveError(
-            f"`loss_fn` returned a metric `{name}` that computes {type(computed).__name__}; it must compute an array. "
+            f"`{source}` returned a metric `{name}` that computes {type(computed).__name__}; it must compute an array. "
             f"Report its parts as metrics of their own."
         )
     return metric

@@ -147,15 +147,20 @@ def histogram(values: Any, low: float, high: float, bins: int = 20) -> Histogram
     return Histogram(jnp.zeros(bins, jnp.int32).at[index].add(1, mode="drop"))
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["metric"], meta_fields=[])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["metric"], meta_fields=["field"])
 @dataclasses.dataclass(frozen=True)
 class Mergeable(PartialMetric):
-    """An object with ``merge(other)`` and ``compute()`` that is a pytree, as those of clu and metrax are."""
+    """An object with ``merge(other)`` and ``compute()`` that is a pytree, as those of clu and metrax are.
+
+    Where it computes a mapping, as a ``clu.metrics.Collection`` does, ``field`` is what is reported of it.
+    """
 
     metric: Any
+    field: str | None = None
 
     def compute(self) -> Any:
-        return self.metric.compute()
+        computed = self.metric.compute()
+        return computed if self.field is None else computed[self.field]
 
     def merge(self, other: Self) -> Self:
         return dataclasses.replace(self, metric=self.metric.merge(other.metric))
@@ -211,7 +216,7 @@ def partial_metrics(name: str, value: Any, source: str = "loss_fn") -> dict[str,
             f"`{source}` returned a metric `{name}` of type {type(value).__name__}, which has merge() and compute() "
             f"but is no pytree; register it, or derive it from flax.struct.PyTreeNode."
         )
-    return {name: _checked(name, Mergeable(jax.tree.map(jnp.asarray, value)), source)}
+    return _of_mergeable(name, jax.tree.map(jnp.asarray, value), source)
 
 
 def merged_over_axis(metric: PartialMetric, axis_name: Any, weight: Any = None) -> PartialMetric:
@@ -246,12 +251,27 @@ def merged(stacked: PartialMetric, count: int, where: Any = None) -> PartialMetr
     return total
 
 
+def _of_mergeable(name: str, metric: Any, source: str) -> dict[str, PartialMetric]:
+    try:
+        jax.eval_shape(lambda: metric.merge(metric))
+    except NotImplementedError as error:  # of a base class, as of metrax.FBetaScore
+        raise ObjectiveError(_not_mergeable(name, metric, source)) from error
+    computed = jax.eval_shape(lambda: metric.compute())
+    if not isinstance(computed, Mapping):
+        return {name: _checked(name, Mergeable(metric), source)}
+    return {field: _checked(field, Mergeable(metric, field), source) for field in computed}
+
+
+def _not_mergeable(name: str, metric: Any, source: str) -> str:
+    return (
+        f"`{source}` returned a metric `{name}` of type {type(metric).__name__}, whose parts cannot be put together; "
+        f"give it a method merge(other), or report (value, weight)."
+    )
+
+
 def _of_nnx(name: str, metric: Any, source: str) -> dict[str, PartialMetric]:
     if not _can_merge(metric):
-        raise ObjectiveError(
-            f"`{source}` returned a metric `{name}` of type {type(metric).__name__}, whose parts cannot be put "
-            f"together; give it a method merge(other), or report (value, weight)."
-        )
+        raise ObjectiveError(_not_mergeable(name, metric, source))
     graphdef, values = _split(metric)
     if isinstance(metric, nnx.metrics.Welford):
         fields = [field.name for field in dataclasses.fields(nnx.metrics.Statistics)]

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.problems import Busy, Linear, config, regression, squared_error
 from tests.test_api import assert_same_bits
+from tests.test_resume import StoppedError, Watching
 from trainer import (
     ArgumentError,
     ArgumentTypeError,
@@ -45,10 +46,10 @@ def build(optimizer=None, **options):
 
 
 def unchanged(trainer, ask):
-    before, history = trainer.state.copy(), len(trainer.history)
+    before, record = trainer.state.copy(), (trainer.step, trainer.epoch, len(trainer.history))
     answer = ask(trainer)
     assert_same_bits(trainer.state, before)
-    assert (trainer.step, trainer.epoch, len(trainer.history)) == (0, 0, history)
+    assert (trainer.step, trainer.epoch, len(trainer.history)) == record
     return answer
 
 
@@ -250,6 +251,33 @@ class TestBatchSize:
         trainer = Trainer(Busy(), config(), loss_fn=squared_error, workdir=tmp_path)
         trainer.find_batch_size(regression(3), high=64)
         trainer.train(regression(20), 2, 8)
+
+
+class TestResumed:
+    """Between a kill and the end of the resumed run everything is asked, and answers as if there had been no kill."""
+
+    def ask(self, trainer):
+        rates = unchanged(trainer, lambda trainer: trainer.find_learning_rate(regression(64), 16, steps=10))
+        return trainer.summary(), trainer.find_batch_size(regression(3), high=16), rates.losses.tolist()
+
+    @pytest.mark.parametrize("axes", [None, {"data": 8}])
+    @pytest.mark.few(1)
+    def test_questions_change_nothing_and_answers_are_the_same(self, axes, tmp_path):
+        def trainer(directory, **options):
+            mesh = axes and make_mesh(axes)
+            return Trainer(
+                Busy(), config(), loss_fn=squared_error, workdir=directory, save_interval=2, mesh=mesh, **options
+            )
+
+        whole = trainer(tmp_path / "whole")
+        whole.train(regression(40), 2, 8)
+        with pytest.raises(StoppedError):
+            trainer(tmp_path / "cut", callbacks=[Watching(7)]).train(regression(40), 2, 8)
+        resumed = trainer(tmp_path / "cut", callbacks=[Watching()])
+        fresh = self.ask(resumed)
+        resumed.train(regression(40), 2, 8, resume=True)
+        assert_same_bits(resumed.state, whole.state)
+        assert self.ask(resumed) == self.ask(whole) != fresh
 
 
 class TestFlops:

@@ -65,7 +65,12 @@ class StepFn(Protocol):
 
 
 class EvalParams(Protocol):
-    """Returns the params to evaluate: ``optax.contrib.schedule_free_eval_params``, an average, slow params."""
+    """Returns the params to evaluate, which an optimizer keeps beside those that it trains.
+
+    Such are an average, `trainer.averaged_params`, and the x of ``optax.contrib.schedule_free_eval_params``, where
+    y = (1 - β) z + β x is trained and x = (y - (1 - β) z) / β evaluated (Defazio et al. 2024, "The Road Less
+    Scheduled").
+    """
 
     def __call__(self, opt_state: Any, params: Any, /) -> Any:
         """Returns a tree like ``params``.

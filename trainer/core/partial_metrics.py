@@ -98,6 +98,8 @@ class Histogram(PartialMetric):
 def vector(values: Any, weights: Any = 1.0) -> Vector:
     """Returns an array as a metric of an objective: means by entry over batches, such as an accuracy by class.
 
+    With values v_b and weights w_b of batch b, entry i is Σ_b w_bi · v_bi / Σ_b w_bi.
+
     Args:
         values: An array of a shape that all batches have, such as ``(num_classes,)``.
         weights: How much each entry counts in the mean over batches: a number, or an array of the same shape. An entry
@@ -125,6 +127,8 @@ def vector(values: Any, weights: Any = 1.0) -> Vector:
 
 def histogram(values: Any, low: float, high: float, bins: int = 20) -> Histogram:
     """Returns a histogram of all entries of an array, as a metric of an objective: counts add up over batches.
+
+    An entry v counts into bin ⌊bins · (v - low) / (high - low)⌋, cut to 0 and bins - 1.
 
     Args:
         values: An array of any shape.

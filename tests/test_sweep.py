@@ -91,6 +91,8 @@ def test_the_best_member_becomes_a_trainer(tmp_path):
 
 RATES = jnp.array([0.0, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3])
 SGD = optax.inject_hyperparams(optax.sgd)(learning_rate=0.1)
+OVER_MEMBERS = {"data": 1, "tensor": 8}
+RULES = {"step": P(), "rng": P(), "**": P("tensor")}
 
 
 def busy(**options):
@@ -156,9 +158,7 @@ class TestTrainer:
 
     @pytest.mark.slow
     def test_over_a_mesh_devices_have_members_of_their_own(self, tmp_path):
-        rules = {"step": P(), "rng": P(), "**": P("tensor")}
-        mesh = make_mesh({"data": 1, "tensor": 8})
-        over, one = sweeping(tmp_path, mesh=mesh, partition_rules=rules), sweeping()
+        over, one = sweeping(tmp_path, mesh=make_mesh(OVER_MEMBERS), partition_rules=RULES), sweeping()
         for trainer in (over, one):
             trainer.train(regression(44), 2, 8)
         kernel = over.state.params["inner"]["kernel"]
@@ -169,15 +169,16 @@ class TestTrainer:
         best.train(regression(16), 1, 8)
         assert best.step == 14
 
-    @pytest.mark.parametrize("axes", [None, {"data": 8}])
+    @pytest.mark.parametrize("layout", [{}, {"axes": {"data": 8}}, {"axes": OVER_MEMBERS, "partition_rules": RULES}])
     @pytest.mark.few(1)
-    def test_killed_and_resumed_it_is_the_same_to_the_bit(self, axes, tmp_path):
-        mesh = axes and make_mesh(axes)
-        whole = sweeping(tmp_path / "whole", mesh=mesh)
+    def test_killed_and_resumed_it_is_the_same_to_the_bit(self, layout, tmp_path):
+        layout = {**layout, "mesh": make_mesh(layout["axes"]) if layout else None, "save_interval": 2}
+        layout.pop("axes", None)
+        whole = sweeping(tmp_path / "whole", **layout)
         wanted = whole.train(regression(40), 2, 8)
         with pytest.raises(StoppedError):
-            sweeping(tmp_path / "cut", mesh=mesh, callbacks=[Watching(7)], save_interval=2).train(regression(40), 2, 8)
-        resumed = sweeping(tmp_path / "cut", mesh=mesh, callbacks=[Watching()], save_interval=2)
+            sweeping(tmp_path / "cut", callbacks=[Watching(7)], **layout).train(regression(40), 2, 8)
+        resumed = sweeping(tmp_path / "cut", callbacks=[Watching()], **layout)
         assert resumed.train(regression(40), 2, 8, resume=True) == wanted
         assert_same_bits(resumed.state, whole.state)
 

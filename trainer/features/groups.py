@@ -84,7 +84,7 @@ def group_table(params: Any, groups: Mapping[str, optax.GradientTransformation])
         A line for each group, with its number, pattern, arrays, entries and the bytes of its optimizer's state, and a
         line with the sums. "learning_rate" and "weight_decay" are columns where the optimizer of a group keeps one in
         its state, by `optax.inject_hyperparams`: the value in the `TrainState`, or the first one where only params are
-        given. A group that keeps none shows "-": what ``optax.adamw(1e-3)`` is made with, nobody can ask it for.
+        given. A group that keeps none shows "-": ``optax.adamw(1e-3)`` has its rate in a closure, out of reach.
 
     Raises:
         ArgumentError: As `by_group` and its ``init``.

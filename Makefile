@@ -36,9 +36,8 @@ test-all: $(READY)
 	$(RUN) -m pytest $(PARALLEL) $(BITS) -m $(ALL) $(ARGS)
 
 # What is about the bits of a result, about what a program costs, and about numbers that are learned: with all of XLA.
-OPTIMIZED := tests/compile tests/config/test_schedules.py tests/data/test_padding.py tests/metrics tests/sharding \
-	tests/test_accumulation.py tests/test_examples.py tests/test_loop.py tests/test_nonfinite.py tests/test_optimizers_of_optax.py \
-	tests/test_precision.py tests/test_remat.py tests/test_resume.py tests/test_steps.py tests/test_sweep.py \
+OPTIMIZED := tests/compile tests/config/test_schedules.py tests/core tests/data/test_padding.py tests/features/test_sweep.py \
+	tests/fit/test_resume.py tests/metrics tests/sharding tests/test_examples.py tests/test_loop.py tests/test_steps.py \
 	tests/test_transforms.py
 test-optimized: $(READY)
 	$(RUN) -m pytest $(PARALLEL) -m $(ALL) $(OPTIMIZED) $(ARGS)

@@ -781,7 +781,7 @@ class TestBadInput:
             ({"training_config": {}}, "is of type dict; it must be .* TrainingConfig.from_dict makes one"),
             ({"optimizer": "adam"}, "`optimizer` is of type str; it must be an optax.GradientTransformation"),
             ({"loss_fn": 3}, "`loss_fn` is of type int; it must be a callable"),
-            ({"rng": 0}, "`rng` is 0; it must be one key"),
+            ({"rng": 0.5}, "`rng` is 0.5 of type float; it must be one key"),
             ({"train_data_loader": 5}, "`train_data_loader` is of type int; it must be an iterable of batches"),
             ({"val_data_loader": 5}, "`val_data_loader` is of type int; it must be an iterable of batches"),
             ({"log_callback": 5}, "`log_callback` is of type int; it must be callable"),
@@ -797,7 +797,7 @@ class TestBadInput:
             Trainer(**arguments)
 
     def test_a_save_interval_that_is_not_positive(self):
-        with pytest.raises(ArgumentError, match="`save_interval` is 0; it must be a positive integer"):
+        with pytest.raises(ArgumentError, match=r"`save_interval` is 0; it must be a positive integer, or None"):
             build(save_interval=0)
 
     def test_a_model_without_parameters(self):

@@ -3,17 +3,21 @@
 import pickle
 import warnings
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import yaml
+from flax import nnx
 
 from tests.problems import Busy, Linear, config, regression, squared_error
 from trainer import (
+    ArgumentError,
     ArgumentTypeError,
     Callback,
     ConfigError,
+    ObjectiveError,
     OptimizerConfig,
     SchedulerConfig,
     Trainer,
@@ -216,8 +220,8 @@ class TestKeras:
         with pytest.raises(ArgumentTypeError) as raised:
             make(tmp_path).train(as_array(data["input"]), as_array(data["target"]), 1, 64)
         assert str(raised.value) == (
-            "`num_epochs` is an array of shape (64,); it must be a positive integer. All arrays of the data are one "
-            "argument, the first: {'x': x, 'y': y}, or (x, y)."
+            "`num_epochs` is an array of shape (64,); it must be an integer of at least 0. All arrays of the data are "
+            "one argument, the first: {'x': x, 'y': y}, or (x, y)."
         )
 
     def test_evaluate_says_the_same(self, tmp_path):
@@ -294,3 +298,120 @@ class TestSettingsThatDoNothing:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             make(tmp_path, config(batch_size=8), train_data_loader=[regression(8)]).train(regression(), 1, 16)
+
+
+class TestIntervals:
+    def test_none_is_never(self, tmp_path):
+        trainer = make(tmp_path, save_interval=None)
+        trainer.train(regression(32), 2, 8, regression(8), val_interval=None)
+        assert trainer.history.series("val_loss")[0] == [4, 8]  # the ends of epochs
+        assert [path.name for path in tmp_path.glob("*.msgpack")] == ["checkpoint_8.msgpack"]
+        assert trainer.save_interval is None
+
+    @pytest.mark.parametrize("value", [0, -1, 1.5])
+    def test_zero_is_refused_with_what_to_pass(self, value, tmp_path):
+        with pytest.raises(ArgumentError, match=r"`val_interval` is .* a positive integer, or None for never\."):
+            make(tmp_path).train(regression(32), 1, 8, regression(8), value)
+
+
+class TestNoEpochs:
+    """As `fit(epochs=0)` of Keras, or a schedule of fine-tuning that begins with none."""
+
+    @pytest.mark.parametrize("as_data", [dict, lambda data: [data]], ids=["in memory", "loader"])
+    def test_nothing_is_trained_and_the_state_is_validated(self, as_data, tmp_path):
+        scheduler = SchedulerConfig(scheduler_type="cosine")
+        trainer = make(tmp_path, config(scheduler=scheduler))
+        before = jax.device_get(trainer.state.params)
+        assert trainer.train(as_data(regression(32)), 0, 8) == {}
+        found = trainer.train(as_data(regression(32)), 0, 8, regression(16, seed=1))
+        assert found == pytest.approx(trainer.evaluate(regression(16, seed=1), 8), rel=1e-6)
+        assert (trainer.step, trainer.epoch) == (0, 0)
+        jax.tree.map(np.testing.assert_array_equal, trainer.state.params, before)
+
+    def test_a_run_that_is_resumed_later_trains_all_its_epochs(self, tmp_path):
+        make(tmp_path).train(regression(32), 0, 8, resume=True)
+        resumed, whole = make(tmp_path), make(tmp_path / "whole")
+        assert resumed.train(regression(32), 2, 8, resume=True) == whole.train(regression(32), 2, 8)
+        assert resumed.step == 8
+
+    def test_after_a_run_its_averages_are_returned_again(self, tmp_path):
+        trainer = make(tmp_path)
+        assert trainer.train(regression(32), 1, 8) == trainer.train(regression(32), 0, 8)
+
+
+class TestMetrics:
+    def test_none_is_no_metrics(self, tmp_path):
+        trainer = make(tmp_path, loss_fn=lambda *given: (squared_error(*given)[0], None))
+        assert trainer.train(regression(32), 1, 8, regression(8)).keys() == {"loss"}
+
+    def test_nested_ones_are_named_by_their_paths(self, tmp_path):
+        def loss_fn(model, batch, rng, step):
+            loss, metrics = squared_error(model, batch, rng, step)
+            return loss, {"error": {"mean": metrics["mean_error"], "by weight": {"pair": (loss, 2.0)}}, "plain": 1.0}
+
+        found = make(tmp_path, loss_fn=loss_fn).train(regression(32), 1, 8, regression(8))
+        assert found.keys() == {"loss", "error/mean", "error/by weight/pair", "plain"}
+        assert found["error/by weight/pair"] == pytest.approx(found["loss"])
+
+    def test_two_of_one_path_are_refused(self, tmp_path):
+        def loss_fn(model, batch, rng, step):
+            return squared_error(model, batch, rng, step)[0], {"a/b": 1.0, "a": {"b": 2.0}}
+
+        with pytest.raises(ObjectiveError, match="`loss_fn` returned two metrics `a/b`; rename one of them"):
+            make(tmp_path, loss_fn=loss_fn).train(regression(32), 1, 8)
+
+
+class TestObjectivesOfOtherArguments:
+    @pytest.mark.parametrize(
+        ("loss_fn", "described"),
+        [
+            (lambda model, batch: (0.0, {}), r"\(model, batch\)"),
+            (lambda model, batch, *, rng, step: (0.0, {}), r"\(model, batch, \*, rng, step\)"),
+            (lambda model, x, y, rng, step: (0.0, {}), r"\(model, x, y, rng, step\)"),
+        ],
+    )
+    def test_they_are_told_when_the_trainer_is_made(self, loss_fn, described, tmp_path):
+        with pytest.raises(ArgumentTypeError, match=f"`loss_fn` takes {described}, and is called as loss_fn"):
+            make(tmp_path, loss_fn=loss_fn)
+
+    def test_whatever_takes_four_is_taken(self, tmp_path):
+        class Called:
+            def __call__(self, model, batch, rng, step):
+                return squared_error(model, batch, rng, step)
+
+            def method(self, model, batch, rng, step, scale=1.0):
+                return squared_error(model, batch, rng, step)
+
+        for loss_fn in (Called(), Called().method, lambda *given: squared_error(*given), nnx.jit(squared_error)):
+            make(tmp_path, loss_fn=loss_fn).train_step(regression(8))
+
+
+class TestColumnsInAList:
+    def test_they_are_no_loader(self, tmp_path):
+        data, trainer = regression(32), make(tmp_path)
+        columns = [data["input"], data["target"]]
+        for call in (
+            lambda: trainer.train(columns, 1, 8),
+            lambda: trainer.train(data, 1, 8, columns),
+            lambda: trainer.evaluate(columns, 8),
+            lambda: make(tmp_path, train_data_loader=columns),
+        ):
+            with pytest.raises(ArgumentTypeError, match=r"is a list of arrays of shapes \(32, 4\), \(32,\), and"):
+                call()
+
+    def test_batches_that_are_arrays_are_one(self, tmp_path):
+        rows = regression(32)["input"]
+
+        def loss_fn(model, batch, rng, step):
+            return jnp.mean(model(batch) ** 2), {}
+
+        trainer = make(tmp_path, loss_fn=loss_fn)
+        trainer.train([rows[:8], rows[8:16], rows[16:20]], 1, 8)
+        assert trainer.step == 3
+
+        def of_any_width(model, batch, rng, step):
+            return jnp.mean(model(batch[:, :4]) ** 2), {}
+
+        trainer = make(tmp_path / "widths", loss_fn=of_any_width)
+        trainer.train([rows[:8], np.tile(rows[:8], 2)], 1, 8)
+        assert trainer.step == 2

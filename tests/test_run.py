@@ -245,6 +245,21 @@ class TestOwnership:
         with pytest.raises(AttributeError):
             setattr(trainer, name, None)
 
+    @pytest.mark.parametrize("name", ["stop_training", "learning_rate", "train_data", "max_epochs"])
+    def test_what_it_does_not_have_cannot_be_assigned(self, name):
+        trainer = build()
+        with pytest.raises(AttributeError, match=f"'Trainer' object has no attribute '{name}'"):
+            setattr(trainer, name, True)
+
+    def test_a_subclass_has_attributes_of_its_own(self):
+        class Mine(Trainer):
+            pass
+
+        trainer = Mine(Busy(), config(), loss_fn=squared_error)
+        trainer.mine = 3
+        trainer.train_step(DATA)
+        assert (trainer.mine, trainer.step) == (3, 1)
+
     def test_leaving_the_block_waits_for_saves_and_closes_the_loggers_that_it_made(self, tmp_path, monkeypatch):
         class Closing(Logger):
             closed = 0

@@ -365,16 +365,23 @@ def test_what_is_no_optimizer_is_refused(optimizer, message):
 @pytest.mark.parametrize(
     ("rng", "described"),
     [
-        (0, "`rng` is 0;"),
+        (0.5, "`rng` is 0.5 of type float;"),
+        (True, "`rng` is True of type bool;"),
+        (nnx.Rngs(0), "of type Rngs;"),
         (jnp.zeros(2), r"`rng` is float32\(2,\);"),
         (jax.random.split(jax.random.key(0)), r"`rng` is key<fry>\(2,\);"),
         (jnp.zeros(3, jnp.uint32), r"`rng` is uint32\(3,\);"),
     ],
-    ids=["int", "floats", "keys", "long"],
+    ids=["float", "bool", "rngs", "floats", "keys", "long"],
 )
 def test_what_is_no_key_is_refused(rng, described):
     with pytest.raises(ArgumentTypeError, match=described + r" it must be one key, jax.random.key\(0\)"):
         create(Linear(), rng=rng)
+
+
+@pytest.mark.parametrize("seed", [7, np.uint32(7), np.int64(7)])
+def test_an_integer_is_the_seed_of_a_key(seed):
+    np.testing.assert_array_equal(create(Linear(), rng=seed).rng, jax.random.PRNGKey(7))
 
 
 def test_variables_without_arrays_are_named():

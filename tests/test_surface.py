@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import inspect
 import itertools
 import os
 import re
@@ -75,6 +76,12 @@ def test_every_package_has_its_arrows():
     assert entries - {"__pycache__"} == set(ARROWS) | {"__init__"}
 
 
+def test_tests_mirror_the_packages():
+    packages = {path.parent.name for path in (ROOT / "trainer").glob("*/__init__.py")}
+    tested = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
+    assert tested == packages | {"third_party"}
+
+
 @pytest.mark.parametrize("name", sorted(PURE))
 def test_the_core_touches_no_files_clocks_or_loggers(name):
     allowed = {"__future__", "jax", "flax", "optax", "chex", "numpy", "trainer"}
@@ -103,13 +110,24 @@ def assigned_attributes(function):
             yield "__dict__"
 
 
+def class_tree(cls):
+    """The syntax tree of a class, whose lines count from its first."""
+    (tree,) = ast.parse(inspect.getsource(cls)).body
+    return tree
+
+
 def test_a_trainer_assigns_one_attribute_at_one_place():
-    tree = ast.parse((ROOT / "trainer" / "api.py").read_text(encoding="utf-8"))
-    (trainer_class,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Trainer"]
-    methods = [node for node in trainer_class.body if isinstance(node, ast.FunctionDef) and node.name != "__init__"]
-    assigned = [(method.name, name) for method in methods for name in assigned_attributes(method)]
-    assert assigned == [("hold", "run")]
-    assert trainer_class.end_lineno - trainer_class.lineno + 1 <= 350
+    trees = {cls: class_tree(cls) for cls in trainer.Trainer.__mro__ if cls is not object}
+    assert [cls.__name__ for cls in trees] == ["Trainer", "Inspection", "ReadOnly"]
+    methods = [
+        (cls.__name__, node)
+        for cls, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and (cls.__name__, node.name) != ("Trainer", "__init__")
+    ]
+    assigned = [(cls, method.name, name) for cls, method in methods for name in assigned_attributes(method)]
+    assert assigned == [("Trainer", "hold", "run")]
+    assert trees[trainer.Trainer].end_lineno <= 350
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from trainer.fit import resume as resuming
 from trainer.fit.assemble import assemble
 from trainer.fit.finite import hold_if_finite
 from trainer.fit.inspection import Inspection
-from trainer.fit.plan import plan_epoch, plan_run
+from trainer.fit.plan import plan_epoch, plan_evaluation, plan_run
 from trainer.loggers.base import Logger, MetricsLoggerLike, prefixed
 from trainer.loop import evaluate, evaluate_batch
 from trainer.run import Run
@@ -48,12 +48,12 @@ class Trainer(Inspection):
             may take ``batch_size``. ``training_config`` bounds the passes over endless loaders.
         val_data_loader: What `train_epoch` validates on, in the same forms.
         workdir: A directory for one run; checkpoints go there unless ``checkpoint_dir`` is given, the last step's too.
-        rng: The initial key, raw or typed; ``jax.random.PRNGKey(0)`` by default. It also seeds the order of data.
+        rng: The initial key, raw or typed, or an integer to make it of, by default 0. It also seeds the order of data.
         loss_fn: The objective, see `trainer.LossFn`.
         metrics_logger: Receives the metrics of training, of validation, and of the end of a run.
         logger: Receives the same as scalars, averages of epochs, texts, …; or several. The caller closes them.
         checkpoint_dir: Where checkpoints without a path go. It is made at the first save.
-        save_interval: `train` saves a checkpoint at multiples of this step.
+        save_interval: `train` saves a checkpoint at multiples of this step; None: at its end only.
         log_callback: Called as ``log_callback(step, metrics, prefix="train")``, or ``"val"``.
         callbacks: A `trainer.CallbackList`, or any sequence of callbacks.
         extensions: By name, extensions that contribute losses or handle events.
@@ -91,6 +91,8 @@ class Trainer(Inspection):
             `ArgumentTypeError`, a contradiction with the configuration `ConfigError`.
     """
 
+    __slots__ = ("__weakref__", "run", "setup")
+
     def __init__(
         self,
         model: nnx.Module | Callable[[nnx.Rngs], nnx.Module] | TrainState,
@@ -99,13 +101,13 @@ class Trainer(Inspection):
         train_data_loader: Callable[..., Any] | Iterable[Batch] | None = None,
         val_data_loader: Callable[..., Any] | Iterable[Batch] | None = None,
         workdir: str | os.PathLike[str] | None = None,
-        rng: jax.Array | None = None,
+        rng: jax.Array | int | None = None,
         *,
         loss_fn: LossFn | None,
         metrics_logger: MetricsLoggerLike | None = None,
         logger: Logger | Sequence[Logger] | None = None,
         checkpoint_dir: str | os.PathLike[str] | None = None,
-        save_interval: int = 1000,
+        save_interval: int | None = 1000,
         log_callback: LogCallback | None = None,
         callbacks: CallbackList | Iterable[Any] | None = None,
         extensions: Mapping[str, ExtensionLike] | None = None,
@@ -173,7 +175,7 @@ class Trainer(Inspection):
         return metrics
 
     def train_epoch(self, *, resume: bool | str | os.PathLike[str] = False) -> dict[str, float]:
-        """Trains on one pass over ``train_data_loader``, then validates on ``val_data_loader``.
+        """Trains on one pass over ``train_data_loader``, then validates on ``val_data_loader`` (if the epoch is due).
 
         It is `train` of one epoch over that loader, with ``training_config.save_frequency`` in place of
         ``save_interval``. Consecutive calls are one run: early stopping counts over all of them, and
@@ -200,7 +202,7 @@ class Trainer(Inspection):
         """
         plan = plan_epoch(self.setup, self.run, resume)
         run = epochs.fit(self, plan, resume)
-        return {**run.average.compute(), **prefixed("val_", {} if run.validation is None else run.validation.averages)}
+        return {**run.average.compute(), **prefixed("val_", run.validation_of_step)}
 
     def train(
         self,
@@ -208,7 +210,7 @@ class Trainer(Inspection):
         num_epochs: int,
         batch_size: int,
         val_data: Any | Callable[..., Any] | Iterable[Batch] | None = None,
-        val_interval: int = 100,
+        val_interval: int | None = 100,
         *,
         resume: bool | str | os.PathLike[str] = False,
     ) -> dict[str, float]:
@@ -235,7 +237,8 @@ class Trainer(Inspection):
                 or a loader, as ``train_data_loader`` of the constructor. A list is a loader: of batches.
             num_epochs, batch_size: How many epochs to train, on top of those finished; the examples in a batch.
             val_data: Data to validate on, in the same forms.
-            val_interval: Validate at multiples of this step, and at the end of every epoch.
+            val_interval: Validate at multiples of this step (None: at none), and at the end of every epoch, or of every
+                ``epochs_per_validation``-th.
             resume: Continue an interrupted call at its next batch, to the bit (on other devices, or in another number
                 of processes, within rounding): True or "latest" from the latest undamaged checkpoint (from the start
                 if there is none), or from that at a path. History, averages, and the states of callbacks are restored.
@@ -256,14 +259,14 @@ class Trainer(Inspection):
         return dict(run.validation.averages) if plan.held_out and run.validation else run.average.compute()
 
     def evaluate(self, data: Any, batch_size: int) -> dict[str, float]:
-        """Averages the objective over data in memory, every example exactly once.
+        """Averages the objective over data in memory or a loader, every example exactly once.
 
-        It changes nothing, not even the key, and emits no event. It is::
+        It changes nothing, not even the key, and emits no event. For data in memory it is::
 
             evaluate(eval_step, trainer.state, InMemoryData(data, batch_size).in_order())
 
         Args:
-            data: A pytree of arrays of shape ``(num_examples, ...)``.
+            data: Data in memory or a loader, as ``train_data`` of `train`.
             batch_size: Examples in a batch; the last may be short.
 
         Returns:
@@ -272,10 +275,9 @@ class Trainer(Inspection):
         Raises:
             ArgumentError, BatchError, ObjectiveError: An argument cannot be used, or the objective breaks its contract.
         """
-        held = self.setup.in_memory(data, check_count(batch_size, "batch_size"), "data")
-        self.setup.agree_on_run("evaluate", self.run, {"batch_size": batch_size}, data=held)
+        batches = plan_evaluation(self.setup, self.run, data, check_count(batch_size, "batch_size"))
         state = self.run.state_with_edits()
-        return evaluate(self.setup.eval_step, state, held.in_order(), placement=self.setup.placement)
+        return evaluate(self.setup.eval_step, state, batches, placement=self.setup.placement)
 
     def set_learning_rate(self, value: float) -> None:
         """Sets the learning rate from the next step on; any callback may do so, and a checkpoint holds it.

@@ -199,6 +199,11 @@ class Run:
         return self.validation.averages
 
     @property
+    def validation_of_step(self) -> Mapping[str, float]:
+        """The averages of the latest validation, if it was of this state; else empty."""
+        return {} if self.validation is None or self.validation.step != self.step else self.validation.averages
+
+    @property
     def leaves(self) -> list[Any]:
         """The arrays of the state, for a compiled step; see `Layout`. It is not to be changed."""
         return self._leaves

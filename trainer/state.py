@@ -69,7 +69,7 @@ class TrainState:
         model: nnx.Module,
         optimizer: optax.GradientTransformation,
         *,
-        rng: jax.Array,
+        rng: jax.Array | int,
         wrt: nnx.filterlib.Filter = nnx.Param,
         extensions: Mapping[str, ExtensionLike] | None = None,
         nonfinite: NonFinite = "ignore",
@@ -83,7 +83,7 @@ class TrainState:
         Args:
             model: The module. It is read, never changed.
             optimizer: Any optax transformation.
-            rng: A typed key (``jax.random.key``) or a raw one (``jax.random.PRNGKey``).
+            rng: A typed key (``jax.random.key``), a raw one (``jax.random.PRNGKey``), or an integer to make that of.
             wrt: Which variables the optimizer updates, an nnx filter. The rest is ``model_state``. A string with a
                 ``*`` or a slash is a pattern of paths, ``"encoder/**"``, see `trainer.by_path`; so it is in a list.
             extensions: By name, the extensions whose weights and variables the state carries.
@@ -98,7 +98,7 @@ class TrainState:
         """
         check_model(model)
         check_optimizer(optimizer)
-        check_rng(rng)
+        rng = as_key(rng)
         graphdef, selected, rest = split_module(model, wrt)
         params = nest(_own_all(selected, "params"))
         _check_trainable(params)
@@ -263,15 +263,25 @@ def check_optimizer(optimizer: Any, name: str = "optimizer") -> None:
         )
 
 
-def check_rng(rng: Any) -> None:
-    """Raises `ArgumentTypeError` unless ``rng`` is one key, raw or typed."""
+def as_key(rng: Any) -> jax.Array:
+    """Returns a key, raw or typed, as it is, and ``jax.random.PRNGKey(rng)`` for an integer.
+
+    Raises:
+        ArgumentTypeError: ``rng`` is neither.
+    """
+    if isinstance(rng, int | np.integer) and not isinstance(rng, bool):
+        return jax.random.PRNGKey(int(rng))
     typed = isinstance(rng, jax.Array) and jnp.issubdtype(rng.dtype, jax.dtypes.prng_key)
     raw = not typed and getattr(rng, "dtype", None) == jnp.uint32
     width = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
     if (typed and rng.shape == ()) or (raw and rng.shape == width):
-        return
-    described = f"{rng.dtype}{rng.shape}" if hasattr(rng, "shape") else repr(rng)[:40]
-    raise ArgumentTypeError(f"`rng` is {described}; it must be one key, jax.random.key(0) or jax.random.PRNGKey(0).")
+        key: jax.Array = rng
+        return key
+    is_array = isinstance(rng, jax.Array | np.ndarray)
+    described = f"{rng.dtype}{rng.shape}" if is_array else f"{repr(rng)[:40]!s} of type {type(rng).__name__}"
+    raise ArgumentTypeError(
+        f"`rng` is {described}; it must be one key, jax.random.key(0) or jax.random.PRNGKey(0), or an integer."
+    )
 
 
 def _init_optimizer(optimizer: optax.GradientTransformation, params: chex.ArrayTree) -> Any:

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from trainer import ArgumentTypeError, Callback, CallbackList, EarlyStopping, Extension, Progress
+from tests.problems import Linear, config, squared_error
+from trainer import ArgumentTypeError, Callback, CallbackList, EarlyStopping, Extension, Progress, Trainer
 from trainer.callbacks.base import EVENTS, as_callback_list, emit, handles
 
 ARGUMENTS = {
@@ -243,3 +244,77 @@ def test_what_is_a_sequence_of_callbacks_becomes_a_list(given):
 @pytest.mark.parametrize("given", [CallbackList(), DuckTyped(), EarlyStopping()])
 def test_what_is_one_callback_stays_itself(given):
     assert as_callback_list(given) is given
+
+
+class TestHandlers:
+    """A method that no event can call, or that none ever will, is said when the trainer is made."""
+
+    class OfKeras(Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            pass
+
+    class OfLightning(Callback):
+        def on_train_epoch_end(self, trainer, module):
+            pass
+
+        def on_epoch_end(self, trainer, epoch, logs):
+            pass
+
+    class Loose(Callback):
+        def on_epoch_end(self, *given):
+            pass
+
+        def on_batch_end(self, trainer, step, logs=None, **more):
+            pass
+
+        def onward(self):
+            pass
+
+    def test_arguments_of_another_library(self):
+        with pytest.raises(ArgumentTypeError) as caught:
+            as_callback_list([EarlyStopping(), self.OfKeras()])
+        assert str(caught.value) == (
+            "`callbacks[1]` of type OfKeras has on_epoch_end(epoch, logs=None), which is called as "
+            "on_epoch_end(trainer, epoch, logs): too many positional arguments."
+        )
+
+    def test_a_method_of_another_library(self):
+        with pytest.warns(UserWarning, match="that no event calls") as caught:
+            as_callback_list([self.OfLightning()])
+        assert [str(one.message) for one in caught] == [
+            "`callbacks[0]` of type OfLightning has methods that no event calls: `on_train_epoch_end` (did you mean "
+            "'on_epoch_end'?)"
+        ]
+
+    @pytest.mark.parametrize(
+        ("name", "meant"),
+        [
+            ("on_train_batch_start", "on_batch_begin"),
+            ("on_train_start", "on_train_begin"),
+            ("on_test_end", "on_validation_end"),
+            ("on_epoch_finish", "on_epoch_begin"),
+        ],
+    )
+    def test_the_nearest_event_is_named(self, name, meant):
+        made = type("Made", (Callback,), {name: lambda self, *given: None})
+        with pytest.warns(UserWarning, match=f"`{name}` \\(did you mean '{meant}'"):
+            as_callback_list([made()])
+
+    @pytest.mark.parametrize("given", [[OfLightning()], CallbackList([OfLightning()]), OfLightning()])
+    def test_however_it_is_given(self, given):
+        with pytest.warns(UserWarning, match="`on_train_epoch_end`"):
+            as_callback_list(given)
+
+    def test_an_extension(self):
+        class Typed(Extension):
+            def loss_fn(self, batch, model_outputs):
+                return 0.0
+
+            def on_epoch_finished(self, trainer, epoch, logs):
+                pass
+
+        with pytest.warns(UserWarning, match=r"`extensions\['a'\]` of type Typed has .* `on_epoch_finished`"):
+            Trainer(Linear(4), config(), loss_fn=squared_error, extensions={"a": Typed()})
+
+    def test_whatever_can_be_called_is_taken(self):
+        as_callback_list([self.Loose(), OnEpochEnd(), Recorder("a", [])])

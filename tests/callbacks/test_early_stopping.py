@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import pytest
 
 from tests.callbacks.test_model_checkpoint import build, run
+from tests.core.test_eval_params import CASES
 from tests.marks import slow_unless
 from tests.problems import Busy, config, regression, squared_error
 from tests.test_api import assert_same_bits
-from tests.test_eval_params import CASES
 from trainer import ArgumentError, Callback, EarlyStopping, Logger, ModelCheckpoint, Trainer, make_mesh
 
 nan, inf = math.nan, math.inf

@@ -1,6 +1,8 @@
 """The best checkpoints of a run: judged on the state they hold, and never lost to a NaN or to a newer one."""
 
+import errno
 import math
+import os
 import resource
 import shutil
 
@@ -9,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.fit.test_resume import StoppedError, Watching
 from tests.problems import Busy, Counting, Playing, config, regression, squared_error
 from tests.test_api import assert_same_bits
-from tests.test_resume import StoppedError, Watching
 from trainer import ArgumentError, Callback, CheckpointError, ModelCheckpoint, Trainer
+from trainer.checkpoints import atomic
 from trainer.checkpoints.orbax_directory import OrbaxDirectory
 
 
@@ -302,6 +305,31 @@ class TestTwoRuns:
         assert steps_in(tmp_path / "best") == [1, 2]
         with OrbaxDirectory(tmp_path / "best" / "1") as directory:
             assert directory.info["run"] == two.run.id
+
+
+class TestAKillBetweenTwoRenames:
+    """While a directory is replaced, it has another name for an instant: a kill then must not hide it."""
+
+    @pytest.fixture
+    def killed(self, tmp_path):
+        run(build(tmp_path, ModelCheckpoint(tmp_path / "best")), epochs=2)
+        (step,) = steps_in(tmp_path / "best")[-1:]
+        os.rename(tmp_path / "best" / str(step), tmp_path / "best" / f".{step}.0123456789abcdef.nnx-trainer.old")
+        return tmp_path / "best" / str(step)
+
+    @pytest.mark.parametrize("has_locks", [True, False])
+    def test_it_counts_among_the_best(self, killed, has_locks, monkeypatch):
+        def refuse(descriptor, operation):
+            raise OSError(errno.ENOLCK, "no locks")
+
+        if not has_locks:
+            monkeypatch.setattr(atomic.fcntl, "flock", refuse)
+        assert ModelCheckpoint(killed.parent).best_model_path == killed
+
+    def test_it_is_loaded_by_its_path(self, killed, tmp_path):
+        trainer = build(tmp_path)
+        trainer.load_checkpoint(killed)
+        assert trainer.step == int(killed.name)
 
 
 class TestAKillBetweenTwoSaves:

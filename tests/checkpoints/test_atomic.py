@@ -12,7 +12,7 @@ import warnings
 import pytest
 
 from trainer.checkpoints import atomic
-from trainer.checkpoints.atomic import NewDirectory, replacing, sweep
+from trainer.checkpoints.atomic import NewDirectory, replacing, restore, sweep
 
 CALLS = ("open", "posix_fallocate", "write", "fsync", "replace", "close")
 
@@ -287,6 +287,34 @@ class TestWithoutLocks:
             make(tmp_path / "a")
             assert os.listdir(tmp_path) == ["a"]
         assert len(os.listdir("/dev/fd")) == before
+
+    def test_what_was_about_to_be_replaced_gets_its_name_back(self, tmp_path):
+        aside = ".a.0123456789abcdef.nnx-trainer.old"
+        write_directory(tmp_path / aside, b"old")
+        sweep(tmp_path)
+        assert os.listdir(tmp_path) == ["a"]
+        os.rename(tmp_path / "a", tmp_path / aside)
+        write_directory(tmp_path / "a", b"new")  # sweeps first, and replaces what got its name back
+        assert (tmp_path / "a" / "file").read_bytes() == b"new"
+
+    def test_a_writer_whose_old_directory_got_its_name_back_meanwhile_replaces_it(self, tmp_path, monkeypatch):
+        write_directory(tmp_path / "a", b"old")
+        new, original, seen = NewDirectory(tmp_path / "a"), os.rename, []
+        (new.temporary / "file").write_bytes(b"new")
+
+        def rename(source, target):
+            if source == new.temporary and len(seen) < 2:
+                seen.append(target)
+                monkeypatch.setattr(os, "rename", original)
+                restore(tmp_path)  # a reader in another process
+                monkeypatch.setattr(os, "rename", rename)
+            original(source, target)
+
+        monkeypatch.setattr(os, "rename", rename)
+        new.commit()
+        assert len(seen) == 2
+        assert os.listdir(tmp_path) == ["a"]
+        assert (tmp_path / "a" / "file").read_bytes() == b"new"
 
     def test_nothing_is_swept(self, tmp_path):
         (tmp_path / TestDebris.name).write_text("perhaps of a living process")

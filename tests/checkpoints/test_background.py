@@ -17,7 +17,7 @@ from tests.test_api import Recorder, assert_same_bits
 from trainer import Callback, CheckpointError, Trainer, latest_checkpoint
 from trainer.checkpoints import checkpointer, detach
 from trainer.checkpoints.background import BackgroundSaver
-from trainer.checkpoints.snapshot import copied_to_host
+from trainer.checkpoints.saving import copied_to_host
 
 
 def build(directory, callbacks=(), **options):

@@ -18,7 +18,7 @@ from tests.test_api import assert_same_bits
 from trainer import CheckpointError, TrainState, UnreadableError, load_state, make_train_step, save_state
 from trainer.checkpoints.file_format import DTYPES
 from trainer.checkpoints.orbax_directory import OrbaxDirectory, write_directory
-from trainer.checkpoints.snapshot import take_snapshot
+from trainer.checkpoints.saving import take_snapshot
 from trainer.checkpoints.state_io import load_latest, load_with_progress
 from trainer.core import checksums
 

@@ -23,7 +23,7 @@ from trainer.checkpoints.file_format import Bundle, write_bundle
 from trainer.checkpoints.open import open_source
 from trainer.checkpoints.plain_values import bytes_to_json, from_plain, to_plain, unpack
 from trainer.checkpoints.run_record import load_run, save_run, snapshot_run
-from trainer.checkpoints.snapshot import write_snapshot
+from trainer.checkpoints.saving import write_snapshot
 from trainer.checkpoints.state_io import load_with_progress
 from trainer.metrics.history import History
 from trainer.run import Run

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import trainer.checkpoints.open
+from tests.fit.test_resume import StoppedError, Watching
 from tests.problems import Busy, Linear, config, regression, squared_error
 from tests.test_api import assert_same_bits
-from tests.test_resume import StoppedError, Watching
 from trainer import ArgumentError, Callback, CheckpointError, Trainer, TrainState, UnreadableError, save_state
 from trainer.checkpoints.file_format import Bundle
 from trainer.checkpoints.state_io import load_with_progress

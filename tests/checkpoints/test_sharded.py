@@ -27,7 +27,7 @@ from trainer import (
 )
 from trainer.checkpoints.file_format import DTYPES
 from trainer.checkpoints.orbax_directory import _Writing, begin_directory
-from trainer.checkpoints.snapshot import take_snapshot
+from trainer.checkpoints.saving import take_snapshot
 from trainer.checkpoints.state_io import default_name, load_latest, load_with_progress
 
 ADAM = optax.adam(1e-2)
@@ -419,7 +419,7 @@ class TestTwoProcesses:
         body = """
         from trainer.checkpoints import orbax_directory
         from trainer.checkpoints.run_record import save_run, snapshot_run
-        from trainer.checkpoints.snapshot import write_snapshot
+        from trainer.checkpoints.saving import write_snapshot
         from trainer.run import Run
 
         state = sharded(mesh)

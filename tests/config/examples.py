@@ -16,6 +16,7 @@ FULL = TrainingConfig(
     gradient_clip_norm=1.0,
     steps_per_epoch=7,
     validation_steps=2,
+    epochs_per_validation=None,
     use_wandb=True,
     wandb_project="project",
     metadata={"seed": 3, "tags": ["a", "b"], "nested": {"rate": 1e-3, "none": None}},

@@ -47,6 +47,7 @@ DEFAULTS = {
         "log_frequency": 100,
         "steps_per_epoch": None,
         "validation_steps": None,
+        "epochs_per_validation": 1,
         "use_wandb": False,
         "wandb_project": None,
     },
@@ -138,6 +139,7 @@ POSITIVE = "it must be positive and finite."
         (training, "log_frequency", [0, -1], POSITIVE),
         (training, "steps_per_epoch", [0, -1], POSITIVE),
         (training, "validation_steps", [0, -1], POSITIVE),
+        (training, "epochs_per_validation", [0, -1], POSITIVE),
     ],
 )
 def test_values_out_of_range_are_refused(make, field, bad, wanted):

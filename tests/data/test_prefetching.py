@@ -15,11 +15,11 @@ import pytest
 from flax import nnx
 
 from tests.distributed.test_start import run
+from tests.fit.test_resume import StoppedError
+from tests.fit.test_resume_epoch import Positioned, Shuffled, grain_dataset
 from tests.marks import slow_unless
 from tests.problems import Linear, config, regression, squared_error
 from tests.test_batches_of_all_kinds import Reusing, batches_of
-from tests.test_resume import StoppedError
-from tests.test_resume_epoch import Positioned, Shuffled, grain_dataset
 from trainer import (
     ArgumentError,
     BatchError,

@@ -120,6 +120,60 @@ def test_other_weights_and_bad_rows_are_told_before_the_first_step(tmp_path):
     assert first["step"] == 0
 
 
+RESTORED = """
+import pathlib, shutil
+import flax.nnx as nnx
+from tests.sharding.test_trainer_mesh import Perceptron, config, data, objective
+from trainer import DistributedError, Trainer, make_mesh
+from trainer.distributed import barrier
+
+directory = pathlib.Path(json.loads(os.environ["FLAGS"]))
+
+def build():
+    mesh = make_mesh({"data": 2})
+    return Trainer(Perceptron(nnx.Rngs(0)), config(), loss_fn=objective, mesh=mesh, workdir=directory, progress=False)
+
+one = build()
+for name in ("0.orbax", "1.orbax"):  # of the same steps, and of other weights
+    other = build()
+    other.state = other.state.replace(params=jax.tree.map(lambda leaf: leaf + int(name[0]), other.state.params))
+    other.train(data(), 1, 16)
+    other.save_checkpoint(directory / name)
+barrier("saved")
+own = directory / f"process {process}"  # as a local disk would be: the same name, and another file
+own.mkdir()
+shutil.copytree(directory / f"{process}.orbax", own / "own.orbax")
+os.chdir(own)
+
+def told(work):
+    try:
+        work()
+    except DistributedError as error:
+        return str(error)
+
+resumed, loaded, same = build(), build(), build()
+found = {"resume": told(lambda: resumed.train(data(), 2, 16, resume="own.orbax"))}
+loaded.load_checkpoint("own.orbax")
+before = loaded.step
+found["load"] = told(lambda: loaded.train(data(), 2, 16))
+found["steps"] = [resumed.step, loaded.step - before]
+found["same"] = told(lambda: same.train(data(), 2, 16, resume=directory / "0.orbax"))
+print(json.dumps({**found, "went on": same.step > before}))
+"""
+
+
+@pytest.mark.slow
+def test_other_checkpoints_are_told_before_the_first_step_after_a_restore(tmp_path):
+    results = run(RESTORED, 2, flags=str(tmp_path))
+    assert [status for status, _, _ in results] == [0, 0], results
+    first, second = (json.loads(out.splitlines()[-1]) for _, out, _ in results)
+    assert first == second
+    assert "`params/inner/kernel` is " in first["resume"]
+    assert "`params/inner/kernel` is " in first["load"]
+    assert first["steps"] == [0, 0]
+    assert (first["same"], first["went on"]) == (None, True)
+
+
 EXIT = """
 import tempfile
 from tests.distributed.test_trainer_processes import trainer_on

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests.core.test_partial_metrics import Auc
 from tests.distributed.test_start import JOIN, finish, run, start
 from tests.sharding.test_trainer_mesh import Perceptron, config, data, objective
-from tests.test_partial_metrics import Auc
 from trainer import (
     Callback,
     CheckpointError,

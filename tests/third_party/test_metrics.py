@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
+from tests.fit.test_resume import StoppedError, Watching
 from tests.problems import Linear, config, regression
-from tests.test_resume import StoppedError, Watching
 from trainer import ObjectiveError, Trainer, TrainState, make_mesh, make_train_step
 
 pytestmark = pytest.mark.third_party

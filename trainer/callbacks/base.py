@@ -1,4 +1,4 @@
-"""Callbacks: objects with a method for each event of a run that they want to see.
+"""Callbacks: objects with a method for each event of a run that they handle.
 
 `train` and `train_epoch` emit the same events, in this order::
 
@@ -17,7 +17,7 @@
     on_compile_begin(trainer, what)            around the first call of a compiled program, inside
     on_compile_end(trainer, what, seconds)     the events of the step that makes this call
 
-A step is counted before the events that follow it are emitted: the state, ``trainer.step``, the position in
+A step is counted before the events that follow it: the state, ``trainer.step``, the position in
 the data and the averages agree, so a checkpoint that a callback saves at any event is complete.
 
 Each event goes to the callbacks in list order, then to the extensions in theirs, then to callbacks with
@@ -25,12 +25,14 @@ Each event goes to the callbacks in list order, then to the extensions in theirs
 into one call.
 """
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from operator import is_
 from types import MappingProxyType
 from typing import Any
 
-from trainer.errors import ArgumentTypeError
+from trainer.core.checks import did_you_mean
+from trainer.errors import ArgumentTypeError, warn
 
 EVENTS = (
     "on_train_begin",
@@ -48,16 +50,16 @@ EVENTS = (
 
 
 class Callback:
-    """A callback that ignores every event: override the methods that you need.
+    """A callback that ignores every event: override the methods you need.
 
-    Any object with one of these methods is a callback too; deriving from this class is optional. A callback with
-    ``state_dict()`` and ``load_state_dict(state)`` has a state in checkpoints. The state finds the callback again by
-    its ``state_key``, a text, or by the name of its class if it has none.
+    Any object with one of these methods is a callback too; deriving from this class is optional. The state of a
+    callback with ``state_dict()`` and ``load_state_dict(state)`` is saved in checkpoints, under the callback's
+    ``state_key``, a string, or by default under its class name.
 
     Attributes:
         should_stop: Set it to end the run after the current epoch.
-        runs_last: Whether this callback gets each event after all other callbacks and all extensions. A callback
-            that saves their states needs that. It is a property of the class: do not change it during a run.
+        runs_last: Whether this callback gets each event after all other callbacks and all extensions, as a callback
+            that saves their states must. It belongs to the class: do not change it during a run.
     """
 
     should_stop = False
@@ -67,16 +69,16 @@ class Callback:
         """A run starts or resumes."""
 
     def on_train_end(self, trainer: Any) -> None:
-        """A run ends, at its last step or by an exception."""
+        """A run ends, at its last step or with an exception."""
 
     def on_epoch_begin(self, trainer: Any, epoch: int) -> None:
         """A pass over the data starts. Epochs count from 0 over the life of the trainer."""
 
     def on_epoch_end(self, trainer: Any, epoch: int, logs: dict[str, float]) -> None:
-        """A pass over the data ended. ``logs``: its averages, and the last validation's as ``val_<name>``."""
+        """A pass over the data ended. ``logs``: its averages, and those of the last validation as ``val_<name>``."""
 
     def on_batch_begin(self, trainer: Any, step: int) -> None:
-        """A step is about to run. ``step``: the updates finished so far."""
+        """A step is about to run. ``step``: updates finished so far."""
 
     def on_batch_end(self, trainer: Any, step: int, logs: Mapping[str, Any]) -> None:
         """A step was dispatched and counted. ``logs``: scalars on the device; reading one waits for the step."""
@@ -98,20 +100,20 @@ class Callback:
 
 
 class CallbackList(Callback):
-    """Several callbacks as one: each event goes to all of them in order, callbacks with ``runs_last`` last.
+    """Several callbacks as one: each event goes to all of them in order, those with ``runs_last`` last.
 
-    A list inside a list counts as its members.
+    A nested list counts as its members.
     """
 
-    # The order and the handlers of each event, valid while this list and the lists inside it hold what they held.
-    # Class attributes, so that a subclass whose __init__ does not call ours works.
+    # The order and the handlers of each event, valid until this list or a list inside it changes.
+    # Class attributes, so that they exist in a subclass whose __init__ does not call ours.
     _held: tuple[Any, ...] | None = None
     _held_inside: tuple[tuple["CallbackList", tuple[Any, ...]], ...] = ()
     _ordered: tuple[Any, ...] = ()
     _handlers: Mapping[str, tuple[Any, ...]] = MappingProxyType({})
 
     def __init__(self, callbacks: Iterable[Any] | None = None) -> None:
-        """Makes a list of its own from ``callbacks``."""
+        """Makes a new list from ``callbacks``."""
         self.callbacks: list[Any] = list(callbacks or ())
 
     def add(self, callback: Any) -> None:
@@ -134,7 +136,7 @@ class CallbackList(Callback):
         return any(asks_to_stop(callback) for callback in self.callbacks)
 
     def in_order(self) -> tuple[Any, ...]:
-        """Returns the callbacks in the order in which they get an event, nested lists flattened."""
+        """Returns the callbacks in the order in which they get an event, with nested lists flattened."""
         if not self._is_unchanged():
             self._held = tuple(self.callbacks)
             self._held_inside = tuple((inner, tuple(inner.callbacks)) for inner in _lists_inside(self))
@@ -145,8 +147,8 @@ class CallbackList(Callback):
     def emit(self, event: str, *args: Any) -> None:
         """Calls the method named ``event`` of every callback that has one.
 
-        An event that no callback handles costs less than a microsecond: the callbacks that handle it are looked up
-        when the list has changed, and again whenever a run or an epoch begins.
+        An event without handlers costs less than a microsecond: handlers are looked up only after the list has
+        changed, and whenever a run or an epoch begins.
         """
         if event in ("on_train_begin", "on_epoch_begin"):
             self._handlers = {}
@@ -154,12 +156,12 @@ class CallbackList(Callback):
         if handlers is None or not self._is_unchanged():
             handlers = tuple(callback for callback in self.in_order() if handles(callback, event))
             self._handlers = {**self._handlers, event: handlers}
-        # A tuple: a callback that adds or removes itself meanwhile makes no other callback miss the event.
+        # A tuple, so that a callback that adds or removes itself makes no other callback miss the event.
         for callback in handlers:
             emit(callback, event, *args)
 
     def _is_unchanged(self) -> bool:
-        # Compared by identity: two callbacks that are equal are still two callbacks. A list does not note itself in
+        # Compare by identity, since equal callbacks are still distinct. A list does not store itself in
         # `_held_inside`, because that cycle would keep extensions, and their arrays, alive.
         for inner, held in self._held_inside:  # a generator in all() would take twice as long
             if not _are(inner.callbacks, held):
@@ -208,7 +210,7 @@ def emit(callback: Any, event: str, *args: Any) -> None:
 
 
 def handles(callback: Any, event: str) -> bool:
-    """Returns whether a callback does anything at an event."""
+    """Returns whether a callback handles an event."""
     method = getattr(callback, event, None)
     function = getattr(method, "__func__", method)
     if function is getattr(CallbackList, event):
@@ -222,10 +224,10 @@ def runs_last(callback: Any) -> bool:
 
 
 def asks_to_stop(callback: Any) -> bool:
-    """Returns whether a callback, or a member of a list of callbacks of any class, has ``should_stop`` set."""
+    """Returns whether a callback, or a member of a callback list of any class, has ``should_stop`` set."""
     if getattr(callback, "should_stop", False):
         return True
-    # CallbackList asks its members itself. A list of another class may not know of `should_stop`.
+    # CallbackList asks its members itself. A list of another class may not know `should_stop`.
     members = () if isinstance(callback, CallbackList) else getattr(callback, "callbacks", None)
     if members is None:
         members = callback
@@ -234,9 +236,9 @@ def asks_to_stop(callback: Any) -> bool:
 
 
 def flatten(callbacks: Iterable[Any]) -> Iterator[Any]:
-    """Yields callbacks, and the members of a `CallbackList` in its place."""
+    """Yields callbacks, replacing each `CallbackList` by its members."""
     for callback in callbacks:
-        # A subclass may do something else with an event, so it keeps dispatching itself.
+        # A subclass may handle events differently, so it dispatches to its members itself.
         if type(callback) is CallbackList:
             yield from flatten(callback.callbacks)
         else:
@@ -244,10 +246,10 @@ def flatten(callbacks: Iterable[Any]) -> Iterator[Any]:
 
 
 def asked_by(callbacks: Any) -> tuple[tuple[Any, ...], tuple[str, ...]]:
-    """Returns what callbacks ask of a trainer that is made with them.
+    """Returns what callbacks need from the trainer that is created with them.
 
-    That is the transformations that they put behind the optimizer (``optimizer_part``), and the names of what they want
-    the step to report (``reports``), see `trainer.make_train_step`.
+    These are the transformations to chain after the optimizer (``optimizer_part``), and the names of the values that
+    the step should report (``reports``), see `trainer.make_train_step`.
     """
     members = list(flatten([callbacks]))
     parts = tuple(one.optimizer_part for one in members if getattr(one, "optimizer_part", None) is not None)
@@ -255,14 +257,14 @@ def asked_by(callbacks: Any) -> tuple[tuple[Any, ...], tuple[str, ...]]:
 
 
 def without_savers(callbacks: Any) -> Any:
-    """Returns callbacks without those that save the states of others, which have ``runs_last``."""
+    """Returns the callbacks except those that save the states of others, which have ``runs_last``."""
     if not isinstance(callbacks, CallbackList):
         return callbacks
     return CallbackList(callback for callback in flatten(callbacks.callbacks) if not runs_last(callback))
 
 
 def is_callback(value: Any) -> bool:
-    """Returns whether an object has a method for any event, or ``should_stop``. A class is no callback."""
+    """Returns whether an object has a method for any event, or ``should_stop``. A class is not a callback."""
     return not isinstance(value, type) and any(hasattr(value, name) for name in (*EVENTS, "should_stop"))
 
 
@@ -277,10 +279,12 @@ def as_callback_list(callbacks: Any) -> Any:
     if is_callback(callbacks):
         if isinstance(callbacks, CallbackList):
             _check_members(callbacks)
+        else:
+            check_handlers(callbacks, "callbacks")
         return callbacks
     inside = getattr(callbacks, "callbacks", None)
     if isinstance(inside, list | tuple) and not isinstance(callbacks, type):
-        # A list of another library that leaves the events to its trainer; what it adds later counts.
+        # Another library's list, which leaves dispatch to its trainer; later additions to it count.
         made = CallbackList()
         made.callbacks = inside  # type: ignore[assignment]
         _check_members(made)
@@ -294,9 +298,57 @@ def as_callback_list(callbacks: Any) -> Any:
     return made
 
 
+def check_handlers(callback: Any, name: str) -> None:
+    """Checks the methods of a callback or an extension that events would call.
+
+    A method whose name begins with ``on_`` and that no event calls, such as ``on_train_epoch_end``, is a warning.
+
+    Raises:
+        ArgumentTypeError: A method cannot take the arguments of its event.
+    """
+    kind = type(callback)
+    unknown = [
+        f"`{method}` ({did_you_mean(_in_our_words(method), EVENTS)})"
+        for method in dir(kind)
+        if method.startswith("on_") and method not in EVENTS and callable(getattr(kind, method, None))
+    ]
+    if unknown:
+        warn(f"`{name}` of type {kind.__name__} has methods that no event calls: {', '.join(unknown)}")
+    for event in EVENTS:
+        if not handles(callback, event):
+            continue
+        called = inspect.signature(getattr(Callback, event))
+        wanted = [parameter for parameter in called.parameters if parameter != "self"]
+        try:
+            signature = inspect.signature(getattr(callback, event))
+        except (TypeError, ValueError):  # of a function without a signature
+            continue
+        try:
+            signature.bind(*wanted)
+        except TypeError as error:
+            raise ArgumentTypeError(
+                f"`{name}` of type {kind.__name__} has {event}{signature}, which is called as "
+                f"{event}({', '.join(wanted)}): {error}."
+            ) from None
+
+
+def _in_our_words(method: str) -> str:
+    """Returns the name of an event of Keras or Lightning as it would be here, ``on_epoch_begin``, or nearly so."""
+    for theirs, ours in (
+        ("train_batch", "batch"),
+        ("train_epoch", "epoch"),
+        ("start", "begin"),
+        ("test", "validation"),
+    ):
+        method = method.replace(theirs, ours)
+    return method
+
+
 def _check_members(callbacks: CallbackList) -> None:
     for index, callback in enumerate(flatten(callbacks.callbacks)):
-        if not is_callback(callback):
+        if is_callback(callback):
+            check_handlers(callback, f"callbacks[{index}]")
+        else:
             raise ArgumentTypeError(
                 f"`callbacks[{index}]` {_what_came(callback)}, which is no callback; a callback is an object with a "
                 f"method for at least one event ({', '.join(EVENTS[:4])}, ...), for example an instance of a subclass "

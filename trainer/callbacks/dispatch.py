@@ -10,30 +10,30 @@ from trainer.errors import CheckpointError, warn
 
 
 class CallbackDispatcher:
-    """Sends events to a trainer's callbacks and then to its extensions, callbacks with ``runs_last`` at the end.
+    """Sends events to a trainer's callbacks, then to its extensions, then to callbacks with ``runs_last``.
 
     Args:
-        callbacks: What `trainer.callbacks.base.as_callback_list` returned. A `CallbackList` is read at every event,
+        callbacks: The result of `trainer.callbacks.base.as_callback_list`. A `CallbackList` is read at every event,
             so it may change during a run; a list of any other class dispatches to its members itself.
-        extensions: The extensions by name. Their methods for events are called like those of callbacks.
-        display: A callback that gets every event after all of these, and has no state; None for no such.
+        extensions: The extensions by name. Their event methods are called like those of callbacks.
+        display: A callback without state that gets every event after all others, or None.
     """
 
     def __init__(self, callbacks: Any, extensions: Mapping[str, Any], display: Any = None) -> None:
         self._callbacks = callbacks
         self._extensions = extensions
         self._all = CallbackList((callbacks, *extensions.values(), *([] if display is None else [display])))
-        # Before any event has changed them.
+        # Taken before any event changes them.
         self._made = [(callback, _attributes_of(callback)) for callback in flatten([callbacks])]
 
     def emit(self, event: str, *args: Any) -> None:
-        """Calls the method named ``event`` with ``args``, on each that has one."""
+        """Calls the method named ``event`` with ``args`` on each callback and extension that has one."""
         self._all.emit(event, *args)
 
     def emit_to_all(self, event: str, *args: Any) -> list[BaseException]:
-        """Like `emit`, but an exception does not keep the event from the rest; returns the exceptions.
+        """Like `emit`, but exceptions do not stop the event from reaching the rest; returns the exceptions.
 
-        Ctrl-C in one callback is no reason to leave the others' files open either: it is among what is returned.
+        Even Ctrl-C in one callback must not leave the files of others open, so it is returned too.
         """
         failures: list[BaseException] = []
         for callback in self._all.in_order():
@@ -44,7 +44,7 @@ class CallbackDispatcher:
         return failures
 
     def handles(self, event: str) -> bool:
-        """Returns whether any callback or extension does anything at an event."""
+        """Returns whether any callback or extension handles an event."""
         return any(handles(callback, event) for callback in self._all.in_order())
 
     @property
@@ -53,16 +53,16 @@ class CallbackDispatcher:
         return self._all.should_stop
 
     def stop_reasons(self) -> list[str]:
-        """Returns why callbacks ask to end the run: their ``reason``, or their class."""
+        """Returns why callbacks ask to end the run: their ``reason``, or their class name."""
         asking = [one for one in self._all.in_order() if asks_to_stop(one)]
         return [getattr(one, "reason", None) or f"{type(one).__name__} asked for it" for one in asking]
 
     def state_dict(self) -> list[dict[str, Any]]:
         """Returns the states of the callbacks and extensions that have ``state_dict`` and ``load_state_dict``.
 
-        Each is ``{"callback": name, "state": state}``. The name is the ``state_key`` of a callback, else the name of
-        its class; an extension is ``extensions/<name>``. Of several of one name each has a digest of its plain
-        attributes too, as they were when the trainer was made: ``"made": text``.
+        Each is ``{"callback": name, "state": state}``. The name is a callback's ``state_key``, or by default its class
+        name; for an extension it is ``extensions/<name>``. If several share a name, each also has a digest of its
+        plain attributes as of the creation of the trainer: ``"made": text``.
         """
         present = self._stateful()
         names = [name for name, _ in present]
@@ -76,15 +76,15 @@ class CallbackDispatcher:
         ]
 
     def load_state_dict(self, states: Sequence[Any]) -> None:
-        """Gives each state to the callback or extension that it is named for.
+        """Restores each state to the callback or extension of its name.
 
-        Several of one name get theirs by the attributes that they were made with, in whatever order they come; where
-        these tell nothing (they are all alike, or others than then) in list order. If there are more or fewer of them
-        than when the states were saved, none gets one, since any of them may be the owner. Whatever finds no owner or
-        no state is named in a warning. States of an older format have no names, and are given out by position.
+        Callbacks that share a name are matched by the attributes they were created with, in any order; if these do not
+        tell them apart (all equal, or changed), by list order. If their number has changed since the save, none gets a
+        state, since any could be the owner. A warning lists callbacks without a state and states without a callback.
+        States of an older format have no names, and are assigned by position.
 
         Raises:
-            CheckpointError: A callback or an extension cannot use its state, or some states have names and some none.
+            CheckpointError: A callback or an extension cannot use its state, or only some states have names.
         """
         present = self._stateful()
         named = [_is_named(entry) for entry in states]
@@ -129,7 +129,7 @@ class CallbackDispatcher:
         return next((text for one, text in self._made if one is callback), "")
 
     def _stateful(self) -> list[tuple[str, Any]]:
-        """Returns the callbacks and extensions that have a state, by name, in list order whatever ``runs_last`` is."""
+        """Returns the callbacks and extensions with a state, by name, in list order regardless of ``runs_last``."""
         named = [(_name_of(callback), callback) for callback in flatten([self._callbacks])]
         named += [(f"extensions/{name}", extension) for name, extension in self._extensions.items()]
         return [(name, one) for name, one in named if hasattr(one, "state_dict") and hasattr(one, "load_state_dict")]
@@ -141,11 +141,11 @@ def _name_of(callback: Any) -> str:
 
 
 def _attributes_of(callback: Any) -> str:
-    """Returns a digest of the attributes of a callback that are plain values: what it was made with, mostly."""
+    """Returns a digest of a callback's attributes that are plain values, mostly its constructor arguments."""
     plain = (str, int, float, bool, type(None), os.PathLike)
     held = {name: value for name, value in getattr(callback, "__dict__", {}).items() if isinstance(value, plain)}
     text = repr([(name, str(held[name])) for name in sorted(held)])
-    return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:16]  # no text: some hold passwords
+    return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:16]  # a digest: some hold passwords
 
 
 def _is_named(entry: Any) -> bool:

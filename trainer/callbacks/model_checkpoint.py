@@ -1,10 +1,10 @@
 """`ModelCheckpoint`: keeps the best checkpoints of a run and the newest, as Orbax directories.
 
-It does not use `orbax.checkpoint.CheckpointManager` with ``BestN`` and ``LatestN``, which (0.12.8) takes every
-directory with a number for its own and then skips saves at earlier steps without an error, deletes the best
+It does not use `orbax.checkpoint.CheckpointManager` with ``BestN`` and ``LatestN``, which (0.12.8) treats every
+directory with a numeric name as its own and then silently skips saves at earlier steps, deletes the best
 checkpoint once a score is NaN, fails if the monitor changes, and cannot replace the checkpoint of a step that a
-resumed run reaches again. (A save of 1,000 floats blocks for 10 ms there and for 7 ms here; a whole save takes 40 ms
-there and 108 ms here, where it is flushed to the disk.)
+resumed run reaches again. (Saving 1,000 floats blocks for 10 ms there and 7 ms here; a whole save takes 40 ms
+there and 108 ms here, including a flush to disk.)
 """
 
 import math
@@ -17,7 +17,7 @@ import jax
 
 from trainer.callbacks.base import flatten
 from trainer.callbacks.monitor import Checking, Monitor
-from trainer.checkpoints.atomic import remove_directory
+from trainer.checkpoints.atomic import remove_directory, restore
 from trainer.checkpoints.background import BackgroundSaver
 from trainer.checkpoints.orbax_directory import OrbaxDirectory, begin_directory
 from trainer.core.checks import check_count
@@ -26,37 +26,37 @@ from trainer.errors import ArgumentError, CheckpointError, warn
 
 
 class ModelCheckpoint(Checking):
-    """Saves whole states in a directory, in Orbax format: the best by a metric, and the newest.
+    """Saves whole states to a directory, in Orbax format: the best by a metric, and the newest.
 
     Each checkpoint is an atomic directory ``dirpath/<step>``, for ``load_checkpoint(path)`` and
-    ``train(..., resume=path)``. Arrays that are sharded over devices or processes are saved from where they are and
-    never gathered. With a metric named ``val_<name>`` a state is saved when a validation ends, so the score belongs
-    to exactly this state; with any other metric it is saved at the end of an epoch. With several processes, each has
+    ``train(..., resume=path)``. Arrays sharded over devices or processes are saved from their devices and
+    never gathered. For a metric named ``val_<name>``, the state is saved when a validation ends, so the score belongs
+    to exactly this state; for any other metric, it is saved at the end of an epoch. With several processes, each has
     a callback with the same ``dirpath``, and all decide alike.
 
-    The callback deletes only what a ModelCheckpoint with the same ``monitor`` wrote in the same run, resumed or not;
-    what one wrote in another run is replaced where the steps are the same. Everything else in ``dirpath`` stays and
-    does not count, whatever its name.
+    The callback deletes only checkpoints that a ModelCheckpoint with the same ``monitor`` wrote in the same run,
+    resumed or not. It replaces those of other runs at the same step. Everything else in ``dirpath`` is kept and
+    ignored, whatever its name.
 
-    A run that was killed after the trainer had saved a step, and before this callback had, is judged at that step when
-    it is resumed.
+    If a run is killed after the trainer saved a step but before this callback did, the callback decides on that step
+    when the run is resumed.
 
-    A state that is not finite is not saved. A score that is NaN is worse than any number.
+    A state that is not finite is not saved. A NaN score is worse than any number.
 
     Args:
         dirpath: The directory. It is created at the first save.
         monitor: The metric.
-        mode: "min" or "max": whether a smaller or a larger value is better.
+        mode: "min" or "max": whether smaller or larger values are better.
         save_top_k: How many of the best to keep; -1 keeps all, 0 none.
-        save_last: Whether to keep the newest as well. It is saved at the end of an epoch even if the metric was not
+        save_last: Whether to also keep the newest. It is saved at the end of an epoch even if the metric was not
             measured there.
-        every_n_epochs: Save in every n-th epoch only.
-        background: Whether training continues as soon as the arrays are copied. If such a save fails, the next event
-            of this callback raises, or the end of the run.
+        every_n_epochs: Save only in every n-th epoch.
+        background: Whether training continues once the arrays are copied. If such a save fails, the callback's next
+            event raises, or the end of the run.
 
     Raises:
-        ArgumentError: An argument cannot be used; at the start of a run, if the run validates on nothing and the
-            metric is that of a validation, or another ModelCheckpoint saves in ``dirpath``; during a run, if the
+        ArgumentError: An argument is invalid; at the start of a run, if it has no validation data but the
+            metric comes from validation, or another ModelCheckpoint saves to ``dirpath``; during a run, if the
             metric does not exist.
         CheckpointError: A save failed, or would replace something that is not this callback's. Earlier checkpoints
             are still there.
@@ -68,7 +68,7 @@ class ModelCheckpoint(Checking):
         other.load_checkpoint(best.best_model_path)
     """
 
-    # What it saves holds the states of all other callbacks, which must have seen the event by then.
+    # It saves the states of all other callbacks, so they must have handled the event first.
     runs_last = True
 
     def __init__(
@@ -91,10 +91,10 @@ class ModelCheckpoint(Checking):
         self._every_n_epochs = check_count(every_n_epochs, "every_n_epochs")
         self._background = background
         self._saver = BackgroundSaver()
-        # The scores of this callback's checkpoints, None for one that was saved as the newest without a score. None
-        # in place of the dict: not known, so that the directory has to be read.
+        # The scores of this callback's checkpoints by step; None for one saved as the newest without a score.
+        # Without a dict, the scores are unknown until the directory is read.
         self._scores: dict[int, float | None] | None = None
-        self._run: str | None = None  # None before the first run: then those of all runs count
+        self._run: str | None = None  # before the first run, checkpoints of all runs count
         self._has_warned = False
         self._epoch = 0
         self._judged_step = -1
@@ -102,27 +102,27 @@ class ModelCheckpoint(Checking):
 
     @property
     def best_model_path(self) -> Path | None:
-        """The checkpoint with the best score, None if there is none. Waits for a save in flight."""
+        """The checkpoint with the best score, or None. Waits for a save in flight."""
         scores = self._finished()
         steps = [step for step in scores if not math.isnan(_number(scores[step]))]
         return self.dirpath / str(max(steps, key=lambda step: self._order(step, scores))) if steps else None
 
     def best_by(self, monitor: Monitor) -> Path | None:
-        """Returns `best_model_path` where that is the best by a monitor, and None where this watches another metric."""
+        """Returns `best_model_path` if ``monitor`` has this callback's metric and mode, otherwise None."""
         is_same = (monitor.name, monitor.mode) == (self._monitor.name, self._monitor.mode)
         return self.best_model_path if is_same and self._save_top_k else None
 
     @property
     def best_model_score(self) -> float | None:
-        """The score of the best checkpoint, None if there is none. Waits for a save in flight."""
+        """The score of the best checkpoint, or None. Waits for a save in flight."""
         best = self.best_model_path
         return None if best is None else self._finished()[int(best.name)]
 
     @property
     def last_model_path(self) -> Path | None:
-        """The checkpoint that was written last, None if there is none. Waits for a save in flight.
+        """The checkpoint that was written last, or None. Waits for a save in flight.
 
-        Before a run of this callback it is the one of the highest step.
+        Before this callback's first run, it is the one with the highest step.
         """
         steps = list(self._finished())
         return self.dirpath / str(steps[-1]) if steps else None
@@ -144,7 +144,7 @@ class ModelCheckpoint(Checking):
                 f"directory of its own for each metric."
             )
         later = [step for step in self._scores if step > trainer.step]
-        if later and getattr(trainer, "is_new_run", True):  # a resumed run comes to the same steps again
+        if later and getattr(trainer, "is_new_run", True):  # a resumed run reaches the same steps again
             warn(
                 f"`dirpath` `{self.dirpath}` holds checkpoints up to step {max(later)}, later than this run's step "
                 f"{trainer.step}: they count among the best until this run replaces them. Use a directory of its own "
@@ -168,8 +168,8 @@ class ModelCheckpoint(Checking):
     def on_epoch_end(self, trainer: Any, epoch: int, logs: dict[str, float]) -> None:
         del epoch
         if self._monitor.of_validation:
-            # Saved at the next epoch or at the end of the run, not here: a validation of this very step may still
-            # come, and then the state is saved with its score.
+            # Deferred to the next epoch or the end of the run: a validation of this very step may still come, and
+            # then the state is saved with its score.
             self._last_is_due = self._save_last and self._is_due() and self._judged_step != trainer.step
         else:
             self._check(trainer, logs)
@@ -197,14 +197,14 @@ class ModelCheckpoint(Checking):
             self._save(trainer, score)
 
     def _judge_restored(self, trainer: Any) -> None:
-        """Judges the state that a run is resumed with, if it was measured and no checkpoint here holds its score."""
+        """Decides on the state that a run resumes from, if it was measured and no checkpoint here holds its score."""
         run = getattr(trainer, "run", None)
         if run is None or run.is_new:
             return
         if self._known().get(run.step) is not None:
             self._judged_step = run.step
             return
-        is_over = run.batch == 0  # the epoch is counted already
+        is_over = run.batch == 0  # the epoch is already counted
         self._epoch = run.epoch - is_over
         if not self._monitor.of_validation:
             if is_over:
@@ -238,11 +238,11 @@ class ModelCheckpoint(Checking):
         setup = getattr(trainer, "setup", None)
 
         def write() -> None:
-            finish()  # before anything is deleted: if the save fails, what there was stays
+            finish()  # before deleting anything, so that a failed save loses nothing
             if setup is not None:
                 setup.checkpointer.add_complete(self.dirpath / str(step), step)
             for known in scores.keys() - kept if jax.process_index() == 0 else ():
-                # Another run in the same directory may have replaced it since.
+                # Another run in the same directory may have replaced it.
                 written_by = _written_by(self.dirpath / str(known))
                 if written_by is not None and written_by[0] == self._monitor.name and self._is_same(written_by[2]):
                     remove_directory(self.dirpath / str(known))
@@ -253,7 +253,7 @@ class ModelCheckpoint(Checking):
             self.wait()
 
     def _check_alone(self, trainer: Any) -> None:
-        """Refuses a run in which two of these callbacks would replace each other's checkpoints."""
+        """Refuses a run in which two such callbacks would replace each other's checkpoints."""
         callbacks = flatten([getattr(trainer, "callbacks", None)])
         same = [one for one in callbacks if isinstance(one, ModelCheckpoint) and one.dirpath == self.dirpath]
         if any(one is not self for one in same):
@@ -262,7 +262,7 @@ class ModelCheckpoint(Checking):
             )
 
     def _check_name(self, step: int) -> None:
-        """Refuses, in all processes, to replace a directory that is no checkpoint of this callback."""
+        """Refuses, in all processes, to replace a directory that is not a checkpoint of this callback."""
         path, failure = self.dirpath / str(step), None
         if jax.process_index() == 0 and os.path.lexists(path):
             written_by = _written_by(path)
@@ -295,25 +295,26 @@ class ModelCheckpoint(Checking):
         }
 
     def _is_same(self, run: str | None) -> bool:
-        """Tells whether a checkpoint is of this run. Those from before runs had ids are taken for it."""
+        """Tells whether a checkpoint is from this run; checkpoints older than run ids count as such."""
         return self._run is None or run is None or run == self._run
 
     def _list(self) -> list[Any]:
-        # Process 0 decides what is there: the others may see a shared file system a little later.
+        # Process 0 decides what exists: on a shared file system, the others may see changes later.
         votes = AllOrNone(f"list {self.dirpath.name}")
         found: list[Any] = votes.sync(None, self._on_disk() if jax.process_index() == 0 else None)
         return found
 
     def _on_disk(self) -> list[tuple[int, str, float | None, str | None]]:
-        """Returns step, monitor, score and run of every checkpoint that any ModelCheckpoint wrote, in step order."""
+        """Returns the step, monitor, score and run of every ModelCheckpoint's checkpoints, in step order."""
+        restore(self.dirpath)  # otherwise, a save killed while replacing a checkpoint would hide it
         names = os.listdir(self.dirpath) if self.dirpath.is_dir() else []
-        # Only names that this callback would give: "007" is not the checkpoint of step 7.
+        # Only names that this callback would write: "007" is not the checkpoint of step 7.
         steps = sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
         read = ((step, _written_by(self.dirpath / str(step))) for step in steps)
         return [(step, *written_by) for step, written_by in read if written_by is not None]
 
     def _kept(self, scores: Mapping[int, float | None]) -> set[int]:
-        """Returns the steps that stay: the best, and the last one in the mapping."""
+        """Returns the steps to keep: the best, and the last one in the mapping."""
         if self._save_top_k < 0:
             return set(scores)
         judged = [step for step in scores if scores[step] is not None]
@@ -321,12 +322,12 @@ class ModelCheckpoint(Checking):
         return {*best, *list(scores)[-1:]} if self._save_last else set(best)
 
     def _order(self, step: int, scores: Mapping[int, float | None]) -> tuple[float, int]:
-        # Of two equal scores the earlier one wins: its checkpoint exists, and training longer gained nothing.
+        # Of equal scores, the earlier one wins: its checkpoint exists, and training longer gained nothing.
         return self._monitor.rank(_number(scores[step])), -step
 
 
 def _written_by(path: Path) -> tuple[str, float | None, str | None] | None:
-    """Returns monitor, score and run of a checkpoint, None if it is unreadable or no ModelCheckpoint wrote it."""
+    """Returns a checkpoint's monitor, score and run; None if unreadable or not written by a ModelCheckpoint."""
     try:
         with OrbaxDirectory(path) as directory:
             monitor, score, run = directory.info["monitor"], directory.info["score"], directory.info.get("run")

@@ -1,4 +1,4 @@
-"""`Monitor`: the metric that a callback watches, and which of two values is better; `Checking`: when it is read."""
+"""`Monitor`: the metric that a callback watches, and how its values rank; `Checking`: when it is read."""
 
 import math
 from collections.abc import Mapping
@@ -13,18 +13,18 @@ from trainer.loggers.base import prefixed
 class Monitor:
     """Reads a metric from the logs of an event, and ranks its values.
 
-    A name that begins with ``val_`` is the average of a validation. It is read when the validation ends, so that the
-    value belongs to the current state. Any other name is an average of an epoch.
+    A name that begins with ``val_`` is a validation average. It is read when the validation ends, so that the
+    value belongs to the current state. Any other name is an average over an epoch.
 
     Args:
         name: The metric.
-        mode: "min" or "max": whether a smaller or a larger value is better.
+        mode: "min" or "max": whether smaller or larger values are better.
 
     Attributes:
-        of_validation: Whether the metric is the average of a validation.
+        of_validation: Whether the metric is a validation average.
 
     Raises:
-        ArgumentError: ``mode`` is neither.
+        ArgumentError: ``mode`` is invalid.
     """
 
     def __init__(self, name: str, mode: Literal["min", "max"]) -> None:
@@ -36,10 +36,10 @@ class Monitor:
         self._is_known = self.of_validation
 
     def check_run(self, trainer: Any) -> None:
-        """Checks, before a run trains, that it can measure the metric.
+        """Checks before a run trains that it can measure the metric.
 
         Raises:
-            ArgumentError: The metric is that of a validation, and the run has no data to validate on.
+            ArgumentError: The metric comes from validation, but the run has no validation data.
         """
         if self.of_validation and not getattr(trainer, "validates", True):
             raise ArgumentError(
@@ -48,10 +48,10 @@ class Monitor:
             )
 
     def check_call(self, trainer: Any, logs: Mapping[str, Any]) -> None:
-        """Checks at the first ``on_call_end``, not after an epoch, that a metric of training is measured.
+        """Checks at the first ``on_call_end``, rather than after an epoch, that a training metric is measured.
 
         Raises:
-            ArgumentError: The step does not report it, and no callback may add it to the logs of the epoch.
+            ArgumentError: The step does not report it, and no callback might add it to the logs of the epoch.
         """
         if self._is_known:
             return
@@ -63,7 +63,7 @@ class Monitor:
         """Returns the value, from the logs of ``on_validation_end`` or ``on_epoch_end``.
 
         Raises:
-            ArgumentError: The logs have no such metric.
+            ArgumentError: The metric is not in the logs.
         """
         known = prefixed("val_", logs) if self.of_validation else logs
         if self.name not in known:
@@ -84,7 +84,7 @@ class Monitor:
 
 
 class Checking(Callback):
-    """A callback that checks a metric wherever it is measured: at every validation, or at the end of every epoch."""
+    """A callback that checks a metric whenever it is measured: at every validation, or at the end of every epoch."""
 
     _monitor: Monitor
 

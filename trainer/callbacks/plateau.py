@@ -1,4 +1,4 @@
-"""`ReduceLROnPlateau`: a smaller learning rate where a metric no longer improves."""
+"""`ReduceLROnPlateau`: reduces the learning rate when a metric stops improving."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -18,28 +18,28 @@ class ReduceLROnPlateau(Checking):
     """Multiplies the learning rate by ``factor`` when a metric has not improved for ``patience`` checks in a row.
 
     The rule is that of `optax.contrib.reduce_on_plateau`, fed with the metric: ``val_<name>`` at every validation, any
-    other metric at the end of every epoch. The trainer puts the scale behind its optimizer, whichever that is, so its
-    updates are multiplied; checkpoints hold the scale and the count with the state of the optimizer.
-    `LearningRateMonitor` and ``report=["learning_rate"]`` tell the rate after scaling::
+    other metric at the end of every epoch. The trainer chains the scaling after its optimizer, whichever that is, so it
+    multiplies the updates; its scale and counts are saved in checkpoints as part of the optimizer state.
+    `LearningRateMonitor` and ``report=["learning_rate"]`` report the rate after scaling::
 
         Trainer(model, config, loss_fn=loss_fn, callbacks=[ReduceLROnPlateau("val_loss", patience=3)])
 
     Args:
         monitor: The metric.
-        mode: "min" or "max": whether a smaller or a larger value is better.
-        factor: What the rate is multiplied by, between 0 and 1.
-        patience: The checks in a row without an improvement.
-        min_delta: An improvement is better than the best value by more than this.
-        cooldown: The checks after a reduction that do not count.
-        min_lr: The rate below which it does not go, for an optimizer that the configuration names.
-        min_scale: The same as a part of the first rate, for any optimizer.
+        mode: "min" or "max": whether smaller or larger values are better.
+        factor: The factor for the rate, between 0 and 1.
+        patience: The number of checks in a row without an improvement.
+        min_delta: An improvement must exceed the best value by more than this.
+        cooldown: The number of checks to ignore after a reduction.
+        min_lr: The lower bound of the rate, for an optimizer named in the configuration.
+        min_scale: The same as a fraction of the initial rate, for any optimizer.
 
     Attributes:
-        optimizer_part: What the trainer puts behind its optimizer, from ``Trainer(callbacks=[...])`` on.
+        optimizer_part: The transformation that ``Trainer(callbacks=[...])`` chains after its optimizer.
 
     Raises:
-        ArgumentError: An argument cannot be used; at the start of a run, if the metric cannot be measured in it or the
-            trainer was made without this callback.
+        ArgumentError: An argument is invalid; at the start of a run, if the run cannot measure the metric or the
+            trainer was created without this callback.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class ReduceLROnPlateau(Checking):
                 raise ArgumentError(f"`{name}` is {value!r}; it must be zero or more, and finite.")
         patience = check_count(patience, "patience")
         cooldown = cooldown and check_count(cooldown, "cooldown")
-        # Below any difference of two numbers: optax asks for a tolerance that is not zero.
+        # optax requires a nonzero tolerance; this one is below any difference of two numbers.
         atol = max(float(min_delta), float(np.finfo(np.float32).tiny))
         self._settings: dict[str, Any] = {
             "factor": factor,
@@ -88,7 +88,7 @@ class ReduceLROnPlateau(Checking):
         rule = optax.contrib.reduce_on_plateau(**self._settings, min_scale=floor)
         before = self._state_in(trainer)
         _, after = rule.update({}, optax.contrib.ReduceLROnPlateauState(*before), value=value)
-        # An update of the rule on the host may change types; the step was compiled for those of before.
+        # Updating the rule on the host may change dtypes, but the step was compiled for the old ones.
         after = _PlateauScale(*(jnp.asarray(new, old.dtype) for new, old in zip(after, before, strict=True)))
         nodes, structure = jax.tree.flatten(trainer.opt_state, is_leaf=_is_scale)
         nodes[self._place_in(trainer, nodes)] = after
@@ -103,7 +103,7 @@ class ReduceLROnPlateau(Checking):
         return nodes[self._place_in(trainer, nodes)]
 
     def _place_in(self, trainer: Any, nodes: list[Any]) -> int:
-        """Returns the index of the state of this callback among the nodes of the optimizer's state."""
+        """Returns the index of this callback's state among the nodes of the optimizer state."""
         places = [index for index, node in enumerate(nodes) if _is_scale(node)]
         own = [one for one in flatten([trainer.callbacks]) if isinstance(one, ReduceLROnPlateau)]
         if len(own) != len(places) or all(one is not self for one in own):
@@ -115,7 +115,7 @@ class ReduceLROnPlateau(Checking):
 
 
 class _PlateauScale(optax.contrib.ReduceLROnPlateauState):  # type: ignore[misc]
-    """The state of a scale that is decided on the host, told from one that the step decides."""
+    """The state of a scale decided on the host, as opposed to one decided in the step."""
 
 
 def _scaling(settings: Mapping[str, Any]) -> optax.GradientTransformation:

@@ -1,4 +1,4 @@
-"""Callbacks that record where time and memory go."""
+"""Callbacks that profile time and memory."""
 
 import os
 from collections.abc import Mapping
@@ -13,16 +13,16 @@ from trainer.errors import warn
 
 
 class JAXProfiler(Callback):
-    """Records a trace of some steps, with `jax.profiler`, that XProf, TensorBoard and Perfetto open.
+    """Records a `jax.profiler` trace of some steps, for XProf, TensorBoard and Perfetto.
 
-    The files lie below ``directory/plugins/profile``: ``*.xplane.pb`` for ``xprof --logdir directory`` (or TensorBoard
-    with its profile plugin), and ``perfetto_trace.json.gz`` for https://ui.perfetto.dev. Steps that are fused are
-    traced in whole calls, so there may be more of them. Of several processes each records its own devices.
+    The files are in ``directory/plugins/profile``: ``*.xplane.pb`` for ``xprof --logdir directory`` (or TensorBoard
+    with its profile plugin), and ``perfetto_trace.json.gz`` for https://ui.perfetto.dev. Fused steps are traced in
+    whole calls, so there may be more of them. With several processes, each records its own devices.
 
     Args:
-        directory: Where to write. It is made when the trace begins.
-        first_step: The first step of the trace, behind those that compile and warm up.
-        num_steps: How many steps.
+        directory: Where to write. It is created when the trace starts.
+        first_step: The first step of the trace, after compilation and warm-up.
+        num_steps: The number of steps.
 
     Raises:
         ArgumentError: ``first_step`` or ``num_steps`` is not positive.
@@ -57,21 +57,21 @@ class JAXProfiler(Callback):
             self._is_tracing = True
 
     def _end(self, metrics: Any) -> None:
-        jax.block_until_ready(metrics)  # the trace includes steps that are still running
+        jax.block_until_ready(metrics)  # include steps that are still running
         jax.profiler.stop_trace()
         self._is_tracing, self._is_done = False, True
 
 
 class MemoryProfiler(Callback):
-    """Writes what the memory of the devices holds, by the line that allocated it, and logs how much is used.
+    """Writes profiles of device memory by the line that allocated it, and logs how much is in use.
 
     ``directory/memory_<step>.prof`` is written at the end of every ``every``-th epoch, for ``pprof -http : FILE``
     (https://docs.jax.dev/en/latest/device_memory_profiling.html). The trainer's loggers get ``memory/bytes_in_use`` and
-    ``memory/peak_bytes``, the most of any device, where the platform tells them; the CPU does not.
+    ``memory/peak_bytes``, the maximum over devices, if the platform reports them; the CPU does not.
 
     Args:
-        directory: Where to write. It is made when it is first needed.
-        every: The epochs between two times.
+        directory: Where to write. It is created on first use.
+        every: The number of epochs between profiles.
 
     Raises:
         ArgumentError: ``every`` is not positive.

@@ -1,8 +1,8 @@
-"""Atomic writes: a file or directory has its name only when it is complete, also after a power failure.
+"""Atomic writes: a path exists only once its contents are complete, even after a power failure.
 
-A file is written under a temporary name in the same directory, flushed to the disk, and renamed; then the directory
-is flushed. A directory is written and renamed in the same way. The writer holds a lock (``flock``) on the temporary, so
-that the next writer in that directory can tell what a killed process left behind, and removes it.
+A file is written under a temporary name in the same directory, flushed to disk, and renamed; then the directory is
+flushed. A directory is written and renamed in the same way. The writer holds an ``flock`` on the temporary, so that
+the next writer in that directory can recognize and remove what a killed process left behind.
 """
 
 import contextlib
@@ -19,39 +19,38 @@ from typing import Any
 
 from trainer.errors import warn
 
-# Windows has no `flock`, so what killed writers leave stays there.
+# Windows has no `flock`, so temporaries of killed writers stay there.
 if sys.platform != "win32":
     import fcntl
 
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{16}\.nnx-trainer\.(tmp|old)")
-"""Names that only this module makes: ``.tmp`` is unfinished or to be removed, ``.old`` is about to be replaced."""
+"""Names that only this module uses: ``.tmp`` is unfinished or to be deleted, ``.old`` is being replaced."""
 
 _LOCK = ".lock"
-"""The file in a directory whose lock stands for that of the directory. It is the first file there, and stays."""
+"""A lock on this file is the lock of its directory. The file is created first and never removed."""
 
-_SLICE = 16 * 2**20  # Linux writes at most 2 GiB in one call, and signals are handled between two calls
+_SLICE = 16 * 2**20  # Linux writes at most 2 GiB per call, and Python handles signals between calls
 
 
 @contextlib.contextmanager
 def replacing(path: Path, size: int, *, durable: bool = True) -> Iterator["Writer"]:
-    """Opens a temporary file that is renamed to ``path`` when the block ends, and removed if the block raises.
+    """Opens a temporary file that is renamed to ``path`` when the block ends, or removed if the block raises.
 
-    If ``path`` is a symbolic link, the file that it points to is replaced. A file that is replaced passes its
-    permissions on. Temporaries of killed writers in the same directory are removed.
+    If ``path`` is a symbolic link, its target is replaced. A replaced file passes its permissions on to the new one.
+    Temporaries of killed writers in the same directory are removed.
 
     Args:
-        path: The name.
-        size: The number of bytes that will be written. The space is reserved first, so that a full disk raises
-            before a byte is written.
-        durable: Whether it has to outlive a power failure. That takes a flush of the disk, milliseconds.
+        path: The final path.
+        size: Number of bytes to write. The space is reserved first, so that a full disk raises before any write.
+        durable: Whether the file must survive a power failure. This takes a flush to disk: milliseconds.
 
     Raises:
-        OSError: A system call failed; ``path`` is what it was before.
+        OSError: A system call failed; ``path`` is unchanged.
     """
     path = Path(os.path.realpath(path))
     sweep(path.parent)
     mode = _mode_of(path)
-    # What replaces a private file must not be readable by others while it is written either.
+    # The replacement of a private file must not be readable by others while it is being written.
     descriptor, temporary = _create_file(path, 0o666 if mode is None else 0o600)
     try:
         _reserve(descriptor, size)
@@ -65,7 +64,7 @@ def replacing(path: Path, size: int, *, durable: bool = True) -> Iterator["Write
         temporary.unlink(missing_ok=True)
         raise
     finally:
-        # The descriptor holds the lock, so it stays open until here. After fsync, errors on close lose nothing.
+        # The descriptor holds the lock, so it is closed last. After fsync, an error on close loses nothing.
         with contextlib.suppress(OSError):
             os.close(descriptor)
     if durable:
@@ -73,7 +72,7 @@ def replacing(path: Path, size: int, *, durable: bool = True) -> Iterator["Write
 
 
 class Writer:
-    """Writes all bytes of a buffer to a file descriptor, in as many calls as it takes.
+    """Writes whole buffers to a file descriptor, in as many calls as needed.
 
     Attributes:
         path: The temporary file.
@@ -84,25 +83,25 @@ class Writer:
         self.path = path
 
     def write(self, data: Any) -> None:
-        """Writes a buffer of bytes."""
+        """Writes a bytes-like object."""
         view = memoryview(data)
         while len(view):
             view = view[os.write(self._descriptor, view[:_SLICE]) :]
 
 
 class NewDirectory:
-    """A temporary directory that `commit` renames to ``path``. A directory that is replaced passes its permissions on.
+    """A temporary directory that `commit` renames to ``path``. It takes on the permissions of a directory it replaces.
 
     Temporaries of killed writers in the same parent directory are removed.
 
     Args:
-        path: The name. A directory of this name stays until `commit`.
+        path: The final path. A directory that is already there stays until `commit`.
 
     Attributes:
         temporary: The directory to write into.
 
     Raises:
-        OSError: The directory cannot be made.
+        OSError: The directory cannot be created.
     """
 
     def __init__(self, path: Path) -> None:
@@ -112,10 +111,10 @@ class NewDirectory:
         self._lock, self.temporary = _create_directory(self._path)
 
     def commit(self) -> None:
-        """Flushes all files to the disk and renames the directory; a directory that had the name is removed.
+        """Flushes all files to disk and renames the directory, replacing any directory at ``path``.
 
         Raises:
-            OSError: A system call failed; ``path`` is what it was before.
+            OSError: A system call failed; ``path`` is unchanged.
         """
         for directory, _, names in os.walk(self.temporary):
             for name in names:
@@ -134,30 +133,35 @@ class NewDirectory:
         _remove(self.temporary)
 
     def _replace(self) -> None:
-        # No portable call replaces a directory that is not empty, so the old one is renamed first. Killed between
-        # the two renames, a process leaves both complete, and the next sweep gives the old one its name back. Until
-        # then the name is free. The lock keeps a sweep from that while this process is alive.
-        aside = _temporary_name(self._path, "old")
+        # No portable call replaces a non-empty directory, so the old one is renamed first. If the process is killed
+        # between the two renames, both are complete, the path is missing, and the next sweep restores the old one.
+        # The lock keeps sweeps from doing so while this process is alive.
         os.chmod(self.temporary, stat.S_IMODE(os.stat(self._path).st_mode))
         with _held(self._path / _LOCK):
-            os.rename(self._path, aside)
-            try:
-                os.rename(self.temporary, self._path)
-            except OSError:
-                os.rename(aside, self._path)
-                raise
-            # The new one is in place, so a failure to remove the old one is none of the save. The next sweep retries.
+            while True:
+                aside = _temporary_name(self._path, "old")
+                os.rename(self._path, aside)
+                try:
+                    os.rename(self.temporary, self._path)
+                except OSError:
+                    # Without locks, a reader may have assumed that this process was killed and restored the old one.
+                    if not aside.exists():
+                        continue
+                    os.rename(aside, self._path)
+                    raise
+                break
+            # The new directory is in place, so failing to remove the old one is not an error. The next sweep retries.
             _remove(aside)
 
     def _unlock(self) -> None:
-        # The lock file stays: when this directory is replaced, its lock is needed again.
+        # The lock file stays: replacing this directory needs its lock again.
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
 
 def remove_directory(path: Path) -> None:
-    """Removes a directory atomically: under its name it is complete or absent. It may be absent already."""
+    """Removes a directory atomically: its path is either complete or absent. It may already be absent."""
     removed = _temporary_name(path)
     with contextlib.suppress(FileNotFoundError):
         os.rename(path, removed)
@@ -165,60 +169,61 @@ def remove_directory(path: Path) -> None:
 
 
 def sweep(directory: Path) -> None:
-    """Removes what killed writers left in a directory, and gives what they were about to replace its name back.
+    """Removes temporaries of killed writers, and restores directories that they were about to replace.
 
-    Where the file system has no locks, nothing is removed, since a living writer cannot be told from a killed one.
+    Without file locks, a live writer cannot be told from a killed one, so nothing is removed. Directories are still
+    restored: if their writer is alive, it moves them aside again.
     """
     _reclaim_all(directory, ("tmp", "old"))
 
 
 def restore(directory: Path) -> None:
-    """Gives directories that killed writers were about to replace their names back, and removes nothing."""
+    """Restores directories that killed writers were about to replace, and removes nothing."""
     _reclaim_all(directory, ("old",))
 
 
 def _reclaim_all(directory: Path, kinds: tuple[str, ...]) -> None:
     names: list[str] = []
-    with contextlib.suppress(PermissionError):  # a shared directory into which one may write, but not look
+    with contextlib.suppress(OSError):  # no such directory, or a shared one that is writable but not readable
         names = os.listdir(directory) if sys.platform != "win32" else []
     for name in names:
         match = _TEMPORARY.fullmatch(name)
         if match and match[2] in kinds:
-            # Another process may sweep at the same time, or finish its write; then nothing is left to do.
+            # Another process may sweep or finish its write at the same time; then there is nothing left to do.
             with contextlib.suppress(OSError):
                 _reclaim(directory / name, directory / match[1] if match[2] == "old" else None)
 
 
 def _reclaim(temporary: Path, original: Path | None) -> None:
-    """Removes a temporary that no living process has locked, or gives it its original name if that is free.
+    """Removes a temporary that no live process has locked, or restores its original name if that is free.
 
     Raises:
-        OSError: A living process has locked it, or it cannot be locked or removed.
+        OSError: A live process has locked it, or it cannot be locked or removed.
     """
     if not stat.S_ISDIR(os.lstat(temporary).st_mode) and not _is_file(temporary):
-        return  # not made here
+        return  # not made by this module
     lock = temporary / _LOCK if temporary.is_dir() else temporary
     if temporary.is_dir() and not _is_file(lock):
         try:
             os.rmdir(temporary)
         except OSError:
-            # A writer makes the lock first. So a directory with files and without a lock is the rest of a removal.
+            # Writers create the lock first, so a directory with files but no lock is a partial removal.
             if not os.path.lexists(lock):
                 _remove(temporary)
         return
-    descriptor = os.open(lock, os.O_WRONLY)  # for writing, without which NFS grants no exclusive lock
+    descriptor = os.open(lock, os.O_WRONLY)  # for writing: NFS grants no exclusive lock otherwise
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        has_lock = _lock(descriptor)
         if original is not None and not original.exists():
             os.rename(temporary, original)
-        else:
+        elif has_lock:
             _remove(temporary)
     finally:
         os.close(descriptor)
 
 
 def _create_file(path: Path, mode: int) -> tuple[int, Path]:
-    """Makes a temporary file and locks it until its descriptor is closed."""
+    """Creates a temporary file, locked until its descriptor is closed."""
     while True:
         temporary = _temporary_name(path)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
@@ -229,7 +234,7 @@ def _create_file(path: Path, mode: int) -> tuple[int, Path]:
 
 
 def _create_directory(path: Path) -> tuple[int, Path]:
-    """Makes a temporary directory and locks it until the descriptor of its lock file is closed."""
+    """Creates a temporary directory, locked until the descriptor of its lock file is closed."""
     while True:
         temporary = _temporary_name(path)
         temporary.mkdir()
@@ -247,21 +252,34 @@ def _create_directory(path: Path) -> tuple[int, Path]:
 
 
 def _lock_new(descriptor: int) -> bool:
-    """Locks a file that was just made; returns False if a sweep took it for the rest of a killed writer meanwhile."""
+    """Locks a newly created file; returns False if a sweep meanwhile mistook it for one of a killed writer."""
     if sys.platform == "win32":
         return True
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:  # a sweep holds the lock, and removes the file next
+        has_lock = _lock(descriptor)
+    except BlockingIOError:  # a sweep holds the lock and is about to remove the file
         return False
-    except OSError:  # no locks on this file system (ENOSYS, ENOLCK, EOPNOTSUPP, 524 on Cray DVS): no sweep there either
-        return True
-    return os.fstat(descriptor).st_nlink > 0
+    return not has_lock or os.fstat(descriptor).st_nlink > 0
+
+
+def _lock(descriptor: int) -> bool:
+    """Locks an open file; returns False if the file system has no locks (ENOSYS, ENOLCK, 524 on Cray DVS, …).
+
+    Raises:
+        BlockingIOError: Another process has locked it.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
 def _held(lock: Path) -> Iterator[None]:
-    """Holds a lock during the block, where there is such a file and the file system has locks."""
+    """Holds a lock during the block, if the lock file exists and the file system has locks."""
     descriptor = None
     with contextlib.suppress(OSError):
         descriptor = os.open(lock, os.O_WRONLY)
@@ -285,7 +303,7 @@ def _mode_of(path: Path) -> int | None:
 
 
 def _is_file(path: Path) -> bool:
-    """Tells whether there is a regular file; opening anything else may wait, or change something elsewhere."""
+    """Tells whether a regular file exists. Opening anything else may block or have side effects."""
     try:
         return stat.S_ISREG(os.lstat(path).st_mode)
     except OSError:
@@ -313,7 +331,7 @@ def _flush_parent(directory: Path) -> None:
     try:
         _flush(directory)
     except OSError as error:
-        # The new file is in place, so an error would be wrong.
+        # The new file is in place, so raising would be wrong.
         warn(
             f"`{directory}` could not be flushed to the disk ({error}); the file in it is written, but "
             f"may be lost in a power failure.",

@@ -1,4 +1,4 @@
-"""Saves beside the training: one at a time, and every failure is raised."""
+"""Background saves: one at a time, and every failure is raised."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -10,19 +10,19 @@ _in_flight: set[Future[Any]] = set()
 
 
 class BackgroundSaver:
-    """Runs saves in a thread, one after the other. An interpreter that exits waits for the last one."""
+    """Runs saves in a thread, one at a time. Interpreter exit waits for the last one."""
 
     def __init__(self) -> None:
         self._pending: Future[Any] | None = None
-        # The thread is kept from the first save on, until this object is freed: to start one takes up to 4 ms, since
-        # the starting thread waits for the new one, which then keeps the interpreter.
+        # The thread lives from the first save until this object is freed: starting one takes up to 4 ms, since the
+        # starting thread waits for the new one, which then holds the GIL.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
     def start(self, save: Callable[[], Any]) -> None:
-        """Starts a save, after the one before has finished.
+        """Starts a save after the previous one has finished.
 
         Raises:
-            Exception: What the one before raised; then this one is not started.
+            Exception: What the previous save raised; the new one is then not started.
         """
         self.wait()
         self._pending = pending = self._thread.submit(save)
@@ -30,14 +30,14 @@ class BackgroundSaver:
         pending.add_done_callback(_in_flight.discard)
 
     def check(self) -> Any:
-        """Returns or raises what a finished save returned or raised, once; does not wait for a save in flight."""
+        """Returns the result or raises the error of a finished save, once; does not wait for a save in flight."""
         return self.wait() if self._pending is not None and self._pending.done() else None
 
     def wait(self) -> Any:
-        """Waits for the save in flight, and returns or raises what it returned or raised, once; else None."""
+        """Waits for the save in flight and returns its result or raises its error, once; None if there is no save."""
         pending = self._pending
         if pending is not None:
-            # A signal may end the waiting; then the save is still in flight, and its failure is not raised yet.
+            # A signal may interrupt the wait; the save is then still in flight, and its failure not yet raised.
             wait([pending])
             self._pending = None
             return pending.result()
@@ -48,5 +48,5 @@ def _wait_for_all() -> None:
     wait(set(_in_flight))
 
 
-# An interpreter that exits first forbids the executors to take work, which Orbax gives them while it finishes a save.
+# Interpreter exit first closes executors to new work, but Orbax submits some while it finishes a save.
 before_executors_shut_down(_wait_for_all)

@@ -1,4 +1,4 @@
-"""The checkpoints of a trainer: where they go, how many are kept, and saves beside the training."""
+"""Checkpoints of a trainer: where they go, how many are kept, and background saves."""
 
 import collections
 import copy
@@ -14,7 +14,7 @@ from trainer.checkpoints.listing import Written, entries_in, names_in, run_of
 from trainer.checkpoints.names import refuse_foreign, suffix_of
 from trainer.checkpoints.plain_values import to_plain
 from trainer.checkpoints.run_record import Restored, restore, snapshot_run
-from trainer.checkpoints.snapshot import Snapshot, is_in_host_memory, write_snapshot
+from trainer.checkpoints.saving import Snapshot, is_in_host_memory, write_snapshot
 from trainer.checkpoints.state_io import Loaded, default_name, load_latest, load_with_progress
 from trainer.distributed.agreement import AllOrNone
 from trainer.errors import CheckpointError, warn
@@ -22,19 +22,19 @@ from trainer.run import Run
 
 
 class Checkpointer:
-    """Writes runs into a directory, one at a time, and reads them from it::
+    """Writes runs to a directory, one at a time, and reads them back::
 
         with Checkpointer("runs/mine") as checkpoints:
             run = checkpoints.resume(Run.start(state))
             ...
             checkpoints.save(run, background=True)
 
-    Several runs may save in a directory, though each should have its own: none removes what another wrote, and a
-    warning says so where one replaces a checkpoint of the same step.
+    Several runs may share a directory, though each should have its own: no run removes another's checkpoints, and
+    replacing another run's checkpoint of the same step warns.
 
     Args:
-        directory: Where checkpoints without a path go. It is made at the first save.
-        max_checkpoints: How many checkpoints with default names are kept of a run: those that were written last.
+        directory: Where checkpoints without an explicit path go. It is created at the first save.
+        max_checkpoints: How many checkpoints with default names to keep per run: the last ones written.
     """
 
     def __init__(self, directory: str | os.PathLike[str], max_checkpoints: int = 5) -> None:
@@ -43,7 +43,7 @@ class Checkpointer:
         self._saver = BackgroundSaver()
         self._written = Written(self.directory)
         self._saved: tuple[str, int, Path] | None = None
-        self._complete: collections.deque[tuple[Path, int]] = collections.deque(maxlen=100)  # a thread adds to it
+        self._complete: collections.deque[tuple[Path, int]] = collections.deque(maxlen=100)  # appended to by a thread
         self._has_warned = False
 
     def save(
@@ -56,28 +56,28 @@ class Checkpointer:
         listeners: Callable[[], Sequence[Any]] = list,
         loaders: Sequence[Any] | None = None,
     ) -> Path:
-        """Writes a run, and returns the path.
+        """Writes a run and returns the path.
 
         Args:
             run: The run.
-            path: The name. Without one it carries the step, and only those that the run wrote last are kept.
-            background: Return when a copy of the arrays is dispatched, and write it in a thread. Where the arrays are
-                in host memory, the call does not block on steps in flight. "if_finite" writes nothing if the state
-                cannot go on (`TrainState.is_finite`); `check`, `wait` or the next save warns then. A pickle or a
-                ``.safetensors`` file is always written at once.
+            path: The path. The default name contains the step; of those, only the last ones written are kept.
+            background: Return once a copy of the arrays is dispatched, and write it in a thread. If the arrays are
+                in host memory, the call does not block on steps in flight. "if_finite" skips the write if the state
+                is not finite (`TrainState.is_finite`); the next `check`, `wait` or save then warns. A pickle or a
+                ``.safetensors`` file is always written synchronously.
             info, listeners, loaders: As for `snapshot_run`.
 
         Raises:
-            ArgumentError: The name promises the format of another program.
-            CheckpointError: It could not be written, or the save before failed in the background; or what has the name
-                was not written by this library.
+            ArgumentError: The suffix is that of another program's format.
+            CheckpointError: The write or the previous background save failed, or the default path holds
+                something that this library did not write.
         """
         run = run.with_edits()
         target = self.directory / default_name(run.step, run.leaves) if path is None else Path(path)
         only_finite = background == "if_finite"
         beside: dict[str, Any] = {"info": info, "listeners": listeners, "loaders": loaders}
         write = functools.partial(self._write, target, run.step, run.id if path is None else None)
-        refuse_foreign(target)  # now, not in the background
+        refuse_foreign(target)  # raise here, not in the background
         suffix = suffix_of(target)
         self.wait()
         if path is None:
@@ -93,10 +93,10 @@ class Checkpointer:
         else:
             states = list(listeners())
             for name, values in {"info": info or {}, "callbacks": states}.items():
-                to_plain(values, name)  # refused now, not when they are written
+                to_plain(values, name)  # raises here, not during the write
             states = copy.deepcopy(states)
             beside["listeners"] = lambda: states
-            # On an accelerator the check is dispatched before the copy, after which no device has the arrays.
+            # On an accelerator, dispatch the check before `detach` copies the arrays to the host.
             finite = run.peek().is_finite() if only_finite and not is_in_host_memory(run.leaves[0]) else None
             detached = detach(run)
 
@@ -113,16 +113,16 @@ class Checkpointer:
         """Reads a checkpoint, after the save in flight has finished.
 
         Raises:
-            CheckpointError: It cannot be used.
+            CheckpointError: The checkpoint cannot be used.
         """
         self.wait()
         return self._restored(load_with_progress(path, current.peek()), current)
 
     def load_latest(self, current: Run) -> Restored | None:
-        """Reads the newest undamaged checkpoint of the directory; None if there is none.
+        """Reads the newest undamaged checkpoint in the directory, or returns None if there is none.
 
         Raises:
-            CheckpointError: There are checkpoints, and none can be used.
+            CheckpointError: There are checkpoints, but none is usable.
         """
         self.wait()
         entries = entries_in(self.directory)
@@ -138,23 +138,23 @@ class Checkpointer:
         return self._restored(loaded, current)
 
     def resume(self, run: Run) -> Run:
-        """Returns the newest undamaged run of the directory, or ``run`` if there is none.
+        """Returns the newest undamaged run in the directory, or ``run`` if there is none.
 
         Raises:
-            CheckpointError: There are checkpoints, and none can be used.
+            CheckpointError: There are checkpoints, but none is usable.
         """
         restored = self.load_latest(run)
         return run if restored is None else restored.run
 
     def saved_step(self, run: Run) -> int | None:
-        """Returns the step of the latest checkpoint with a default name that holds the run, None if there is none.
+        """Returns the step of the latest checkpoint of the run with a default name, or None if there is none.
 
-        One that "if_finite" left out counts, and so does one that the run was restored from.
+        A save that "if_finite" skipped counts, and so does the checkpoint that the run was restored from.
         """
         return self._saved[1] if self._saved is not None and self._saved[0] == run.id else None
 
     def saved_path(self, run: Run) -> Path | None:
-        """Returns the checkpoint that `saved_step` tells of, None if it is not there."""
+        """Returns the path of the checkpoint at `saved_step`, or None if it does not exist."""
         path = self._saved[2] if self._saved is not None and self._saved[0] == run.id else None
         return path if path is not None and path.exists() else None
 
@@ -165,7 +165,7 @@ class Checkpointer:
         return restored
 
     def warn_of_later(self, run: Run) -> None:
-        """Warns, once, if the directory of a run that starts holds checkpoints of later steps from elsewhere."""
+        """Warns, once, if the directory of a starting run holds checkpoints of later steps that it did not write."""
         found = names_in(self.directory).items()
         later = [step for name, step in found if step > run.step and not self._written.holds(name)]
         if later and not self._has_warned:
@@ -183,21 +183,21 @@ class Checkpointer:
         self.wait()
 
     def check(self) -> None:
-        """Raises what a finished save in the background raised, once. Does not wait."""
+        """Raises the error of a finished background save, once. Does not wait."""
         warn_of_state(self._saver.check())
 
     def wait(self) -> None:
-        """Waits for the save in flight, and raises what it raised, once."""
+        """Waits for the save in flight and raises its error, once."""
         warn_of_state(self._saver.wait())
 
     def add_complete(self, path: Path, step: int) -> None:
-        """Counts a checkpoint that was written by another, in any thread, among those of `take_complete`."""
+        """Reports a checkpoint that another writer completed to `take_complete`. May be called from any thread."""
         self._complete.append((path, step))
 
     def take_complete(self) -> list[tuple[Path, int]]:
-        """Returns the paths and steps of checkpoints that are complete since the last call; waits for none.
+        """Returns the paths and steps of checkpoints completed since the last call. Does not wait.
 
-        One that was removed since is among them. Of many, the latest 100 are known.
+        Includes ones removed since. Only the latest 100 are remembered.
         """
         return [self._complete.popleft() for _ in range(len(self._complete))]
 
@@ -209,9 +209,9 @@ class Checkpointer:
         self.add_complete(target, step)
 
     def _check_name(self, target: Path, run: Run) -> None:
-        """Refuses, in all processes, to replace what is no checkpoint. Warns, once, of one of another run."""
+        """Refuses, in all processes, to replace anything but a checkpoint. Warns, once, if it is another run's."""
         failure, other = None, None
-        # What this process wrote last under the name is known without opening it.
+        # The last file that this process wrote there need not be opened.
         if os.path.lexists(target) and not self._written.holds(target.name):
             try:
                 other = run_of(target)
@@ -230,6 +230,6 @@ class Checkpointer:
 
 
 def warn_of_state(step: int | None) -> None:
-    """Warns of a state that is not saved; of none where there is no step."""
+    """Warns that the state of ``step`` was not saved because it is not finite; does nothing for None."""
     if step is not None:
         warn(f"the state is not finite any more at step {step}; it was not saved, and earlier checkpoints stay.")

@@ -1,4 +1,4 @@
-"""A copy of a run that the next steps do not touch, for a save that is written beside the training."""
+"""A copy of a run that later steps do not touch, for a background save."""
 
 import dataclasses
 from typing import Any
@@ -6,24 +6,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from trainer.checkpoints.snapshot import check_within_process, copied_to_host, is_in_host_memory
+from trainer.checkpoints.saving import check_within_process, copied_to_host, is_in_host_memory
 from trainer.core.tree_paths import leaf_path
 from trainer.data.resumable import LoaderPass
 from trainer.run import FromLoader, Run
 
-# A compiled copy takes a seventh of the time of `jax.device_put`, and about 0.7 ms for each array to compile.
+# A compiled copy takes a seventh of the time of `jax.device_put`, but about 0.7 ms per array to compile.
 _MOST_COMPILED = 500
 
 
 def detach(run: Run) -> Run:
-    """Returns an equal run with arrays, averages and a position of its own.
+    """Returns an equal run with its own copies of the arrays, averages and position.
 
-    Where the arrays are in host memory, as on the CPU, the copies are dispatched to the device and the call does not
-    block, even if the arrays are still being computed. From an accelerator they are copied to the host, which blocks
-    on the steps in flight but takes no device memory.
+    For arrays in host memory, as on the CPU, the copies are dispatched to the device and the call does not block,
+    even if the arrays are still being computed. Arrays on an accelerator are copied to the host, which blocks on the
+    steps in flight but takes no device memory.
 
     Raises:
-        CheckpointError: An array is on devices of several processes, or the loader cannot tell its position.
+        CheckpointError: An array spans several processes, or the loader cannot report its position.
     """
     run, position = run.with_edits(), run.position
     if isinstance(position, FromLoader) and isinstance(position.loader, LoaderPass):

@@ -1,7 +1,7 @@
-"""Converts checkpoints between formats without a model: our files, Orbax directories and files of weights.
+"""Converts checkpoints between formats without a model: our files, Orbax directories and weights files.
 
-Our files and Orbax directories hold the same, so nothing is lost between them. Files of weights, ``.safetensors`` and
-``.npz``, hold the params and the model state only.
+Our files and Orbax directories hold the same contents, so converting between them loses nothing. Weights files
+(``.safetensors``, ``.npz``) hold only the params and the model state.
 """
 
 import functools
@@ -23,15 +23,15 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> l
     """Writes the contents of one checkpoint in another format.
 
     Args:
-        source: One of our files, an Orbax directory, or a file of weights. The contents decide the format.
-        target: A name that ends in ``.msgpack``, ``.safetensors``, ``.npz`` or ``.orbax``. A name without an ending
-            is an Orbax directory. An existing file is replaced atomically; an existing directory is refused.
+        source: One of our files, an Orbax directory, or a weights file. The contents decide the format.
+        target: A path ending in ``.msgpack``, ``.safetensors``, ``.npz`` or ``.orbax``. A path without a suffix is an
+            Orbax directory. An existing file is replaced atomically; an existing directory is refused.
 
     Returns:
-        What the source holds and the target cannot: names of fields of a state, and "progress".
+        What the source holds but the target cannot: names of state fields, and "progress".
 
     Raises:
-        ArgumentError: ``target`` ends in something else, or either is a pickle.
+        ArgumentError: ``target`` has another suffix, or either is a pickle.
         CheckpointError: ``source`` cannot be used or ``target`` cannot be written.
     """
     source, target = Path(source), Path(target)
@@ -60,7 +60,7 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> l
 
 def _open(path: Path) -> Source:
     if is_pickle(path):
-        # A pickle says neither which variables are parameters nor what the optimizer calls its fields.
+        # A pickle does not record which variables are params, nor the names of the optimizer's fields.
         raise ArgumentError(
             f"`{path}` is a pickle, which cannot be read without the model; call "
             f'`save_state("x.msgpack", load_state("{path.name}", like=state))` with a state of the model and optimizer.'

@@ -1,4 +1,4 @@
-"""Predictions as a file that runs without this library, without Flax and without the code of the model."""
+"""Exports predictions to a file that runs without this library, Flax or the model's code."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -30,32 +30,32 @@ def export_prediction(
     batch_size: int | None = None,
     platforms: Sequence[str] | None = None,
 ) -> Path:
-    """Writes a prediction function, with the weights in it, as StableHLO that ``jax.export`` serialized.
+    """Writes a prediction function, weights included, as StableHLO serialized by ``jax.export``.
 
-    Needs the extra ``export``. Another program, which needs JAX and flatbuffers alone, reads and calls it::
+    Needs the extra ``export``. Another program, which needs only JAX and flatbuffers, reads and calls it::
 
         predict = jax.export.deserialize(bytearray(open(path, "rb").read())).call
         outputs = predict(batch)
 
-    JAX promises to read it for six months or longer. The write is atomic.
+    JAX guarantees that it stays readable for at least six months. The write is atomic.
 
     Args:
-        path: The file; the directory above is made if it is missing.
-        predict_step: What `make_predict_step` returns, under ``jax.jit`` or not.
+        path: The file; its parent directory is created if missing.
+        predict_step: The result of `make_predict_step`, with or without ``jax.jit``.
         state: The state; all of it must be on this process's devices. It is copied to the host.
-        example: A batch of arrays or ``jax.ShapeDtypeStruct``: the shapes behind the first dimension and the dtypes
+        example: A batch of arrays or ``jax.ShapeDtypeStruct``. Only dtypes and the shapes after the first dimension
             matter. The other program passes batches of the same structure.
-        batch_size: The examples in a batch; None for any number, which the model must be able to compute with.
-        platforms: What it is compiled for: some of "cpu", "cuda", "rocm" and "tpu"; the default platform if left out.
+        batch_size: The number of examples in a batch; None for any number, which the model must support.
+        platforms: Compilation targets among "cpu", "cuda", "rocm" and "tpu"; by default JAX's default platform.
 
     Returns:
         The path.
 
     Raises:
-        ArgumentError: An argument cannot be used, or the function cannot be exported: it needs the number of
-            examples, calls back into Python, or has a batch of a class that JAX cannot serialize.
-        BatchError: ``example`` is not a batch whose arrays have one number of rows.
-        CheckpointError: It could not be written; what was there before is untouched.
+        ArgumentError: An argument is invalid, or the function cannot be exported: it depends on the number of
+            examples, calls back into Python, or takes a batch of a class that JAX cannot serialize.
+        BatchError: ``example`` is not a batch whose arrays have the same number of rows.
+        CheckpointError: The file could not be written; any existing file is unchanged.
     """
     path = Path(path)
     _import_flatbuffers()
@@ -70,7 +70,7 @@ def export_prediction(
     state.check_alive()
     if not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(state)):
         raise ArgumentError("`state` is spread over several processes; export it from one that holds all of it.")
-    # What a mesh of several devices predicts, one device does too.
+    # A single device can make the predictions of a whole mesh.
     held = jax.tree.map(_on_one_device, state)
     function = getattr(predict_step, "__wrapped__", predict_step)
     try:

@@ -1,8 +1,8 @@
-r"""The file format of checkpoints: a MessagePack header, then arrays as raw bytes, all of it checked.
+r"""The checkpoint file format: a MessagePack header, then arrays as raw bytes, all covered by checksums.
 
 Integers are little-endian::
 
-    0   8   \x89 N N T \r \n \x1a \n       a text-mode copy breaks it, as it does a PNG
+    0   8   \x89 N N T \r \n \x1a \n       broken by a text-mode copy, as in PNG
     8   2+2+4   major and minor version, flags (0)
     16  8+8+8   length of the header, offset of the data, length of the file
     40  8   checksum of the header
@@ -10,10 +10,10 @@ Integers are little-endian::
     56  8   checksum of the 56 bytes before
     64      the header: {"info": {...}, "leaves": [{"path", "dtype", "shape", "key", "offset", "size"}, ...]}
     data    each array in C order at a multiple of 64 (offsets count from here), ascending, zeros between
-    end     8 bytes a leaf: its checksum; 8: checksum of these; 8: N N T . E N D \n
+    end     8 bytes per leaf: its checksum; 8: checksum of these; 8: N N T . E N D \n
 
-A reader takes files of its own major version; a newer minor version adds only what may be ignored
-(keys of ``info``). XXH3 finds accidents, as CRC does, at the speed of memory; it is no signature.
+A reader accepts files of its own major version; a newer minor version adds only what it may ignore
+(keys of ``info``). XXH3 detects accidents, as CRC does, at memory speed; it is not a signature.
 """
 
 import dataclasses
@@ -50,9 +50,9 @@ _DATA_START = _PREFIX.size + _SUM.size
 _ALIGNMENT = 64
 _MAX_HEADER = 16 * 2**20
 _MAX_DIMENSIONS = 32
-_MAX_PARTS = 128  # of a path; deeper trees overflow the stacks of those who walk them
+_MAX_PARTS = 128  # of a path; deeper trees overflow the stack of code that traverses them
 _WINDOW = 2**13
-_SLICE = 4 * 2**20  # hashed while it is still in the cache
+_SLICE = 4 * 2**20  # hashed while still in cache
 
 _NUMPY_DTYPES = """
     bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 complex64 complex128
@@ -63,20 +63,20 @@ _ML_DTYPES = """
 """
 DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(name) for name in _NUMPY_DTYPES.split()}
 DTYPES |= {name: np.dtype(getattr(ml_dtypes, name)) for name in _ML_DTYPES.split()}
-"""Every dtype that a file may name. No other name is ever looked up."""
+"""Every dtype that a file may name. No other name is looked up."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """What the header says of one array.
+    """The header's record of one array.
 
     Attributes:
-        path: Where it sits in the state: ``("params", "layers", 0, "kernel")``.
+        path: Its path in the state: ``("params", "layers", 0, "kernel")``.
         dtype: A name from `DTYPES`.
-        shape: Its shape; that of the raw words for a key.
-        key: The name of the implementation if it is a typed key, else None.
-        offset: Where its bytes begin, counted from the start of the data.
-        size: How many bytes there are.
+        shape: Its shape; for a key, the shape of its key data.
+        key: The PRNG implementation if it is a typed key, else None.
+        offset: Where its bytes begin, from the start of the data.
+        size: Its number of bytes.
     """
 
     path: LeafPath
@@ -88,12 +88,12 @@ class Leaf:
 
     @property
     def name(self) -> str:
-        """The path as people write it."""
+        """The path as a string for messages."""
         return "/".join(map(str, self.path))
 
     @property
     def bytes(self) -> int:
-        """How many bytes its entries take in memory."""
+        """The number of bytes its entries take in memory."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
@@ -103,15 +103,15 @@ def write_bundle(
     """Writes a file, one array at a time.
 
     Args:
-        path: The file; it is replaced as a whole.
+        path: The file; it is replaced atomically.
         info: Plain values for the header, see `trainer.checkpoints.plain_values`.
-        leaves: Descriptions, and callables that return the array when its turn has come, so that no
-            two need be in memory at once.
+        leaves: Descriptions, each with a callable that returns the array when it is about to be written, so that
+            no two need to be in memory at once.
 
     Raises:
-        OSError: It could not be written; what was there before is untouched.
-        ValueError: The header would be too long or would not come back equal, or two leaves have one path. It is a
-            `CheckpointError` where ``info`` holds a value that no file can hold.
+        OSError: The file could not be written; any existing file is unchanged.
+        ValueError: The header would be too long or not read back equal, or two leaves have the same path. It is a
+            `CheckpointError` if ``info`` holds a value that no file can hold.
     """
     placed, data_length = _lay_out([leaf for leaf, _ in leaves])
     if len({leaf.path for leaf in placed}) != len(placed):
@@ -150,7 +150,7 @@ def write_bundle(
 
 
 def _check_readable(path: Path, info: Mapping[str, Any], leaves: list[Leaf]) -> None:
-    """Opens a file as a reader does, and compares its header with what was to be written."""
+    """Opens a file as a reader does, and checks that its header is the intended one."""
     with Bundle(path) as written:
         plain = [msgpack.packb(to_plain(one, "info")) for one in (written.info, info)]
         if list(written.leaves) != leaves or plain[0] != plain[1]:
@@ -159,10 +159,10 @@ def _check_readable(path: Path, info: Mapping[str, Any], leaves: list[Leaf]) -> 
 
 @functools.lru_cache(maxsize=10_000)
 def _packed_record(leaf: Leaf) -> bytes:
-    """Returns the record of a leaf, which the next save of the run has again.
+    """Returns the record of a leaf, cached for the next save of the run.
 
     Raises:
-        ValueError: No reader would take it.
+        ValueError: No reader would accept it.
     """
     record = leaf_to_record(leaf)
     leaf_from_record(record)
@@ -170,16 +170,16 @@ def _packed_record(leaf: Leaf) -> bytes:
 
 
 class Bundle:
-    """An open file whose header is verified. Arrays are read, and their checksums verified, on demand.
+    """An open file with a verified header. Arrays are read, and their checksums verified, on demand.
 
-    Several threads may read at once.
+    Reads are thread-safe.
 
     Attributes:
-        info: What was written about the state.
-        leaves: What the file holds, in its order.
+        info: Plain values about the state.
+        leaves: The arrays in the file, in file order.
 
     Raises:
-        UnreadableError: It cannot be read, or it is damaged, of a newer format, or no bundle at all.
+        UnreadableError: The file cannot be read, is damaged, has a newer format, or is not a bundle.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -207,12 +207,12 @@ class Bundle:
             raise
 
     def read(self, leaf: Leaf) -> np.ndarray[Any, Any]:
-        """Returns an array, in memory of its own that is aligned as XLA likes it.
+        """Returns an array in its own memory, aligned for XLA.
 
         Raises:
-            UnreadableError: Its checksum does not agree.
+            UnreadableError: The checksum does not match.
         """
-        # The header was checked: `size` is that of shape and dtype, and it is within the file.
+        # The header was checked: `size` agrees with shape and dtype, and is within the file.
         memory = np.empty(leaf.size + _ALIGNMENT, np.uint8)
         start = -memory.ctypes.data % _ALIGNMENT
         data = memory[start : start + leaf.size]
@@ -220,10 +220,10 @@ class Bundle:
         return data.view(DTYPES[leaf.dtype]).reshape(leaf.shape)
 
     def verify(self) -> None:
-        """Reads everything and keeps nothing.
+        """Reads and checks everything, without keeping it.
 
         Raises:
-            UnreadableError: A checksum does not agree.
+            UnreadableError: A checksum does not match.
         """
         memory = memoryview(bytearray(_SLICE))
         for leaf in self.leaves:
@@ -242,7 +242,7 @@ class Bundle:
         self.close()
 
     def _stream(self, leaf: Leaf, into: memoryview) -> None:
-        """Reads a leaf into memory, again from its start where that is shorter, and checks it."""
+        """Reads and checks a leaf. A buffer shorter than the leaf is refilled from its start."""
         hasher = xxhash.xxh3_64()
         done = 0
         while done < leaf.size:
@@ -260,7 +260,7 @@ class Bundle:
     def _read_into(self, memory: memoryview, offset: int) -> int:
         if hasattr(os, "preadv"):
             return os.preadv(self._file.fileno(), [memory], offset)
-        with self._lock:  # without it, a place in the file is shared by all threads
+        with self._lock:  # threads share the file position
             self._file.seek(offset)
             return self._file.readinto(memory) or 0
 
@@ -300,7 +300,7 @@ class Bundle:
         return info, leaves
 
     def _check_places(self) -> int:
-        """Checks that the arrays fill the file without holes or overlaps; returns where they end."""
+        """Checks that the arrays fill the file without gaps or overlaps; returns where they end."""
         expected, data_length = _lay_out(self.leaves)
         if list(self.leaves) != expected:
             raise self._damaged("its arrays are not where they should be")
@@ -322,11 +322,11 @@ class Bundle:
         return {leaf.path: value for leaf, (value,) in zip(self.leaves, _SUM.iter_unpack(table), strict=True)}
 
     def _require_zeros(self, *gaps: tuple[int, int]) -> None:
-        """Checks that the bytes between arrays are zero. The gaps are shorter than `_ALIGNMENT`, and ascending."""
+        """Checks that the bytes between arrays are zero. Gaps are ascending and shorter than `_ALIGNMENT`."""
         window_start, window = 0, b""
         for start, end in gaps:
             if end > window_start + len(window) and end > start:
-                # Small arrays are close together, so one read takes the gaps between many.
+                # Small arrays are close together, so one read covers the gaps between many of them.
                 window_start, window = start, self._read_at(start, _WINDOW)
             if any(window[start - window_start : end - window_start]):
                 raise self._damaged("there are bytes between its arrays")
@@ -344,12 +344,12 @@ class Bundle:
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
-    # Opening a named pipe would otherwise wait for a writer.
+    # Otherwise, opening a named pipe would block until it has a writer.
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _lay_out(leaves: Sequence[Leaf]) -> tuple[list[Leaf], int]:
-    """Returns the leaves with their places, and the length of the data; Python's integers cannot overflow."""
+    """Returns the leaves with their offsets, and the length of the data; Python's integers cannot overflow."""
     placed, position = [], 0
     for leaf in leaves:
         size = leaf.bytes
@@ -359,7 +359,7 @@ def _lay_out(leaves: Sequence[Leaf]) -> tuple[list[Leaf], int]:
 
 
 def leaf_to_record(leaf: Leaf) -> dict[str, Any]:
-    """Returns a description as plain values."""
+    """Returns the description of a leaf as plain values."""
     # Spelled out: `dataclasses.asdict` takes 30 times as long, most of the time of a small save.
     return {
         "path": list(leaf.path),
@@ -372,10 +372,10 @@ def leaf_to_record(leaf: Leaf) -> dict[str, Any]:
 
 
 def leaf_from_record(record: Any) -> Leaf:
-    """Makes a description again from what `leaf_to_record` returned.
+    """Rebuilds the `Leaf` that `leaf_to_record` described.
 
     Raises:
-        ValueError: It is no such description.
+        ValueError: The record is invalid.
     """
     path, dtype, shape, key, offset, size = _fields(
         record, path=list, dtype=str, shape=list, key=str | None, offset=int, size=int
@@ -392,7 +392,7 @@ def leaf_from_record(record: Any) -> Leaf:
 
 
 def _fields(record: Any, **kinds: Any) -> list[Any]:
-    """Returns the values of a mapping that has exactly these keys, of exactly these types."""
+    """Returns the values of a mapping with exactly these keys and types."""
     if not isinstance(record, dict) or record.keys() != kinds.keys():
         raise ValueError(f"it lacks one of {', '.join(kinds)}, or has more")
     for name, kind in kinds.items():
@@ -414,7 +414,7 @@ def _refuse_extension(code: int, data: bytes) -> Any:
 
 
 def _pieces(array: np.ndarray[Any, Any], leaf: Leaf) -> Iterator[memoryview]:
-    """Yields the bytes of an array in C order and little-endian, a few MiB at a time."""
+    """Yields the bytes of an array in C order, little-endian, a few MiB at a time."""
     contiguous = np.ascontiguousarray(array, DTYPES[leaf.dtype]).reshape(-1).view(np.uint8)
     if contiguous.size != leaf.size:
         raise ValueError(f"`{leaf.name}` has {contiguous.size} bytes where {leaf.size} were announced")

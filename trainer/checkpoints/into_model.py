@@ -1,4 +1,4 @@
-"""Weights from a checkpoint in a model of their own, without an optimizer."""
+"""Loads weights from a checkpoint into a model, without an optimizer."""
 
 import os
 from typing import TypeVar, cast
@@ -16,16 +16,16 @@ Module = TypeVar("Module", bound=nnx.Module)
 def load_weights(
     path: str | os.PathLike[str], model: Module, *, strict: bool = True, wrt: nnx.filterlib.Filter = nnx.Param
 ) -> Module:
-    """Returns a copy of a model with the params and the other variables of a checkpoint.
+    """Returns a copy of a model with the params and other variables of a checkpoint.
 
-    It is ``load_state(path, like, only=("params", "model_state")).model()`` for a state of the model.
+    Equivalent to ``load_state(path, like, only=("params", "model_state")).model()`` for a state of the model.
 
     Args:
-        path: As for `load_state`: a checkpoint of ours, a directory of Orbax, ``.safetensors``, ``.npz``, a pickle.
-            Names in the last but one are the attributes of the model, joined by dots: ``layers.0.kernel``.
-        model: A model of the same structure. It is not touched.
+        path: As for `load_state`: one of our checkpoints, an Orbax directory, ``.safetensors``, ``.npz`` or a pickle.
+            Names in a weights file may be the model's attributes joined by dots: ``layers.0.kernel``.
+        model: A model of the same structure. It is not modified.
         strict: As for `load_state`.
-        wrt: The ``wrt`` of the trainer that wrote a checkpoint of ours.
+        wrt: The ``wrt`` of the trainer that wrote the checkpoint, if it is one of ours.
 
     Raises:
         ArgumentTypeError: ``model`` is not an ``nnx.Module``.
@@ -43,7 +43,7 @@ def load_weights(
         True
     """
     check_model(model)
-    # Nothing is optimized; the key is needed to make a state, and not loaded.
+    # Nothing is optimized. `create` requires a key, but the key is not loaded.
     like = TrainState.create(model, optax.identity(), rng=jax.random.key(0), wrt=wrt)
     loaded = load_state(path, like, strict=strict, only=("params", "model_state"))
     return cast(Module, loaded.model())

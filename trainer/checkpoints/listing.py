@@ -1,7 +1,7 @@
-"""The checkpoints of a directory: which there are, whose they are, and which of them a process may remove.
+"""The checkpoints in a directory: which exist, which run wrote each, and which a process may remove.
 
-Only default names count, ``checkpoint_<step>.msgpack`` of a file and ``checkpoint_<step>.orbax`` of a directory. The
-header of each tells its run and the time it was written; the step in a name says neither.
+Only default names count: ``checkpoint_<step>.msgpack`` for a file and ``checkpoint_<step>.orbax`` for a directory. The
+run and the time of writing come from each header; the step in the name tells neither.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ _OWN_NAME = re.compile(r"checkpoint_(0|[1-9]\d*)\.(msgpack|orbax)")
 
 
 class Entry(NamedTuple):
-    """A checkpoint: its name, the step in it, the id of its run (None where it has none), and when it was written."""
+    """A checkpoint: its name, its step, the id of its run (None if it has none), and when it was written."""
 
     name: str
     step: int
@@ -34,20 +34,20 @@ class Entry(NamedTuple):
 
 
 def names_in(directory: Path) -> dict[str, int]:
-    """Returns the default names in a directory, and the steps in them, in the order of steps. Opens nothing."""
+    """Returns the default names in a directory with their steps, sorted by step. Opens no file."""
     if not directory.is_dir():
         return {}
-    restore(directory)  # a save that was killed while it replaced the latest must not hide it
+    restore(directory)  # otherwise, a save killed while replacing the latest checkpoint would hide it
     matches = filter(None, map(_OWN_NAME.fullmatch, os.listdir(directory)))
     ordered = sorted(matches, key=lambda match: (int(match[1]), match[2]))
     return {match[0]: int(match[1]) for match in ordered if _is_of_its_kind(directory / match[0])}
 
 
 def entries_in(directory: Path) -> list[Entry]:
-    """Returns the checkpoints of a directory; the latest is the last.
+    """Returns the checkpoints in a directory; the latest is the last.
 
-    That is the one written last of the run that has written last. Those without a run count as one run, and so do
-    unreadable ones, by the time of modification; both are in the order of their steps.
+    The latest is the last one written by the run that wrote last. Checkpoints without a run count as one run, and so
+    do unreadable ones, dated by modification time; within both, the order is by step.
     """
     entries: list[Entry] = []
     groups: dict[Entry, str | None] = {}
@@ -68,10 +68,10 @@ def entries_in(directory: Path) -> list[Entry]:
 
 
 class Written:
-    """The checkpoints with default names that a run has in a directory, in the order in which they were written.
+    """The checkpoints with default names that a run has in a directory, in the order they were written.
 
-    What this process wrote is remembered, so that a save opens no file. The first time that a run is named, the
-    headers in the directory tell what it wrote before, in other processes.
+    Remembers what this process wrote, so that a save opens no file. The first time a run is named, the headers in the
+    directory tell which checkpoints it wrote before, in other processes.
 
     Args:
         directory: The directory.
@@ -83,7 +83,7 @@ class Written:
         self._runs: set[str] = set()
 
     def add(self, name: str, run: str) -> None:
-        """Counts a checkpoint that a run has just written."""
+        """Records a checkpoint that a run has just written."""
         if run not in self._runs:
             self._runs.add(run)
             earlier = [entry.name for entry in entries_in(self._directory) if entry.run == run]
@@ -92,9 +92,9 @@ class Written:
         self._found[name] = self._identity(name)
 
     def prune(self, keep: int) -> None:
-        """Removes all but the ``keep`` that were written last, and nothing that another run has replaced since.
+        """Removes all but the last ``keep`` written, sparing any that another run has replaced since.
 
-        Directories of Orbax belong to all processes, and process 0 alone removes them, each as a whole.
+        Orbax directories belong to all processes; only process 0 removes them, atomically.
         """
         for name in list(self._found)[:-keep]:
             is_same = self.holds(name)
@@ -107,7 +107,7 @@ class Written:
                 remove_directory(self._directory / name)
 
     def holds(self, name: str) -> bool:
-        """Tells whether what has the name now is what was counted under it."""
+        """Tells whether the file with this name is still the one that was recorded."""
         known = self._found.get(name)
         return known is not None and known == self._identity(name)
 
@@ -120,10 +120,10 @@ class Written:
 
 
 def run_of(path: Path) -> str | None:
-    """Returns the id of the run that wrote a checkpoint, None if that cannot be told.
+    """Returns the id of the run that wrote a checkpoint, or None if it is unknown.
 
     Raises:
-        CheckpointError: It is something else under the name of a checkpoint, and not to be replaced.
+        CheckpointError: It is not a checkpoint despite its name, and must not be replaced.
     """
     if not _is_of_its_kind(path) or _is_foreign(path):
         raise CheckpointError(
@@ -133,7 +133,7 @@ def run_of(path: Path) -> str | None:
 
 
 def info_of(path: Path) -> Mapping[str, Any]:
-    """Returns the plain values about the state in a checkpoint with a default name.
+    """Returns the plain values stored about the state in a checkpoint with a default name.
 
     Raises:
         UnreadableError: It cannot be read.
@@ -143,20 +143,20 @@ def info_of(path: Path) -> Mapping[str, Any]:
 
 
 def open_named(path: Path) -> "Bundle | OrbaxDirectory":
-    """Opens a checkpoint with a default name, whose ending tells the format.
+    """Opens a checkpoint with a default name; the suffix decides the format.
 
     Raises:
         UnreadableError: It cannot be read.
     """
     if path.suffix != ".orbax":
         return Bundle(path)
-    from trainer.checkpoints.orbax_directory import OrbaxDirectory  # here, since few runs need it
+    from trainer.checkpoints.orbax_directory import OrbaxDirectory  # lazy, since few runs need it
 
     return OrbaxDirectory(path)
 
 
 def _run_and_time(path: Path) -> tuple[str | None, float, bool]:
-    """Returns run and time of a checkpoint, and whether its header can be read."""
+    """Returns the run and the time of a checkpoint, and whether its header can be read."""
     try:
         info = info_of(path)
     except CheckpointError:
@@ -180,7 +180,7 @@ def _is_of_its_kind(path: Path) -> bool:
 
 
 def _is_foreign(path: Path) -> bool:
-    """Tells something else from a checkpoint that is damaged."""
+    """Tells a file or directory of another program from a damaged checkpoint."""
     if path.suffix == ".orbax":
         names = set(os.listdir(path))
         return bool(names) and not names & {"about", "state"}

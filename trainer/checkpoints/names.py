@@ -1,4 +1,4 @@
-"""What the ending of a checkpoint's name promises: a format that we write, or one of another program."""
+"""Which format the suffix of a checkpoint's path implies: one that we write, or another program's."""
 
 from pathlib import Path
 
@@ -20,19 +20,19 @@ _FOREIGN = {
     **dict.fromkeys((".json", ".yaml", ".yml", ".toml", ".csv", ".txt"), ("a text", "")),
     **dict.fromkeys((".zarr", ".parquet", ".arrow", ".feather", ".mat"), ("a file of tables or arrays", "")),
 }
-"""Endings that name the format of another program: what they promise, and what to do."""
+"""Suffixes that imply another program's format: what they imply, and what to do instead."""
 
 
 def suffix_of(path: Path) -> str:
-    """Returns the ending of a name that decides the format, in lower case: ``.PKL`` promises what ``.pkl`` does."""
+    """Returns the suffix that decides the format, in lower case: ``.PKL`` means the same as ``.pkl``."""
     return path.suffix.lower()
 
 
 def refuse_foreign(path: Path) -> None:
-    """Refuses a name that promises the format of another program. An ending that nobody knows promises nothing.
+    """Refuses a path whose suffix implies another program's format. Unknown suffixes imply nothing.
 
     Raises:
-        ArgumentError: The ending is that of another format.
+        ArgumentError: The suffix implies another format.
     """
     suffix = suffix_of(path)
     if suffix in _FOREIGN:

@@ -1,6 +1,6 @@
-"""A checkpoint of any kind, opened: a file of ours, a pickle in the reference's layout, an Orbax directory, or weights.
+"""Opens checkpoints of any kind: our files, pickles in the reference's layout, Orbax directories, and weights files.
 
-What is inside tells the kind, not the name.
+The contents decide the kind, not the name.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import msgpack
 import numpy as np
 
+from trainer.checkpoints.atomic import restore
 from trainer.checkpoints.file_format import Bundle, Leaf
 from trainer.checkpoints.plain_values import unpack
 from trainer.checkpoints.weights_files import WeightsFile, weights_kind
@@ -27,9 +28,9 @@ from trainer.sharding.arrays import place_like
 from trainer.state import TrainState
 
 PROGRESS: LeafPath = ("progress",)
-"""Beside the fields of the state: where the run was, packed."""
+"""The path of the packed run record, beside the fields of the state."""
 
-# Reading waits for memory and for checksums, neither of which holds Python's lock.
+# Readers wait for memory and checksums, and neither holds the GIL.
 _READERS = min(8, os.cpu_count() or 1)
 
 
@@ -38,7 +39,7 @@ class Source(Protocol):
 
     @property
     def path(self) -> Path:
-        """Where it is."""
+        """Its path."""
         ...
 
     @property
@@ -48,11 +49,11 @@ class Source(Protocol):
 
     @property
     def leaves(self) -> Mapping[LeafPath, Leaf]:
-        """What it holds, by path."""
+        """The arrays it holds, by path."""
         ...
 
     def read(self, wanted: Mapping[LeafPath, jax.Array | None]) -> dict[LeafPath, Any]:
-        """Returns arrays, each where its counterpart is, or as a NumPy array where that is None.
+        """Returns arrays, each placed like its template, or as a NumPy array if the template is None.
 
         Raises:
             CheckpointError: One is damaged or cannot be read.
@@ -60,10 +61,10 @@ class Source(Protocol):
         ...
 
     def verify(self) -> None:
-        """Reads everything, and keeps nothing.
+        """Reads and checks everything, without keeping it.
 
         Raises:
-            CheckpointError: A checksum does not agree.
+            CheckpointError: A checksum does not match.
         """
         ...
 
@@ -77,20 +78,22 @@ class Source(Protocol):
 def open_source(
     path: str | os.PathLike[str], like: TrainState | None = None, agreement: AllOrNone | None = None
 ) -> Source:
-    """Opens a checkpoint, and checks everything but the arrays.
+    """Opens a checkpoint and checks everything but the arrays.
 
     Args:
         path: A file or directory.
-        like: A state of the same structure. A pickle needs it, which neither tells the parameters from other
-            variables nor knows what the optimizer calls its fields; and a file of weights by another program.
-        agreement: Where several processes load it together, see `OrbaxDirectory`.
+        like: A state of the same structure. Pickles need it, since they record neither which variables are params nor
+            the names of the optimizer's fields; so do weights files written by other programs.
+        agreement: See `OrbaxDirectory`, if several processes load it together.
 
     Raises:
-        CheckpointError: It is missing, damaged, of a newer format, or no checkpoint.
+        CheckpointError: It is missing, damaged, of a newer format, or not a checkpoint.
     """
     path = Path(path)
+    if not os.path.lexists(path):
+        restore(path.parent)  # otherwise, a save killed while replacing a directory would hide it
     if path.is_dir():
-        from trainer.checkpoints.orbax_directory import OrbaxDirectory  # here, since few runs need it
+        from trainer.checkpoints.orbax_directory import OrbaxDirectory  # lazy, since few runs need it
 
         return OrbaxDirectory(path, agreement)
     if is_pickle(path):
@@ -100,7 +103,7 @@ def open_source(
 
 
 def read_progress(source: Source) -> dict[str, Any] | None:
-    """Returns the plain values that were saved beside the state, None if there are none.
+    """Returns the plain values saved beside the state, or None if there are none.
 
     Raises:
         CheckpointError: They are damaged.
@@ -120,18 +123,18 @@ def read_progress(source: Source) -> dict[str, Any] | None:
 
 
 def describe(path: LeafPath, leaf: jax.Array) -> Leaf:
-    """Returns what a file would say of an array: of a key, its words and its implementation."""
+    """Returns the `Leaf` that a file would hold for an array; for a key, that of its key data."""
     if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return Leaf(path, _name_of(leaf.dtype), tuple(leaf.shape))
     words = _words_of(leaf.dtype)
     return Leaf(path, str(words.dtype), (*leaf.shape, *words.shape), str(jax.random.key_impl(leaf)))
 
 
-_name_of = functools.cache(str)  # a dtype writes its name anew each time
+_name_of = functools.cache(str)  # NumPy rebuilds a dtype's name on each call
 
 
 class _File:
-    """A file of `trainer.checkpoints.file_format`, whose arrays are read by several threads."""
+    """A file of `trainer.checkpoints.file_format`, read by several threads."""
 
     def __init__(self, path: Path) -> None:
         self._bundle = Bundle(path)
@@ -142,12 +145,12 @@ class _File:
     def read(self, wanted: Mapping[LeafPath, jax.Array | None]) -> dict[LeafPath, Any]:
         arrays: dict[LeafPath, Any] = {}
         with ThreadPoolExecutor(_READERS, thread_name_prefix="checkpoint") as readers:
-            # No more than a few arrays wait on the host for their way to a device.
+            # Limits how many arrays wait on the host for their transfer to a device.
             everything = list(wanted)
             for paths in (everything[i : i + 2 * _READERS] for i in range(0, len(everything), 2 * _READERS)):
                 values = readers.map(lambda path: self._bundle.read(self.leaves[path]), paths)
                 for path, value in zip(paths, values, strict=True):
-                    # In this thread, whose settings (64 bits, the default device) other threads do not have.
+                    # Place in this thread: others lack its settings (x64, the default device).
                     like = wanted[path]
                     arrays[path] = value if like is None else place_like(value, like)
         return arrays
@@ -165,10 +168,10 @@ class _File:
 
 
 class _Pickle:
-    """A pickle in the reference's layout; nothing in it is executed, and nothing has a checksum."""
+    """A pickle in the reference's layout. Nothing in it is executed, and it has no checksums."""
 
     def __init__(self, path: Path, like: TrainState | None) -> None:
-        from trainer.checkpoints.reference_pickle import read_pickle  # here, since few runs need it
+        from trainer.checkpoints.reference_pickle import read_pickle  # lazy, since few runs need it
 
         self.path = path
         self.info: dict[str, Any] = {}
@@ -179,7 +182,7 @@ class _Pickle:
         for name, (array, key) in read_pickle(path, like).items():
             leaf = Leaf(known.get(name, tuple(name.split("/"))), array.dtype.name, array.shape, key)
             self.leaves[leaf.path], self._arrays[leaf.path] = leaf, array
-        # That layout has the variables of extensions only: weights and loss scales stay the live ones.
+        # The layout holds only the variables of extensions; weights and loss scales keep their live values.
         for name, entry in ({} if like is None else like.extensions).items():
             for key, live in entry.items():
                 if key != "variables":
@@ -209,8 +212,8 @@ def _words_of(dtype: Any) -> jax.ShapeDtypeStruct:
 
 
 def is_pickle(path: Path) -> bool:
-    """Tells whether a file begins as pickles do."""
-    # A named pipe would wait for a writer. What cannot be read is refused by the bundle, with a reason.
+    """Tells whether a file begins like a pickle."""
+    # Opening a named pipe would block. An unreadable file is refused later by `Bundle`, with the reason.
     with contextlib.suppress(OSError):
         if path.is_file():
             with path.open("rb") as file:

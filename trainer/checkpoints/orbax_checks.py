@@ -1,7 +1,7 @@
 """Checks of an Orbax directory before its arrays are read.
 
-Orbax and TensorStore believe the metadata that they find: a file that is a named pipe blocks them, and a chunk of 2⁴⁰
-entries ends the process, since the allocation fails in a thread of C++. So these are looked at first.
+Orbax and TensorStore trust the metadata they find: a named pipe in place of a file blocks them, and a chunk of 2⁴⁰
+entries aborts the process, since the allocation fails in a C++ thread. These checks run first.
 """
 
 import json
@@ -19,19 +19,19 @@ _MANIFEST_MAGIC = 0x0CDB3A2A
 _LENGTH = struct.Struct("<Q")
 _MAX_MANIFEST = 16 * 2**20
 
-# Zstandard stores 128 KiB of equal bytes in 4, and no more than that.
+# Zstandard stores 128 KiB of equal bytes in 4, its best ratio.
 _MAX_RATIO = 2**15
 
 
 def check_files(directory: Path) -> int:
-    """Checks that everything below a directory is a file or a directory, and manifests have the length that they say.
+    """Checks that a directory contains only files and directories, and that manifests have their stated length.
 
     Returns:
-        How many bytes all files have together.
+        The total size of all files in bytes.
 
     Raises:
-        ValueError: Something is not so.
-        OSError: Something cannot be looked at.
+        ValueError: A check failed.
+        OSError: A file or directory cannot be accessed.
     """
     size = 0
     for parent, _, names in os.walk(directory, onerror=_raise):
@@ -47,15 +47,15 @@ def check_files(directory: Path) -> int:
 
 
 def check_stored(directory: Path, wanted: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]], size: int) -> None:
-    """Checks what a directory says of the arrays in it.
+    """Checks the stored metadata of the arrays in a directory.
 
     Args:
         directory: The directory of the arrays.
-        wanted: The shape and dtype of each array, by the name under which Orbax stores it.
-        size: How many bytes its files have.
+        wanted: The shape and dtype of each array, by its name in Orbax.
+        size: The total size of its files in bytes.
 
     Raises:
-        ValueError: An array has another shape or dtype there, impossible chunks, or more bytes than the files can hold.
+        ValueError: The stored shape or dtype of an array differs, its chunks are impossible, or it exceeds the files.
         Exception: Whatever TensorStore raises if it cannot read the directory.
     """
     import tensorstore
@@ -65,7 +65,7 @@ def check_stored(directory: Path, wanted: Mapping[str, tuple[tuple[int, ...], np
         raise ValueError(f"its files of {size} bytes cannot hold arrays of {total} bytes")
     base = {"driver": "file", "path": f"{directory}/"}
     store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
-    found = {name: store.read(f"{name}/.zarray") for name in wanted}  # begun together
+    found = {name: store.read(f"{name}/.zarray") for name in wanted}  # all reads in flight at once
     for name, (shape, dtype) in wanted.items():
         stored = json.loads(found[name].result().value)
         if not isinstance(stored, dict):
@@ -81,7 +81,7 @@ def check_stored(directory: Path, wanted: Mapping[str, tuple[tuple[int, ...], np
 
 
 def _check_manifest(path: Path, size: int) -> None:
-    """Checks the header of a manifest: 4 bytes of magic, big-endian, and its length in 8, little-endian."""
+    """Checks the header of a manifest: 4 bytes of magic, big-endian, then its length in 8, little-endian."""
     with path.open("rb") as file:
         head = file.read(_MANIFEST.size + _LENGTH.size)
     if len(head) < _MANIFEST.size + _LENGTH.size or _MANIFEST.unpack_from(head)[0] != _MANIFEST_MAGIC:

@@ -1,16 +1,16 @@
-"""Checkpoints as Orbax directories, for states that are spread over devices and processes.
+"""Checkpoints as Orbax directories, for states sharded over devices and processes.
 
 A directory has two items. ``state`` holds the arrays, as a tree of dicts along their paths that any
-Orbax reads; ``about`` holds what a person wants to know and a description of every array with a checksum
-of our own, since Orbax notices damage to its indices but not to the numbers. Arrays are written from their devices and
-read to the sharding of their template; none above 1 MiB is gathered.
+Orbax reads; ``about`` holds information for people and a description of every array. Each description has our own
+checksum, since Orbax detects damage to its indices but not to array data. Arrays are written from their devices and
+read into the sharding of their template; none above 1 MiB is gathered.
 
-Where there are several processes, each calls at the same point. Orbax writes in each what its devices hold;
-process 0 writes the rest, and gives the directory its name once all have finished. What fails in one process
-fails in all (`trainer.distributed.AllOrNone`).
+With several processes, all call at the same point. Orbax writes in each process what its devices hold;
+process 0 writes the rest, and renames the directory once all have finished. A failure in one process
+is raised in all (`trainer.distributed.AllOrNone`).
 
-Orbax cannot store some arrays, so they are stored otherwise: those without entries in the description
-alone, keys as their key data, dtypes of less than two bytes other than the plain integers as bits (uint8).
+Some arrays Orbax cannot store: arrays without entries are stored only as descriptions, keys as key data, and
+dtypes of less than two bytes, other than the plain integers, as bits (uint8).
 """
 
 import asyncio
@@ -43,10 +43,10 @@ from trainer.sharding.arrays import as_key, is_multiprocess, place_like, shardin
 
 FORMAT = "nnx-trainer orbax 1"
 
-# A save that takes longer than this has failed.
+# A save that takes longer counts as failed.
 _SAVE_TIMEOUT_SECONDS = 3600.0
 
-# JSON takes up to 30 times its bytes in memory.
+# Parsed JSON takes up to 30 times its bytes in memory.
 _MAX_ABOUT = 96 * 2**20
 
 _PLAIN = {"bool", "int8", "uint8", "int16", "uint16", "float16", "bfloat16", "int32", "uint32", "float32"}
@@ -54,28 +54,28 @@ _PLAIN |= {"int64", "uint64", "float64", "complex64", "complex128"}
 
 
 def begin_directory(path: Path, info: Mapping[str, Any], leaves: Sequence[tuple[Leaf, Any]]) -> Callable[[], None]:
-    """Copies arrays to the host, and begins to write them beside the directory ``path``.
+    """Copies arrays to the host, and starts writing them to a temporary directory next to ``path``.
 
     Args:
-        path: The directory, which may hold a checkpoint already. The one above is made if it is missing.
+        path: The directory, which may already hold a checkpoint. Its parent is created if missing.
         info: Plain values for people.
-        leaves: Descriptions of the arrays, and the arrays, of JAX or NumPy; keys as their key data. They may
-            be sharded over devices and processes, and donated as soon as this has returned.
+        leaves: Descriptions, with JAX or NumPy arrays; keys as their key data. The arrays may be sharded
+            over devices and processes, and may be donated once this returns.
 
     Returns:
-        What finishes the checkpoint, and must be called, in any thread: it waits until all is written, in
-        all processes, and gives it the name. What had the name before is there until then.
+        A function that finishes the checkpoint and must be called, in any thread: it waits until all
+        processes have written everything, then renames the directory. Until then, ``path`` is unchanged.
 
     Raises:
-        CheckpointError: Something failed, in this or in another process. The function that is returned
-            raises it as well; what was there before is untouched then.
+        CheckpointError: Something failed, in this or another process. The returned function raises it
+            too; ``path`` is then unchanged.
     """
-    votes = AllOrNone(f"save {path.name}")  # for this save, also where it finishes in another thread
+    votes = AllOrNone(f"save {path.name}")  # one per save, since it may finish in another thread
     writing = _Writing(path.absolute(), info, leaves)
     try:
         temporary = votes.sync(*_attempted(writing.prepare, path))
-        # The devices of all processes compute the checksums together, in collectives that never time out. So what can
-        # fail in one process alone comes before, and no process enters them unless all do.
+        # The devices of all processes compute the checksums together, in collectives that never time out. So whatever
+        # can fail in a single process comes before, and no process enters the collectives unless all do.
         failure, _ = _attempted(writing.compute_checksums, path)
         if failure is None:
             failure, _ = _attempted(functools.partial(writing.begin, Path(temporary)), path)
@@ -96,12 +96,12 @@ def begin_directory(path: Path, info: Mapping[str, Any], leaves: Sequence[tuple[
 
 
 def write_directory(path: Path, info: Mapping[str, Any], leaves: Sequence[tuple[Leaf, Any]]) -> None:
-    """Writes one checkpoint, arguments and errors as for `begin_directory`."""
+    """Writes one checkpoint; arguments and errors as for `begin_directory`."""
     begin_directory(path, info, leaves)()
 
 
 class _Writing:
-    """What one process does to write a checkpoint."""
+    """One process's part in writing a checkpoint."""
 
     def __init__(self, path: Path, info: Mapping[str, Any], leaves: Sequence[tuple[Leaf, Any]]) -> None:
         self._path = path
@@ -115,12 +115,12 @@ class _Writing:
         self._futures: Sequence[Any] = ()
 
     def prepare(self) -> str | None:
-        """Converts the arrays to what Orbax can store, and makes the temporary directory, in process 0 for all."""
+        """Converts the arrays to what Orbax can store; process 0 also creates the temporary directory."""
         import orbax.checkpoint as ocp
 
         self._info = to_plain(self._info, "info")
         for leaf, _ in self._leaves:
-            leaf_from_record(leaf_to_record(leaf))  # what no reader takes is refused before anything is written
+            leaf_from_record(leaf_to_record(leaf))  # raises before anything is written if no reader would accept it
         self._handler = ocp.PyTreeCheckpointHandler(use_zarr3=False)  # the layout that `check_stored` reads
         self._tree = _tree_of(self._leaves)
         if jax.process_index() != 0:
@@ -136,18 +136,18 @@ class _Writing:
         self._checksums = digests_as_text([array for _, array in self._leaves])
 
     def begin(self, temporary: Path) -> None:
-        """Copies the arrays to the host; Orbax writes them in the background."""
+        """Copies the arrays to the host, for Orbax to write in the background."""
         import orbax.checkpoint as ocp
 
         self._temporary = temporary
         saving = self._handler.async_save(_state_in(temporary), args=ocp.args.PyTreeSave(self._tree))
         self._futures = _run(saving) or ()
         self._tree = {}
-        # The caller may donate the arrays now, so only their descriptions are kept.
+        # The caller may now donate the arrays, so keep only their descriptions.
         self._leaves = [(leaf, None) for leaf, _ in self._leaves]
 
     def wait(self) -> None:
-        """Waits until nothing is being written any more, and raises what went wrong first."""
+        """Waits until all writes have ended, and raises the first error."""
         deadline = time.monotonic() + _SAVE_TIMEOUT_SECONDS
         futures, self._futures = self._futures, ()
         failures = []
@@ -160,7 +160,7 @@ class _Writing:
             raise failures[0]
 
     def commit(self) -> None:
-        """Writes the description and gives the directory its name, in process 0 for all."""
+        """In process 0, writes the description and renames the directory."""
         if self._new is None:
             return
         records = [
@@ -168,7 +168,7 @@ class _Writing:
             for (leaf, _), checksum in zip(self._leaves, self._checksums, strict=True)
         ]
         about = json.dumps({"info": self._info, "leaves": records}, default=bytes_to_json)
-        if len(about) > _MAX_ABOUT // 3:  # in the file, quotes are escaped once more
+        if len(about) > _MAX_ABOUT // 3:  # the file escapes quotes a second time
             raise ValueError(f"its description takes {len(about)} bytes, more than {_MAX_ABOUT // 3}")
         self._handler.finalize(_state_in(self._temporary))
         envelope = {"format": FORMAT, "about": about, "checksum": xxhash.xxh3_64_hexdigest(about.encode())}
@@ -178,7 +178,7 @@ class _Writing:
 
     def discard(self) -> None:
         if self._new is not None:
-            with contextlib.suppress(Exception):  # there is one already
+            with contextlib.suppress(Exception):  # an error is already being handled
                 self.wait()
             self._new.discard()
 
@@ -192,18 +192,18 @@ def _tree_of(leaves: Sequence[tuple[Leaf, Any]]) -> dict[str, Any]:
             for name in parents:
                 node = node.setdefault(name, {})
             stored = array if leaf.dtype in _PLAIN else bits(jnp.asarray(array))
-            # What every process has for itself, process 0 writes; Orbax takes it as an array of NumPy only.
+            # Process 0 writes arrays that every process has a copy of. Orbax takes those only as NumPy arrays.
             node[last] = np.asarray(stored) if jax.process_count() > 1 and not is_multiprocess(stored) else stored
     return tree
 
 
 def _attempted(work: Callable[[], Any], path: Path) -> tuple[Exception | None, Any]:
-    """Returns what to settle: a failure, or what the work returned."""
+    """Returns the failure for `AllOrNone.sync`, and the result of the work."""
     try:
         return None, work()
     except CheckpointError as error:
         return error, None
-    except Exception as error:  # whatever a disk makes Orbax and TensorStore raise
+    except Exception as error:  # disk errors make Orbax and TensorStore raise many types
         reason = " ".join(str(error).split())[:300]
         failure = CheckpointError(f"`{path}` could not be written ({type(error).__name__}: {reason})")
         failure.__cause__ = error
@@ -211,14 +211,14 @@ def _attempted(work: Callable[[], Any], path: Path) -> tuple[Exception | None, A
 
 
 def _state_in(directory: Path) -> Any:
-    """Returns where the arrays are, as the path that handlers of Orbax take."""
+    """Returns the path of the arrays, in the type that Orbax handlers take."""
     from etils import epath  # type: ignore[import-untyped]
 
     return epath.Path(directory / "state")
 
 
 def _run(coroutine: Any) -> Any:
-    """Runs a coroutine to its end, in a thread of its own where this one has an event loop, as notebooks do."""
+    """Runs a coroutine to completion, in another thread if this one has an event loop, as in notebooks."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -228,7 +228,7 @@ def _run(coroutine: Any) -> Any:
 
 
 def _run_in_new_loop(coroutine: Any) -> Any:
-    # asyncio.run() would end by looking through the tasks of all threads, which others change meanwhile.
+    # asyncio.run() ends by iterating over the tasks of all threads, which may change meanwhile.
     loop = asyncio.new_event_loop()
     try:
         return loop.run_until_complete(coroutine)
@@ -237,18 +237,18 @@ def _run_in_new_loop(coroutine: Any) -> Any:
 
 
 class OrbaxDirectory:
-    """A checkpoint that `begin_directory` wrote, opened. Nothing but the description is read yet.
+    """An open checkpoint that `begin_directory` wrote. Only the description is read at first.
 
     Args:
         path: The directory.
-        agreement: Where several processes read arrays that are split over them: what fails in one fails in all.
+        agreement: Makes a failed read in one process fail in all, if the arrays are sharded over several.
 
     Attributes:
-        info: What was written about the state.
-        leaves: What it holds, by path.
+        info: Plain values about the state.
+        leaves: The arrays it holds, by path.
 
     Raises:
-        UnreadableError: It cannot be read, or is no such directory.
+        UnreadableError: It cannot be read, or is not such a directory.
     """
 
     def __init__(self, path: str | os.PathLike[str], agreement: AllOrNone | None = None) -> None:
@@ -257,7 +257,7 @@ class OrbaxDirectory:
         self.info, self.leaves, self._digests = self._read_about()
 
     def read(self, wanted: Mapping[LeafPath, jax.Array | None]) -> dict[LeafPath, Any]:
-        """Returns arrays, each where its counterpart is, or as a NumPy array where that is None.
+        """Returns arrays, each placed like its template, or as a NumPy array if the template is None.
 
         Raises:
             UnreadableError: One is damaged or cannot be read.
@@ -270,12 +270,12 @@ class OrbaxDirectory:
         except UnreadableError as error:
             failure = error
         if self._agreement is not None and any(map(is_multiprocess, wanted.values())):
-            self._agreement.sync(failure)  # before the digests, which all processes compute together
+            self._agreement.sync(failure)  # before all processes compute the digests together
         if failure is not None:
             raise failure
         for path in wanted.keys() - arrays.keys():
             arrays[path] = np.empty(self.leaves[path].shape, DTYPES[self.leaves[path].dtype])
-        # In the order of the file, which is that of all processes.
+        # In file order, which is the same in all processes.
         paths = [path for path in self.leaves if path in arrays]
         for path, found in zip(paths, digests_as_text([arrays[path] for path in paths]), strict=True):
             if found != self._digests[path]:
@@ -283,10 +283,10 @@ class OrbaxDirectory:
         return {path: _placed(arrays[path], like) for path, like in wanted.items()}
 
     def verify(self) -> None:
-        """Reads everything, one array at a time, and keeps nothing.
+        """Reads and checks everything, one array at a time, without keeping it.
 
         Raises:
-            UnreadableError: A checksum does not agree.
+            UnreadableError: A checksum does not match.
         """
         for path in self.leaves:
             self.read({path: None})
@@ -333,7 +333,7 @@ class OrbaxDirectory:
             raise self._damaged(f"its description cannot be understood: {error!r}") from error
 
     def _restore(self, wanted: Mapping[LeafPath, jax.Array | None]) -> dict[LeafPath, Any]:
-        """Reads the stored arrays, in one go: Orbax reads many at once."""
+        """Reads the stored arrays in one call, so that Orbax reads them in parallel."""
         if not wanted:
             return {}
         import orbax.checkpoint as ocp
@@ -357,9 +357,9 @@ class OrbaxDirectory:
                 ".".join(_names(path)): (self.leaves[path].shape, _stored_dtype(self.leaves[path])) for path in wanted
             }
             check_stored(state, stored, check_files(state))
-            # Not through a checkpointer, whose barrier a process that fails would not come to.
+            # Not through Orbax's Checkpointer: a process that fails would never reach its barrier.
             tree = ocp.PyTreeCheckpointHandler().restore(_state_in(self.path), args=restore)
-        except Exception as error:  # whatever a damaged directory makes Orbax and TensorStore raise
+        except Exception as error:  # a damaged directory makes Orbax and TensorStore raise many types
             reason = " ".join(str(error).split())[:300]
             raise self._damaged(f"its arrays could not be read ({type(error).__name__}: {reason})") from error
         arrays = {}
@@ -387,10 +387,10 @@ def _stored_dtype(leaf: Leaf) -> np.dtype[Any]:
 def _placed(array: Any, like: jax.Array | None) -> Any:
     if like is None:
         return np.asarray(array)
-    # An array of JAX was read to its place.
+    # Orbax has already placed JAX arrays.
     return as_key(array, like) if isinstance(array, jax.Array) else place_like(array, like)
 
 
 def _names(path: LeafPath) -> list[str]:
-    """Returns the names under which Orbax is given an array; it joins them with dots and slashes itself."""
+    """Returns the parts of an array's name for Orbax, which joins them with dots and slashes itself."""
     return [quote(str(part), safe="").replace(".", "%2E") or "%" for part in path]

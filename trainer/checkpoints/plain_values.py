@@ -1,7 +1,7 @@
-"""Plain values beside a state, as values that both MessagePack and JSON hold, and back to what they were.
+"""Converts the plain values beside a state to values that both MessagePack and JSON can hold, and back.
 
-Strings, numbers, ``None``, bytes, lists and mappings from strings stay as they are. What a format lacks is a mapping
-with one key that begins with ``$``, which a person can read::
+Strings, numbers, ``None``, bytes, lists and mappings with string keys stay as they are. Other types become a
+readable mapping with a single key that begins with ``$``::
 
     (1, 2)                    {"$tuple": [1, 2]}
     {0: "cat", None: "dog"}   {"$pairs": [[0, "cat"], [null, "dog"]]}
@@ -9,7 +9,7 @@ with one key that begins with ``$``, which a person can read::
     Path("runs")              {"$path": "runs"}
     b"\\x00"                   {"$bytes": "AA=="}           in JSON only
 
-Arrays and their scalars become numbers, in nested lists. Everything else is refused when it is saved.
+Arrays and their scalars become numbers, in nested lists. Any other type is refused on saving.
 """
 
 import base64
@@ -30,32 +30,32 @@ _BYTES_OF_CONTAINER = 16
 
 
 def to_plain(value: Any, name: str) -> Any:
-    """Returns a value in a form that MessagePack holds, and JSON with `bytes_to_json`.
+    """Returns a value in a form that MessagePack can hold, and JSON too with `bytes_to_json`.
 
     Args:
         value: Numbers, strings, bytes, dates, paths, None, arrays, and lists, tuples and mappings of these.
-        name: What the value is, for messages; the path within it is appended, as ``callbacks[0].best[(1, 2)]``.
+        name: Its name in messages; the path within the value is appended, as ``callbacks[0].best[(1, 2)]``.
 
     Raises:
-        CheckpointError: A part of it would not come back equal, which the message names.
+        CheckpointError: A part of it would not read back equal. The message names the part.
     """
     return _to_plain(value, name, 0)
 
 
 def unpack(data: Any, *, free: int = _FREE_CONTAINERS, **options: Any) -> Any:
-    """Returns the value in MessagePack bytes, `to_plain` undone.
+    """Returns the value in MessagePack bytes, with `to_plain` undone.
 
-    Lists and mappings take up to a hundred times the memory of their bytes, so their number is limited in proportion to
-    these; nothing else takes more than about twenty times its bytes.
+    Lists and mappings take up to a hundred times their bytes in memory, so their number is limited in proportion to
+    the data; nothing else takes more than about twenty times its bytes.
 
     Args:
         data: The bytes.
-        free: How many lists and mappings any bytes may hold, however few they are.
-        options: Further arguments of `msgpack.unpackb`.
+        free: How many lists and mappings are allowed regardless of the size of the data.
+        options: More arguments for `msgpack.unpackb`.
 
     Raises:
-        ValueError: These are no such bytes, or they hold too many lists and mappings.
-        msgpack.exceptions.UnpackException: These are no such bytes.
+        ValueError: The bytes are invalid, or hold too many lists and mappings.
+        msgpack.exceptions.UnpackException: The bytes are invalid.
     """
     left = free + len(data) // _BYTES_OF_CONTAINER
 
@@ -73,19 +73,19 @@ def unpack(data: Any, *, free: int = _FREE_CONTAINERS, **options: Any) -> Any:
 
 
 def pack(value: Any, name: str) -> bytes:
-    """Returns the MessagePack bytes of a value that `unpack` reads, arguments and errors as for `to_plain`."""
+    """Returns the MessagePack bytes of a value, for `unpack`; arguments and errors as for `to_plain`."""
     data = bytes(msgpack.packb(to_plain(value, name)))
     try:
-        unpack(data, free=_FREE_CONTAINERS // 2)  # the rest of the file needs some of them
+        unpack(data, free=_FREE_CONTAINERS // 2)  # the other half is for the rest of the file
     except ValueError as error:
         raise CheckpointError(f"`{name}` cannot be saved: {error}.") from error
     return data
 
 
 def from_plain(mapping: dict[Any, Any]) -> Any:
-    """Undoes `to_plain` for one mapping whose values are undone: the ``object_hook`` of MessagePack and JSON.
+    """Undoes `to_plain` for one mapping whose values are already undone: an ``object_hook`` for MessagePack and JSON.
 
-    A mapping that no `to_plain` wrote stays as it is.
+    A mapping that `to_plain` did not write stays as it is.
     """
     if len(mapping) == 1:
         ((tag, content),) = mapping.items()
@@ -98,7 +98,7 @@ def from_plain(mapping: dict[Any, Any]) -> Any:
 
 
 def bytes_to_json(value: Any) -> Any:
-    """Returns bytes as JSON holds them; the ``default`` of `json.dumps`."""
+    """Returns bytes in their JSON form; the ``default`` of `json.dumps`."""
     if isinstance(value, bytes):
         return {"$bytes": base64.b64encode(value).decode("ascii")}
     raise TypeError(f"an object of type {type(value).__qualname__}")

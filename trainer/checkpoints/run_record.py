@@ -1,4 +1,4 @@
-"""A `Run` beside its state, as plain values: how it is written into a checkpoint, and checked when it is read."""
+"""Converts the part of a `Run` beside its state to plain values for a checkpoint, and checks it on reading."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import msgpack
 
 from trainer.checkpoints.plain_values import pack, to_plain
-from trainer.checkpoints.snapshot import Snapshot, take_snapshot, write_snapshot
+from trainer.checkpoints.saving import Snapshot, take_snapshot, write_snapshot
 from trainer.checkpoints.state_io import Loaded, load_with_progress
 from trainer.data.resumable import LoaderPass, LoaderPosition
 from trainer.errors import CheckpointError
@@ -24,19 +24,19 @@ _FIELDS = {
     *("seed", "num_examples", "batch_size", "first_epoch", "first_step", "step", "batch", "logged_step"),
     *("validation_step", "validation", "average", "metrics", "loader", "id", "arguments"),
 }
-_LATER_FIELDS = {"loader", "id", "arguments"}  # which the first files do not have
+_LATER_FIELDS = {"loader", "id", "arguments"}  # missing in the earliest files
 _COUNTS = ("num_examples", "batch_size", "first_epoch", "first_step", "step", "batch", "logged_step")
 
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """What a checkpoint holds, ready to be assigned.
+    """The contents of a checkpoint, checked and ready to use.
 
     Attributes:
         path: The checkpoint.
-        run: The run that was saved. Its position is None if it was saved outside a run.
-        listeners: The states of callbacks and extensions; None if the checkpoint does not tell.
-        loaders: The positions of the loaders of all processes, where there were several; else None.
+        run: The saved run. Its position is None if it was saved outside a run.
+        listeners: The states of callbacks and extensions; None if the checkpoint has none.
+        loaders: The positions of the loaders of all processes if there were several; else None.
     """
 
     path: Path
@@ -46,10 +46,10 @@ class Restored:
 
 
 def save_run(path: str | os.PathLike[str], run: Run, info: Mapping[str, Any] | None = None) -> Path:
-    """Writes a run: its state and everything that travels with it. It is atomic; see `trainer.save_state`.
+    """Writes a run atomically: its state and everything that travels with it. See `trainer.save_state`.
 
     Args:
-        path: The name, whose ending decides the format.
+        path: The path; its suffix decides the format.
         run: The run.
         info: Plain values for people, shown by ``trainer inspect``.
 
@@ -57,7 +57,7 @@ def save_run(path: str | os.PathLike[str], run: Run, info: Mapping[str, Any] | N
         The path.
 
     Raises:
-        CheckpointError: It could not be written, or the loader cannot tell its position. What was there is untouched.
+        CheckpointError: The write failed, or the loader cannot report its position. Any existing file is unchanged.
     """
     path = Path(path)
     write_snapshot(path, snapshot_run(run, info))
@@ -71,16 +71,16 @@ def snapshot_run(
     listeners: Callable[[], Sequence[Any]] = list,
     loaders: Sequence[Any] | None = None,
 ) -> Snapshot:
-    """Describes a run for `write_snapshot`. Copies no array: write it, or copy it, before the next step.
+    """Describes a run for `write_snapshot`. Copies no array, so write or copy the snapshot before the next step.
 
     Args:
         run: The run.
         info: Plain values for people.
         listeners: Returns the states of callbacks and extensions.
-        loaders: The positions of the loaders of all processes, where there are several.
+        loaders: The positions of the loaders of all processes, if there are several.
 
     Raises:
-        CheckpointError: It holds a value that no checkpoint can hold, or the loader cannot tell its position.
+        CheckpointError: It holds a value that no checkpoint can hold, or the loader cannot report its position.
     """
     run = run.with_edits()
     about = {"run": run.id, "epoch": run.epoch, "metrics": run.history[-1] if run.history else {}, **(info or {})}
@@ -91,8 +91,8 @@ def load_run(path: str | os.PathLike[str], like: Run) -> Run:
     """Reads a run.
 
     Args:
-        path: What `save_run`, ``Trainer.save_checkpoint`` or `trainer.save_state` wrote.
-        like: A run with a state of the same structure. What the checkpoint does not hold is taken from it.
+        path: A checkpoint from `save_run`, ``Trainer.save_checkpoint`` or `trainer.save_state`.
+        like: A run with a state of the same structure. It supplies what the checkpoint lacks.
 
     Raises:
         CheckpointError: The checkpoint cannot be used.
@@ -101,10 +101,10 @@ def load_run(path: str | os.PathLike[str], like: Run) -> Run:
 
 
 def restore(loaded: Loaded, current: Run) -> Restored:
-    """Returns the run in a checkpoint. What the checkpoint does not hold is that of the current run.
+    """Returns the run in a checkpoint. The current run supplies what the checkpoint lacks.
 
     Raises:
-        CheckpointError: It holds something that cannot be used.
+        CheckpointError: Part of it cannot be used.
     """
     path, state, progress = loaded.path, loaded.state, loaded.progress or {}
     try:
@@ -162,12 +162,12 @@ def _packed(run: Run, listeners: Callable[[], Sequence[Any]], loaders: Sequence[
     pieces = [packer.pack_map_header(len(fields) + 1)]
     for name, packed in fields.items():
         pieces += [packer.pack(name), packed]
-    # The rows come last, and most of them are packed already: a long history costs a copy and no packing.
+    # Rows come last, and most are already packed, so a long history is copied but not packed again.
     return b"".join([*pieces, packer.pack("history"), packer.pack_array_header(count), *rows])
 
 
 def _record(run: Run) -> dict[str, Any] | None:
-    """Returns where the run is as plain values; waits for metrics that are still on the device."""
+    """Returns the run's progress as plain values; waits for metrics that are still on the device."""
     position = run.position
     if position is None:
         return None
@@ -179,7 +179,7 @@ def _record(run: Run) -> dict[str, Any] | None:
         "id": run.id,
         "arguments": {} if run.arguments is None else dict(run.arguments),
         "seed": list(position.seed) if isinstance(position, InMemory) else [],
-        # The file format of version 1 has no tag: no examples means a loader.
+        # Format version 1 has no tag: zero examples means a loader.
         "num_examples": position.num_examples if isinstance(position, InMemory) else 0,
         "batch_size": position.batch_size,
         "first_epoch": position.first_epoch,
@@ -249,7 +249,7 @@ def _with_record(run: Run, plain: Any, epoch: int | None) -> Run:
 def _checked(
     plain: Mapping[str, Any],
 ) -> tuple[int | None, list[dict[str, Any]] | None, list[Any] | None, list[Any] | None, int | None]:
-    """Returns what is beside the run, None for what the checkpoint does not hold; unknown names are left alone."""
+    """Returns the parts beside the run, None for each that the checkpoint lacks; ignores unknown names."""
     epoch, rows, horizon = (plain.get(name) for name in ("epoch", "history", "horizon"))
     listeners, loaders = plain.get("listeners"), plain.get("loaders")
     for name, value in (("epoch", epoch), ("horizon", horizon)):

@@ -1,4 +1,4 @@
-"""Saving and loading a state: atomic, and checked before anything is touched."""
+"""Saves and loads states: atomic writes, and loads that are checked before anything changes."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from trainer.checkpoints.file_format import DTYPES, Leaf
 from trainer.checkpoints.listing import Entry, entries_in, open_named
 from trainer.checkpoints.open import Source, describe, open_source, read_progress
-from trainer.checkpoints.snapshot import is_multiprocess_state, take_snapshot, write_snapshot
+from trainer.checkpoints.saving import is_multiprocess_state, take_snapshot, write_snapshot
 from trainer.checkpoints.weights_files import WEIGHTS, WeightsFile
 from trainer.core.checks import did_you_mean
 from trainer.core.tree_paths import LeafPath, parts_of
@@ -25,7 +25,7 @@ _T = TypeVar("_T")
 
 
 class Loaded(NamedTuple):
-    """What a checkpoint held, and where: ``progress`` is None if there was none."""
+    """The contents of a checkpoint, and its path: ``progress`` is None if there was none."""
 
     path: Path
     state: TrainState
@@ -39,30 +39,30 @@ def save_state(
     *,
     progress: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes ``state`` under a name, whose ending decides the format:
+    """Writes ``state`` to a path, whose suffix decides the format:
 
-    * ``.orbax``: a directory of Orbax (`trainer.checkpoints.orbax_directory`), for states on a mesh. Each array is
-      written from its devices. Where there are several processes, all of them save, at the same point.
+    * ``.orbax``: an Orbax directory (`trainer.checkpoints.orbax_directory`), for states on a mesh. Each array is
+      written from its devices. With several processes, all must save at the same point.
     * ``.pkl``: a pickle in the reference's layout (`trainer.checkpoints.reference_pickle`).
-    * ``.safetensors``: the params and the model state alone, for other programs; a warning says so. Needs the extra
+    * ``.safetensors``: only the params and the model state, for other programs, with a warning. Needs the extra
       ``safetensors``.
-    * an ending that promises the format of another program (``.pt``, ``.h5``, ``.npz``, ``.zip``, …): refused.
-    * any other: one file of ours (`trainer.checkpoints.file_format`). One array at a time is on the host.
+    * a suffix of another program's format (``.pt``, ``.h5``, ``.npz``, ``.zip``, …): refused.
+    * any other: one of our files (`trainer.checkpoints.file_format`). One array at a time is on the host.
 
-    The write is atomic, after a crash as well (`trainer.checkpoints.atomic`).
+    The write is atomic, even across a crash (`trainer.checkpoints.atomic`).
 
     Args:
-        path: The name. The directory above is made if it is missing.
+        path: The path. Its parent directory is created if missing.
         state: The state.
-        info: Plain values to keep beside it, shown by ``trainer inspect``.
-        progress: Plain values of any size to keep beside it, for `load_with_progress`.
+        info: Plain values to store beside it, shown by ``trainer inspect``.
+        progress: Plain values of any size to store beside it, for `load_with_progress`.
 
     Returns:
         The path.
 
     Raises:
-        ArgumentError: The name promises the format of another program, or safetensors is missing.
-        CheckpointError: It could not be written, in any process; what was there before is untouched.
+        ArgumentError: The suffix is that of another program's format, or safetensors is missing.
+        CheckpointError: The write failed, in any process; any existing file is unchanged.
         StateError: The state was donated to a step.
     """
     path = Path(path)
@@ -77,31 +77,31 @@ def load_state(
     strict: bool = True,
     only: Iterable[str] | None = None,
 ) -> TrainState:
-    """Reads a state of the same structure as ``like``, which stays as it is.
+    """Reads a state of the same structure as ``like``, which is not modified.
 
-    Everything is compared before an array is read, and every array's checksum is verified.
+    The structure is compared before any array is read, and every array's checksum is verified.
 
     Args:
-        path: What `save_state` wrote, a directory written by `trainer.ModelCheckpoint`, or a pickle of
-            the reference implementation, or a file of weights (``.safetensors``, ``.npz``). What is inside tells
-            which, not the name. Weights leave the other fields as in ``like``, and a warning names these.
-            Of a pickle nothing is executed, but it has no checksums; save it again in
-            our format.
-        like: A state of the same model, optimizer and extensions. Its values matter only where the
-            file's are not wanted; it may be a donated one if all are. Its sharding may differ from that of the state
-            that was saved. Where it is spread over processes, all of them load, at the same point,
-            and what fails in one fails in all.
-        strict: Whether everything must fit. If not, what does not keeps the value that it has in
+        path: A checkpoint from `save_state`, a directory from `trainer.ModelCheckpoint`, a pickle from
+            the reference implementation, or a weights file (``.safetensors``, ``.npz``). The contents
+            decide the format, not the name. Weights files leave the other fields as in ``like``, and a
+            warning names them. Nothing in a pickle is executed, but it has no checksums; save it again
+            in our format.
+        like: A state of the same model, optimizer and extensions. Its values are used only for what is not
+            loaded; if everything is loaded, it may be donated. Its sharding may differ from that of the
+            saved state. If it spans several processes, all must load at the same point, and a failure in
+            one is raised in all.
+        strict: Whether everything must fit. If False, whatever does not fit keeps its value from
             ``like``, and a warning names it.
-        only: Names of fields (``"params"``, ``"opt_state"``, …) to load; the others are copied.
+        only: Names of the fields (``"params"``, ``"opt_state"``, …) to load; the others are copied.
 
     Returns:
-        A new state, each array where its counterpart in ``like`` is.
+        A new state, each array placed like its counterpart in ``like``.
 
     Raises:
         CheckpointError: The file is missing, damaged, of another kind or version, or does not fit;
             every array that does not fit is named.
-        ArgumentError: ``only`` names no field of a state.
+        ArgumentError: ``only`` has a name that is not a field of the state.
     """
     path = Path(path)
     fields = _fields_to_load(only)
@@ -117,11 +117,11 @@ def load_state(
 
 
 def load_with_progress(path: str | os.PathLike[str], like: TrainState) -> Loaded:
-    """Reads a state, as `load_state` does, and what was given to `save_state` as ``progress``.
+    """Reads a state as `load_state` does, and the ``progress`` given to `save_state`.
 
     Raises:
-        CheckpointError: The checkpoint cannot be used. It is an `UnreadableError` where that is so
-            whatever ``like`` is.
+        CheckpointError: The checkpoint cannot be used. It is an `UnreadableError` if the cause does
+            not depend on ``like``.
     """
     path = Path(path)
 
@@ -136,20 +136,20 @@ def load_with_progress(path: str | os.PathLike[str], like: TrainState) -> Loaded
 def load_latest(
     directory: str | os.PathLike[str], like: TrainState, entries: Sequence[Entry] | None = None
 ) -> Loaded | None:
-    """Reads the newest checkpoint of a directory that is undamaged, which it opens once.
+    """Reads the newest undamaged checkpoint in a directory, and opens it only once.
 
-    It is ``load_with_progress(latest_checkpoint(directory), like)``, None where there is none.
+    Equivalent to ``load_with_progress(latest_checkpoint(directory), like)``, or None if there is none.
 
     Args:
         directory: The directory.
         like: As for `load_state`.
-        entries: What `entries_in` returned for the directory, if it was listed already.
+        entries: The result of `entries_in` for the directory, if it is already listed.
 
     Raises:
-        CheckpointError: There are checkpoints, and all are damaged; or the newest that is not does
+        CheckpointError: There are checkpoints, but all are damaged; or the newest undamaged one does
             not fit ``like``.
     """
-    # Process 0 says which there are: another may see one later, or one that is gone.
+    # Process 0 decides which exist: others may see a new one later, or still see a removed one.
     names = [entry.name for entry in (entries_in(Path(directory)) if entries is None else entries)]
     if is_multiprocess_state(like):
         names = AllOrNone(f"list {Path(directory).name}").sync(None, names)
@@ -157,18 +157,18 @@ def load_latest(
 
 
 def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
-    """Returns the newest checkpoint of a directory that is undamaged: the last one of the run that has saved last.
+    """Returns the newest undamaged checkpoint in a directory: the last one of the run that saved last.
 
-    Only default names (``checkpoint_<step>.msgpack`` and ``.orbax``) are looked at. The headers tell the runs and the
-    times; checkpoints of no run, which `trainer.save_state` writes, go by the steps in their names. A damaged one is
-    passed over with a warning that says why. Whether a checkpoint fits the model is not asked here: loading one that
-    does not is an error, and no reason to use an older one.
+    Only default names (``checkpoint_<step>.msgpack`` and ``.orbax``) are considered. The headers give runs and
+    times; checkpoints without a run, which `trainer.save_state` writes, are ordered by the step in their name. A
+    damaged one is skipped with a warning that says why. Whether a checkpoint fits the model is not checked: loading
+    one that does not fit is an error, not a reason to use an older one.
 
     Returns:
-        The path, or None where there is no checkpoint at all.
+        The path, or None if there is no checkpoint at all.
 
     Raises:
-        CheckpointError: There are checkpoints, and all are damaged.
+        CheckpointError: There are checkpoints, but all are damaged.
     """
 
     def verified(path: Path) -> Path:
@@ -180,10 +180,10 @@ def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
 
 
 def default_name(step: int, state: Any = None) -> str:
-    """Returns the name of the checkpoint of a step where the caller gives none.
+    """Returns the default name of the checkpoint at a step.
 
-    It ends in ``.orbax`` for a state with arrays on a mesh of several devices, whether they
-    are of one process or of many, and in ``.msgpack`` for any other.
+    It ends in ``.orbax`` if the state has arrays on a mesh of several devices, in one process or many,
+    and in ``.msgpack`` otherwise.
     """
     is_on_mesh = any(
         isinstance(leaf.sharding, NamedSharding) and leaf.sharding.num_devices > 1 for leaf in jax.tree.leaves(state)
@@ -192,13 +192,13 @@ def default_name(step: int, state: Any = None) -> str:
 
 
 def describe_leaf(leaf: Leaf) -> str:
-    """Formats shape and dtype, as ``(3, 3, 1, 16) float32``."""
+    """Formats shape and dtype: ``(3, 3, 1, 16) float32``."""
     shape = ", ".join(map(str, leaf.shape)) + ("," if len(leaf.shape) == 1 else "")
     return f"({shape}) {leaf.dtype if leaf.key is None else f'key<{leaf.key}>'}"
 
 
 def _newest(directory: str | os.PathLike[str], names: Sequence[str], use: Callable[[Path], _T]) -> _T | None:
-    """Returns what ``use`` makes of the newest of a directory's checkpoints that it can read."""
+    """Returns the result of ``use`` for the newest checkpoint in a directory that it can read."""
     directory = Path(directory)
     passed_over = []
     for name in reversed(names):
@@ -217,13 +217,13 @@ def _newest(directory: str | os.PathLike[str], names: Sequence[str], use: Callab
 
 
 def _together(path: Path, load: Callable[[AllOrNone | None], _T], like: TrainState) -> _T:
-    """Loads in all processes or in none, where the state is on devices of several."""
+    """Loads in all processes or none, if the state spans several."""
     if not is_multiprocess_state(like):
         return load(None)
     agreement, loaded, failure = AllOrNone(f"load {path.name}"), None, None
     try:
         loaded = load(agreement)
-    except Exception as error:  # a bug as well would leave the others waiting
+    except Exception as error:  # including bugs, which would leave the other processes waiting
         failure = error
     agreement.sync(failure)
     return cast(_T, loaded)
@@ -238,7 +238,7 @@ def _fields_to_load(only: Iterable[str] | None) -> set[str]:
 
 
 def _held(source: Source, fields: set[str], everything: bool) -> set[str]:
-    """Returns which of the fields a source can hold; warns of the others where everything is asked for."""
+    """Returns which of the fields a source can hold; if everything was requested, warns about the others."""
     if not isinstance(source, WeightsFile):
         return fields
     if everything:
@@ -249,12 +249,12 @@ def _held(source: Source, fields: set[str], everything: bool) -> set[str]:
 
 
 def _fitted(source: Source, like: TrainState, fields: set[str], *, strict: bool = True) -> tuple[TrainState, str]:
-    """Returns the state, and what of it is not from the file because it does not fit."""
+    """Returns the state, and a description of what was not loaded because it does not fit."""
     leaves, structure = jax.tree.flatten_with_path(like)
     wanted = {parts_of(keys): leaf for keys, leaf in leaves}
     found = {key: leaf for key, leaf in source.leaves.items() if key[0] in fields}
     unfit = dict(_mismatches({key: leaf for key, leaf in wanted.items() if key[0] in fields}, found))
-    # A run may be resumed with a guard that it had not, or without the one that it had.
+    # A run may be resumed with a guard added or removed.
     problems = {key: problem for key, problem in unfit.items() if key[0] != "extensions" or key[1] not in RECORDS}
     shown = "; ".join(list(problems.values())[:20])
     shown += f"; and {len(problems) - 20} more" if len(problems) > 20 else ""

@@ -1,9 +1,9 @@
-"""Files of weights that other programs read: ``.safetensors``, and the ``.npz`` of NumPy.
+"""Weights files that other programs read: ``.safetensors``, and NumPy's ``.npz``.
 
-Both hold what a model computes with, its params and its model state, and nothing else of a run. Neither has
-checksums of ours. Names in a ``.safetensors`` file are the attributes of the model, joined by dots
-(``layers.0.kernel``), as other programs write them; its metadata holds our descriptions of the arrays. A ``.npz`` file
-has no place for descriptions: its names are whole paths (``params/layers/0/kernel``), and keys are their key data.
+Both hold only what a model computes with: its params and model state. Neither has our checksums. Names in a
+``.safetensors`` file are the model's attributes joined by dots (``layers.0.kernel``), as other programs write them;
+its metadata holds our descriptions of the arrays. A ``.npz`` file has no place for descriptions: its names are full
+paths (``params/layers/0/kernel``), and keys are stored as key data.
 """
 
 import io
@@ -25,27 +25,27 @@ from trainer.sharding.arrays import place_like
 from trainer.state import TrainState
 
 WEIGHTS = ("params", "model_state")
-"""The fields of a state that files of weights hold."""
+"""The state fields that weights files hold."""
 
 _LEAF_RECORDS = "nnx-trainer"
-"""The key under which the metadata of a ``.safetensors`` file holds our descriptions of its arrays."""
+"""The key in the metadata of a ``.safetensors`` file for our descriptions of its arrays."""
 
 Described = tuple[Leaf, Callable[[], np.ndarray[Any, Any]]]
 """A description, and a function that returns the array."""
 
 
 class WeightsFile:
-    """A file of weights as a `trainer.checkpoints.open.Source`.
+    """A weights file as a `trainer.checkpoints.open.Source`.
 
     Args:
         path: The file.
         kind: "safetensors" or "npz".
-        like: A state of the same model. It tells which names are params, and which integers are keys, where the file
-            does not: without it, all that another program wrote is taken for params.
+        like: A state of the same model. It tells which names are params and which integers are keys, if the file
+            does not. Without it, everything that another program wrote counts as params.
 
     Raises:
         ArgumentError: The package safetensors is missing.
-        UnreadableError: It is damaged, or holds something else than arrays.
+        UnreadableError: The file is damaged, or holds something other than arrays.
     """
 
     def __init__(self, path: Path, kind: str, like: TrainState | None = None) -> None:
@@ -64,10 +64,10 @@ class WeightsFile:
             else:
                 with np.load(path, allow_pickle=False) as file:
                     self._arrays = {name: file[name] for name in file.files}
-        except Exception as error:  # safetensors raises its own errors, from Rust; zipfile and NumPy many
+        except Exception as error:  # safetensors raises its own errors from Rust; zipfile and NumPy raise many types
             raise UnreadableError(f"`{path}` could not be read: {error}") from error
         for name, array in self._arrays.items():
-            if not isinstance(array, np.ndarray):  # NumPy returns the bytes of what is no array
+            if not isinstance(array, np.ndarray):  # if a member is not an array, NumPy returns its bytes
                 raise UnreadableError(f"`{path}` is an archive of other things than arrays: `{name}` is none.")
         known = {} if like is None else _known_names(like)
         self.leaves: dict[LeafPath, Leaf] = {}
@@ -81,12 +81,12 @@ class WeightsFile:
             self.leaves[leaf.path], self._names[leaf.path] = leaf, name
 
     def read(self, wanted: Mapping[LeafPath, jax.Array | None]) -> dict[LeafPath, Any]:
-        """Returns arrays, each where its counterpart is."""
+        """Returns arrays, each placed like its template."""
         arrays = {path: self._arrays[self._names[path]] for path in wanted}
         return {path: arrays[path] if like is None else place_like(arrays[path], like) for path, like in wanted.items()}
 
     def verify(self) -> None:
-        """Raises `CheckpointError`: there is nothing to compare with."""
+        """Raises `CheckpointError`: the file has no checksums."""
         raise CheckpointError(f"`{self.path}` has no checksums; a checkpoint in another format has.")
 
     def __enter__(self) -> Self:
@@ -97,10 +97,10 @@ class WeightsFile:
 
 
 def weights_kind(path: Path) -> str | None:
-    """Returns "safetensors" or "npz" for a file that begins like one, or is called so; None for any other."""
+    """Returns "safetensors" or "npz" for a file with that format's magic or suffix; None for any other."""
     try:
         if not path.is_file():
-            return None  # a named pipe would wait for a writer
+            return None  # opening a named pipe would block
         with path.open("rb") as file:
             head, size = file.read(9), path.stat().st_size
     except OSError:
@@ -109,19 +109,19 @@ def weights_kind(path: Path) -> str | None:
         return None
     if head[:4] in (b"PK\3\4", b"PK\5\6"):
         return "npz"
-    # The length of a JSON header, and the header.
+    # safetensors: the length of the JSON header, then the header.
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
         return "safetensors"
     return {".safetensors": "safetensors", ".npz": "npz"}.get(path.suffix.lower())
 
 
 def write_safetensors(path: Path, info: Mapping[str, Any], leaves: Sequence[Described]) -> None:
-    """Writes the weights among ``leaves``, whose names become those of the model's attributes.
+    """Writes the weights among ``leaves``, named by the model's attributes.
 
     Raises:
         ArgumentError: The package safetensors is missing.
-        CheckpointError: Two arrays get one name, or the format lacks a dtype.
-        OSError: It could not be written; what was there before is untouched.
+        CheckpointError: Two arrays get the same name, or the format lacks a dtype.
+        OSError: The write failed; any existing file is unchanged.
     """
     safetensors = _import_safetensors()
     named = _named(path, leaves, lambda leaf: ".".join(map(str, leaf.path[1:])))
@@ -131,20 +131,20 @@ def write_safetensors(path: Path, info: Mapping[str, Any], leaves: Sequence[Desc
     arrays = {name: np.asarray(get(), order="C") for name, (_, get) in named.items()}
     try:
         data = safetensors.numpy.save(arrays, about)
-    except Exception as error:  # safetensors raises its own errors, from Rust
+    except Exception as error:  # safetensors raises its own errors from Rust
         raise CheckpointError(f"`{path}` could not be written, safetensors says: {error!r}") from error
     _replace(path, data)
 
 
 def write_npz(path: Path, info: Mapping[str, Any], leaves: Sequence[Described]) -> None:
-    """Writes the weights among ``leaves`` under their whole paths; arguments and errors as `write_safetensors`."""
-    del info  # there is no place for it
+    """Writes the weights among ``leaves`` under their full paths; arguments and errors as `write_safetensors`."""
+    del info  # .npz has no place for it
     named = _named(path, leaves, lambda leaf: leaf.name)
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for name, (leaf, get) in named.items():
             array = np.asarray(get())
-            if array.dtype.kind not in "biufc":  # NumPy would write it, and read it as raw bytes
+            if array.dtype.kind not in "biufc":  # NumPy would write it, but read it back as raw bytes
                 raise CheckpointError(
                     f"`{leaf.name}` has dtype {array.dtype.name}, which .npz lacks; write `{path.stem}.safetensors`."
                 )
@@ -167,7 +167,7 @@ def _named(path: Path, leaves: Sequence[Described], name_of: Callable[[Leaf], st
 
 
 def _known_names(like: TrainState) -> dict[str, Leaf]:
-    """Returns the leaves of a state by the names that they have in either kind of file."""
+    """Returns the leaves of a state by their names in either kind of file."""
     known = {}
     for keys, leaf in jax.tree.leaves_with_path(like):
         path = parts_of(keys)
@@ -179,7 +179,7 @@ def _known_names(like: TrainState) -> dict[str, Leaf]:
 
 
 def _guess_leaf(name: str) -> Leaf:
-    """Describes an array by its name alone; numbers are indices."""
+    """Describes an array from its name alone; numbers are indices."""
     parts = [int(part) if part.isdecimal() else part for part in name.split("/" if "/" in name else ".")]
     return Leaf(tuple(parts) if parts[0] in WEIGHTS and len(parts) > 1 else ("params", *parts), "", ())
 

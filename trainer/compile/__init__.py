@@ -1,4 +1,4 @@
-"""Compiled steps: dispatch, fusion of many steps into one call, and what a program needs."""
+"""Compiled steps: dispatch, fusion of many steps into one call, and the cost of a program."""
 
 from trainer.compile.dispatch import CompiledStep as CompiledStep
 from trainer.compile.fusion import FusionPolicy as FusionPolicy

@@ -1,4 +1,4 @@
-"""`ProgramCost`: what a compiled step costs, by XLA's own analyses."""
+"""`ProgramCost`: the cost of a compiled step, from XLA's own analyses."""
 
 import dataclasses
 import math
@@ -12,22 +12,22 @@ from trainer.compile.hlo import Traffic, collectives
 
 @dataclasses.dataclass(frozen=True)
 class ProgramCost:
-    """What the compiler says of a step before it has run. Operations and bytes are those of one device.
+    """The compiler's estimate for a step before it runs. Operations and bytes are per device.
 
     Attributes:
-        seconds: The time that tracing and compiling took.
-        flops: Floating-point operations of a step, by XLA's count; None where it counts none.
-        bytes_accessed: Bytes that a step reads and writes, by XLA's count; None where it counts none.
-        mesh: Names and sizes of the mesh axes; empty for a program of one device without a mesh.
+        seconds: The time for tracing and compiling.
+        flops: Floating-point operations of a step, by XLA's count; None if it has none.
+        bytes_accessed: Bytes that a step reads and writes, by XLA's count; None if it has none.
+        mesh: Names and sizes of the mesh axes; empty for a single-device program without a mesh.
         state: Bytes of the training state.
         arguments: Bytes of all arguments: the state, and this device's part of the batch.
-        outputs: Bytes of all results. Those that reuse the memory of a donated argument count in ``aliased`` too.
-        aliased: Bytes of the results that reuse the memory of arguments.
-        temporary: Bytes of everything in between, activations and gathered params above all.
-        available: Bytes of memory that the device has; None where it is not known.
+        outputs: Bytes of all results. Those that reuse a donated argument's memory also count in ``aliased``.
+        aliased: Bytes of results that reuse the memory of arguments.
+        temporary: Bytes of everything in between, mainly activations and gathered params.
+        available: Bytes of memory on the device; None if unknown.
         collectives: Communication with other devices, by kind of collective.
-        without_remat: The same of the step without ``remat``, where it was asked for, see `trainer.Trainer.compile`.
-            XLA for the CPU runs what is ready first, recomputation too, and saves next to nothing by default; with
+        without_remat: The same for the step without ``remat``, if requested, see `trainer.Trainer.compile`.
+            XLA's CPU backend runs whatever is ready first, recomputation too, and by default saves almost nothing; with
             ``XLA_FLAGS=--xla_cpu_enable_concurrency_optimized_scheduler=false`` it orders operations for memory.
     """
 
@@ -51,7 +51,7 @@ class ProgramCost:
 
     @property
     def fits(self) -> bool:
-        """Whether the total is no more than the device has; True where its memory is not known."""
+        """Whether the total is at most the device's memory; True if that is unknown."""
         return self.available is None or self.total <= self.available
 
     def __str__(self) -> str:
@@ -77,7 +77,7 @@ def cost_of(compiled: Any, state: Any, seconds: float) -> ProgramCost:
     Args:
         compiled: ``jax.jit(step).lower(state, batch).compile()``.
         state: The state, or its leaves; arrays or `jax.ShapeDtypeStruct` with shardings.
-        seconds: The time that tracing and compiling took.
+        seconds: The time for tracing and compiling.
     """
     cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
     leaves = jax.tree.leaves(state)
@@ -93,7 +93,7 @@ def cost_of(compiled: Any, state: Any, seconds: float) -> ProgramCost:
         aliased=memory.alias_size_in_bytes,
         temporary=memory.temp_size_in_bytes,
         available=_memory_of(next(iter(sharding.addressable_devices))),
-        # A program of one device communicates with none, and the text of a large one takes long to write.
+        # A single-device program has no communication, and the text of a large program takes long to produce.
         collectives=collectives(compiled.as_text()) if sharding.num_devices > 1 else {},
     )
 

@@ -1,4 +1,4 @@
-"""Compiled steps: one step a call, or many small ones fused into one."""
+"""Compiled steps: one step per call, or many small ones fused into one."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ Step = Callable[..., tuple[TrainState, Metrics]]
 
 @dataclasses.dataclass(frozen=True)
 class CompileReport:
-    """A compilation that a call of a program caused.
+    """A compilation caused by a call of a program.
 
     Attributes:
         name: The compiled function, ``train_step`` or ``train_steps``.
-        seconds: The time of tracing, compiling and dispatching it.
+        seconds: The time for tracing, compiling and dispatching.
         warning: The warning to show if it was compiled too often; usually None.
     """
 
@@ -43,12 +43,12 @@ class DispatchPlan:
     """How steps over batches of one shape are grouped into calls.
 
     Attributes:
-        program: The fused program, which takes ``(leaves, batches, count)``; None where every step is its own call.
-        capacity: The number of steps that one call can take.
-        flops: The floating-point operations of one step, None where they are not known.
+        program: The fused program, which takes ``(leaves, batches, count)``; None if every step is its own call.
+        capacity: The maximum number of steps in one call.
+        flops: The floating-point operations of one step, None if unknown.
         sync_every: The host needs the state at multiples of these steps; no call crosses one.
-        fusable_steps: The steps that one call would run if the host never needed the state.
-        variant: The variant of the step that the program was traced for; see `CompiledStep`.
+        fusable_steps: The number of steps per call if the host never needed the state.
+        variant: The step variant that the program was traced for; see `CompiledStep`.
     """
 
     program: Program | None = None
@@ -64,17 +64,17 @@ class DispatchPlan:
 
 
 class Program:
-    """A jitted function that donates its first argument, and reports its compilations.
+    """A jitted function that donates its first argument and reports its compilations.
 
     Args:
         function: Takes the leaves of a state, a batch (or stacked batches and their number), and further arguments.
-        name: The name under which compilations are reported.
+        name: Its name in compilation reports.
         out_shardings: Shardings of the results; None leaves them to JAX.
     """
 
     def __init__(self, function: Callable[..., Any], name: str, out_shardings: Any = None) -> None:
-        # The closure holds this list and not the program: a program that held a function that held the program would
-        # be a reference cycle, and the arrays in it would live until the garbage collector runs.
+        # The closure holds this list rather than the program, to avoid a reference cycle: the program's arrays would
+        # then live until the garbage collector runs.
         traces = [0]
 
         def counted(*args: Any) -> Any:
@@ -91,7 +91,7 @@ class Program:
 
     @property
     def is_new(self) -> bool:
-        """Whether the next call is the first, and compiles."""
+        """Whether the program has not been called yet, so that the next call compiles."""
         return not self._reported
 
     def __call__(self, leaves: list[Any], *args: Any) -> Any:
@@ -104,7 +104,7 @@ class Program:
         return result
 
     def report(self) -> CompileReport | None:
-        """Returns the compilation of the latest call, once; else None."""
+        """Returns the compilation caused by the latest call, once; otherwise None."""
         if self._traces[0] == self._reported:
             return None
         self._reported = self._traces[0]
@@ -125,11 +125,11 @@ class Program:
         return text
 
     def trace(self, *args: Any) -> Any:
-        """Traces the program; a call on such arguments does not trace again."""
+        """Traces the program; a later call with such arguments does not trace again."""
         return self._jitted.trace(*args)
 
     def compile(self, traced: Any) -> Any:
-        """Compiles what `trace` returned; a call does not compile again."""
+        """Compiles the result of `trace`; a later call does not compile again."""
         compiled = traced.lower().compile()
         # The caller reports this compilation, so `report` must not.
         self._reported = self._traces[0]
@@ -139,20 +139,20 @@ class Program:
 class CompiledStep:
     """A pure step, compiled with donation, that advances a `Run`; many small steps are fused into one call.
 
-    Fusing changes no number: the steps are the same operations in a loop. (XLA on the CPU is an exception for
-    convolutions; steps with convolutions are fused on request only.)
+    Fusing does not change the results: the steps are the same operations in a loop. (The exception is convolutions
+    in XLA on the CPU; steps with convolutions are fused only on request.)
 
     Args:
         step: ``(state, batch) -> (state, metrics)``, not jitted: see `trainer.make_train_step`.
-        steps_per_call: How many steps to fuse where the host does not need the state in between. "auto" fuses
-            steps that compute little, judged from the traced step and never by a clock; 1 never fuses.
+        steps_per_call: How many steps to fuse if the host does not need the state in between. "auto" fuses
+            steps that compute little, judged from the traced step and never by timing; 1 never fuses.
         policy: The limits of "auto".
-        variant: What the traced step depends on beside its arguments, such as which extensions are enabled. A new
-            value compiles a program of its own.
-        arguments: Further arguments of the step that are traced, computed from the run.
-        replicated: The sharding of metrics on a mesh. With it, a step returns its state in the shardings that it got.
-        one_call_at_a_time: Whether a call has to finish before the next is dispatched.
-        before_compile: Called before a program is compiled for the first time, with its name and a function that
+        variant: Returns what the traced step depends on besides its arguments, such as which extensions are
+            enabled. Each new value compiles its own program.
+        arguments: More traced arguments of the step, computed from the run.
+        replicated: The sharding of metrics on a mesh. With it, a step keeps the shardings of its state.
+        one_call_at_a_time: Whether a call must finish before the next is dispatched.
+        before_compile: Called before a program is first compiled, with its name and a function that
             returns its text.
 
     Example::
@@ -194,10 +194,10 @@ class CompiledStep:
         Args:
             run: The run to advance.
             batch: The batch.
-            examples: The examples in it; left out, the step counts for no epoch and cannot be resumed from.
+            examples: The number of examples in it; if None, the step counts for no epoch and cannot be resumed from.
 
         Returns:
-            The run after the step, and its metrics, scalars on the device.
+            The run after the step, and its metrics as scalars on the device.
         """
         run = run.with_edits()
         return self._call(self._program(run), run, (batch, *self._more(run)), examples, None)
@@ -208,36 +208,36 @@ class CompiledStep:
         """Runs several steps in one call, which donates the state of ``run``.
 
         Args:
-            plan: What `plan` returned, with a program.
+            plan: A result of `plan`, with a program.
             run: The run to advance.
             batches: Stacked batches, of shape ``(capacity, batch_size, ...)``.
             count: The number of batches to use.
-            count_array: The same as an int32 array on the devices.
-            examples: The examples in each batch.
+            count_array: ``count`` as an int32 array on the devices.
+            examples: The number of examples in each batch.
         """
         run = run.with_edits()
         assert plan.program is not None
         return self._call(plan.program, run, (batches, count_array, *self._more(run)), examples, count)
 
     def report(self) -> CompileReport | None:
-        """Returns the compilation of the latest call, once; else None.
+        """Returns the compilation caused by the latest call, once; otherwise None.
 
-        Call it when the new run is stored: handlers of the compile event may save, and the run before was donated.
+        Call it once the new run is stored: handlers of the compile event may save, and the previous run was donated.
         """
         return None if self._latest is None else self._latest.report()
 
     def is_current(self, plan: DispatchPlan) -> bool:
-        """Whether a plan still fits the variant of the step."""
+        """Whether a plan is still valid for the current variant of the step."""
         return plan.program is None or plan.variant == self._current_variant()
 
     def plan(self, run: Run, batch: Any, most: int, sync_every: Sequence[int]) -> DispatchPlan:
-        """Decides how steps over batches like this are called.
+        """Decides how steps over batches of this shape are grouped into calls.
 
         Args:
             run: The run.
             batch: Shapes and dtypes of a batch.
-            most: The most steps that a call may take.
-            sync_every: The host needs the state at multiples of these numbers of steps.
+            most: The maximum number of steps in a call.
+            sync_every: The host needs the state at multiples of these steps.
         """
         key = (*self._key(run, batch), most, tuple(sync_every))
         if key not in self._plans:
@@ -260,7 +260,7 @@ class CompiledStep:
         try:
             leaves, metrics = program(run.leaves, *arguments)
         except Exception as error:
-            if isinstance(error, FloatingPointError):  # of `jax_debug_nans`
+            if isinstance(error, FloatingPointError):  # from `jax_debug_nans`
                 error.add_note(f"in step {run.step + 1}" if count in (None, 1) else f"in steps from {run.step + 1} on")
             explain_lost_state(run.peek(), error)
             raise
@@ -286,7 +286,7 @@ class CompiledStep:
         return () if self._arguments is None else self._arguments(run)
 
     def _adopt(self, run: Run) -> None:
-        """Drops all programs if the structure or the shardings of the state are not those that they were made for."""
+        """Drops all programs if the structure or the shardings of the state have changed."""
         shardings = None
         if self._replicated is not None:
             shardings = ([leaf.sharding for leaf in run.leaves], self._replicated)
@@ -300,7 +300,7 @@ class CompiledStep:
         work = flops(traced.jaxpr.jaxpr)
         fusable = self._steps_per_call
         if fusable == "auto":
-            # The state's own devices: a mesh of CPU devices on a machine with a GPU is still a CPU.
+            # Ask the state's devices: a mesh of CPU devices on a machine with a GPU is still a CPU.
             platform = next(iter(run.leaves[0].devices())).platform
             size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
             fusable = self.policy.fusable_steps(traced.jaxpr, size, platform)
@@ -323,7 +323,7 @@ def explain_lost_state(state: TrainState, error: Exception) -> None:
     """Adds a note to an error of a compiled function if the call consumed the state by donation.
 
     Raises:
-        StateError: The state was donated before this call, which is why the call failed.
+        StateError: The state was donated earlier, which is why this call failed.
     """
     try:
         state.check_alive()
@@ -350,7 +350,7 @@ def _on_leaves(step: Step, layout: Layout) -> Callable[..., Any]:
 
 
 def _fused_on_leaves(step: Callable[..., Any], capacity: int) -> Callable[..., Any]:
-    """Returns up to ``capacity`` traced steps as one function."""
+    """Returns up to ``capacity`` steps as one traceable function."""
 
     def fused(leaves: list[Any], batches: Batch, count: Any, *arguments: Any) -> Any:
         return fuse_steps(lambda leaves, batch: step(leaves, batch, *arguments), capacity)(leaves, batches, count)

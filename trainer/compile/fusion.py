@@ -1,9 +1,9 @@
-"""`FusionPolicy`: how many steps to fuse into one call, decided by the operations of a step and never by timing.
+"""`FusionPolicy`: how many steps to fuse into one call, decided from a step's operations and never by timing.
 
-A call from Python costs about as much as ten million floating-point operations on a CPU, and a little more for every
-array of the state; steps that compute not much more are worth fusing. The decision depends on the traced step alone, so
-it is the same in every run. A decision by timing could fuse on one machine and not on another, and XLA rounds some
-programs differently inside a loop: the trained bits would depend on the load of the machine.
+A call from Python costs about as much as ten million floating-point operations on a CPU, plus a little for every
+array of the state; steps that compute little more than that are worth fusing. The decision depends only on the traced
+step, so it is the same in every run. A decision by timing could differ between machines, and XLA rounds some
+programs differently inside a loop: the trained bits would depend on the machine's load.
 """
 
 import dataclasses
@@ -21,13 +21,13 @@ class FusionPolicy:
     """The limits of ``steps_per_call="auto"``.
 
     Attributes:
-        flops_per_call: By platform, the floating-point operations of one call. They take less than a second, so that
-            Ctrl-C is obeyed soon. (A fused loop on the CPU also avoids page-faulting fresh buffers at each dispatch.)
-        max_steps: The most steps in a call.
-        max_bytes: The most bytes of stacked batches, few enough to stay in a cache while they are made and used.
-        slow_in_loops: By platform, operations that keep a step from being fused: XLA's CPU backend runs convolutions
-            several times slower inside a loop, where it has no threads for them.
-        advise_at: Advise fusing where a callback prevents a call of at least this many steps.
+        flops_per_call: By platform, the floating-point operations of one call, which take less than a second, so
+            that Ctrl-C works promptly. (A fused CPU loop also avoids page faults on new buffers at each dispatch.)
+        max_steps: The maximum number of steps in a call.
+        max_bytes: The maximum size of stacked batches in bytes: small enough to stay in cache from creation to use.
+        slow_in_loops: By platform, operations that prevent fusion: XLA's CPU backend runs convolutions
+            several times slower inside a loop, where it cannot use multiple threads for them.
+        advise_at: Advise fusion if a callback prevents a call of at least this many steps.
     """
 
     flops_per_call: Mapping[str, float] = dataclasses.field(
@@ -41,12 +41,12 @@ class FusionPolicy:
     advise_at: int = 10
 
     def fusable_steps(self, step: core.ClosedJaxpr, batch_bytes: int, platform: str) -> int:
-        """Returns how many steps one call should run where nothing else limits it.
+        """Returns the number of steps one call should run if nothing else limits it.
 
         Args:
             step: The traced step.
             batch_bytes: The size of a batch; all batches of a call are in memory at once.
-            platform: "cpu", "gpu" or "tpu": that of the devices of the state.
+            platform: The platform of the state's devices: "cpu", "gpu" or "tpu".
         """
         if primitives(step.jaxpr) & self.slow_in_loops.get(platform, frozenset()):
             return 1
@@ -56,7 +56,7 @@ class FusionPolicy:
 
 
 def as_function(traced: Any) -> Callable[..., Any]:
-    """Returns what ``jax.jit(function).trace(...)`` traced as a function, so that it need not be traced again."""
+    """Returns the result of ``jax.jit(function).trace(...)`` as a function, to avoid tracing again."""
     run = core.jaxpr_as_fun(traced.jaxpr)
     structure = jax.tree.structure(traced.out_info)
     return lambda *args: jax.tree.unflatten(structure, run(*jax.tree.leaves(args)))

@@ -1,4 +1,4 @@
-"""Counting the collectives in the text of a compiled program."""
+"""Counts the collectives in the text of a compiled program."""
 
 import dataclasses
 import math
@@ -14,9 +14,9 @@ class Traffic:
     """Collectives of one kind in one run of a program.
 
     Attributes:
-        count: How many are executed.
-        bytes: The sum of their sizes on one device, of the operands or of the results, whichever are
-            larger. Over n devices in a ring, (n-1)/n of it leaves a device, for an all-reduce twice that.
+        count: The number executed.
+        bytes: The sum of their sizes on one device, of the operands or the results, whichever is
+            larger. In a ring of n devices, (n-1)/n of it leaves a device; twice that for an all-reduce.
     """
 
     count: int
@@ -26,19 +26,19 @@ class Traffic:
 def collectives(program: str) -> dict[str, Traffic]:
     """Counts the collectives of a compiled program.
 
-    A collective in a loop counts once for each iteration if the compiler knows their number, else once.
+    A collective in a loop counts once per iteration if the compiler knows the trip count, otherwise once.
 
     Args:
         program: Optimized HLO as text, ``jax.jit(f).lower(...).compile().as_text()``.
 
     Returns:
-        The traffic by kind, in alphabetical order; kinds that do not occur are left out.
+        The traffic by kind, in alphabetical order, without kinds that do not occur.
     """
     computations = dict(_computations(program))
     runs = Counter({name: 1 for name, (is_entry, _) in computations.items() if is_entry})
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
-    # HLO defines a computation before its callers, so in reverse order the number of its runs is complete.
+    # HLO defines a computation before its callers, so in reverse order all runs of a computation are already counted.
     for name, (_, lines) in reversed(computations.items()):
         results: dict[str, int] = {}
         for line in lines:
@@ -47,7 +47,7 @@ def collectives(program: str) -> dict[str, Traffic]:
                 continue
             target, type_, operation, rest = instruction.groups()
             results[target] = _size(type_)
-            # An asynchronous pair counts at its `-done`: the result type of its `-start` repeats the operands.
+            # An asynchronous pair counts at its `-done`, because the result type of `-start` repeats the operands.
             kind = operation.removesuffix("-done")
             if kind in KINDS:
                 operands = sum(results.get(operand, 0) for operand in re.findall(r"%([\w.\-]+)", rest.split(")")[0]))
@@ -64,7 +64,7 @@ _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
 
 
 def _computations(program: str) -> Iterator[tuple[str, tuple[bool, list[str]]]]:
-    """Yields for each computation its name, whether it is the entry, and its lines."""
+    """Yields each computation's name, whether it is the entry, and its lines."""
     lines: list[str] = []
     for line in program.splitlines():
         if start := _COMPUTATION.match(line):

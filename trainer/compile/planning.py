@@ -1,6 +1,6 @@
-"""`plan`: the cost of a step on a mesh that this machine does not have, by compiling it and running nothing.
+"""`plan`: the cost of a step on a mesh that this machine does not have, from compiling without running.
 
-XLA compiles for any number of CPU devices, which is enough to read off memory and collectives. Set their number
+XLA can compile for any number of CPU devices, which is enough to determine memory and collectives. Set their number
 before JAX starts, and place no arrays on them::
 
     jax.config.update("jax_platforms", "cpu")
@@ -22,10 +22,10 @@ from trainer.sharding import jit_step
 
 
 def plan(step: Callable[..., Any], state: Any, batch: Any, batch_sharding: Any = None) -> ProgramCost:
-    """Compiles a train step and returns what it costs, without running it.
+    """Compiles a train step and returns its cost, without running it.
 
-    The compiler for CPUs schedules and fuses differently from those for GPUs and TPUs: compare plans with plans, and
-    do not expect the memory of an accelerator to the last percent.
+    The CPU compiler schedules and fuses differently from those for GPUs and TPUs: compare plans only with plans, and
+    do not expect exact memory figures for an accelerator.
 
     Args:
         step: ``(state, batch) -> (state, metrics)``, see `trainer.make_train_step`.
@@ -34,10 +34,10 @@ def plan(step: Callable[..., Any], state: Any, batch: Any, batch_sharding: Any =
         batch_sharding: See `trainer.sharding.jit_step`, which compiles the step.
 
     Returns:
-        The cost on each device of the mesh; ``available`` is None, since the devices stand for others.
+        The cost per device of the mesh; ``available`` is None, since the devices stand in for others.
 
     Raises:
-        ArgumentTypeError: A leaf of ``state`` is on no mesh.
+        ArgumentTypeError: A leaf of ``state`` is not on a mesh.
         BatchError: The batch cannot be split evenly, see `trainer.sharding.check_batch_fits`.
     """
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), batch)

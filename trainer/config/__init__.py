@@ -1,4 +1,4 @@
-"""Configuration: typed, immutable, checked; and the optimizers and schedules that it names."""
+"""Configuration: typed, immutable and checked, with the optimizers and schedules that it names."""
 
 from trainer.config.base import Config as Config
 from trainer.config.optimizers import OPTIMIZER_FIELDS as OPTIMIZER_FIELDS

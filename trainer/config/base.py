@@ -1,7 +1,7 @@
-"""The base of every configuration: frozen, checked when made, to and from plain dicts and YAML.
+"""The base of every configuration: frozen, checked on creation, converted to and from plain dicts and YAML.
 
-A field that would do nothing is an error: an unknown name, a wrong type, or a value that the chosen
-optimizer or schedule never reads (``momentum`` for ``adam``).
+A field that would have no effect is an error: an unknown name, a wrong type, or a value that the chosen
+optimizer or schedule does not read (``momentum`` for ``adam``).
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from trainer.core.checks import did_you_mean
 from trainer.errors import ConfigError, warn
 
 _FREE_NODES = 10_000
-"""How many nodes a YAML file may have, beside one for each of its characters."""
+"""How many nodes a YAML file may have in addition to one per character."""
 
 _LABELS = ("description", "tags", "metadata")
 
@@ -28,16 +28,16 @@ class Config:
     """A frozen dataclass whose values are checked against their annotations.
 
     Subclasses add fields and check them in ``__post_init__``, after ``super().__post_init__()``. The
-    four fields here are labels: they change nothing in a run.
+    four fields here are labels: they do not affect a run.
 
     Attributes:
         name: A short label.
         description: A longer text.
-        tags: Words to search for.
-        metadata: Any plain values. It takes no part in the hash of the configuration.
+        tags: Keywords to search for.
+        metadata: Any plain values. Not part of the configuration's hash.
 
     Raises:
-        ConfigError: A field has the wrong type or an impossible value. The message gives its path.
+        ConfigError: A field has the wrong type or an invalid value. The message gives its path.
     """
 
     name: str = ""
@@ -53,31 +53,31 @@ class Config:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Returns the configuration that nested plain mappings describe.
+        """Builds the configuration from nested plain mappings.
 
         Raises:
-            ConfigError: A field is unknown, missing, mistyped or impossible. Unknown and missing
-                fields of a mapping are all in the message, with their paths and the nearest names.
+            ConfigError: A field is unknown, missing, mistyped or invalid. The message lists all unknown and
+                missing fields of a mapping, with their paths and the nearest names.
         """
         config: Self = _from_mapping(cls, data, cls.__name__)
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns nested dicts of plain values, labels last; `from_dict` reads them back, a Path as a string."""
+        """Returns nested dicts of plain values, labels last. `from_dict` reads them; a Path becomes a string."""
         names = sorted((field.name for field in _arguments(type(self))), key=_LABELS.__contains__)
         return {name: _plain(getattr(self, name)) for name in names}
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str]) -> Self:
-        """Returns the configuration in a YAML file; ``1e-3`` there is a number.
+        """Reads the configuration from a YAML file; ``1e-3`` is read as a number.
 
         Raises:
-            ConfigError: As in `from_dict`; or it is nested too deeply, or its aliases unfold into too much.
+            ConfigError: As in `from_dict`; or the file is nested too deeply, or its aliases expand too far.
         """
         return cls.from_dict(load_yaml(Path(path).read_text(encoding="utf-8"), f"`{path}`"))
 
     def to_yaml(self, path: str | os.PathLike[str]) -> None:
-        """Writes a YAML file: fields in the order of their declaration, labels last."""
+        """Writes a YAML file: fields in declaration order, labels last."""
         import yaml
 
         Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
@@ -104,10 +104,10 @@ class Config:
     def _refuse_unread(
         self, kind: str, readers: Mapping[str, Collection[str]], harmless: Mapping[str, Any] | None = None
     ) -> None:
-        """Refuses a field that ``readers`` gives to other choices of ``kind`` than the chosen; warns if that is "none".
+        """Refuses a set field that only other choices of ``kind`` read, by ``readers``; only warns if "none" is chosen.
 
-        A field that no choice reads is a label, or a subclass added it: both are kept. So are the
-        default of the field and its value in ``harmless``.
+        Fields that no choice reads (labels, or added by a subclass) are kept, and so is a field that has
+        its default or its value in ``harmless``.
         """
         chosen = getattr(self, kind)
         if chosen not in readers:
@@ -124,17 +124,17 @@ class Config:
                     f"so it would do nothing; remove it, or choose one that does: {', '.join(others)}."
                 )
             unread.append(f"`{self._path(field.name)}` ({value!r})")
-        if unread:  # switched off, and what it was set to is left in the file
+        if unread:  # switched off, with its settings left in the file
             verb = "does" if len(unread) == 1 else "do"
             warn(f"{', '.join(unread)} {verb} nothing, because `{kind}` is 'none'.")
 
 
 def load_yaml(text: str, name: str) -> Any:
-    """Returns the plain values of a YAML text; ``1e-3`` there is a number. The name is for messages.
+    """Returns the plain values in YAML text; ``1e-3`` is read as a number. ``name`` is for messages.
 
     Raises:
-        ConfigError: It is nested too deeply, or its aliases unfold into too much.
-        yaml.YAMLError: It is no YAML.
+        ConfigError: It is nested too deeply, or its aliases expand too far.
+        yaml.YAMLError: It is not valid YAML.
     """
     import yaml
 
@@ -148,7 +148,7 @@ def load_yaml(text: str, name: str) -> Any:
 
 
 def _arguments(cls: type[Any]) -> list[dataclasses.Field[Any]]:
-    # A subclass may compute a field (`init=False`): its constructor does not take that field.
+    # A subclass may compute a field (`init=False`), which its constructor does not take.
     return [field for field in dataclasses.fields(cls) if field.init]
 
 
@@ -170,7 +170,7 @@ def _from_mapping(cls: type[Any], data: Any, path: str) -> Any:
     values = {}
     for name, value in data.items():
         if value is None and name in ("name", *_LABELS):
-            continue  # a label that is empty
+            continue  # an empty label
         nested = _config_class(hints[name])
         if nested is not None and isinstance(value, Mapping):
             value = _from_mapping(nested, value, f"{path}.{name}")
@@ -186,7 +186,7 @@ def _config_class(hint: Any) -> type[Config] | None:
 
 
 def _coerce(value: Any, hint: Any, path: str) -> Any:
-    """Returns ``value`` as the annotated type; raises where the conversion would lose or invent something."""
+    """Returns ``value`` as the annotated type; raises if the conversion would lose or invent information."""
     union = typing.get_origin(hint) in (types.UnionType, typing.Union)
     options = typing.get_args(hint) if union else (hint,)
     for option in options:
@@ -203,10 +203,10 @@ def _coerce(value: Any, hint: Any, path: str) -> Any:
             return tuple(_coerce(entry, items[i], f"{path}[{i}]") for i, entry in enumerate(value))
         if origin is dict and isinstance(value, Mapping):
             return dict(value)
-        # Any, Literal and the like in a subclass: isinstance cannot check them.
+        # Annotations in a subclass such as Any or Literal, which isinstance cannot check.
         if origin is Any or not isinstance(origin, type):
             return value
-        # In Python a bool is an int; as a number in a configuration it is a mistake.
+        # A bool is an int in Python, but as a number in a configuration it is a mistake.
         if isinstance(value, origin) and not (isinstance(value, bool) and origin is not bool):
             return value
     wanted = " or ".join("None" if option is types.NoneType else _type_name(option) for option in options)
@@ -228,7 +228,7 @@ def _plain(value: Any) -> Any:
 
 
 def _unfolded(node: Any, known: dict[int, float]) -> float:
-    """Returns how many nodes a YAML node has once its aliases are replaced; infinite if it contains itself."""
+    """Returns the number of nodes in a YAML node with its aliases expanded; infinite if it contains itself."""
     if id(node) not in known:
         known[id(node)] = math.inf
         below = getattr(node, "value", ())
@@ -251,7 +251,7 @@ def _loader() -> type[Any]:
     def sequence(loader: Any, *about: Any) -> Any:
         return loader.construct_sequence(about[-1], deep=True)
 
-    # How PyYAML dumps the tuples and paths of a configuration that is no plain data, as the reference's.
+    # The tags that PyYAML writes for tuples and paths in a configuration that is not plain data, like the reference's.
     Loader.add_constructor("tag:yaml.org,2002:python/tuple", sequence)
     Loader.add_multi_constructor(
         "tag:yaml.org,2002:python/object/apply:pathlib.", lambda *about: os.path.join("", *sequence(*about))

@@ -1,4 +1,4 @@
-"""Optimizers of optax by name: the configuration, and what it builds."""
+"""Optax optimizers by name: their configuration and construction."""
 
 import dataclasses
 import math
@@ -16,10 +16,10 @@ class _Optimizer(NamedTuple):
     """A row of the registry.
 
     Attributes:
-        build: Takes the learning rate, and by keyword what ``arguments`` names.
-        arguments: The fields of `OptimizerConfig` that the optimizer reads, beside ``weight_decay``,
+        build: Takes the learning rate, and the names in ``arguments`` as keywords.
+        arguments: The fields of `OptimizerConfig` that the optimizer reads besides ``weight_decay``,
             each with the name of its argument of ``build``.
-        decoupled: Whether the optimizer has a weight decay of its own: ``build`` then takes
+        decoupled: Whether the optimizer has its own weight decay: ``build`` then also takes
             ``weight_decay`` and ``mask``.
     """
 
@@ -33,7 +33,7 @@ def _adafactor(rate: Any, *, weight_decay: float, mask: Any, **more: Any) -> opt
 
 
 def _muon(rate: Any, *, weight_decay: float, mask: Any, **more: Any) -> optax.GradientTransformation:
-    # Muon gives biases, norms and convolutions to Adam, and its own mask does not reach them.
+    # Muon leaves biases, norms and convolutions to Adam, which ignores muon's mask.
     adam = 0.0 if mask else weight_decay
     return optax.contrib.muon(rate, weight_decay=weight_decay, weight_decay_mask=mask, adam_weight_decay=adam, **more)
 
@@ -63,10 +63,10 @@ _OPTIMIZERS = {
 OPTIMIZER_FIELDS: dict[str, frozenset[str]] = {
     name: frozenset({*row.arguments, "weight_decay"}) for name, row in _OPTIMIZERS.items()
 }
-"""Each optimizer with the fields that it reads, beyond what all of them read (rate, clipping)."""
+"""Each optimizer with the fields it reads, in addition to those that all read (rate, clipping)."""
 
-# Configurations of the reference, and files from before None was a default, hold these values for
-# every optimizer. Where an optimizer does not read the field, the value is kept and not refused.
+# Configurations of the reference, and files from before None was the default, hold these values for
+# every optimizer. If an optimizer does not read the field, the value is kept rather than refused.
 _REFERENCE_DEFAULTS = {
     "beta1": 0.9,
     "beta2": 0.999,
@@ -78,9 +78,9 @@ _REFERENCE_DEFAULTS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(Config):
-    """An optimizer of optax by name, with its hyperparameters.
+    """An optax optimizer by name, with its hyperparameters.
 
-    A hyperparameter that is None has optax's default for that optimizer (``beta2`` is 0.999 for
+    A hyperparameter set to None takes optax's default for that optimizer (``beta2`` is 0.999 for
     adam, 0.99 for lion, 0.9 for rmsprop). A value that the optimizer does not read is refused,
     unless it is the default of the reference's configurations.
 
@@ -91,22 +91,22 @@ class OptimizerConfig(Config):
 
     Attributes:
         optimizer_type: A key of `OPTIMIZER_FIELDS`.
-        learning_rate: The step size, or the peak of the schedule.
-        weight_decay: λ; 0 is no decay, for every optimizer. Decoupled for adamw, lamb, lion,
-            adafactor and muon, else added to the gradient (L2). All but adafactor multiply it by
+        learning_rate: The learning rate, or the peak of the schedule.
+        weight_decay: λ; 0 disables decay for every optimizer. Decoupled for adamw, lamb, lion,
+            adafactor and muon; otherwise added to the gradient (L2). All but adafactor multiply it by
             the learning rate.
         beta1: Decay rate of the first moment.
         beta2: Decay rate of the second moment; for rmsprop, of the mean square.
         eps: Added to denominators.
-        momentum: Of sgd, rmsprop, adafactor (None is no momentum) and muon (None is 0.95). 0 is no
+        momentum: For sgd, rmsprop, adafactor (None is no momentum) and muon (None is 0.95). 0 is no
             momentum, for muon too.
-        nesterov: Nesterov's form of the momentum, for sgd and rmsprop.
-        initial_accumulator_value: The first value of the accumulators of adagrad (None is 0.1) and
+        nesterov: Whether sgd and rmsprop use Nesterov momentum.
+        initial_accumulator_value: The initial value of the accumulators of adagrad (None is 0.1) and
             rmsprop (None is 0).
-        gradient_clip_norm: Gradients of a larger global norm are scaled down to this norm.
+        gradient_clip_norm: Gradients with a larger global norm are scaled down to this norm.
         gradient_clip_value: Every entry is clipped to ± this value, before ``gradient_clip_norm``.
-        decay_mask: Decay only leaves of two and more dimensions, so neither biases nor norm scales;
-            with muon only the matrices that muon itself updates.
+        decay_mask: Decay only leaves with at least two dimensions, so neither biases nor norm scales;
+            with muon, only the matrices that muon itself updates.
     """
 
     optimizer_type: str
@@ -134,11 +134,11 @@ class OptimizerConfig(Config):
         self._require("nesterov", "False while `momentum` is 0", not self.nesterov or bool(self.momentum))
 
     def hyperparameters(self) -> dict[str, Any]:
-        """Returns what is set beyond the name and the rate: neither our default, nor that of the reference."""
+        """Returns the hyperparameters, except the rate, that differ from our and the reference's defaults."""
         plain = {*(field.name for field in dataclasses.fields(Config)), "optimizer_type", "learning_rate"}
         return {
             field.name: getattr(self, field.name)
-            for field in dataclasses.fields(OptimizerConfig)  # a caller reads those of a subclass
+            for field in dataclasses.fields(OptimizerConfig)  # a subclass's own fields are for its caller
             if field.name not in plain
             and getattr(self, field.name) not in (field.default, _REFERENCE_DEFAULTS.get(field.name))
         }
@@ -149,18 +149,18 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Returns the optax chain ``clip(value) → clip_by_global_norm → optimizer``.
 
-    The hyperparameters go to the optax function of the same name, which keeps its default where a value is None.
-    Where that function has no decoupled weight decay (adam, sgd, rmsprop, adagrad, radam, nadam),
-    λ = ``weight_decay`` joins the gradient before it: g ← g + λθ.
+    Hyperparameters go to the optax function of the same name, which keeps its default for a None.
+    If that function has no decoupled weight decay (adam, sgd, rmsprop, adagrad, radam, nadam),
+    λ = ``weight_decay`` is added to the gradient before it: g ← g + λθ.
 
     Args:
-        config: Which optimizer, and its hyperparameters.
-        learning_rate: Replaces ``config.learning_rate``, usually by a schedule.
+        config: The optimizer and its hyperparameters.
+        learning_rate: Replaces ``config.learning_rate``, usually with a schedule.
     """
     optimizer = _OPTIMIZERS[config.optimizer_type]
     arguments = {argument: getattr(config, field) for field, argument in optimizer.arguments.items()}
     arguments = {argument: value for argument, value in arguments.items() if value is not None}
-    # For `momentum=0.0` optax keeps a velocity as large as the model, to multiply it by zero.
+    # With `momentum=0.0`, optax keeps a velocity as large as the model, only to multiply it by zero.
     if arguments.get("momentum") == 0:
         del arguments["momentum"]
     mask = _at_least_two_dimensional if config.decay_mask else None

@@ -1,4 +1,4 @@
-"""Learning-rate schedules by name: the configuration, and what it builds."""
+"""Learning-rate schedules by name: their configuration and construction."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,20 +11,20 @@ import optax
 from trainer.config.base import Config
 from trainer.errors import ConfigError
 
-# A number of steps: a Python int, or an int32 scalar that a compiled step receives.
+# A number of steps: a Python int, or an int32 scalar passed to a compiled step.
 _Steps = Any
 
 
 def _at_least(least: int, steps: _Steps) -> _Steps:
-    # A Python int stays an int: a schedule can be built before JAX starts its devices.
+    # A Python int stays an int, so that a schedule can be built before JAX initializes its devices.
     return jnp.maximum(steps, least) if isinstance(steps, jax.Array) else max(steps, least)
 
 
 def _stretched(schedule: optax.Schedule, steps: _Steps) -> optax.Schedule:
     """Returns a schedule over [0, 1], stretched to ``steps``.
 
-    Optax's constructors compare their number of steps with 0 in Python, which a traced number does
-    not allow. So they get 1 step, and the count is divided instead.
+    Optax's constructors compare their number of steps with 0 in Python, which fails for a traced
+    number. So they get 1 step, and the count is divided instead.
     """
     return lambda count: schedule(count / steps)
 
@@ -43,8 +43,8 @@ def _cosine(config: "SchedulerConfig", peak: float, floor: float, steps: _Steps)
     del floor
     alpha = config.min_lr_ratio
 
-    # As in `optax.cosine_decay_schedule`. Near the end 1 + cos cancels, so a count that is divided
-    # first, as in `_stretched`, would round to a rate that differs from optax's in the fifth digit.
+    # As in `optax.cosine_decay_schedule`. Near the end 1 + cos cancels, so dividing the count first,
+    # as in `_stretched`, would round to a rate that differs from optax's in the fifth digit.
     def schedule(count: Any) -> Any:
         fall = 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(count, steps) / steps))
         return peak * ((1 - alpha) * fall + alpha)
@@ -90,8 +90,8 @@ _WARMUP = frozenset({"warmup_steps"})
 _FLOOR = _WARMUP | {"min_lr_ratio"}
 _HORIZON = _FLOOR | {"total_steps"}
 
-# Each schedule with the function that builds what follows the warm-up, from the configuration, the
-# peak, the floor and the number of steps left, and with the fields that it reads.
+# Each schedule with the fields that it reads, and the function that builds the part after the warm-up
+# from the configuration, the peak, the floor and the number of steps left.
 _SCHEDULES: dict[str, tuple[_Builder, frozenset[str]]] = {
     "none": (_constant, frozenset()),
     "constant": (_constant, _WARMUP),
@@ -106,27 +106,27 @@ _SCHEDULES: dict[str, tuple[_Builder, frozenset[str]]] = {
 }
 
 SCHEDULER_FIELDS: dict[str, frozenset[str]] = {name: fields for name, (_, fields) in _SCHEDULES.items()}
-"""Each schedule with the fields that it reads."""
+"""Each schedule with the fields it reads."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SchedulerConfig(Config):
-    """A learning-rate schedule by name; `make_schedule` has the formulas.
+    """A learning-rate schedule by name; see `make_schedule` for the formulas.
 
-    A horizon that is left out (``total_steps``, ``cycle_length``) becomes the length of the run.
+    An omitted horizon (``total_steps``, ``cycle_length``) defaults to the length of the run.
 
     Attributes:
         scheduler_type: A key of `SCHEDULER_FIELDS`.
-        warmup_steps: Steps of a linear rise from zero, before the schedule proper.
+        warmup_steps: Steps of linear warm-up from zero, before the schedule proper.
         min_lr_ratio: The floor, as a fraction of the learning rate.
-        cycle_length: Steps of a cycle of cyclic; the horizon of cosine.
-        decay_rate: Factor of exponential per ``decay_steps``.
+        cycle_length: Steps per cycle for cyclic; the horizon for cosine.
+        decay_rate: The factor of exponential per ``decay_steps``.
         decay_steps: Steps over which exponential multiplies by ``decay_rate``.
-        total_steps: The step at which the schedule ends, warm-up included.
+        total_steps: The step at which the schedule ends, including warm-up.
         step_size: Steps between two drops of step.
-        gamma: Factor of a drop of step and multistep.
+        gamma: The factor of each drop of step and multistep.
         milestones: The steps at which multistep drops, counted from the start of the run.
-        power: Exponent of polynomial; 1 is linear.
+        power: The exponent of polynomial; 1 is linear.
     """
 
     scheduler_type: str
@@ -150,7 +150,7 @@ class SchedulerConfig(Config):
         self._within("gamma", 0, 1)
         self._refuse_unread("scheduler_type", SCHEDULER_FIELDS)
         if self.scheduler_type == "none":
-            return  # nothing is read, so nothing has to agree
+            return  # no field is read, so none can conflict
         ascending = all(a < b for a, b in zip(self.milestones, self.milestones[1:], strict=False))
         late = all(milestone > self.warmup_steps for milestone in self.milestones)
         self._require("milestones", "ascending, and later than `warmup_steps`", ascending and late)
@@ -168,7 +168,7 @@ class SchedulerConfig(Config):
 def make_schedule(
     config: SchedulerConfig, learning_rate: float, total_steps: int | jax.Array | None = None
 ) -> optax.Schedule:
-    """Returns the schedule: a linear warm-up from 0, then, with t steps since and peak η::
+    """Returns the schedule: a linear warm-up from 0, then, for peak η and t steps after the warm-up::
 
         constant     η                                 (also `none`, which reads nothing)
         linear       η → ηr over the horizon           (r = min_lr_ratio)
@@ -177,15 +177,15 @@ def make_schedule(
         exponential  max(η·decay_rate^(t/decay_steps), ηr)
         step         max(η·gamma^⌊t/step_size⌋, ηr)
         multistep    max(η·gamma^(milestones passed), ηr), milestones counted from the run's start
-        cyclic       ηr → η over half a cycle and back, again and again
+        cyclic       ηr → η over half a cycle and back, repeatedly
         one_cycle    ηr → η linearly over the first 30 % (or `warmup_steps`), then cosine to ηr
 
     Args:
-        config: Which schedule. Its horizon is ``config.total_steps`` (or ``cycle_length``).
+        config: The schedule. Its horizon is ``config.total_steps`` (or ``cycle_length``).
         learning_rate: η.
-        total_steps: The horizon where the configuration leaves it out: the last step of the run. An
-            int is checked by `check_horizon`. A JAX scalar is not: it may be an argument of a
-            compiled step, which then serves runs of every length.
+        total_steps: The horizon if the configuration omits it: the last step of the run. An int is
+            checked by `check_horizon`. A JAX scalar is not: it may be an argument of a compiled
+            step, which then serves runs of any length.
 
     Example:
         >>> warm = SchedulerConfig(scheduler_type="linear", warmup_steps=2)
@@ -201,10 +201,10 @@ def make_schedule(
     if not read:
         return build(config, learning_rate, 0.0, 0)
     peak, floor, warmup = learning_rate, learning_rate * config.min_lr_ratio, config.warmup_steps
-    # The `cycle_length` of cyclic repeats; it ends nothing.
+    # For cyclic, `cycle_length` is a period, not an end.
     given = config.total_steps or (None if config.scheduler_type == "cyclic" else config.cycle_length)
     last = total_steps if given is None else given
-    # At least a step is left after the warm-up: nothing divides by zero, even in a run of no steps.
+    # Leave at least one step after the warm-up, to avoid division by zero even in a run of no steps.
     horizon = _at_least(warmup + 1, 0 if last is None else last)
     if config.scheduler_type == "one_cycle":
         start, rise_steps = floor, warmup or 3 * horizon // 10
@@ -218,13 +218,13 @@ def make_schedule(
 
 
 def needs_horizon(config: SchedulerConfig) -> bool:
-    """Tells whether the schedule depends on a length of the run that the configuration leaves out."""
+    """Tells whether the schedule depends on the length of the run because the configuration omits it."""
     given = config.total_steps or config.cycle_length
     return "total_steps" in SCHEDULER_FIELDS[config.scheduler_type] and given is None
 
 
 def check_horizon(config: SchedulerConfig, total_steps: int | None) -> None:
-    """Checks that the schedule fits into a run of ``total_steps``; None is an unknown length.
+    """Checks that the schedule fits a run of ``total_steps``; None means unknown.
 
     Raises:
         ConfigError: The schedule needs a horizon that is unknown, or the run ends before the
@@ -238,7 +238,7 @@ def check_horizon(config: SchedulerConfig, total_steps: int | None) -> None:
             f"or set `TrainingConfig.steps_per_epoch`. The schedule {config.scheduler_type!r} needs to know "
             f"when it ends."
         )
-    if 0 < total_steps <= config.warmup_steps:  # a run of no steps has no rate
+    if 0 < total_steps <= config.warmup_steps:  # a run of no steps needs no rate
         raise ConfigError(
             f"`SchedulerConfig.warmup_steps` is {config.warmup_steps}, but the run ends after {total_steps} steps; "
             f"it must be shorter than the run."

@@ -13,28 +13,30 @@ from trainer.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig(Config):
-    """How to train: what to optimize with, for how long, and what to save and log.
+    """How to train: the optimizer, the duration, and what to save and log.
 
     Attributes:
-        name: A label, logged with the hyperparameters and written into checkpoints.
-        metadata: Any plain values; logged and written into checkpoints.
-        optimizer: Which optimizer to build, where the Trainer gets none.
+        name: A label, logged with the hyperparameters and stored in checkpoints.
+        metadata: Any plain values; logged and stored in checkpoints.
+        optimizer: The optimizer to build, if the Trainer is not given one.
         scheduler: Its learning-rate schedule; None keeps the rate constant.
-        batch_size: Passed by name to ``train_data_loader`` and ``val_data_loader``, where they are callables that
+        batch_size: Passed by name to ``train_data_loader`` and ``val_data_loader``, if they are callables that
             take it.
-        num_epochs: Epochs of a run by ``train_epoch``; gives the horizon of a schedule there.
-        gradient_clip_norm: Gradients of a larger global norm are scaled down to this norm, also with
-            an optimizer that the caller passes.
-        checkpoint_dir: Where checkpoints go if the Trainer gets no directory.
+        num_epochs: Epochs of a run with ``train_epoch``; sets the horizon of its schedule.
+        gradient_clip_norm: Gradients with a larger global norm are scaled down to this norm, including with
+            an optimizer passed by the caller.
+        checkpoint_dir: The checkpoint directory, if the Trainer is not given one.
         save_frequency: ``train_epoch`` saves every ``save_frequency`` steps.
-        max_checkpoints: How many checkpoints with default names a run keeps: those that it wrote last.
-        log_frequency: Loggers get the training metrics of the first step, of every ``log_frequency``-th, and of the
-            last. The history has these rows and more: at least a hundred of a run that has as many steps, all of a
-            shorter one; see `trainer.fit.cadence`.
-        steps_per_epoch: The most batches of training data in an epoch, None for all. An endless loader needs it; of
-            data in memory every epoch draws others.
-        validation_steps: The most batches of validation data in a validation, None for all; likewise.
-        use_wandb: Whether to log to Weights & Biases too (the extra ``wandb``).
+        max_checkpoints: How many checkpoints with default names to keep per run: the last ones written.
+        log_frequency: Loggers get the training metrics of the first step, every ``log_frequency``-th step, and the
+            last. The history has these rows and more: at least a hundred, or all if the run has fewer steps;
+            see `trainer.fit.cadence`.
+        steps_per_epoch: The maximum number of training batches per epoch, None for all. An endless loader needs it;
+            with in-memory data, each epoch draws different ones.
+        validation_steps: The maximum number of batches per validation, None for all. An endless loader needs it.
+        epochs_per_validation: Validate at the end of every n-th epoch and of the run; None: only at the end of the
+            run. ``train`` also validates at multiples of its ``val_interval``.
+        use_wandb: Whether to also log to Weights & Biases (the extra ``wandb``).
         wandb_project: The project to log to.
     """
 
@@ -49,6 +51,7 @@ class TrainingConfig(Config):
     log_frequency: int = 100
     steps_per_epoch: int | None = None
     validation_steps: int | None = None
+    epochs_per_validation: int | None = 1
     use_wandb: bool = False
     wandb_project: str | None = None
 
@@ -63,6 +66,7 @@ class TrainingConfig(Config):
             "log_frequency",
             "steps_per_epoch",
             "validation_steps",
+            "epochs_per_validation",
         )
         if self.gradient_clip_norm is not None and self.optimizer.gradient_clip_norm is not None:
             raise ConfigError(

@@ -34,6 +34,20 @@ def check_count(value: Any, name: str, *, least: int = 1) -> int:
     return int(value)
 
 
+def check_interval(value: Any, name: str) -> int | None:
+    """Returns ``value``, the steps from one to the next of something, as a positive int, or None for never.
+
+    Raises:
+        ArgumentTypeError, ArgumentError: As for `check_count`.
+    """
+    if value is None:
+        return None
+    try:
+        return check_count(value, name)
+    except ArgumentError as error:
+        raise type(error)(f"{str(error).removesuffix('.')}, or None for never.") from None
+
+
 def check_number(value: Any, name: str) -> float:
     """Returns ``value`` as a float; any real number is taken, and an array of one, but no bool and no text.
 

@@ -1,7 +1,7 @@
 """Calling the objective and the extensions, and checking what they return."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from zlib import crc32
 
@@ -44,6 +44,7 @@ def call_objective(
         )
     loss, metrics = result
     loss = check_loss(loss, "`loss_fn` returned a loss that")
+    metrics = {} if metrics is None else metrics
     if not isinstance(metrics, Mapping):
         raise ObjectiveError(
             f"`loss_fn` returned metrics of type {type(metrics).__name__}; they must be a mapping of names to scalars."
@@ -145,10 +146,19 @@ def check_loss(loss: Any, subject: str) -> jax.Array:
     return array
 
 
+def flat_metrics(metrics: Mapping[Any, Any]) -> Iterator[tuple[Any, Any]]:
+    """Yields name and value of every metric; one in a nested mapping is named by its path, ``"eval/accuracy"``."""
+    for name, value in metrics.items():
+        if isinstance(value, Mapping) and isinstance(name, str):
+            yield from ((f"{name}/{inner}", one) for inner, one in flat_metrics(value))
+        else:
+            yield name, value
+
+
 def check_metrics(named: Mapping[str, Any], source: str = "loss_fn") -> Metrics:
     """Returns the metrics that ``source`` returned, as scalars and as what merges."""
     metrics: Metrics = {}
-    for name, value in named.items():
+    for name, value in flat_metrics(named):
         found: Metrics = {**(partial_metrics(name, value, source) or {name: check_metric(name, value, source)})}
         for twice in metrics.keys() & found.keys():
             raise ObjectiveError(f"`{source}` returned two metrics `{twice}`; rename one of them.")
@@ -217,12 +227,22 @@ def requiring_weight(loss_fn: LossFn) -> LossFn:
 
 
 def check_loss_fn(loss_fn: Any) -> None:
-    """Raises `ArgumentTypeError` unless ``loss_fn`` is callable."""
+    """Raises `ArgumentTypeError` unless ``loss_fn`` can be called with its four arguments."""
     if not callable(loss_fn):
         raise ArgumentTypeError(
             f"`loss_fn` is of type {type(loss_fn).__name__}; it must be a callable "
             f"loss_fn(model, batch, rng, step) -> (loss, metrics)."
         )
+    try:
+        signature = inspect.signature(loss_fn)
+    except (TypeError, ValueError):  # of a function without a signature
+        return
+    try:
+        signature.bind(None, None, None, None)
+    except TypeError as error:
+        raise ArgumentTypeError(
+            f"`loss_fn` takes {signature}, and is called as loss_fn(model, batch, rng, step), by position: {error}."
+        ) from None
 
 
 def with_losses(extensions: Mapping[str, Any]) -> dict[str, ExtensionLike]:

@@ -23,6 +23,7 @@ def own_step(step_fn: StepFn) -> Callable[[TrainState, Batch], tuple[TrainState,
                 f"state.replace(…) makes it."
             )
         after, metrics = result
+        metrics = {} if metrics is None else metrics
         if not isinstance(metrics, Mapping):
             raise ObjectiveError(
                 f"`step_fn` returned metrics of type {type(metrics).__name__}; they must be a mapping of names to "

@@ -1,4 +1,4 @@
-"""Data: arrays in memory, loaders, and positions to resume them from."""
+"""Data: in-memory arrays, loaders, and positions to resume them from."""
 
 from trainer.data.memory import InMemoryData as InMemoryData
 from trainer.data.loaders import open_loader as open_loader

@@ -1,4 +1,4 @@
-"""NumPy arrays that a step can read safely and without another copy."""
+"""Host batches that a step can read safely and without another copy."""
 
 import math
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
-# Bytes below which JAX copies an unaligned array during the call anyway, so alignment saves nothing. (It aliases an
-# aligned array of any size, so every array is copied here.)
+# Below this size in bytes, JAX copies an unaligned array during the call anyway, so aligning it saves nothing. (It
+# aliases an aligned array of any size, so every array is copied here.)
 _COPIED_BY_JAX = 100 * 1024
 
 
@@ -16,10 +16,10 @@ _INT64 = np.dtype(np.int64)
 
 
 def flat_copy(batch: Any) -> tuple[dict[Any, Any], int] | None:
-    """Returns a private copy of a batch and its length, if nothing has to be said of it; None if it is to be looked at.
+    """Returns a private copy of a batch and its length; None if the batch needs a closer look.
 
-    Nearly every batch is a flat dict of NumPy arrays. This takes a microsecond or two, `checked_batch` and
-    `private_copy`, which do the same for any batch, several times as long.
+    Handles the usual case, a flat dict of NumPy arrays, in a microsecond or two. `checked_batch` and `private_copy`
+    handle any batch, but take several times as long.
     """
     if type(batch) is not dict:
         return None
@@ -41,10 +41,10 @@ def flat_copy(batch: Any) -> tuple[dict[Any, Any], int] | None:
 
 
 def private_copy(batch: Any) -> Any:
-    """Returns a batch with a copy of every NumPy array in it; other leaves stay as they are.
+    """Returns a batch with a copy of each of its NumPy arrays; other leaves stay as they are.
 
-    JAX reads a NumPy argument after the call has returned, and on the CPU may compute on its very memory. A loader
-    that fills one buffer again and again would change a batch that a step is still reading.
+    JAX reads a NumPy argument after the call has returned, and on the CPU may compute on its memory directly. A loader
+    that reuses one buffer would change a batch that a step is still reading.
     """
     if type(batch) is dict:  # `jax.tree.map` takes ten times as long
         return {name: _copied(leaf) for name, leaf in batch.items()}
@@ -58,14 +58,14 @@ def _copied(leaf: Any) -> Any:
 
 
 def _aligned_copy(leaf: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    # Aligned memory spares the copy that JAX makes of any other, so this one costs next to nothing.
+    # Aligned memory saves JAX its own copy, so this one costs almost nothing.
     copied = aligned_empty(leaf.shape, leaf.dtype)
     np.copyto(copied, leaf)
     return copied
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
-    """Returns uninitialized memory with the alignment of XLA, so that the CPU takes it without a copy."""
+    """Returns uninitialized memory aligned for XLA, so that the CPU uses it without a copy."""
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64

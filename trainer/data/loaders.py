@@ -1,7 +1,7 @@
-"""Loaders of the caller's: how one is opened, and one pass over it.
+"""Loaders: how one is opened, and one pass over it.
 
-A loader is an iterable of batches, or a callable that returns one. An iterable is used as it is; a callable is
-called for every pass. The batch size is passed by name, so that no other option of the callable receives it.
+A loader is an iterable of batches, or a callable that returns one. An iterable is used as is; a callable is
+called for every pass. The batch size is passed by name, so that it cannot bind to another option of the callable.
 """
 
 import copy
@@ -14,7 +14,7 @@ from trainer.errors import ArgumentError, ArgumentTypeError, BatchError, warn
 from trainer.types import Batch
 
 WARN_AFTER = 10_000
-"""After this many batches, a pass without a bound over a loader without a length is reported as possibly endless."""
+"""A pass with no limit over a loader with no length warns after this many batches that it may be endless."""
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -24,14 +24,14 @@ def open_loader(loader: Any, batch_size: int, name: str) -> Iterable[Batch]:
     """Returns the batches of one pass over a loader.
 
     Args:
-        loader: An iterable of batches; or a callable that returns one. A callable receives ``batch_size`` in its
-            parameter of that name, or in its only required positional parameter; every other option keeps its default.
+        loader: An iterable of batches, or a callable that returns one. ``batch_size`` is passed to the parameter of
+            that name, or to the only required positional parameter; all other options keep their defaults.
         batch_size: The number of examples in a batch, for a callable that takes it.
-        name: What to call the loader in an error.
+        name: The loader's name in errors.
 
     Raises:
-        ArgumentTypeError: It is neither, its result cannot be iterated over, or iterating over it gives keys or rows.
-        ArgumentError: The callable has further required parameters.
+        ArgumentTypeError: It is neither, its result is not iterable, or iterating over it yields keys or rows.
+        ArgumentError: The callable has other required parameters.
     """
     check_loader(loader, name)
     if isinstance(loader, Iterable):
@@ -60,7 +60,7 @@ def check_loader(loader: Any, name: str) -> None:
 
 
 def takes_batch_size(loader: Any, name: str) -> bool:
-    """Tells whether a loader is a callable that receives the batch size; errors as for `open_loader`."""
+    """Tells whether a loader is a callable that takes the batch size; errors as for `open_loader`."""
     return callable(loader) and not isinstance(loader, Iterable) and _size_parameter(loader, name) is not None
 
 
@@ -71,11 +71,11 @@ def one_pass(loader: Any, batch_size: int, name: str, limit: int | None, *, boun
         loader: As for `open_loader`.
         batch_size: As for `open_loader`.
         name: As for `open_loader`.
-        limit: The most batches; None for all.
-        bound: What to do about an endless loader, for the warning.
+        limit: The maximum number of batches; None for all.
+        bound: How to bound an endless loader, for the warning.
 
     Raises:
-        ArgumentError: There was no batch.
+        ArgumentError: There are no batches.
         BatchError: The loader yielded None.
     """
     iterator = iter(open_loader(loader, batch_size, name))
@@ -97,17 +97,17 @@ def one_pass(loader: Any, batch_size: int, name: str, limit: int | None, *, boun
 
 def first_batches(loader: Any, batch_size: int, name: str, count: int) -> list[Batch]:
     """Returns copies of the first batches of a pass, at most ``count``; errors as for `one_pass`."""
-    # A loader may fill one buffer again and again.
+    # A loader may reuse one buffer.
     return [copy.deepcopy(batch) for batch in one_pass(loader, batch_size, name, count, bound="")]
 
 
 def check_drawn(batch: Any, drawn: int, loader: Any, name: str, limit: int | None, bound: str) -> None:
-    """Checks a batch as it comes from a loader; ``drawn`` is the number of batches before it in the pass.
+    """Checks a batch as drawn from a loader; ``drawn`` is the number of earlier batches in the pass.
 
-    Warns once in a pass that has no bound and does not end.
+    Warns once per pass that has no limit and seems endless.
 
     Raises:
-        BatchError: It is None.
+        BatchError: The batch is None.
     """
     if batch is None:
         raise BatchError(
@@ -122,12 +122,12 @@ def check_drawn(batch: Any, drawn: int, loader: Any, name: str, limit: int | Non
 
 
 def add_position(error: Exception, name: str, drawn: int) -> None:
-    """Adds to what a loader raised which batch it was about to yield."""
+    """Adds a note to a loader's error: which batch it was about to yield."""
     error.add_note(f"raised by `{name}` in place of batch {drawn} of its pass (the first is batch 0)")
 
 
 def no_batch(name: str) -> ArgumentError:
-    """Returns the error about a pass that yielded nothing."""
+    """Returns the error for a pass that yielded nothing."""
     return ArgumentError(
         f"`{name}` yielded no batch. If it is an iterator it was used up by an earlier pass; pass a callable "
         f"that makes a new one, or something that can be iterated over again."
@@ -135,19 +135,19 @@ def no_batch(name: str) -> ArgumentError:
 
 
 def warn_of_unseen(loader: Any, batches: Iterable[Batch], name: str, limit: int | None) -> None:
-    """Warns if every pass starts over and ends before the loader does.
+    """Warns if every pass starts over and stops before the loader's end, so that some batches are never seen.
 
     Args:
         loader: The loader.
-        batches: What `open_loader` returned for it.
-        name: What to call it.
-        limit: The most batches of a pass.
+        batches: The result of `open_loader`.
+        name: Its name in the warning.
+        limit: The maximum number of batches in a pass.
     """
     if limit is None or isinstance(batches, Iterator) or not isinstance(batches, Sized):
         return
     try:
         length = len(batches)
-    except TypeError:  # an iterable-style torch loader has the method and no length
+    except TypeError:  # an iterable-style torch loader has `__len__`, but no length
         return
     if length > limit:
         calls = "is called again" if batches is not loader else "starts over"
@@ -170,6 +170,7 @@ def _check_iterable(batches: Any, subject: str) -> None:
             f"[batch] if it is one batch; for a whole data set call train(data, num_epochs, batch_size)."
         )
     _check_rows(batches, subject)
+    _check_columns(batches, subject)
     if not isinstance(batches, Iterable):
         raise ArgumentTypeError(
             f"{subject} is of type {type(batches).__name__}; it must be an iterable of batches, or a callable "
@@ -177,8 +178,21 @@ def _check_iterable(batches: Any, subject: str) -> None:
         )
 
 
+def _check_columns(loader: Any, subject: str) -> None:
+    """Refuses a list of the columns of a data set, ``[x, y]``: batches of one loader have equally many dimensions."""
+    if not isinstance(loader, list) or not all(hasattr(one, "__array__") and hasattr(one, "shape") for one in loader):
+        return
+    shapes = [tuple(one.shape) for one in loader]
+    if all(shapes) and len({shape[0] for shape in shapes}) == 1 and len({len(shape) for shape in shapes}) > 1:
+        listed = ", ".join(map(str, shapes[:5])) + (", …" if len(shapes) > 5 else "")
+        raise ArgumentTypeError(
+            f"{subject} is a list of arrays of shapes {listed}, and a list is a loader: each item would be a batch. "
+            f"Pass a tuple if they are the columns of one data set, (x, y)."
+        )
+
+
 def _check_rows(loader: Any, subject: str) -> None:
-    """Refuses a data set of Hugging Face whose items are examples: a column of numbers is none of a batch."""
+    """Refuses a Hugging Face dataset that iterates over examples: batches have no columns of scalars."""
     features = getattr(loader, "features", None)
     if not hasattr(loader, "with_format") or not isinstance(features, Mapping):
         return
@@ -191,16 +205,16 @@ def _check_rows(loader: Any, subject: str) -> None:
 
 
 def _size_parameter(function: Callable[..., Any], name: str) -> inspect.Parameter | None:
-    """Returns the parameter that receives the batch size; None if there is none.
+    """Returns the parameter that takes the batch size, or None if there is none.
 
     Raises:
-        ArgumentError: The function has further required parameters.
+        ArgumentError: The function has other required parameters.
     """
     try:
         parameters = list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):  # some builtins have no signature, and nothing can be matched by name
+    except (TypeError, ValueError):  # some builtins have no signature, so nothing can be matched by name
         return None
-    bound = function.keywords if isinstance(function, functools.partial) else {}  # it stays as the caller bound it
+    bound = function.keywords if isinstance(function, functools.partial) else {}  # keep what the caller bound
     parameters = [one for one in parameters if one.kind not in _VARIADIC and one.name not in bound]
     named = [one for one in parameters if one.name == "batch_size"]
     required = [one for one in parameters if one.default is inspect.Parameter.empty]

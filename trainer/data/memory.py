@@ -1,4 +1,4 @@
-"""Batches of arrays in memory, held by datarax if it is installed, in an order that a seed and an epoch determine."""
+"""Batches from in-memory arrays, in an order determined by a seed and an epoch; held by datarax if installed."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -20,27 +20,27 @@ _ROWS_AT_ONCE = 4096
 
 
 class InMemoryData:
-    """Batches of arrays in memory, held by a ``datarax.MemorySource`` if datarax is installed.
+    """Batches of in-memory arrays, held by a ``datarax.MemorySource`` if datarax is installed.
 
-    The order of an epoch is one permutation drawn once for it (Fisher-Yates by NumPy's PCG64,
-    seeded with the seed and the epoch), so every example comes exactly once, the last batch may be
-    short, and any batch of any epoch can be found without drawing the ones before.
+    Each epoch draws one permutation (Fisher-Yates by NumPy's PCG64, seeded with the seed and the epoch), so
+    every example comes exactly once, the last batch may be short, and any batch of any epoch can be found
+    without drawing the ones before.
 
     Args:
         data: A pytree of arrays, each of shape ``(num_examples, ...)``: a dict, a tuple ``(x, y)``, a registered
-            dataclass, one array. Nothing is copied. A batch has the same structure.
-        batch_size: Examples in a batch.
-        name: What to call the data in an error.
-        pad_to: "batch" pads the last batch to ``batch_size`` rows, with one of the examples, and gives every batch an
-            entry ``mask`` that is 0 for padding, see `trainer.pad_batch`.
-        mask: Whether a padded batch has that entry; predictions need none.
-        limit: The most batches of a pass, None for all. A shuffled pass is cut off behind them, so that every epoch
-            draws others.
+            dataclass, or one array. Nothing is copied. A batch has the same structure.
+        batch_size: The number of examples in a batch.
+        name: The name of the data in errors.
+        pad_to: "batch" pads the last batch to ``batch_size`` rows by repeating an example, and adds an entry
+            ``mask`` to every batch, which is 0 for padding; see `trainer.pad_batch`.
+        mask: Whether padded batches get that entry; predictions need none.
+        limit: The maximum number of batches in a pass, None for all. The limit applies after shuffling, so each
+            epoch draws different examples.
 
     Raises:
-        BatchError: A leaf of ``data`` is no numeric array, leading dimensions differ, or there is no example; or a mask
-            cannot be added.
-        ArgumentError: ``batch_size`` is not a positive integer, or ``pad_to`` is something else.
+        BatchError: A leaf of ``data`` is not a numeric array, leading dimensions differ, or there are no examples;
+            or a mask cannot be added.
+        ArgumentError: ``batch_size`` is not a positive integer, or ``pad_to`` is invalid.
     """
 
     def __init__(
@@ -65,33 +65,33 @@ class InMemoryData:
         self._source: Future[Any] | None = None
 
     def __len__(self) -> int:
-        """Returns the number of batches in an epoch, a short last one included."""
+        """Returns the number of batches in an epoch, including a short last one."""
         count = -(-self.num_examples // self.batch_size)
         return count if self.limit is None else min(count, self.limit)
 
     @property
     def examples_per_epoch(self) -> int:
-        """The number of examples in an epoch: all, but for ``limit``."""
+        """The number of examples in an epoch: all, unless ``limit`` cuts it short."""
         return min(self.num_examples, len(self) * self.batch_size)
 
     def head(self, batches: int) -> "InMemoryData":
-        """Returns the examples of the first batches, in the order in which they were given; nothing is copied."""
+        """Returns the examples of the first batches, in their original order, without copying."""
         columns, structure = self.columns()
         rows = [column[: batches * self.batch_size] for column in columns]
         data = jax.tree.unflatten(structure, rows)
         return type(self)(data, self.batch_size, pad_to=self.pad_to, mask=self.has_mask)
 
     def in_order(self) -> "Epoch":
-        """Returns a pass over every example once, in the order in which they were given."""
+        """Returns a pass over every example once, in the original order."""
         return Epoch(self, None, 0)
 
     def shuffled(self, seed: tuple[int, ...], epoch: int, skip: int = 0) -> "Epoch":
-        """Returns a pass over every example once, in an order that is a pure function of seed and epoch.
+        """Returns a pass over every example once, in an order that is a pure function of the seed and the epoch.
 
         Args:
             seed: The key data to draw from.
-            epoch: The number of the epoch.
-            skip: The number of batches to leave out at the start.
+            epoch: The epoch number.
+            skip: The number of batches to skip at the start.
         """
         order = np.random.default_rng([*seed, epoch]).permutation(self.num_examples)
         return Epoch(self, order, skip)
@@ -100,7 +100,7 @@ class InMemoryData:
         """Returns a line that identifies the data: shapes, dtypes, and a hash of rows spread over all of it.
 
         Args:
-            most_bytes: How much to hash, if that is more than 64 rows; all rows where they are fewer bytes.
+            most_bytes: How many bytes to hash, if that is more than 64 rows; all rows if they are smaller.
         """
         columns = [
             jax.random.key_data(column) if jnp.issubdtype(column.dtype, jax.dtypes.prng_key) else column
@@ -118,16 +118,16 @@ class InMemoryData:
 
     def columns(self) -> tuple[list[Any], Any]:
         """Returns the arrays, and the tree structure of a batch."""
-        source = None if self._source is None else self._source.result()  # None in the first pass; see `make_source`
+        source = None if self._source is None else self._source.result()  # None in the first pass, see `make_source`
         if source is None or isinstance(source, ImportError):
             return self._columns, self._structure
         return [source.data[str(i)] for i in range(len(source.data))], self._structure
 
     @property
     def source(self) -> Any:
-        """The ``datarax.MemorySource`` of the arrays, under their indices in the tree. Waits for the import of it.
+        """The ``datarax.MemorySource`` of the arrays, under their indices in the tree. Waits for its import.
 
-        Batches are the same without datarax; they are then rows of the arrays themselves.
+        Without datarax, batches are the same, gathered from the arrays directly.
 
         Raises:
             ImportError: datarax is not installed, or cannot be imported.
@@ -144,11 +144,11 @@ class InMemoryData:
         return source
 
     def make_source(self) -> None:
-        """Makes the source in a thread, if nobody has yet.
+        """Starts making the source in a thread, unless that has been done.
 
-        Importing datarax loads Grain and Orbax, a quarter of the time to the first step where compilations are
-        cached. So the first pass asks for it after its first batch, while the device is at work; a pass of a single
-        batch leaves it to the next one.
+        Importing datarax loads Grain and Orbax: a quarter of the time to the first step when compilations are cached.
+        So the first pass starts it after its first batch, while the device is busy; a pass of a single batch leaves
+        it to the next pass.
         """
         if self._source is None:
             maker = ThreadPoolExecutor(1, thread_name_prefix="datarax")
@@ -158,18 +158,18 @@ class InMemoryData:
     def finish_import(self) -> None:
         """Waits for the thread that makes the source, if there is one.
 
-        Call it before KeyboardInterrupt is raised: if another thread executes code (an import) during interpreter
-        shutdown, the process exits with status 1 instead of that of SIGINT.
+        Call it before raising KeyboardInterrupt: if another thread runs code (an import) during interpreter
+        shutdown, the process exits with status 1 instead of SIGINT's.
         """
         if self._source is not None:
             wait([self._source])
 
 
 class Epoch(Iterator[Batch]):
-    """One pass over data in memory: an iterator of batches, which can also return several stacked ones.
+    """One pass over in-memory data: an iterator of batches that can also return several at once, stacked.
 
-    Padding is rows with the index ``num_examples``: in the arrays it stands for the last example, and in the mask,
-    which is longer by one, for a zero. With padding all batches are full.
+    Padding rows have the index ``num_examples``. In the arrays it selects the last example; in the mask, which has
+    one more entry, it selects a zero. With padding, all batches are full.
 
     Attributes:
         batch_size: The number of rows in a full batch.
@@ -205,18 +205,18 @@ class Epoch(Iterator[Batch]):
         return self.gathered(lambda column: rows_of(column, index))
 
     def next_indices(self) -> np.ndarray[Any, Any] | None:
-        """Draws the next batch, and returns the indices of its examples; None at the end."""
+        """Draws the next batch and returns the indices of its examples, or None at the end."""
         index = self._next()
         return np.arange(index.start, index.stop) if isinstance(index, slice) else index
 
     def next_several(self, count: int, capacity: int) -> np.ndarray[Any, Any]:
-        """Draws ``count`` full batches, and returns their indices, ``(capacity, batch_size)``, padded with zeros."""
+        """Draws ``count`` full batches and returns their indices, ``(capacity, batch_size)``, padded with zeros."""
         indices = np.zeros((capacity, self.batch_size), np.intp)
         indices[:count] = self._several(count).reshape(count, self.batch_size)
         return indices
 
     def gathered(self, gather: Callable[[Any], Any]) -> Batch:
-        """Returns the batch whose leaves are ``gather(column)`` of every column."""
+        """Returns the batch whose leaves are ``gather(column)`` for each column."""
         return self._batch([gather(column) for column in self._columns])
 
     @property
@@ -225,7 +225,7 @@ class Epoch(Iterator[Batch]):
         return max(0, self._num_rows - self._position) // self.batch_size
 
     def specification(self) -> Any:
-        """Returns the shapes and dtypes of a full batch, as JAX sees them."""
+        """Returns the shapes and JAX dtypes of a full batch."""
         return _specification(self._columns, self._structure, self.batch_size)
 
     def stacked(self, count: int, capacity: int) -> Batch:
@@ -263,20 +263,20 @@ class Epoch(Iterator[Batch]):
 def rows_of(column: Any, index: np.ndarray[Any, Any], size: int | None = None) -> Any:
     """Returns the rows of a column at ``index``, padded to ``size`` rows with unspecified values.
 
-    An index behind the last row is that of the last row.
+    An index past the last row selects the last row.
     """
     size = len(index) if size is None else size
     if not isinstance(column, np.ndarray):
         return _rows_on_device(column, np.resize(index, size))
     rows = aligned_empty((size, *column.shape[1:]), column.dtype)
-    # The index of padding stands for the last row; and with "clip" NumPy writes into `out` without a buffer between.
+    # Clipping maps the padding index to the last row, and lets NumPy write into `out` without a buffer.
     np.take(column, index, axis=0, out=rows[: len(index)], mode="clip")
     return rows
 
 
 @jax.jit
 def _rows_on_device(column: jax.Array, index: jax.Array) -> jax.Array:
-    # An index into a device array from Python takes fifteen times as long.
+    # Indexing a device array from Python takes fifteen times as long.
     return column.at[index].get(mode="clip")
 
 
@@ -288,34 +288,34 @@ def _specification(columns: list[Any], structure: Any, batch_size: int) -> Any:
 def _with_mask_column(columns: list[Any], structure: Any, num_examples: int) -> tuple[list[Any], Any]:
     mask = np.ones(num_examples + 1, np.float32)
     mask[num_examples] = 0
-    # The arrays as leaves: a batch of columns gets an entry, wherever that comes in the order of the leaves.
+    # Merge the arrays as leaves, so that a batch of columns gets the entry at its place in leaf order.
     return jax.tree.flatten({**jax.tree.unflatten(structure, columns), MASK: mask})
 
 
 def dtype_in_jax(array: Any) -> Any:
-    """Returns the dtype that an array has on a device: 64-bit types become 32-bit ones where x64 is off."""
+    """Returns the dtype of an array on a device: 64-bit types become 32-bit if x64 is off."""
     return jax.dtypes.canonicalize_dtype(array.dtype, allow_extended_dtype=True)
 
 
 def seed_from_key(rng: jax.Array) -> tuple[int, ...]:
-    """Returns key data as integers, to seed orders that are drawn on the host. Waits for the key."""
+    """Returns key data as integers, to seed orders drawn on the host. Blocks until the key is ready."""
     words = jax.random.key_data(rng) if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) else rng
     return tuple(int(word) for word in np.asarray(words).ravel())
 
 
 def _memory_source(columns: list[Any]) -> Any:
-    """Returns the source, or the reason that there is none."""
+    """Returns the source, or the error that prevents it."""
     try:
         from datarax.sources import MemorySource, MemorySourceConfig
     except ImportError as error:
         return error
-    # A source knows flat dicts only. It makes a counter on the device, which a caller's transfer guard would refuse.
+    # A source takes only flat dicts. It creates a counter on the device, which a caller's transfer guard would refuse.
     with jax.transfer_guard("allow"):
         return MemorySource(MemorySourceConfig(shuffle=False), {str(i): column for i, column in enumerate(columns)})
 
 
 def _on_host(leaf: Any) -> Any:
-    # Indexing a device array from Python dispatches a kernel; on the CPU the memory is the same.
+    # Indexing a device array from Python dispatches a kernel; on the CPU, the host shares its memory.
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return leaf
     if isinstance(leaf, jax.Array) and next(iter(leaf.devices())).platform != "cpu":

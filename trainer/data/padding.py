@@ -1,4 +1,4 @@
-"""Padding short batches to one shape, with a mask that tells the examples from the padding."""
+"""Pads short batches to a fixed shape, with a mask that tells examples from padding."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, Self
@@ -11,32 +11,32 @@ from trainer.errors import ArgumentError, BatchError, warn
 from trainer.types import Batch
 
 MASK = "mask"
-"""The entry of a batch that is 1 for an example and 0 for a row of padding, float32 of shape ``(batch_size,)``."""
+"""The batch entry that is 1 for an example and 0 for a row of padding: float32 of shape ``(batch_size,)``."""
 
 
 def pad_batch(batch: Mapping[str, Any], size: int) -> dict[str, Any]:
-    """Returns a batch of ``size`` rows, and a mask that tells the examples from the padding.
+    """Returns a batch of ``size`` rows, with a mask that tells examples from padding.
 
-    The rows after the examples repeat the last one, so that nothing is computed on values that the data do not have.
-    An objective averages by the mask, and reports the sum of it as the weight of the batch. Its averages over batches,
-    devices and micro-batches are then those of the examples alone::
+    Padding repeats the last example, so that nothing is computed on values that do not occur in the data. The
+    objective should average with the mask, and report the mask's sum as the batch weight. Averages over batches,
+    devices and micro-batches are then averages over examples::
 
         weight = batch["mask"].sum()
         loss = (losses * batch["mask"]).sum() / weight  # losses: shape (size,), one for each row
         return loss, {"batch_weight": weight}
 
-    What does not go through the mask sees the padding: batch normalization counts the last example several times.
+    Anything that ignores the mask sees the padding: batch normalization counts the last example several times.
 
     Args:
-        batch: A mapping whose arrays share their leading dimension, the examples; scalars stay as they are.
+        batch: A mapping of arrays with the same leading dimension, the examples; scalars stay as they are.
         size: The number of rows to pad to.
 
     Returns:
         A dict of the same entries, and ``mask``, float32 of shape ``(size,)``: 1 for an example, 0 for padding.
 
     Raises:
-        BatchError: ``batch`` is no mapping, has an entry ``mask``, no common leading dimension, or more than ``size``
-            examples.
+        BatchError: ``batch`` is not a mapping, already has an entry ``mask``, has no common leading dimension, or
+            has more than ``size`` examples.
 
     Example:
         >>> padded = pad_batch({"x": np.array([[1.0], [2.0]])}, 4)
@@ -49,9 +49,9 @@ def pad_batch(batch: Mapping[str, Any], size: int) -> dict[str, Any]:
 
 
 def pad_rows(batch: Any, size: int) -> tuple[Any, int]:
-    """Returns a batch of ``size`` rows, the last example repeated, and the number of examples; errors as `pad_batch`.
+    """Returns a batch padded to ``size`` rows with its last example, and its example count; errors as `pad_batch`.
 
-    It pads any pytree, and adds no mask.
+    Accepts any pytree, and adds no mask.
     """
     batch, length = checked_batch(batch)
     if length is None:
@@ -71,7 +71,7 @@ def pad_rows(batch: Any, size: int) -> tuple[Any, int]:
 
 
 def with_mask(batch: Any) -> Any:
-    """Returns a batch with a mask of ones, where it has no mask; it may be of `jax.ShapeDtypeStruct`."""
+    """Adds a mask of ones to a batch that has no mask. The batch may be of `jax.ShapeDtypeStruct`."""
     if isinstance(batch, Mapping) and MASK in batch:  # padded by the caller
         return batch
     check_maskable(batch, "batch")
@@ -99,13 +99,13 @@ def check_pad_to(pad_to: Any) -> None:
 
 
 class PaddedBatches(Iterator[Batch]):
-    """The batches of a loader, each padded to one number of rows.
+    """The batches of a loader, padded to the same number of rows.
 
     Args:
         batches: The batches.
         size: The number of rows; None for that of the first batch.
         mask: Whether to add a mask, as `pad_batch` does.
-        setting: What ``size`` comes from, for a warning that the first batch has fewer rows; None for no warning.
+        setting: The source of ``size``, for a warning if the first batch has fewer rows; None for no warning.
 
     Attributes:
         source: The batches.

@@ -1,4 +1,4 @@
-"""Positions of loaders as bytes, for checkpoints: plain values, arrays and torch tensors. Decoding runs no code."""
+"""Encodes loader positions (plain values, arrays, torch tensors) as bytes for checkpoints. Decoding runs no code."""
 
 import re
 import sys
@@ -10,17 +10,17 @@ import jax
 import msgpack
 import numpy as np
 
-# Codes of MessagePack extension types, for values that MessagePack has no type for or would return as another type.
+# MessagePack extension types, for values that MessagePack cannot hold or would return as another type.
 _TUPLE, _INTEGER, _SCALAR, _ARRAY, _TENSOR = range(5)
 
-# Each nested unpacker takes much of the C stack, which a hostile file must not exhaust.
+# Each nested unpacker uses much of the C stack, which a hostile file must not exhaust.
 _MAX_DEPTH = 32
 
 _DTYPE = re.compile(r"[<>|][biufcmMSU]\d+(\[\w+\])?")
 
 
 def encode(position: Any) -> bytes:
-    """Returns a tree of plain values, arrays and torch tensors as bytes, which `decode` reads.
+    """Encodes a tree of plain values, arrays and torch tensors as bytes, for `decode`.
 
     JAX arrays come back as NumPy arrays, and mappings as dicts.
 
@@ -32,10 +32,10 @@ def encode(position: Any) -> bytes:
 
 
 def decode(data: bytes) -> Any:
-    """Returns the tree that `encode` was given. Runs no code from the bytes.
+    """Returns the tree that `encode` encoded. Runs no code from the bytes.
 
     Raises:
-        ValueError: The bytes are not from `encode`, or damaged.
+        ValueError: The bytes are damaged or not from `encode`.
     """
     try:
         return _decode(data, 0)
@@ -58,7 +58,7 @@ def _decode(data: bytes, depth: int) -> Any:
 def _to_plain(depth: int, value: Any) -> Any:
     if type(value) is tuple:
         return msgpack.ExtType(_TUPLE, _encode(list(value), depth))
-    if type(value) is int:  # of more than 64 bits, as generators of random numbers have
+    if type(value) is int:  # more than 64 bits, as in the states of random number generators
         return msgpack.ExtType(_INTEGER, value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True))
     if isinstance(value, Mapping):
         return dict(value)

@@ -1,4 +1,4 @@
-"""Batches drawn ahead in a thread, so that a slow loader works while the caller does something else."""
+"""Draws batches ahead in a thread, so that a slow loader works while the caller does something else."""
 
 import queue
 import threading
@@ -17,19 +17,19 @@ _PATIENCE_SECONDS = 10.0
 
 
 class Prefetched(Iterator[Batch]):
-    """The batches of an iterable, at most ``count`` of them drawn before they are asked for.
+    """The batches of an iterable, at most ``count`` of them drawn ahead.
 
-    A thread draws each batch and calls ``place`` on it before it draws the next, so a loader may fill the same buffers
-    again. It uses the caller's ``jax_enable_x64`` and default device. What the loader raises is raised where its batch
-    is asked for. A `LoaderPass` remembers its positions, and reports that after the batches that were trained.
+    A thread draws each batch and calls ``place`` on it before drawing the next, so a loader may reuse its buffers.
+    The thread uses the caller's ``jax_enable_x64`` and default device. An error of the loader is raised when its batch
+    is requested. A `LoaderPass` remembers its positions, and reports the one after the batches that were trained.
 
-    The thread ends with the batches, or at `close`, which the end of a ``with`` block calls. A loader that does not
-    return from a batch is left behind after ten seconds, and ends with the process.
+    The thread ends with the batches, or at `close`, which a ``with`` block calls at its end. If the loader still blocks
+    ten seconds after `close`, the thread is abandoned and ends with the process.
 
     Args:
         batches: The batches.
-        count: The most batches drawn ahead.
-        place: Returns a batch that no longer shares memory with the one of the loader.
+        count: The maximum number of batches drawn ahead.
+        place: Returns a batch that shares no memory with the loader's.
 
     Raises:
         ArgumentError: ``count`` is not a positive integer.
@@ -41,13 +41,13 @@ class Prefetched(Iterator[Batch]):
         source = iterator.source if isinstance(iterator, PaddedBatches) else iterator
         self._pass = source if isinstance(source, LoaderPass) else None
         if self._pass is not None:
-            # Beside those drawn ahead: one that is trained, and one with the caller.
+            # In addition to those drawn ahead: one in training, and one with the caller.
             self._pass.remember(count + 2)
         self._drawn: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
         self._room, self._stop = threading.Semaphore(count), threading.Event()
         self._last: tuple[Any, BaseException | None] | None = None
         settings = jax.config.read("jax_enable_x64"), jax.config.jax_default_device  # type: ignore[attr-defined]
-        # The thread has no reference to this object, so one that is dropped ends it.
+        # The thread holds no reference to this object, so dropping this object ends the thread.
         arguments = iterator, place, self._drawn, self._room, self._stop, settings
         self._thread = threading.Thread(target=_draw_ahead, args=arguments, name="prefetch", daemon=True)
         self._thread.start()
@@ -70,7 +70,7 @@ class Prefetched(Iterator[Batch]):
         raise StopIteration
 
     def close(self) -> None:
-        """Ends the thread after the batch that it is drawing; what was drawn ahead is dropped."""
+        """Stops the thread after the batch it is drawing; batches drawn ahead are dropped."""
         self._last = self._last or (_END, None)
         self._stop.set()
         self._room.release()
@@ -104,5 +104,5 @@ def _draw_ahead(
                     break
                 drawn.put((place(batch), None))
         drawn.put((_END, None))
-    except BaseException as error:  # also SystemExit, which is the caller's to handle
+    except BaseException as error:  # including SystemExit, which is for the caller to handle
         drawn.put((_END, error))

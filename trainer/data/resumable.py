@@ -1,8 +1,8 @@
-"""One pass over a loader, and its position, from which the pass resumes in another process.
+"""One pass over a loader, with a position from which another process can resume the pass.
 
-A loader restores its position if it, or the iterator that it makes, has ``get_state()`` and ``set_state(state)``
-(Grain, datarax), or ``state_dict()`` and ``load_state_dict(state)`` (torchdata). The batches of any other loader are
-drawn again and dropped.
+A loader can restore its position if it, or its iterator, has ``get_state()`` and ``set_state(state)``
+(Grain, datarax), or ``state_dict()`` and ``load_state_dict(state)`` (torchdata). For any other loader, finished batches
+are drawn again and dropped.
 """
 
 import collections
@@ -17,7 +17,7 @@ from trainer.errors import ArgumentError, CheckpointError, warn
 from trainer.types import Batch
 
 BOUND = "TrainingConfig.steps_per_epoch"
-"""The setting that bounds a pass, for messages. A loop of your own has ``limit`` of `trainer.open_pass` for it."""
+"""The setting that bounds a pass, for messages. In a custom loop it is ``limit`` of `trainer.open_pass`."""
 
 
 class _Protocol(NamedTuple):
@@ -31,15 +31,15 @@ _STATE_DICT = _Protocol("state_dict", "load_state_dict")
 
 @dataclasses.dataclass(frozen=True)
 class LoaderPosition:
-    """The position of a loader, in plain values.
+    """The position of a loader, as plain values.
 
     Attributes:
-        state: The state that the loader reported, encoded; None if it reports none.
+        state: The loader's state, encoded; None if it reports none.
         drawn: The number of batches of the pass drawn before the position. Later batches are drawn again. At the end
-            of a pass, 0 means that the pass is the previous one.
+            of a pass, 0 means that it is the previous pass.
         over: Whether the position is the end of a pass.
-        exhausted: Whether the pass ended because the loader did, and not at ``steps_per_epoch``.
-        loader: The type of the object that reported the state.
+        exhausted: Whether the pass ended because the loader did, rather than at ``steps_per_epoch``.
+        loader: The type of the object whose state it is.
     """
 
     state: bytes | None = None
@@ -50,7 +50,7 @@ class LoaderPosition:
 
     @classmethod
     def from_dict(cls, plain: Any) -> Self:
-        """Returns the position that `dataclasses.asdict` described.
+        """Returns a position from its `dataclasses.asdict`.
 
         Raises:
             ValueError: ``plain`` does not describe a position.
@@ -71,17 +71,17 @@ class LoaderPosition:
 class LoaderPass:
     """One pass over a loader: an iterator of at most ``limit`` batches that reports its position.
 
-    The loader is not touched before `open`, so a callback may change it when an epoch begins.
+    The loader is not used before `open`, so a callback may change it at the start of an epoch.
 
     Args:
         loader: As for `trainer.data.open_loader`.
         batch_size: As for `trainer.data.open_loader`.
-        name: What to call the loader in an error.
-        limit: The most batches of the pass, None for all of the loader.
+        name: The loader's name in errors.
+        limit: The maximum number of batches in the pass, None for all.
         previous: The previous pass in this process, if any.
 
     Attributes:
-        drawn: The number of batches drawn, those before an interruption included.
+        drawn: The number of batches drawn, including those before an interruption.
         over: Whether the pass has ended.
     """
 
@@ -92,14 +92,14 @@ class LoaderPass:
         self._is_factory = callable(loader) and not isinstance(loader, Iterable)
         self._iterator: Iterator[Batch] = iter(())
         self._stateful: tuple[Any, _Protocol] | None = None
-        # An error is kept until a checkpoint needs the position; most runs never do.
+        # An error is stored, and raised only if a checkpoint needs the position; most runs never do.
         self._latest: LoaderPosition | CheckpointError = LoaderPosition()
         self.drawn = 0
         self.over: bool = False
         self._exhausted = False
-        # By the batches drawn, the positions that prefetched batches leave behind them.
+        # Positions after each prefetched batch, by the number of batches drawn.
         self._remembered: collections.deque[tuple[int, LoaderPosition | CheckpointError]] | None = None
-        # The end of a pass, from a checkpoint. The loader is set to it when the next pass opens.
+        # An end of a pass from a checkpoint, to be restored when the next pass opens.
         self._to_restore: LoaderPosition | None = None if previous is None else previous._to_restore
         self._is_first = previous is None
         if self._to_restore is not None:
@@ -140,26 +140,26 @@ class LoaderPass:
         return batch
 
     def remember(self, count: int) -> None:
-        """Keeps the positions after the last ``count`` batches, for a caller that draws them ahead of what it trains.
+        """Keeps the positions after the last ``count`` batches, for a caller that draws ahead of training.
 
-        The caller says when the pass has ended for it: see `end`.
+        The caller must then call `end` at the end of the pass.
         """
         self._remembered = collections.deque(maxlen=count)
 
     def end(self) -> None:
-        """Ends a pass whose batches were drawn ahead: the last is trained."""
+        """Ends a pass whose batches were drawn ahead, once the last is trained."""
         self.over = True
 
     def open(self, position: LoaderPosition | None = None, finished: int = 0) -> None:
-        """Opens the loader, so that the next batch is the one after the finished ones.
+        """Opens the loader at the batch after the finished ones.
 
         Args:
             position: A position at or before that batch; None to start a pass.
-            finished: The number of finished batches of this pass.
+            finished: The number of finished batches in this pass.
 
         Raises:
-            CheckpointError: The loader refuses the position, or has too few batches.
-            ArgumentError: It is an iterator that cannot be set to a position.
+            CheckpointError: The loader rejects the position, or has too few batches.
+            ArgumentError: The loader is an iterator whose position cannot be set.
         """
         if position is not None and position.over and position.drawn:
             # This pass is over. The next one, if any, restores the loader.
@@ -183,20 +183,20 @@ class LoaderPass:
     def position(self, finished: int) -> LoaderPosition:
         """Returns the position of the loader, for `open` in another process.
 
-        If the latest batch drawn is not finished, and none are remembered (`remember`), it is an earlier position, and
-        the batches since are drawn again.
+        If the latest drawn batch is not finished, and positions are not remembered (`remember`), the position is an
+        earlier one, and the batches since are drawn again.
 
         Args:
-            finished: The number of finished batches of this pass.
+            finished: The number of finished batches in this pass.
 
         Raises:
-            CheckpointError: The loader fails to report its state, or reports objects that no checkpoint can hold.
+            CheckpointError: The loader fails to report its state, or the state holds objects that cannot be saved.
         """
         if self._to_restore is not None:
-            pass  # the loader has not been set to it yet
+            pass  # not yet restored in the loader
         elif self.over:
             end = LoaderPosition(drawn=self.drawn, over=True, exhausted=self._exhausted)
-            # A callable is called again for the next pass, so the state of this pass is of no use.
+            # A callable is called again for the next pass, so this pass's state is of no use.
             self._latest = end if self._is_factory else self._with_state(end)
         elif self._remembered is not None:
             self._latest = dict(self._remembered.copy()).get(finished, self._latest)
@@ -222,10 +222,10 @@ class LoaderPass:
 
     def _iterate(self, position: LoaderPosition) -> Iterator[Batch]:
         loader = open_loader(self._loader, self._batch_size, self._name)
-        if self._is_first:  # one warning, and not one in every epoch
+        if self._is_first:  # warn once, not in every epoch
             self._is_first = False
             warn_of_unseen(self._loader, loader, self._name, self._limit)
-        # A loader of torchdata draws seeds in __iter__: call that once, and only after restoring the state.
+        # A torchdata loader draws seeds in __iter__: call it only once, after restoring the state.
         iterator = None if _supports(loader, _STATE_DICT) else iter(loader)
         candidates = ((loader, _STATE_DICT), (iterator, _STATE), (loader, _STATE), (iterator, _STATE_DICT))
         self._stateful = next((stateful for stateful in candidates if _supports(*stateful)), None)
@@ -252,9 +252,9 @@ class LoaderPass:
             ) from error
 
     def _next_pass(self, iterator: Iterator[Batch], exhausted: bool) -> Iterator[Batch]:
-        """Moves from the end of a pass to the next, as the interrupted process would have done."""
+        """Advances from the end of a pass to the next, as the interrupted process would have."""
         if exhausted:
-            # Some loaders start the next pass by themselves when they are set to the end of one.
+            # Some loaders start the next pass by themselves when restored to the end of one.
             for first in iterator:
                 return chain([first], iterator)
         return self._iterate(LoaderPosition())

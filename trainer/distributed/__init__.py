@@ -1,4 +1,4 @@
-"""Many processes: start, agreement before the first step, stopping together, signals."""
+"""Multiple processes: startup, agreement before the first step, stopping together, signals."""
 
 from trainer.distributed.agreement import AllOrNone as AllOrNone
 from trainer.distributed.agreement import check_agreement as check_agreement

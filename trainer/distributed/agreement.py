@@ -1,7 +1,7 @@
-"""Agreement of many processes: compare arguments, fail together, gather small values, wait for each other.
+"""Agreement between processes: compare arguments, fail together, gather small values, wait for each other.
 
-`check_agreement` and `gathered` stand in for JAX's `multihost_utils.assert_equal` and `process_allgather`. Those run a
-collective on the devices, which waits for ever if one process does not take part; these use the host alone, with a
+`check_agreement` and `gathered` replace JAX's `multihost_utils.assert_equal` and `process_allgather`. Those run a
+device collective, which hangs forever if one process does not take part; these use only the host, with a
 timeout.
 """
 
@@ -28,19 +28,19 @@ _PACKAGES = ("nnx-trainer", "jax", "jaxlib", "flax", "optax", "numpy")
 def check_agreement(parts: Mapping[str, Any], *, timeout_seconds: float = 300.0) -> None:
     """Raises in all processes if they are not about to do the same.
 
-    Call it once before the first step, at the same point of every process. Without it a difference shows as a hang, or
-    as wrong results::
+    Call it once before the first step, at the same point in every process. Without it, a difference shows up as a
+    hang or as wrong results::
 
         lowered = step.lower(state, batch)
         check_agreement({"config": config.to_dict(), "step": lowered.as_text()})
 
-    The text of a lowered step holds the shapes, shardings, objective and optimizer, whatever source
-    they come from. The versions of Python, of this library, and of JAX, Flax, optax and NumPy are always compared. Only
-    hashes and short values travel between the processes.
+    The text of a lowered step contains the shapes, shardings, objective and optimizer, whatever code
+    produced them. The versions of Python, this library, JAX, Flax, optax and NumPy are always compared. Only
+    hashes and short values are exchanged.
 
     Args:
-        parts: By name, text, bytes, or what JSON can express. Mappings are compared entry by entry.
-        timeout_seconds: How long to wait for the others.
+        parts: Text, bytes, or JSON-serializable values, by name. Mappings are compared entry by entry.
+        timeout_seconds: How long to wait for the other processes.
 
     Raises:
         ArgumentTypeError: A part cannot be compared.
@@ -64,10 +64,10 @@ def check_agreement(parts: Mapping[str, Any], *, timeout_seconds: float = 300.0)
 
 
 class AllOrNone:
-    """Points of a piece of work that all processes share, at which they learn whether one has failed.
+    """Makes work shared by all processes succeed in all or fail in all.
 
-    What one process alone raises leaves the others waiting for it. So each catches what its part of the
-    work raises, and brings it to the next point::
+    An error in a single process would leave the others waiting for it. So each process catches the errors of
+    its own part, and passes them to `sync`, where all processes meet::
 
         save, failure = AllOrNone(f"save {path.name}"), None
         try:
@@ -76,14 +76,14 @@ class AllOrNone:
             failure = error
         save.sync(failure)  # raises in all processes, or in none
 
-    It takes no device, so a thread may do it while the devices compute. One object serves all points of one piece of
-    work, also where the later ones come in another thread: at the first point all processes get the same unique
+    It uses no device, so a thread may call it while the devices compute. One object serves all `sync` points of one
+    piece of work, even if later points are in another thread: the first point gives all processes the same unique
     identity, which names the later ones.
 
     Args:
-        name: What the work is, the same in all processes, for example the path that is saved. Works that may be in
-            flight at the same time need different names.
-        timeout_seconds: How long to wait for the others at a point.
+        name: Names the work, the same in all processes: for example the path to be saved. Work that may be in
+            flight at the same time needs different names.
+        timeout_seconds: How long to wait for the other processes at a point.
     """
 
     def __init__(self, name: str, *, timeout_seconds: float = 600.0) -> None:
@@ -96,17 +96,17 @@ class AllOrNone:
         """Waits for all processes, and raises if one has failed.
 
         Args:
-            error: What went wrong in this process. It is raised here if something did. One that an earlier point
-                raised, so that all processes know of it, is raised without waiting.
-            broadcast: A value of process 0 for all others; MessagePack must be able to express it.
-            timeout_seconds: How long to wait at this point, if not as long as at the others.
+            error: The error in this process, if any; it is raised here. If it came from an earlier point, all
+                processes know of it, and it is raised without waiting.
+            broadcast: A value that process 0 sends to all others; it must be MessagePack-serializable.
+            timeout_seconds: How long to wait at this point, if not the default.
 
         Returns:
             The value that process 0 broadcast.
 
         Raises:
-            CheckpointError: Another process raised one; an `UnreadableError` if it raised such.
-            DistributedError: Another process raised something else, or did not come in time.
+            CheckpointError: Another process raised it; an `UnreadableError` if that was its type.
+            DistributedError: Another process raised something else, or did not arrive in time.
         """
         if error is not None and getattr(error, "is_synced", False):
             raise error
@@ -134,36 +134,36 @@ class AllOrNone:
 
 
 def gathered(value: Any, *, name: str = "gathered", timeout_seconds: float = 300.0) -> list[Any]:
-    """Returns the value of each process, in the order of their indices. All processes call it.
+    """Returns the value of each process, in process order. All processes must call it.
 
     Args:
-        value: What MessagePack can express. It goes through the coordination service, so it must be small.
-        name: What is gathered, the same in all processes.
-        timeout_seconds: How long to wait for the others.
+        value: A MessagePack-serializable value. It must be small, since it goes through the coordination service.
+        name: Names the values, the same in all processes.
+        timeout_seconds: How long to wait for the other processes.
 
     Raises:
-        DistributedError: Not all processes came in time. It names the missing ones.
+        DistributedError: Not all processes arrived in time. It names the missing ones.
     """
     return list(exchange(name, value, timeout_seconds).values.values())
 
 
 def barrier(name: str, timeout_seconds: float = 300.0) -> None:
-    """Waits until every process has come to the barrier of this name.
+    """Waits until every process has reached the barrier of this name.
 
-    It takes no device: computations that were dispatched before it may still be running.
+    It uses no device: computations dispatched earlier may still be running.
 
     Args:
-        name: The same in every process; it may be used again.
+        name: The same in every process; it may be reused.
         timeout_seconds: How long to wait.
 
     Raises:
-        DistributedError: Not all processes came in time. It names the missing ones.
+        DistributedError: Not all processes arrived in time. It names the missing ones.
     """
     exchange(f"barrier {name}", None, timeout_seconds, label=f"the barrier {name!r}")
 
 
 def _entries(name: str, value: Any) -> Iterator[tuple[str, str]]:
-    """Yields the path and the text, or the hash of a long one, of everything in a value."""
+    """Yields the path and the text (a hash if it is long) of everything in a value."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from _entries(f"{name}/{key}", item)
@@ -186,7 +186,7 @@ def _entries(name: str, value: Any) -> Iterator[tuple[str, str]]:
 
 
 def who_holds_what(values: Mapping[int, str | None]) -> str:
-    """Returns ``0.1 in processes 0, 2 and 0.2 in process 1``, or nothing where all hold the same."""
+    """Returns ``0.1 in processes 0, 2 and 0.2 in process 1``, or nothing if all values are equal."""
     holders: dict[str | None, list[int]] = {}
     for process, value in sorted(values.items()):
         holders.setdefault(value, []).append(process)
@@ -205,5 +205,5 @@ def _versions() -> dict[str, str]:
 def _version_of(package: str) -> str:
     try:
         return version(package)
-    except PackageNotFoundError:  # this library, run from a checkout that is not installed
+    except PackageNotFoundError:  # this library, running from an uninstalled checkout
         return "not installed"

@@ -1,10 +1,10 @@
-"""The key-value store of JAX's coordination service: how processes talk to each other without their devices.
+"""The key-value store of JAX's coordination service: communication between processes without their devices.
 
-Process 0 holds the store. Only this module knows the texts of its errors.
+Process 0 holds the store. Only this module depends on the texts of its errors.
 
-Two facts, measured with jax 0.10.2, decide what is used of it. `wait_at_barrier` keeps 1.3 to 1.5 kB in process 0 for
-each name, for ever. `blocking_key_value_get` keeps 34 kB for each call that times out, 20 kB of it in the caller; one
-that returns a value keeps nothing, nor does a look for a key that is not there. So there are no barriers here, and
+Two measurements with jax 0.10.2 limit what is used. `wait_at_barrier` leaks 1.3 to 1.5 kB in process 0 per
+barrier name. `blocking_key_value_get` leaks 34 kB per call that times out, 20 kB of it in the caller; a call
+that returns a value leaks nothing, nor does a lookup of a missing key. So there are no barriers here, and
 nothing waits in a loop of short blocking calls.
 """
 
@@ -17,11 +17,11 @@ import jax
 from trainer.core.private_api import coordination_client
 
 POLL_SECONDS = 1.0
-"""How often a process looks for a message of another."""
+"""How often a process polls for messages of others."""
 
 
 def write_once(key: str, text: str) -> bool:
-    """Writes a key if it does not exist. Returns False, and changes nothing, if it does."""
+    """Writes a key if it does not exist; otherwise changes nothing and returns False."""
     try:
         coordination_client().key_value_set(key, text)
     except jax.errors.JaxRuntimeError as error:
@@ -43,9 +43,9 @@ def read_now(key: str) -> str | None:
 
 
 def read_within(key: str, seconds: float) -> str | None:
-    """Waits for the text under a key; returns None if it does not come in time.
+    """Waits for the text under a key; returns None on timeout.
 
-    The main thread waits for a thread that waits, so that Python handles signals meanwhile.
+    A second thread blocks on the store while the main thread waits for it, so that Python can handle signals.
     """
     if threading.current_thread() is not threading.main_thread():
         return _read_within(key, seconds)
@@ -59,7 +59,7 @@ def read_within(key: str, seconds: float) -> str | None:
 
     try:
         threading.Thread(target=wait, name="trainer-wait", daemon=True).start()
-    except RuntimeError:  # Python 3.12 starts no thread in an interpreter that is exiting
+    except RuntimeError:  # Python 3.12 starts no threads during interpreter exit
         return _read_within(key, seconds)
     return found.result()
 
@@ -75,13 +75,13 @@ def _read_within(key: str, seconds: float) -> str | None:
 
 
 def read_directory(directory: str) -> dict[str, str]:
-    """Returns what is below a directory now: texts by the rest of their keys."""
+    """Returns the current texts below a directory, by the rest of their keys."""
     found = coordination_client().key_value_dir_get(f"{directory}/")
     return {key.removeprefix(f"{directory}/"): text for key, text in found}
 
 
 def count_up(key: str) -> int:
-    """Adds one to a number in the store, and returns it: 1 to the first caller. Each caller gets another number."""
+    """Increments a number in the store and returns it, starting at 1. Each caller gets a different number."""
     count: int = coordination_client().key_value_increment(key, 1)
     return count
 

@@ -1,4 +1,4 @@
-"""Parts of arrays that several processes hold: whether they have the same bits in each."""
+"""Checks that replicated parts of arrays have the same bits in every process."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -17,21 +17,21 @@ _MOST_NAMED = 5
 
 
 def check_replicas(tree: Any, *, timeout_seconds: float = 300.0) -> None:
-    """Raises in all processes if arrays that they hold together differ between them.
+    """Raises in all processes if arrays that they replicate differ between them.
 
-    JAX takes it on trust that a replicated array has the same values on all devices. Processes that initialize from
-    different seeds, or restore different files, break that: they train on, with parameters that differ for ever.
+    JAX assumes that a replicated array has the same values on all devices. Processes that initialize from
+    different seeds, or restore different files, break this: they train on with params that never agree.
 
-    Each process computes checksums of its parts, where they are. One of 64 bits is exchanged for each set of processes
-    that share parts, and the names of arrays only where these differ. Parts that one process alone holds are not
-    compared, and neither are arrays that are not spread over processes.
+    Each process computes checksums of its parts, on the devices that hold them. For each set of processes that share
+    parts, one 64-bit checksum is exchanged; names of arrays are exchanged only if it differs. Parts held by a single
+    process are not compared, and neither are arrays local to one process.
 
     Args:
-        tree: A pytree, such as a `trainer.TrainState`. All processes call this with their own.
-        timeout_seconds: How long to wait for the others.
+        tree: A pytree, such as a `trainer.TrainState`. Each process passes its own.
+        timeout_seconds: How long to wait for the other processes.
 
     Raises:
-        DistributedError: Arrays differ. It names up to five, with the processes that hold which values. Or not all
+        DistributedError: Arrays differ; it names up to five, and which processes hold which values. Or not all
             processes called this in time.
     """
     if jax.process_count() == 1:
@@ -56,7 +56,7 @@ def check_replicas(tree: Any, *, timeout_seconds: float = 300.0) -> None:
 
 
 def _differences(held: Mapping[int, Mapping[str, str]], members: str, names: Iterable[str]) -> list[str]:
-    """Returns, for every name under which the members of a group hold different values, which these are."""
+    """Describes the values of each name for which the members of a group hold different ones."""
     processes = [int(process) for process in members.split(",")]
     found = ((name, who_holds_what({process: held[process].get(name) for process in processes})) for name in names)
     return [f"`{name}` is {holders}" for name, holders in found if holders]
@@ -67,9 +67,9 @@ def _digest_of_all(parts: Mapping[str, str]) -> str:
 
 
 def _shared_parts(tree: Any) -> dict[str, dict[str, str]]:
-    """Returns the digests of the parts of arrays that this process holds with others.
+    """Returns the digests of array parts that this process shares with others.
 
-    They are grouped by the processes that share them, as "0,1", and named by array and part.
+    They are grouped by the sharing processes, as "0,1", and named by array and part.
     """
     shared: dict[str, dict[str, str]] = {}
     found: list[tuple[str, str, jax.Array]] = []
@@ -89,9 +89,9 @@ def _shared_parts(tree: Any) -> dict[str, dict[str, str]]:
 
 
 def _processes_by_part(array: jax.Array) -> dict[str, set[int]]:
-    """Returns, for every part of an array, the processes that hold it."""
+    """Returns the processes that hold each part of an array."""
     devices: Iterable[Any] = array.sharding.device_set
-    if array.is_fully_replicated:  # thousands of devices may hold it
+    if array.is_fully_replicated:  # skips a loop over possibly thousands of devices
         return {"": {device.process_index for device in devices}}
     holders: dict[str, set[int]] = {}
     held: Mapping[Any, Any] = array.sharding.devices_indices_map(array.shape)
@@ -101,7 +101,7 @@ def _processes_by_part(array: jax.Array) -> dict[str, set[int]]:
 
 
 def _text(index: tuple[slice, ...] | None, array: jax.Array) -> str:
-    """Returns a part as ``[0:8, :]``, the whole array as nothing."""
+    """Formats a part as ``[0:8, :]``, the whole array as an empty string."""
     if array.is_fully_replicated:
         return ""
     ranges = (one.indices(size) for one, size in zip(index or (), array.shape, strict=True))

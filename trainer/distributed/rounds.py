@@ -1,25 +1,25 @@
-"""Rounds: the processes of a run exchange values under a name, and all get the same outcome.
+"""Rounds: all processes of a run exchange values under a name, and all get the same outcome.
 
-The name says what is agreed, such as ``save runs/mine/checkpoint_7.orbax``. Rounds of one name are numbered by what the
-store holds, never by a counter of a process: a process that failed before a round does not stay behind. In the store of
-the coordination service a round is a directory ``trainer/rounds/<name>/<number>``:
+The name says what is agreed on, such as ``save runs/mine/checkpoint_7.orbax``. Rounds of the same name are numbered by
+the contents of the store, never by a counter in a process, so a process that failed before a round does not fall
+behind. In the store of the coordination service, a round is a directory ``trainer/rounds/<name>/<number>``:
 
-* ``value/<process>``: what that process brings, written once.
-* ``verdict``: the outcome, written once, by whichever process knows it first. It is *complete* where all values are
-  there; *given up* by a process whose time is over, with the processes that did not come; or *passed*, where a process
-  is in a later round already and will not come to this one. What the others believe does not count: each acts on the
-  verdict that is in the store.
-* ``left``: how many processes have read a complete round. The last one deletes it, and the earlier rounds of the name.
+* ``value/<process>``: the value of that process, written once.
+* ``verdict``: the outcome, written once, by the first process that knows it. It is *complete* when all values are
+  there; *given up* by a process whose timeout has expired, naming the missing processes; or *passed* if a process
+  is already in a later round and will not come to this one. Only the verdict in the store counts, never what a
+  process concludes by itself.
+* ``left``: how many processes have read a complete round. The last one deletes it and all earlier rounds of the name.
 
 A process joins the lowest round that has no verdict and no value of its own, so all skip a round that was given up. Two
-processes may number a new round differently, one having looked before the last round was deleted and one after; each
-looks again after it has written its value, so at least one of them notices, and marks the lower round as passed.
+processes may number a new round differently, if one looked before the last round was deleted and one after. Each
+looks again after writing its value, so at least one of them notices, and marks the lower round as passed.
 
-A round that succeeds leaves no key behind. One that is given up leaves its values and its verdict until the next round
-of that name is complete; for ever, if there is none.
+A successful round leaves no keys behind. One that is given up leaves its values and verdict until the next round
+of that name completes; forever, if there is none.
 
-A process that comes too late to a round takes part in the next one, as it would if it had failed before. So the name
-should say which save or which step is meant.
+A process that is too late for a round takes part in the next one, as if it had failed before. So the name should
+identify the save or the step.
 """
 
 import base64
@@ -55,11 +55,11 @@ _ENDED_BEFORE = ", having ended before"
 
 @dataclasses.dataclass(frozen=True)
 class Exchanged:
-    """What a complete round brought.
+    """The result of a complete round.
 
     Attributes:
-        values: The value of each process, by its index.
-        identity: A text that all processes got in this round, and that no other round has.
+        values: The value of each process, by process index.
+        identity: A text unique to this round and the same in all processes.
     """
 
     values: Mapping[int, Any]
@@ -68,7 +68,7 @@ class Exchanged:
 
 @dataclasses.dataclass(frozen=True)
 class _Verdict:
-    """The outcome of a round: how it ended, its identity, and who did not come for which reason."""
+    """The outcome of a round: how it ended, its identity, and which processes were missing and why."""
 
     outcome: str
     identity: str = ""
@@ -83,27 +83,27 @@ class _Verdict:
 
 @dataclasses.dataclass
 class _Seen:
-    """What the store holds of a round: packed values, by process, and the verdict."""
+    """The contents of a round in the store: packed values by process, and the verdict."""
 
     values: dict[int, str] = dataclasses.field(default_factory=dict)
     verdict: _Verdict | None = None
 
 
 def exchange(name: str, value: Any, timeout_seconds: float, *, once: bool = False, label: str = "") -> Exchanged:
-    """Returns the value of each process. All processes call it with the same name.
+    """Returns the value of each process. All processes must call it with the same name.
 
     Two threads may be in rounds at the same time if the names differ.
 
     Args:
-        name: What is agreed.
-        value: What MessagePack can express.
-        timeout_seconds: How long to wait for the others.
-        once: Whether no second round of this name ever comes, so that a process that is too late raises at once.
-        label: What messages call it; the name, by default.
+        name: What is agreed on.
+        value: A MessagePack-serializable value.
+        timeout_seconds: How long to wait for the other processes.
+        once: Whether this name has only one round, so that a process that is too late raises at once.
+        label: The name in messages; by default ``name``.
 
     Raises:
-        DistributedError: Not all processes came in time. It names the missing ones, and every process that came
-            raises it.
+        DistributedError: Not all processes arrived in time. It names the missing ones, and is raised in every
+            process that arrived.
     """
     if jax.process_count() == 1:
         return Exchanged({0: value}, uuid.uuid4().hex)
@@ -118,7 +118,7 @@ def exchange(name: str, value: Any, timeout_seconds: float, *, once: bool = Fals
                 _leave(directory, number)
                 values = {other: msgpack.unpackb(base64.b64decode(text)) for other, text in sorted(held.items())}
                 return Exchanged(values, verdict.identity)
-            # A process that was given up on is late, and takes part in the next round.
+            # A process that was given up on is late, and joins the next round.
             if verdict.outcome == _GIVEN_UP and (once or process not in verdict.missing):
                 raise DistributedError(
                     f"{name_processes(verdict.missing)} of {jax.process_count()} did not come to "
@@ -132,7 +132,7 @@ def exchange(name: str, value: Any, timeout_seconds: float, *, once: bool = Fals
 
 
 def leave_unfinished(name: str, reason: str) -> None:
-    """Gives up a round that happens once, because this process will not come. Those that wait for it raise.
+    """Gives up a one-time round that this process will not join. Processes waiting for it raise.
 
     Args:
         name: As for `exchange`.
@@ -142,15 +142,15 @@ def leave_unfinished(name: str, reason: str) -> None:
 
 
 def delete_round(name: str) -> None:
-    """Deletes what is left of a round that happens once, when all processes are done with it."""
+    """Deletes the rest of a one-time round, once all processes are done with it."""
     delete_directory(_directory_of(name))
 
 
 def announce_end() -> None:
-    """Says that this process ends, so that no other waits for it in a round, now or later."""
+    """Announces that this process ends, so that no other waits for it in a round, now or later."""
     process = jax.process_index()
     write_once(f"{_ENDED}/{process}", "")
-    # A round that begins after this look reads what was just written.
+    # A round that starts after this lookup will read the key just written.
     for name in {key.split("/", 1)[0] for key in read_directory(_ROUNDS)}:
         for number, seen in _look(f"{_ROUNDS}/{name}").items():
             if seen.verdict is None and process not in seen.values:
@@ -158,7 +158,7 @@ def announce_end() -> None:
 
 
 def rounds_in_store() -> list[str]:
-    """Returns the keys of all rounds, for tests and for a look at what a run has left behind."""
+    """Returns the keys of all rounds, for tests and for inspecting what a run left behind."""
     return sorted(unquote(key) for key in read_directory(_ROUNDS))
 
 
@@ -167,7 +167,7 @@ def _directory_of(name: str) -> str:
 
 
 def _look(directory: str) -> dict[int, _Seen]:
-    """Returns what the store holds of each round of a name."""
+    """Returns the contents of each round of a name in the store."""
     found: dict[int, _Seen] = {}
     for key, text in read_directory(directory).items():
         number, kind, *rest = key.split("/")
@@ -180,20 +180,20 @@ def _look(directory: str) -> dict[int, _Seen]:
 
 
 def _join(directory: str, packed: str, once: bool) -> int:
-    """Brings this process's value to the round that it can take part in, and returns its number."""
+    """Writes this process's value to the round that it can join, and returns the round's number."""
     process, number = jax.process_index(), 0
     while True:
         if not once:
             found = _look(directory)
             first = 1 + max((n for n, seen in found.items() if seen.verdict or process in seen.values), default=-1)
             number = min((n for n in found if n >= first), default=first)
-        # Another thread of this process may have been faster; then the next round is this one's.
+        # Another thread of this process may have taken the round; this one then joins the next.
         if write_once(f"{directory}/{number}/value/{process}", packed):
             return number
 
 
 def _verdict(directory: str, number: int, deadline: float, timeout_seconds: float) -> _Verdict:
-    """Waits for the verdict of a round, or gives it."""
+    """Waits for the verdict of a round, or decides it."""
     process = jax.process_index()
     try:
         found = _look(directory)
@@ -242,9 +242,9 @@ def _decide(directory: str, number: int, verdict: _Verdict) -> None:
 
 
 def _leave(directory: str, number: int) -> None:
-    """Deletes a complete round if all others have read it.
+    """Deletes a complete round if all other processes have read it.
 
-    Earlier rounds go first: while this one is there nobody starts again at number 0.
+    Earlier rounds go first: while this one exists, no process restarts at number 0.
     """
     if count_up(f"{directory}/{number}/left") == jax.process_count():
         for earlier in sorted(n for n in _look(directory) if n < number):

@@ -1,4 +1,4 @@
-"""Signals that end a run: recorded when they come, acted on between two steps."""
+"""Signals that end a run: recorded on arrival, acted on between steps."""
 
 import contextlib
 import signal
@@ -12,28 +12,27 @@ from trainer.errors import TrainingInterrupted
 
 
 class Signals:
-    """Handles SIGTERM and SIGINT (Ctrl-C) while a run is in progress::
+    """Handles SIGTERM and SIGINT (Ctrl-C) during a run::
 
         with Signals() as signals:
             for tick in run_epoch(step, run, batches):
                 run = tick.run
                 signals.check()  # raises after a signal; `run` is complete here
 
-    A signal may come at any instruction, also between the call of a step that consumes the old state and the
-    assignment of the new one. So the handler only records it, and `check` raises. A second signal does not wait: it
-    raises where it comes, and may cost the state.
-
-    The earlier handlers come back at the end. Outside the main thread Python handles no signals, and neither does
-    this; without ``with`` it never raises.
+    A signal may arrive at any instruction, even between the call of a step that consumes the old state and the
+    assignment of the new one. So the handler only records it, and `check` raises. A second signal raises
+    immediately, and may lose the state.
+    On exit, the previous handlers are restored. Python handles signals only in the main thread, so in other threads
+    this handles none; without ``with``, it never raises.
 
     Args:
-        together: Whether all processes train together. Then a signal to any process stops all of them at the same
-            `check`, so that none waits in a collective for one that has stopped. A second signal ends the other
-            processes too, unsaved.
+        together: Whether all processes train together. A signal to any process then stops all of them at the same
+            `check`, so that none waits in a collective for one that has stopped. A second signal also ends the
+            other processes, unsaved.
 
     Attributes:
-        received: The signal to act on, None if there is none. With several processes, the one that all agreed on.
-        second_signal: Whether a second signal came to this process, and was raised where it came.
+        received: The signal to act on, or None. With several processes, the one that all agreed on.
+        second_signal: Whether a second signal came to this process, and was raised on arrival.
     """
 
     def __init__(self, *, together: bool = False) -> None:
@@ -59,20 +58,20 @@ class Signals:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         if self._stop is not None and isinstance(error, SystemExit) and not isinstance(error, TrainingInterrupted):
-            # Python reports it to nobody, and the others may be in a collective that waits for this process.
+            # Python does not print it, and other processes may be in a collective that waits for this one.
             end_others(f"left its run by {type(error).__name__}({error.code!r})", grace=True)
         self._exits.__exit__(kind, error, trace)
         if error is None and self._own is not None and self.received is None:
-            # It came after all processes had agreed that there was none, so the earlier handler gets it.
+            # It came after all processes had agreed that there was no signal, so the previous handler gets it.
             signal.raise_signal(self._own)
 
     def check(self) -> None:
-        """Does nothing, unless a signal came.
+        """Raises if a signal came; otherwise does nothing.
 
         Raises:
-            KeyboardInterrupt: It was SIGINT.
-            TrainingInterrupted: It was SIGTERM.
-            DistributedError: It came to one of several processes, and another did not answer, or has left the run.
+            KeyboardInterrupt: The signal was SIGINT.
+            TrainingInterrupted: The signal was SIGTERM.
+            DistributedError: A process received a signal, and another did not answer or has left the run.
         """
         if self._stop is not None:
             self._set_received(self._stop.pass_point())
@@ -80,17 +79,17 @@ class Signals:
             raise self.exception()
 
     def wait_for_all(self) -> bool:
-        """Returns whether a signal came after the last `check`. Of several processes, waits until all call this.
+        """Returns whether a signal came after the last `check`. With several processes, waits until all call this.
 
         Raises:
-            DistributedError: Another process did not call it.
+            DistributedError: Another process did not call this.
         """
         if self._stop is not None:
             self._set_received(self._stop.finish())
         return self.received is not None
 
     def exception(self) -> BaseException:
-        """Returns the exception that stands for the signal."""
+        """Returns the exception for the signal."""
         if (self._own if self.second_signal else self.received) == signal.SIGINT:
             return KeyboardInterrupt("training was interrupted")
         return TrainingInterrupted("training was terminated")

@@ -1,7 +1,7 @@
-"""Many processes, one program: they start together and end together.
+"""Several processes run one program: they start together and end together.
 
 JAX connects the processes and runs their collectives. A collective waits for all of them, so a failure in one process
-is a hang in the others. The functions here turn the hang into a message: they use JAX's coordination service, not the
+makes the others hang. The functions here turn the hang into a message: they use JAX's coordination service, not the
 devices, and every wait has a timeout.
 """
 
@@ -23,7 +23,7 @@ from trainer.errors import ArgumentError, ArgumentTypeError
 
 _FAILURE = "trainer/failure"
 _GRACE_SECONDS = 3.0
-_leaving = threading.Event()  # set where this process ends by itself, in a way that it has told the others
+_leaving = threading.Event()  # set when this process ends in a way that it has told the others
 
 
 def initialize(
@@ -38,35 +38,35 @@ def initialize(
 ) -> None:
     """Joins this process to the others of a run. Call it before anything that asks JAX for devices.
 
-    An argument that is None is taken from the environment variables ``JAX_COORDINATOR_ADDRESS``,
-    ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``, and then from what JAX detects by itself: Slurm, Open
+    Arguments that are None come from the environment variables ``JAX_COORDINATOR_ADDRESS``,
+    ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``, or else from what JAX detects itself: Slurm, Open
     MPI, Cloud TPU and, with the package ``kubernetes``, Kubernetes.
 
-    From then on no process outlives another for long. Where one
+    From then on, no process outlives another for long. If a process
 
-    * ends with an exception, the others print it within seconds and end with status 1;
-    * is killed, or its machine dies, the others end after ``heartbeat_timeout_seconds`` with a message
-      of JAX that names the process (at once, if it was process 0, which coordinates);
-    * exits in another way while the others continue, all end after ``shutdown_timeout_seconds``. An exchange of values
+    * ends with an exception, the others print it within seconds and exit with status 1;
+    * is killed, or its machine dies, the others end after ``heartbeat_timeout_seconds`` with a JAX
+      message that names the process (at once if it was process 0, the coordinator);
+    * exits in another way while the others continue, all end after ``shutdown_timeout_seconds``. Exchanging values
       with a process that has exited raises at once.
 
-    SIGTERM keeps the handler that it had, or its default action: with JAX's own handler a process would ignore the
-    signal, and then wait in its shutdown for ever. So JAX's ``reached_preemption_sync_point``, which relies on that
-    handler, hears nothing.
+    SIGTERM keeps its existing handler or default action: with JAX's own handler, a process would ignore the
+    signal, then wait forever in its shutdown. As a result, JAX's ``reached_preemption_sync_point``, which relies on
+    that handler, receives no signals.
 
     Args:
-        coordinator_address: Host and port of process 0, ``"10.0.0.1:1234"``.
-        num_processes: How many there are. 1 runs alone and needs nothing else.
-        process_id: Which one this is, from 0.
-        local_device_ids: Which devices of this machine are this process's; all, by default.
-        initialization_timeout_seconds: How long to wait for the others to start. Halfway a line on stderr
-            says so; then JAX ends the process.
+        coordinator_address: Host and port of process 0: ``"10.0.0.1:1234"``.
+        num_processes: The number of processes. 1 runs alone and needs no other argument.
+        process_id: The index of this process, from 0.
+        local_device_ids: The devices of this machine that this process uses; by default all.
+        initialization_timeout_seconds: How long to wait for the others to start. Halfway, a line on stderr
+            reports the wait; at the timeout, JAX ends the process.
         heartbeat_timeout_seconds: Silence after which a process counts as dead.
-        shutdown_timeout_seconds: How long a process that has finished waits for the others.
+        shutdown_timeout_seconds: How long a finished process waits for the others.
 
     Raises:
         ArgumentTypeError: A number is not an integer, in an argument or in the environment.
-        ArgumentError: Nothing says where the other processes are, or ``process_id`` is out of range.
+        ArgumentError: The addresses of the other processes are unknown, or ``process_id`` is out of range.
     """
     coordinator_address = coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS")
     num_processes = _number(num_processes, "num_processes", "JAX_NUM_PROCESSES")
@@ -75,7 +75,7 @@ def initialize(
         return
     if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
         raise ArgumentError(f"`process_id` is {process_id}; it must be from 0 to {num_processes - 1}.")
-    # What JAX says when it gives up names neither the address nor a remedy, and cannot be caught.
+    # JAX's message at the timeout names neither the address nor a remedy, and cannot be caught.
     waiting = threading.Timer(
         initialization_timeout_seconds / 2,
         print,
@@ -107,7 +107,7 @@ def initialize(
     finally:
         waiting.cancel()
     if threading.current_thread() is threading.main_thread():
-        # JAX has put a handler of its own below that of Python, which Python does not know of.
+        # JAX has installed a handler below Python's, without Python's knowledge.
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     _end_with_the_others()
 
@@ -116,20 +116,20 @@ def end_others(reason: str, *, grace: bool = False) -> None:
     """Ends the other processes, which may be waiting for this one, with a message; this one continues.
 
     Args:
-        reason: The message without its subject, which is this process.
-        grace: Whether they get a few seconds to end by themselves, as all do where all call `sys.exit`.
+        reason: The predicate of the message; its subject is this process.
+        grace: Whether they get a few seconds to end by themselves, as when all call `sys.exit`.
     """
     if grace:
         _leaving.set()
     try:
         message = f"process {jax.process_index()} {reason}"[:2000]
-        write_once(_FAILURE, f"{int(grace)} {message}")  # the first one counts
+        write_once(_FAILURE, f"{int(grace)} {message}")  # only the first counts
     except jax.errors.JaxRuntimeError:
-        return  # the coordinator is gone, which ends the others as well
+        return  # the coordinator is gone, which ends the others too
 
 
 def _number(value: Any, name: str, variable: str) -> int | None:
-    """Returns an argument, or what the environment says in its place."""
+    """Returns an argument, or its value from the environment."""
     source = f"`{name}`"
     if value is None and variable in os.environ:
         source, text = f"The environment variable {variable}", os.environ[variable]
@@ -140,10 +140,10 @@ def _number(value: Any, name: str, variable: str) -> int | None:
 
 
 def _end_with_the_others() -> None:
-    """Publishes an exception that ends this process, and watches for exceptions of the others.
+    """Publishes an exception that ends this process, and watches for exceptions in the others.
 
-    A process that fails waits in the shutdown of JAX for the others, which wait in a collective for this process;
-    only a timeout would end that. The exception is seen by `sys.excepthook`, which IPython does not call.
+    A failed process would wait in JAX's shutdown for the others, while they wait in a collective for it, until a
+    timeout. The exception is caught by `sys.excepthook`, which IPython does not call.
     """
     process = jax.process_index()
     ending = threading.Event()
@@ -164,12 +164,12 @@ def _end_with_the_others() -> None:
                 continue
             grace, _, message = message.partition(" ")
             if message.startswith(f"process {process} "):
-                return  # it ends the others
+                return  # this process ends the others
             if grace == "1" and _leaving.wait(_GRACE_SECONDS):
                 return
             print(f"process {process} ends, since {message}", file=sys.stderr, flush=True)
             sys.stdout.flush()
-            # The main thread may be in a collective, which no exception can reach.
+            # The main thread may be in a collective, which no exception can interrupt.
             jax.distributed.shutdown()
             os._exit(1)
 
@@ -177,7 +177,7 @@ def _end_with_the_others() -> None:
     listener.start()
     sys.excepthook = tell
 
-    # Registered after that of JAX, so it runs before it: the listener must not use a client that is gone.
+    # Registered after JAX's, so it runs before: the listener must not use a closed client.
     @atexit.register
     def stop() -> None:
         ending.set()

@@ -1,13 +1,13 @@
-"""Stopping many processes at the same point, so that none waits in a collective for one that has stopped.
+"""Stops several processes at the same point, so that none waits in a collective for one that has stopped.
 
-`jax.experimental.multihost_utils.reached_preemption_sync_point` has the same aim, and is not used. With jax 0.10.2:
+`jax.experimental.multihost_utils.reached_preemption_sync_point` has the same aim, but is not used. In jax 0.10.2:
 
-* It hears SIGTERM alone, through a handler that JAX installs below Python's. A handler that Python installs later
-  replaces it, and then it hears nothing; the other way round, the handler of the user's program hears nothing.
+* It reacts only to SIGTERM, through a handler that JAX installs below Python's. A handler that Python installs later
+  replaces JAX's; conversely, JAX's handler keeps signals from the user's.
 * Ctrl-C does not reach it.
-* It has no end of a run: a process that has done its last step does not call it any more, so a signal that comes then
-  stops the others at a point which that process never reaches. `CommonStop.finish` decides that case for all.
-* A caller cannot set how long it waits, and nothing names the process that did not come.
+* It does not handle the end of a run: after its last step, a process no longer calls it, so a later signal
+  stops the others at a point which that process never reaches. `CommonStop.finish` decides this case for all.
+* Its timeout cannot be set, and its error does not name the missing process.
 """
 
 import contextlib
@@ -23,9 +23,9 @@ from trainer.errors import DistributedError
 
 
 class CommonStop:
-    """Stops all processes of a run at the same point, wherever one of them got a reason to stop.
+    """Stops all processes of a run at the same point, whichever of them got a reason to stop.
 
-    A point is a call of `pass_point`. All processes come to the same points in the same order, with the same
+    A point is a call of `pass_point`. All processes reach the same points in the same order, with the same
     collectives between them::
 
         with CommonStop(stop_reason) as stop:
@@ -36,19 +36,19 @@ class CommonStop:
             else:
                 stop.finish()
 
-    If a process has a reason to stop, each process publishes how many points it has passed, and passes no further point
+    Once a process has a reason to stop, each process publishes how many points it has passed, and passes no other
     until all have published theirs. All stop at the next point of the process that is furthest ahead: the others can
-    still reach that point, since that process has begun its part of every collective before it. A thread publishes,
+    still reach it, since that process has begun its part of every collective before it. A thread publishes,
     because the main thread may be in a collective that waits for a process which already waits here.
 
-    Entering waits for the other processes to enter, and gives the run an identity that all of them share.
+    On entry, it waits for the other processes to enter, and gives the run an identity that all share.
 
     Args:
-        stop_reason: Returns why this process has to stop, None if it does not. It is called from a thread too.
-        timeout_seconds: How long to wait for the others.
+        stop_reason: Returns why this process must stop, or None. It is also called from a thread.
+        timeout_seconds: How long to wait for the other processes.
 
     Raises:
-        DistributedError: On entering, if not all processes came in time. It names the missing ones.
+        DistributedError: On entry, not all processes arrived in time. It names the missing ones.
     """
 
     def __init__(self, stop_reason: Callable[[], int | None], timeout_seconds: float = 300.0) -> None:
@@ -73,7 +73,7 @@ class CommonStop:
             self._changed.notify_all()
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator is gone, which ends this process too
             if self._agreed is None:
-                # So that no process waits for the answer of this one, nor this one's thread for theirs.
+                # So that no process waits for this one's answer, nor this one's thread for theirs.
                 leave_unfinished(self._answers, "left the run")
             self._watcher.join()
             if count_up(f"{self._directory}/left") == jax.process_count():
@@ -81,10 +81,10 @@ class CommonStop:
                 delete_round(self._answers)
 
     def pass_point(self) -> int | None:
-        """Passes a point, unless all are to stop at it.
+        """Passes a point, unless all processes are to stop at it.
 
         Returns:
-            None, or why all stop here: what ``stop_reason`` returned, in the first process that had one.
+            None, or the reason why all stop here: that of the first process that had one.
 
         Raises:
             DistributedError: Another process did not answer in time, or has left the run. It names the process.
@@ -103,11 +103,11 @@ class CommonStop:
         """Waits until all processes have passed their last point. Call it once, after the last point.
 
         Returns:
-            None, or why all stop, if a process had a reason before it called this. A later one has no effect.
+            None, or the reason why all stop, if a process had one before calling this. A later one has no effect.
 
         Raises:
-            DistributedError: Another process did not come in time, has left the run, or passed another number of
-                points.
+            DistributedError: Another process did not arrive in time, has left the run, or passed a different
+                number of points.
         """
         with self._changed:
             self._begin_to_agree()

@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from trainer.callbacks.base import as_callback_list, asked_by, without_savers
+from trainer.callbacks.base import as_callback_list, asked_by, check_handlers, without_savers
 from trainer.callbacks.dispatch import CallbackDispatcher
 from trainer.callbacks.progress import progress_for
 from trainer.checkpoints.checkpointer import Checkpointer
@@ -22,7 +22,7 @@ from trainer.compile.dispatch import CompiledStep
 from trainer.config import TrainingConfig, make_optimizer, make_schedule
 from trainer.config.schedules import check_horizon, needs_horizon
 from trainer.core.averaged_params import resolve_eval_params
-from trainer.core.checks import check_bool, check_count
+from trainer.core.checks import check_bool, check_count, check_interval
 from trainer.core.learning_rate import plateau_scale
 from trainer.core.modes import evaluated_as_a_whole
 from trainer.core.module_views import check_view, combined
@@ -39,13 +39,13 @@ from trainer.distributed.agreement import check_agreement, gathered
 from trainer.errors import ArgumentError, ArgumentTypeError, warn
 from trainer.fit.fingerprint import fingerprints_of
 from trainer.fit.setup import Live, Setup
-from trainer.fit.unused_settings import warn_beside_optimizer
+from trainer.fit.unused_settings import warn_beside_optimizer, warn_beside_own_step
 from trainer.loggers.base import Logger, MetricsLoggerLike, names_checked
 from trainer.loggers.fanout import MetricFanout, as_loggers
 from trainer.loggers.wandb import WandbLogger
 from trainer.run import Run
 from trainer.sharding.placement import Placement, placement_of
-from trainer.state import TrainState, check_model, check_optimizer, check_rng
+from trainer.state import TrainState, as_key, check_model, check_optimizer
 from trainer.steps import make_eval_step, make_predict_step, make_train_step
 from trainer.types import Batch, EvalParams, ExtensionLike, LogCallback, LossFn, NonFinite, Remat, StepFn
 
@@ -65,12 +65,12 @@ def assemble(
     train_data_loader: Callable[..., Any] | Iterable[Batch] | None,
     val_data_loader: Callable[..., Any] | Iterable[Batch] | None,
     workdir: str | os.PathLike[str] | None,
-    rng: jax.Array | None,
+    rng: jax.Array | int | None,
     loss_fn: LossFn | None,
     metrics_logger: MetricsLoggerLike | None,
     logger: Logger | Sequence[Logger] | None,
     checkpoint_dir: str | os.PathLike[str] | None,
-    save_interval: int,
+    save_interval: int | None,
     log_callback: LogCallback | None,
     callbacks: Any,
     eval_params: EvalParams | None,
@@ -104,6 +104,9 @@ def assemble(
     _check_config(training_config)
     if optimizer is not None:
         check_optimizer(optimizer)
+    if step_fn is not None and isinstance(model, TrainState):
+        warn_beside_own_step(training_config, optimizer, wrt)
+    elif optimizer is not None:
         warn_beside_optimizer(training_config)
     if params_average is not None:
         check_optimizer(params_average, "params_average")
@@ -116,6 +119,8 @@ def assemble(
         "nonfinite": nonfinite,
         "accumulate_steps": check_count(accumulate_steps, "accumulate_steps"),
     }
+    for name, extension in extensions.items():
+        check_handlers(extension, f"extensions[{name!r}]")
     callbacks = as_callback_list(callbacks)
     optimizer_parts, asked = asked_by(callbacks)
     if step_fn is None:
@@ -132,7 +137,7 @@ def assemble(
     objective = objective if pad_to is None else requiring_weight(objective)
     if log_callback is not None and not callable(log_callback):
         raise ArgumentTypeError(f"`log_callback` is of type {type(log_callback).__name__}; it must be callable.")
-    save_interval = check_count(save_interval, "save_interval")
+    save_interval = check_interval(save_interval, "save_interval")
     dry = int(fast_dev_run) if isinstance(fast_dev_run, bool) else check_count(fast_dev_run, "fast_dev_run")
     if overfit_batches is not None:
         overfit_batches = check_count(overfit_batches, "overfit_batches")
@@ -146,8 +151,7 @@ def assemble(
         without_savers(callbacks) if dry else callbacks, extensions, progress_for(progress, callbacks)
     )
     placement = placement_of(mesh, partition_rules)
-    rng = jax.random.PRNGKey(0) if rng is None else rng
-    check_rng(rng)
+    rng = as_key(0 if rng is None else rng)
     precision = as_precision(precision)
     held = {"wrt": wrt, "extensions": losses, "nonfinite": nonfinite}
     make_whole = functools.partial(build_optimizer, training_config, optimizer, optimizer_parts, params_average)

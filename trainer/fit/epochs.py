@@ -11,19 +11,19 @@ import copy
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from trainer.checkpoints.checkpointer import warn_of_state
 from trainer.checkpoints.run_record import Restored
 from trainer.compile.cost import ProgramCost, cost_of
 from trainer.distributed.signals import Signals
-from trainer.errors import ObjectiveError, TrainingInterrupted, warn
+from trainer.errors import ObjectiveError, warn
 from trainer.fit.cadence import steps_due
 from trainer.fit.finite import hold_if_finite, react_if_not_finite
 from trainer.fit.plan import FitPlan
 from trainer.fit.resume import checked, find, planned_end, put_back
 from trainer.fit.run_file import write_start
+from trainer.fit.running import running
 from trainer.fit.setup import Planned, Setup
 from trainer.loggers.base import prefixed
 from trainer.loop import evaluate, open_pass, plan_dispatch, rare_collections, run_epoch
@@ -105,7 +105,7 @@ def _run_epochs(
     setup = trainer.setup
     if restored is not None or trainer.run.is_new:
         write_start(setup, plan, trainer.run, None if restored is None else restored.path)
-    with _running(trainer) as signals:
+    with running(trainer) as signals:
         setup.fanout.log_hyperparams(setup.config.to_dict())
         if restored is not None:
             where = f"epoch {trainer.run.epoch}, batch {trainer.run.batch}"
@@ -135,7 +135,8 @@ def _run_epochs(
         trainer.run.average.compute()  # the caller reads it next
         react_if_not_finite(trainer, trainer.run.average)
         setup.fanout.flush()
-        if plan.held_out is not None and _not_validated(trainer.run):
+        # The end may have come before an epoch whose end is due: a callback stopped the run.
+        if plan.held_out is not None and _not_validated(trainer.run) and _is_end(setup, plan, trainer.run):
             validate(trainer, plan.held_out, signals.check)
         if plan.caller == "train" and trainer.run.validation is not None and plan.held_out is not None:
             setup.fanout.log_test_metrics(trainer.run.validation.averages)
@@ -190,7 +191,7 @@ def _run_epoch(trainer: Trainer, plan: FitPlan, signals: Signals, batches: Itera
             # A checkpoint comes after the validation of its step, so that the two belong together.
             if plan.held_out is not None and _is_due(plan.validate_every, trainer.run):
                 validate(trainer, plan.held_out, signals.check)
-            if trainer.run.step % plan.save_every == 0:
+            if _is_due(plan.save_every, trainer.run):
                 trainer.save_checkpoint(background="if_finite")
         # Several processes wait for a save at the same point, before the next one.
         if setup.placement.num_processes == 1:
@@ -203,7 +204,8 @@ def _run_epoch(trainer: Trainer, plan: FitPlan, signals: Signals, batches: Itera
     setup.fanout.log_throughput(trainer.run.step, setup.live.throughput)
     if is_last:
         _log_last_step(trainer)
-    if plan.held_out is not None and _not_validated(trainer.run):
+    is_due = plan.validates_epoch(setup.config, epoch + 1, is_last=is_last)
+    if plan.held_out is not None and is_due and _not_validated(trainer.run):
         validate(trainer, plan.held_out, signals.check)
     validation = prefixed("val_", trainer.run.validation_of_epoch)
     trainer.hold(trainer.run.end_epoch())
@@ -304,91 +306,6 @@ def tell_compilation(trainer: Trainer, name: str, seconds: float, warning: str |
     setup.fanout.log_text("compilation", f"{name} took {seconds:.1f} s to compile", step)
     if warning is not None:
         warn(warning)
-
-
-@contextlib.contextmanager
-def _running(trainer: Trainer) -> Iterator[Signals]:
-    """Emits the first and the last event of a run, whatever happens in between, and handles signals."""
-    setup = trainer.setup
-    signals = Signals(together=setup.placement.num_processes > 1)
-    with signals if setup.handle_signals else contextlib.nullcontext():
-        setup.live.is_running = True
-        try:
-            setup.events.emit("on_train_begin", trainer)
-            yield signals
-            setup.finish_saves()
-            # A signal that came after the last step must not be lost: it wants the process to end.
-            signals.check()
-        except BaseException as error:
-            is_interrupt = isinstance(error, KeyboardInterrupt | TrainingInterrupted)
-            setup.live.failure = "interrupted" if is_interrupt else f"failed ({type(error).__name__})"
-            with contextlib.suppress(Exception):  # the metrics of finished steps are logged if they can be
-                setup.fanout.flush()
-            try:
-                _finish_saves(trainer, signals, error)
-            finally:  # also where a second signal ends the saving
-                told = _noted(error, _end(trainer))
-            if told is not error:
-                raise told from error
-            # XLA replaces an exception that is raised in a host callback of the objective by its own.
-            if signals.second_signal and isinstance(error, Exception):
-                raise signals.exception() from error
-            raise
-        finally:
-            setup.live.is_running = False
-        failures = _end(trainer)
-        # Before anything is raised: every process waits here for the others.
-        if signals.wait_for_all():
-            late = _noted(signals.exception(), failures)
-            _finish_saves(trainer, signals, late)
-            raise late
-        ordinary = [failure for failure in failures if isinstance(failure, Exception)]
-        if len(ordinary) == len(failures) > 1:
-            raise ExceptionGroup("several callbacks failed in on_train_end", ordinary)
-        if failures:
-            raise _noted(failures[0], failures)
-
-
-def _end(trainer: Trainer) -> list[BaseException]:
-    """Emits the last event of a run, waits for what callbacks have begun to save at it, and returns the failures."""
-    failures = trainer.setup.events.emit_to_all("on_train_end", trainer)
-    try:
-        trainer.setup.finish_saves()
-    except BaseException as failure:
-        failures.append(failure)
-    return failures
-
-
-def _noted(error: BaseException, failures: Sequence[BaseException]) -> BaseException:
-    """Returns the error, or the Ctrl-C among what ``on_train_end`` raised, with notes of the rest of that."""
-    told = next((one for one in (error, *failures) if not isinstance(one, Exception)), error)
-    for failure in failures:
-        if failure is not told:
-            told.add_note(f"and on_train_end raised {failure!r}")
-    return told
-
-
-def _finish_saves(trainer: Trainer, signals: Signals, error: BaseException) -> None:
-    """Waits for the save in flight and, if a signal came, saves for ``resume``; no failure hides the error."""
-    try:
-        trainer.setup.finish_saves()
-    except Exception as unsaved:
-        error.add_note(f"and a save in the background raised {unsaved!r}")
-    if signals.received is None:
-        return
-    path = None
-    try:
-        if trainer.run.state_with_edits().is_finite():
-            path = trainer.save_checkpoint()
-        else:
-            warn_of_state(trainer.run.step)
-    except Exception as failure:
-        error.add_note(f"the state could not be saved: {failure}")
-        return
-    if path is not None:
-        error.add_note(f"the state was saved to {path}; train(..., resume=True) resumes from it")
-    if isinstance(error, TrainingInterrupted):
-        error.path = path
 
 
 def _is_to_be_saved(setup: Setup, plan: FitPlan, run: Run) -> bool:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 class Inspection(ReadOnly):
     """The methods of a `trainer.Trainer` that leave it as it is, to the bit, and emit no event."""
 
+    __slots__ = ()
+
     def summary(self, depth: int | None = None, batch: Batch | None = None) -> str:
         """Returns a table of the model, to print, with operations where a batch is given: see `trainer.summarize`."""
         from trainer.features.summary import summarize  # here, as below: no run needs it

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from trainer.config import TrainingConfig
-from trainer.core.checks import check_count
+from trainer.core.checks import check_count, check_interval
 from trainer.data.loaders import check_loader, one_pass, takes_batch_size
 from trainer.data.memory import InMemoryData
 from trainer.errors import ArgumentError, warn
@@ -32,8 +32,8 @@ class FitPlan:
         name: The argument that the data came in, for messages.
         horizon: The steps of the call, None if they are not known.
         planned: How far the run of which the call is a part is meant to go.
-        save_every: Save at multiples of this step.
-        validate_every: Validate at multiples of this step, beside the end of every epoch; None for no other.
+        save_every: Save at multiples of this step; None for at none.
+        validate_every: Validate at multiples of this step, beside the ends of epochs; None for no other.
         held_out: Opens the validation data; None where nothing is validated.
         about: The plan in words.
         arguments: What the call was made with, see `trainer.fit.identity`.
@@ -48,7 +48,7 @@ class FitPlan:
     name: str
     horizon: int | None
     planned: Planned
-    save_every: int
+    save_every: int | None
     validate_every: int | None
     held_out: Callable[[], Iterator[Batch]] | None
     about: str
@@ -57,7 +57,20 @@ class FitPlan:
     @property
     def sync_every(self) -> list[int]:
         """The multiples of steps at which the host needs the state."""
-        return [self.save_every] if self.validate_every is None else [self.save_every, self.validate_every]
+        return [every for every in (self.save_every, self.validate_every) if every is not None]
+
+    def validates_epoch(self, config: TrainingConfig, finished: int, *, is_last: bool) -> bool:
+        """Tells whether to validate at the end of an epoch.
+
+        Args:
+            config: The configuration.
+            finished: The epochs finished, this one included.
+            is_last: Whether it is the last of the call. One of ``train_epoch`` may be followed by others.
+        """
+        every = config.epochs_per_validation
+        if every is not None and finished % every == 0:
+            return True
+        return is_last and (self.caller == "train" or finished >= config.num_epochs)
 
 
 def plan_run(
@@ -69,8 +82,10 @@ def plan_run(
     **counts: Any,
 ) -> FitPlan:
     """Returns the plan of a call of ``train``, on which all processes agree; ``counts`` are its other arguments."""
-    counts = {name: check_count(value, name) for name, value in counts.items()}
-    num_epochs, batch_size, val_interval = counts["num_epochs"], counts["batch_size"], counts["val_interval"]
+    num_epochs = check_count(counts["num_epochs"], "num_epochs", least=0)
+    batch_size = check_count(counts["batch_size"], "batch_size")
+    val_interval = check_interval(counts["val_interval"], "val_interval")
+    counts = {"num_epochs": num_epochs, "batch_size": batch_size, "val_interval": val_interval}
     if setup.fast_dev_run:
         num_epochs = 1
     held_out, val_in_memory = _held_out(setup, val_data, batch_size)
@@ -93,7 +108,7 @@ def plan_run(
     if not in_memory:
         common["arguments"] = describe_call(setup, told, val_data=val_in_memory)
         setup.agree_on_run("train", run, counts, val_data=val_in_memory)
-        horizon = setup.horizon_of(train_data, num_epochs)
+        horizon = setup.horizon_of(train_data, num_epochs) or None
         common["planned"] = Planned(run.step, horizon, setup.horizon_of(train_data, 1), run.epoch, num_epochs)
         return _over_loader(run, train_data, "train_data", horizon=horizon, first_step=run.step, **common)
     data = setup.in_memory(train_data, batch_size, "train_data", limit=setup.config.steps_per_epoch)
@@ -113,7 +128,7 @@ def plan_run(
         data=data,
         loader=None,
         name="train_data",
-        horizon=num_epochs * len(data),
+        horizon=num_epochs * len(data) or None,
         planned=Planned(run.step, num_epochs * len(data), len(data), run.epoch, num_epochs),
         about=f"{num_epochs} epochs of {len(data)} steps, batch size {batch_size}",
         **common,
@@ -163,12 +178,19 @@ def plan_epoch(setup: Setup, run: Run, resume: Any) -> FitPlan:
     )
 
 
+def plan_evaluation(setup: Setup, run: Run, data: Any, batch_size: int) -> Iterator[Batch]:
+    """Returns the batches of a call of ``evaluate``, on which all processes agree."""
+    held = None if _is_loader(data) else setup.in_memory(data, batch_size, "data")
+    batches = setup.padded(_all_of(data, batch_size)) if held is None else held.in_order()
+    setup.agree_on_run("evaluate", run, {"batch_size": batch_size}, data=held)
+    return batches
+
+
 def plan_prediction(setup: Setup, run: Run, data: Any, batch_size: int) -> Iterator[Batch]:
     """Returns the batches of a call of ``predict``, on which all processes agree."""
     if _is_loader(data):
-        check_loader(data, "data")
+        batches = _all_of(data, batch_size)
         setup.agree_on_run("predict", run, {"batch_size": batch_size})
-        batches = one_pass(data, batch_size, "data", None, bound="pass itertools.islice(data, num_batches)")
         # Of a batch of several processes, no process knows which rows are the padding of another.
         return setup.padded(batches, mask=False) if setup.placement.num_processes == 1 else batches
     held = setup.in_memory(data, batch_size, "data", mask=False)
@@ -214,6 +236,12 @@ def _is_loader(data: Any) -> bool:
     if not isinstance(data, list) and not jax.tree_util.all_leaves([data]):
         return False
     return callable(data) or isinstance(data, Iterable)
+
+
+def _all_of(loader: Any, batch_size: int) -> Iterator[Batch]:
+    """Returns one pass over a loader of the argument ``data``."""
+    check_loader(loader, "data")
+    return one_pass(loader, batch_size, "data", None, bound="pass itertools.islice(data, num_batches)")
 
 
 def _passes_over(setup: Setup, loader: Any, batch_size: int, name: str) -> Callable[[], Iterator[Batch]]:

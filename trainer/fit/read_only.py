@@ -5,7 +5,7 @@ from typing import Any
 import optax
 
 from trainer.checkpoints.run_record import snapshot_run
-from trainer.checkpoints.snapshot import Snapshot
+from trainer.checkpoints.saving import Snapshot
 from trainer.core.averaged_params import with_eval_params
 from trainer.core.modes import in_evaluation_mode
 from trainer.fit.assemble import build_optimizer
@@ -16,6 +16,8 @@ from trainer.run import Run
 
 class ReadOnly:
     """The attributes of a `trainer.Trainer` that are read and never assigned."""
+
+    __slots__ = ()  # so that assigning a name that `Trainer` does not have raises, and is not ignored
 
     setup: Setup
     run: Run

@@ -111,7 +111,7 @@ class Setup:
     metrics_logger: MetricsLoggerLike | None
     logger: Logger | Sequence[Logger] | None
     log_callback: LogCallback | None
-    save_interval: int
+    save_interval: int | None
     workdir: str | os.PathLike[str] | None
     handle_signals: bool
     wrt: nnx.filterlib.Filter
@@ -275,7 +275,8 @@ class Setup:
         if steps is None and isinstance(loader, Iterable) and isinstance(loader, Sized):
             with contextlib.suppress(TypeError):  # an iterable-style torch loader has no length after all
                 steps = len(loader)
-        return None if steps is None else steps * (num_epochs or self.config.num_epochs)
+        num_epochs = self.config.num_epochs if num_epochs is None else num_epochs
+        return None if steps is None else steps * num_epochs
 
     def with_horizon(self, run: Run, horizon: int | None) -> Run:
         """Returns the run with another end of its schedule. Warns if the learning rate jumps.

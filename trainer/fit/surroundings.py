@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from trainer.checkpoints.snapshot import versions
+from trainer.checkpoints.saving import versions
 
 _GIT_SECONDS = 2.0
 

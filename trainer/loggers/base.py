@@ -1,4 +1,4 @@
-"""The methods of a logger, and of a metrics logger. Compiled code calls none of them."""
+"""The interfaces of loggers and metrics loggers. Compiled code never calls them."""
 
 import contextlib
 import functools
@@ -13,10 +13,10 @@ from trainer.errors import ArgumentError, ArgumentTypeError, ObjectiveError
 
 
 class Logger:
-    """A logger that drops everything: override the methods that you need.
+    """A logger that drops everything: override the methods you need.
 
-    Any object with these methods works; it may lack `log_checkpoint` and `rewind`. If a method raises, the trainer
-    warns once, names the logger, and trains on.
+    Any object with these methods works; `log_checkpoint` and `rewind` are optional. If a method raises, the trainer
+    warns once, names the logger, and continues training.
     """
 
     def log_scalar(self, name: str, value: float, step: int | None = None) -> None:
@@ -24,7 +24,7 @@ class Logger:
         self.log_scalars({name: value}, step)
 
     def log_scalars(self, scalars: Mapping[str, float], step: int | None = None) -> None:
-        """Records several numbers of one step."""
+        """Records several numbers of the same step."""
 
     def log_text(self, name: str, text: str, step: int | None = None) -> None:
         """Records a text."""
@@ -35,27 +35,27 @@ class Logger:
         Args:
             name: The name; ``/`` makes groups.
             image: An array of shape (height, width), or (height, width, channels) with 1, 3 or 4 channels: floats from
-                0 to 1, or integers from 0 to 255. What is outside is cut off, with a warning.
-            step: The updates finished.
+                0 to 1, or integers from 0 to 255. Values out of range are clipped, with a warning.
+            step: The number of updates finished.
         """
 
     def log_histogram(self, name: str, values: Any, step: int | None = None) -> None:
         """Records the distribution of the entries of an array."""
 
     def log_hyperparams(self, params: Mapping[str, Any]) -> None:
-        """Records the configuration of a run, which begins or is resumed; values may be nested dicts."""
+        """Records the configuration of a run that starts or resumes; values may be nested dicts."""
 
     def log_checkpoint(self, path: str | os.PathLike[str], step: int) -> None:
-        """Records that a checkpoint is complete: a file, or a directory.
+        """Records that a checkpoint, a file or a directory, is complete.
 
-        A checkpoint that is written in the background is complete some steps after ``step``.
+        A checkpoint written in the background is complete some steps after ``step``.
         """
 
     def rewind(self, step: int) -> None:
-        """Forgets rows of steps after ``step``, where the run is resumed and will measure them again."""
+        """Discards rows of steps after ``step``, because the resumed run will measure them again."""
 
     def close(self) -> None:
-        """Closes files and connections. The code that made a logger closes it."""
+        """Closes files and connections. The code that creates a logger closes it."""
 
     def __enter__(self) -> Self:
         return self
@@ -75,10 +75,10 @@ class MetricsLoggerLike(Protocol):
 
 
 class MetricsLogger:
-    """Logs metrics under ``train/``, ``val/`` and ``test/``, by where they were measured."""
+    """Logs metrics under ``train/``, ``val/`` or ``test/``, depending on where they were measured."""
 
     def __init__(self, logger: Logger) -> None:
-        """Wraps a logger, which stays the caller's to close."""
+        """Wraps a logger, which the caller must close."""
         self.logger = logger
 
     def rewind(self, step: int) -> None:
@@ -100,7 +100,7 @@ class MetricsLogger:
 
 
 def prefixed(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:
-    """Returns the metrics with ``prefix`` before each name, once; ``step`` is left out, it is no measurement.
+    """Returns the metrics with ``prefix`` before each name, once. Leaves out ``step``, which is not a metric.
 
     Raises:
         ObjectiveError: Two metrics would get the same name.
@@ -116,9 +116,9 @@ def prefixed(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def check_metric_names(metrics: Iterable[str]) -> None:
-    """Refuses names that the averages of a validation have: a metric `val_loss` would hide the validation's loss.
+    """Refuses names reserved for validation averages: a metric `val_loss` would hide the validation's loss.
 
-    Call it with what a train step or an eval step returned. It looks at names only, so it waits for nothing.
+    Call it with the result of a train step or an eval step. It uses only the names, so it never blocks.
 
     Raises:
         ObjectiveError: The name of a metric begins with ``val_``.
@@ -142,9 +142,9 @@ def summary(values: Any) -> dict[str, float]:
 
 
 def histogram_of(values: Any) -> tuple[np.ndarray[Any, Any], list[int], list[float], int]:
-    """Returns the finite entries of an array, their counts in 30 bins, the 31 edges, and how many are not finite.
+    """Returns the finite entries of an array, their counts in 30 bins, the 31 edges, and the number of non-finite ones.
 
-    ``np.histogram`` refuses NaN and infinity. A reader most wants to know that they are there, so they are counted.
+    ``np.histogram`` rejects NaN and infinity. Their presence is what a reader most needs to see, so they are counted.
     """
     array = np.asarray(values, np.float64)
     finite = array[np.isfinite(array)]
@@ -153,7 +153,7 @@ def histogram_of(values: Any) -> tuple[np.ndarray[Any, Any], list[int], list[flo
 
 
 def flattened(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns nested hyperparameters as one dict, whose keys are joined by ``/``; what is no number becomes a text."""
+    """Flattens nested hyperparameters to one dict with keys joined by ``/``; values other than numbers become text."""
     flat: dict[str, Any] = {}
     for name, value in params.items():
         if isinstance(value, Mapping) and value:
@@ -165,7 +165,7 @@ def flattened(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @contextlib.contextmanager
 def needed(by: str, package: str, extra: str) -> Iterator[None]:
-    """Turns a failing import of an optional package into an error that says what to install.
+    """Turns a failed import of an optional package into an error that says what to install.
 
     Raises:
         ArgumentError: The package is not installed, or cannot be imported.
@@ -182,7 +182,7 @@ def as_directory(directory: Any, by: str) -> Path:
     """Returns the directory of a logger, which need not exist yet.
 
     Raises:
-        ArgumentTypeError: It is no path.
+        ArgumentTypeError: It is not a path.
         ArgumentError: It is a file.
     """
     if not isinstance(directory, str | os.PathLike):
@@ -194,7 +194,7 @@ def as_directory(directory: Any, by: str) -> Path:
 
 
 def check_logger(logger: Any, name: str) -> Any:
-    """Returns a logger.
+    """Returns a logger after checking it.
 
     Raises:
         ArgumentTypeError: It is a class, or has no method ``log_scalars``.
@@ -209,9 +209,9 @@ def check_logger(logger: Any, name: str) -> Any:
 
 
 def names_checked(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a train step or an eval step that refuses metrics whose names belong to a validation.
+    """Wraps a train step or an eval step to refuse metric names that are reserved for validation.
 
-    Names are known while the step is traced, so the check costs nothing later and comes before a state is donated.
+    Names are known during tracing, so the check costs nothing later and runs before a state is donated.
     """
 
     @functools.wraps(step)

@@ -1,4 +1,4 @@
-"""`MetricFanout`: sends what a run measures to the log callback, the metrics logger and the loggers."""
+"""`MetricFanout`: sends the metrics of a run to the log callback, the metrics logger and the loggers."""
 
 import collections
 import contextlib
@@ -16,23 +16,23 @@ from trainer.metrics.throughput import Throughput
 from trainer.types import LogCallback
 
 _OPTIONAL = ("log_checkpoint", "rewind")
-"""What a logger may lack."""
+"""Methods that a logger may lack."""
 
 _MOST_ENTRIES = 64
-"""Loggers get the entries of arrays of at most this many; all are in the history."""
+"""Loggers get the entries of arrays with at most this many; the history has them all."""
 
 
 class MetricFanout:
-    """Sends metrics, read from the device as plain numbers, to every destination; without one it reads nothing.
+    """Sends metrics, read from the device as plain numbers, to every destination; without any, it reads nothing.
 
-    Everything arrives in the order in which it was reported: deferred metrics are sent before anything newer. A logger
-    that raises is named in a warning, once, and called again the next time. What the log callback raises is raised.
+    Everything arrives in the order in which it was reported: deferred metrics are sent before anything newer. If a
+    logger raises, a warning names it, once, and it is called again next time. Errors of the log callback propagate.
 
     Args:
         log_callback: Called as ``log_callback(step, metrics, prefix="train")``, or ``"val"``.
-        metrics_logger: Gets the metrics of training, of validation and of the end of a run.
+        metrics_logger: Gets the metrics of training, of validation, and of the end of a run.
         loggers: Loggers of the caller, who closes them.
-        owned: Loggers that the trainer made. They get what ``loggers`` get, and `close` closes them.
+        owned: Loggers that the trainer created. They get the same as ``loggers``, and `close` closes them.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class MetricFanout:
         self._has_hyperparams = False
         self._failed: set[int] = set()
         self._rewind_to: int | None = None
-        # Averages of an epoch stand among the metrics of steps, and are computed when they are sent.
+        # Epoch averages are queued among the metrics of steps, and computed when they are sent.
         self._deferred: collections.deque[tuple[str, int, Mapping[str, Any] | WeightedAverage]] = collections.deque()
 
     @property
@@ -58,38 +58,38 @@ class MetricFanout:
         return self._log_callback is not None or self._metrics_logger is not None or bool(self._loggers)
 
     def defer(self, prefix: str, step: int, metrics: Mapping[str, Any]) -> None:
-        """Keeps the metrics of a step for the next `flush`, which then need not wait for a step in flight.
+        """Keeps the metrics of a step for the next `flush`, so that sending them need not wait for a step in flight.
 
         Args:
             prefix: "train" or "val".
-            step: The updates finished.
+            step: The number of updates finished.
             metrics: Scalars, on the device or not.
         """
         if self.has_destination:
             self._deferred.append((prefix, step, metrics))
 
     def defer_average(self, step: int, average: WeightedAverage) -> None:
-        """Keeps the average of an epoch that ended at ``step``, which the loggers get under ``epoch/``."""
+        """Keeps the average of an epoch that ended at ``step``; loggers get it under ``epoch/``."""
         if self._loggers:
             self._deferred.append(("epoch", step, average))
 
     def flush(self) -> None:
-        """Sends all that is deferred; waits for the device to finish it."""
+        """Sends everything deferred; waits for the device to finish it."""
         while self._deferred:
-            # Taken out first: if a destination raises, the next flush does not send the same row again.
+            # Remove it first: if a destination raises, the next flush must not send the same row again.
             self._send(*self._deferred.popleft())
 
     def flush_rows(self) -> None:
-        """Sends the deferred metrics of steps, and what is older; waits for the device to finish those steps.
+        """Sends the deferred metrics of steps, and anything older; waits for the device to finish those steps.
 
-        The average of an epoch after them stays: the device may not have finished the epoch. It has when it finishes
-        a step of the next epoch.
+        An epoch average after them stays deferred: the device may not have finished the epoch. It will have once it
+        finishes a step of the next epoch.
         """
         while any(prefix != "epoch" for prefix, *_ in self._deferred):
             self._send(*self._deferred.popleft())
 
     def report(self, prefix: str, step: int, metrics: Mapping[str, Any]) -> None:
-        """Sends the metrics of a step now; the arguments are those of `defer`."""
+        """Sends the metrics of a step now; arguments as for `defer`."""
         self.defer(prefix, step, metrics)
         self.flush()
 
@@ -98,34 +98,34 @@ class MetricFanout:
         self.tell("log_text", name, text, step=step)
 
     def tell(self, method: str, *arguments: Any, step: int) -> None:
-        """Calls a method of every logger, behind what is deferred; ``step`` is the last argument."""
+        """Calls a method of every logger, after sending what is deferred; ``step`` is the last argument."""
         self.flush()
         self._reach(step)
         self._tell_all(method, *arguments, step)
 
     def log_hyperparams(self, params: Mapping[str, Any]) -> None:
-        """Sends the configuration of the run to the loggers, at the first call only."""
+        """Sends the configuration of the run to the loggers, only once."""
         if not self._has_hyperparams:
             self._tell_all("log_hyperparams", params)
         self._has_hyperparams = True
 
     def log_checkpoint(self, path: str | os.PathLike[str], step: int) -> None:
-        """Tells the loggers of a checkpoint that is complete."""
+        """Tells the loggers that a checkpoint is complete."""
         self._tell_all("log_checkpoint", path, step)
 
     def rewind(self, step: int) -> None:
-        """Tells the loggers that a run is resumed at ``step``, and that later steps come again."""
+        """Tells the loggers that a run resumes at ``step``, and will repeat later steps."""
         self.flush()
         self._rewind_to = step
         self._reach(step + 1)
 
     def rewind_later(self, step: int) -> None:
-        """Tells the loggers so before anything of a later step: what was loaded may be meant to be evaluated only."""
+        """Like `rewind`, but only once a later step is logged: a loaded state may be only for evaluation."""
         self.flush()
         self._rewind_to = step
 
     def log_throughput(self, step: int, throughput: Throughput) -> None:
-        """Sends the known speeds of an epoch to the loggers, under ``speed/``."""
+        """Sends the known throughput figures of an epoch to the loggers, under ``speed/``."""
         known = {name: value for name, value in dataclasses.asdict(throughput).items() if value is not None}
         self.tell("log_scalars", prefixed("speed/", known), step=step)
 
@@ -136,7 +136,7 @@ class MetricFanout:
             self._tell(self._metrics_logger, "log_test_metrics", metrics)
 
     def close(self) -> None:
-        """Sends all that is deferred and closes the loggers that the trainer made, all of them if any raises."""
+        """Sends everything deferred and closes the loggers that the trainer created, even if some raise."""
         with contextlib.ExitStack() as stack:
             for logger in self._owned:
                 stack.callback(self._tell, logger, "close")
@@ -154,7 +154,7 @@ class MetricFanout:
         if self._metrics_logger is not None:
             method = "log_training_metrics" if prefix == "train" else "log_validation_metrics"
             self._tell(self._metrics_logger, method, numbers, step=step)
-        # A MetricsLogger has sent the numbers to the logger inside it; that logger must not get them twice.
+        # A MetricsLogger has already sent the numbers to the logger it wraps, which must not get them twice.
         wrapped = getattr(self._metrics_logger, "logger", None)
         row = prefixed(f"{prefix}/", numbers)
         for logger in self._loggers:
@@ -164,7 +164,7 @@ class MetricFanout:
     def _reach(self, step: int) -> None:
         if self._rewind_to is not None and step > self._rewind_to:
             to, self._rewind_to = self._rewind_to, None
-            # Rows that are deferred come after this one, so nothing is flushed here.
+            # Deferred rows come after this one, so nothing is flushed here.
             self._tell_all("rewind", to)
             if self._metrics_logger is not None:
                 self._tell(self._metrics_logger, "rewind", to)
@@ -174,12 +174,12 @@ class MetricFanout:
             self._tell(logger, method, *arguments)
 
     def _tell(self, logger: Any, method: str, *arguments: Any, **named: Any) -> None:
-        """Calls a method of a logger; what it raises is a warning, the first time."""
+        """Calls a method of a logger; its first exception becomes a warning."""
         if method in _OPTIONAL and not hasattr(logger, method):
             return
         try:
             getattr(logger, method)(*arguments, **named)
-        except ObjectiveError:  # two metrics of one name
+        except ObjectiveError:  # two metrics with the same name
             raise
         except Exception as error:
             if id(logger) not in self._failed:
@@ -193,7 +193,7 @@ class MetricFanout:
 
 
 def entries_of(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Returns metrics with the entries of arrays as numbers of their own, ``name/0``; long arrays are left out."""
+    """Returns metrics with each array entry as its own number, ``name/0``; long arrays are left out."""
     found: dict[str, float] = {}
     for name, value in metrics.items():
         if not isinstance(value, list):
@@ -204,10 +204,10 @@ def entries_of(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def as_loggers(given: Any) -> list[Logger]:
-    """Returns the loggers of a trainer's argument ``logger``: none, one, or a sequence of them.
+    """Returns the loggers in a trainer's ``logger`` argument: none, one, or a sequence of them.
 
     Raises:
-        ArgumentTypeError: One of them is no logger.
+        ArgumentTypeError: One of them is not a logger.
     """
     if given is None:
         return []

@@ -1,4 +1,4 @@
-"""Images as pixels, and as PNG files."""
+"""Converts images to pixels and PNG files."""
 
 import re
 import urllib.parse
@@ -21,7 +21,7 @@ def as_pixels(image: Any, name: str) -> np.ndarray[Any, Any]:
         name: Its name, for messages.
 
     Raises:
-        ArgumentTypeError: The entries are no numbers.
+        ArgumentTypeError: The entries are not numbers.
         ArgumentError: The shape is not that of an image.
     """
     array = np.asarray(image)
@@ -49,7 +49,7 @@ def as_pixels(image: Any, name: str) -> np.ndarray[Any, Any]:
     top = 1.0 if is_float else 255.0
     given = array.astype(np.float64)
     shown = np.clip(np.nan_to_num(given, nan=0.0, posinf=top, neginf=0.0), 0.0, top)
-    if not np.allclose(shown, given, rtol=0, atol=top / 255):  # less than a grey level is rounding
+    if not np.allclose(shown, given, rtol=0, atol=top / 255):  # less than one gray level is rounding
         warn(
             f"the image `{name}` has values outside of 0 to {top:g} ({array.dtype}), which are cut off, or NaN, which "
             f"is shown as 0; scale it, or pass integers from 0 to 255."
@@ -61,19 +61,19 @@ def write_png(folder: Path, name: str, step: int | None, image: Any, by: str) ->
     """Writes an image to ``folder/<name>/<step>.png``, or ``folder/<name>.png`` without a step, atomically.
 
     Args:
-        folder: Where images go; made if it is not there.
-        name: The name; ``/`` makes folders, and what may be no part of a path is escaped as in a URL.
-        step: The updates finished; one that was written is replaced.
+        folder: Where images go; created if missing.
+        name: The name; ``/`` makes subdirectories, and characters invalid in paths are URL-escaped.
+        step: The number of updates finished. Replaces an image of the same step.
         image: As for `Logger.log_image`.
-        by: Who writes it, for a message.
+        by: The name of the writer, for messages.
 
     Raises:
-        ArgumentError: The image cannot be used, or pillow is missing.
-        OSError: The file cannot be written; nothing is left then.
+        ArgumentError: The image is invalid, or pillow is missing.
+        OSError: The file cannot be written; no partial file is left.
     """
     pixels = as_pixels(image, name)
     with needed(f"an image of {by}", "pillow", extra="images"):
-        import PIL.Image  # not at the top: it is optional
+        import PIL.Image  # lazy, since it is optional
     parts = [re.sub(r"^\.", "%2E", urllib.parse.quote(part, safe=" @+=,")) or "_" for part in name.split("/")]
     parts[-1] = f"{parts[-1]}.png" if step is None else f"{parts[-1]}/{step:08d}.png"
     path = folder.joinpath(*parts)

@@ -12,29 +12,29 @@ from trainer.loggers.images import write_png
 
 
 class FileLogger(Logger):
-    """Appends a JSON object per call to a file, which ``pandas.read_json(path, lines=True)`` reads::
+    """Appends one JSON object per call to a file, for ``pandas.read_json(path, lines=True)``::
 
         trainer = Trainer(model, config, loss_fn=loss_fn, logger=FileLogger("runs/mine"))
 
     writes ``runs/mine/metrics.jsonl``, and images beside it as PNG (needs pillow, the extra ``images``):
     ``runs/mine/metrics_images/<name>/<step>.png``. A row is in the file when the call returns. A resumed run appends,
-    so the last row of a step counts. Numbers that are not finite are written as ``NaN`` and ``Infinity``, as Python's
-    ``json`` does. The format: https://jsonlines.org.
+    so the last row of a step counts. Non-finite numbers are written as ``NaN`` and ``Infinity``, as in Python's
+    ``json``. The format: https://jsonlines.org.
 
     Attributes:
         path: The file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Makes a logger that writes to a file, or to ``metrics.jsonl`` in a directory.
+        """Creates a logger that writes to a file, or to ``metrics.jsonl`` in a directory.
 
         The file and its directory are created at the first call.
 
         Args:
-            path: A file; or a directory: one that exists, or a name without an ending (``runs/mine``).
+            path: A file, or a directory: an existing one, or a name without a suffix (``runs/mine``).
 
         Raises:
-            ArgumentTypeError: It is no path.
+            ArgumentTypeError: It is not a path.
         """
         if not isinstance(path, str | os.PathLike):
             raise ArgumentTypeError(f"`path` of FileLogger is of type {type(path).__name__}; it must be a path.")

@@ -1,4 +1,4 @@
-"""Weighted averages of metrics that are read from the device late."""
+"""Weighted averages of metrics, read from the device with a delay."""
 
 import dataclasses
 import math
@@ -12,19 +12,19 @@ from trainer.core.partial_metrics import PartialMetric, Weighted, scalars_and_pa
 from trainer.types import BATCH_WEIGHT, SKIPPED
 
 MAX_PENDING = 64
-"""The metrics of at most this many calls stay on the device. Far older calls than the loop lets run have finished."""
+"""At most this many calls keep their metrics on the device. Calls this old have long finished."""
 
 
 def read(metrics: Any) -> Any:
     """Returns a tree of arrays as Python numbers, or lists of them."""
     leaves, structure = jax.tree.flatten(metrics, is_leaf=_is_partial)
     if leaves and not is_on_host(leaves[0]):
-        leaves = jax.device_get(leaves)  # starts all copies before it waits for the first
+        leaves = jax.device_get(leaves)  # starts all copies before waiting for the first
     return jax.tree.unflatten(structure, [np.asarray(leaf).tolist() for leaf in leaves])
 
 
 def is_on_host(value: Any) -> bool:
-    """Tells whether reading a value copies nothing from an accelerator."""
+    """Tells whether a value can be read without a copy from an accelerator."""
     value = value.array if isinstance(value, LazyScalar) else value
     value = jax.tree.leaves(value)[0] if isinstance(value, PartialMetric) else value
     return not isinstance(value, jax.Array) or next(iter(value.devices())).platform == "cpu"
@@ -35,7 +35,7 @@ def _is_partial(value: Any) -> bool:
 
 
 class LazyScalar:
-    """One entry of an array on the device, read on demand: the metric of one step among several fused ones."""
+    """One entry of a device array, read on demand: the metric of one step among several fused ones."""
 
     __slots__ = ("_index", "array")
 
@@ -44,7 +44,7 @@ class LazyScalar:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
         """Waits for the array."""
-        del copy  # the result never shares memory with the device
+        del copy  # the result never shares device memory
         if isinstance(self.array, PartialMetric):
             return np.asarray(self.array.at(self._index), dtype)
         return np.asarray(np.asarray(self.array)[self._index], dtype)
@@ -62,13 +62,12 @@ def metrics_at(metrics: Mapping[str, Any], index: int) -> dict[str, Any]:
 class WeightedAverage:
     """The average of metrics over batches, weighted by the size of each batch.
 
-    The weight of a batch is its number of examples, or the metric ``batch_weight`` where the objective reports it;
-    ``batch_weight`` itself is reported as its sum. A batch of weight zero counts for nothing, nor does a step that was
-    left out (``nonfinite``); ``skipped`` is how many were. Metrics that are not averages of scalars, such as an
-    accuracy that merges, are merged in order. The sums are float64 on
-    the host. ``not_finite`` is the step and the value of the first loss read that was not finite, or None. The metrics
-    of the latest calls stay on the device until `compute`; those of older calls are read as new
-    ones are added.
+    The weight of a batch is its number of examples, or the metric ``batch_weight`` if the objective reports it;
+    ``batch_weight`` itself is reported as a sum. Batches of weight zero are ignored, and so are steps that were
+    skipped (``nonfinite``); ``skipped`` is their number. Metrics that are not averages of scalars, such as an
+    accuracy with its own merge, are merged in order. Sums are float64 on the host. ``not_finite`` is the step and
+    value of the first loss read that was not finite, or None. The metrics of the latest calls stay on the device
+    until `compute`; those of older calls are read as new ones are added.
 
     A copy costs nothing: the two share their parts, which are replaced and never mutated.
 
@@ -83,7 +82,7 @@ class WeightedAverage:
     __slots__ = ("_merged", "_pending", "_read_at_once", "_sums", "_weights", "not_finite")
 
     def __init__(self) -> None:
-        # (metrics, examples in a batch, number of batches or None for a single one) of every call.
+        # (metrics, examples per batch, number of batches or None for a single one) for each call.
         self._pending: tuple[tuple[Mapping[str, Any], int, int | None], ...] = ()
         self._sums: dict[str, float] = {}
         self._weights: dict[str, float] = {}
@@ -95,15 +94,15 @@ class WeightedAverage:
         """Adds the metrics of a batch, or of several.
 
         Args:
-            metrics: Scalars; where ``count`` is given, arrays with one entry for each batch, of which the
-                first ``count`` are used.
-            examples: The number of examples in a batch.
+            metrics: Scalars; with ``count``, arrays with one entry per batch, of which the first ``count``
+                are used.
+            examples: The number of examples in each batch.
             count: The number of batches.
         """
         self._pending = (*self._pending, (dict(metrics), examples, count))
         if len(self._pending) > MAX_PENDING:
-            # One for one where reading costs nothing, so that no step takes longer than the others. Copies from an
-            # accelerator are worth collecting.
+            # If reading is free, read one call per new call, so that all steps take equally long. From an accelerator,
+            # read many at once.
             if self._read_at_once is None:
                 self._read_at_once = 1 if all(map(is_on_host, metrics.values())) else MAX_PENDING // 2
             self._read(self._read_at_once)
@@ -111,7 +110,7 @@ class WeightedAverage:
     def compute(self) -> dict[str, Any]:
         """Returns the averages so far, without ``step``. Waits for the device.
 
-        A metric that never had weight has no average, and is absent. That of an array is a list.
+        A metric whose total weight is zero is omitted. The average of an array is a list.
         """
         self._read(len(self._pending))
         averages = {name: total / self._weights[name] for name, total in self._sums.items() if self._weights[name]}
@@ -119,11 +118,11 @@ class WeightedAverage:
 
     @property
     def skipped(self) -> int:
-        """How many steps were left out, of those that were read so far."""
+        """The number of skipped steps among those read so far."""
         return int(self._sums.get(SKIPPED, 0))
 
     def copy(self) -> Self:
-        """Returns an equal average that is added to independently."""
+        """Returns an equal, independent average."""
         copied = type(self)()
         copied._pending, copied._sums, copied._weights = self._pending, self._sums, self._weights
         copied._read_at_once, copied.not_finite = self._read_at_once, self.not_finite
@@ -131,7 +130,7 @@ class WeightedAverage:
         return copied
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Returns the sums and weights so far, from which `from_dict` continues to the bit."""
+        """Returns the sums and weights so far; `from_dict` resumes from them bit for bit."""
         self._read(len(self._pending))
         plain: dict[str, dict[str, Any]] = {"sums": dict(self._sums), "weights": dict(self._weights)}
         if self._merged:
@@ -140,14 +139,14 @@ class WeightedAverage:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Mapping[str, Any]]) -> Self:
-        """Returns the average that `to_dict` described."""
+        """Returns the average from the result of `to_dict`."""
         average = cls()
         average._sums, average._weights = dict(plain["sums"]), dict(plain["weights"])
         average._merged = {name: _Restored(**held) for name, held in plain.get("merged", {}).items()}
         return average
 
     def _read(self, count: int) -> None:
-        """Moves the metrics of the ``count`` oldest calls from the device into the sums."""
+        """Moves the metrics of the ``count`` oldest calls from the device to the sums."""
         if not count:
             return
         pending, self._pending = self._pending[:count], self._pending[count:]
@@ -173,7 +172,7 @@ class WeightedAverage:
                 self._merge(name, jax.device_get(metric), batches, weights)
 
     def _merge(self, name: str, metric: PartialMetric, batches: int | None, weights: Sequence[float]) -> None:
-        """Adds what one batch, or several, contribute to a metric that is not an average of scalars."""
+        """Adds one or several batches to a metric that is not an average of scalars."""
         parts = [metric] if batches is None else [metric.at(index) for index in range(batches)]
         counted = [part for part, weight in zip(parts, weights, strict=True) if weight]
         if isinstance(metric, Weighted):
@@ -186,20 +185,20 @@ class WeightedAverage:
             self._merged[name] = part if held is None else jax.device_get(held.merge(part))
 
     def _sum(self, name: str, column: Sequence[float], weights: Sequence[float]) -> None:
-        # In order, and one at a time: floating-point sums depend on the order, and fused steps must give the
-        # same bits as single ones.
+        # One value at a time, in order: floating-point sums depend on the order, and fused steps must give the
+        # same bits as single steps.
         total, norm = self._sums.get(name, 0.0), self._weights.get(name, 0.0)
         for value, weight in zip(column, weights, strict=True):
             if name in (BATCH_WEIGHT, SKIPPED):  # reported as sums
                 total, norm = total + (weight if name == BATCH_WEIGHT else value), 1.0
-            elif weight != 0:  # a batch of padding alone counts for nothing, and 0 * nan is nan
+            elif weight != 0:  # ignore a batch of only padding, since 0 * nan is nan
                 total, norm = total + value * weight, norm + weight
         self._sums[name], self._weights[name] = total, norm
 
 
 @dataclasses.dataclass(frozen=True)
 class _Restored:
-    """A merged metric as a checkpoint holds it, until the next batch tells its type."""
+    """A merged metric from a checkpoint, before the next batch determines its type."""
 
     value: Any
     dtypes: list[str]
@@ -228,7 +227,7 @@ def _plain(metric: Any) -> dict[str, Any]:
 
 
 def check_merged(plain: Any) -> None:
-    """Raises ValueError unless ``plain`` holds merged metrics as `WeightedAverage.to_dict` returns them."""
+    """Raises ValueError unless ``plain`` holds merged metrics in the form of `WeightedAverage.to_dict`."""
     if not isinstance(plain, dict):
         raise ValueError("`average/merged` is no dict")
     for name, held in plain.items():

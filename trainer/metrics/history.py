@@ -1,4 +1,4 @@
-"""The history of a run: the rows that were logged, as an append-only sequence that is cheap to copy and to save."""
+"""The history of a run: its logged rows, as an append-only sequence that is cheap to copy and to save."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ _CHUNK = 256
 
 @dataclasses.dataclass(frozen=True)
 class _Chunk:
-    """Rows that were read from the device and are final; serialized once, however often they are saved."""
+    """Rows already read from the device and final; packed once, however often they are saved."""
 
     rows: tuple[Row, ...]
 
@@ -27,11 +27,11 @@ class _Chunk:
 
 
 class History(Sequence[Row]):
-    """The rows that were logged, oldest first; ``history[-1]`` is the latest.
+    """The logged rows, oldest first; ``history[-1]`` is the latest.
 
-    A row holds ``step`` and the metrics of that step: training metrics under their names, validation
-    averages as ``val_<name>``. Of a trainer, `TrainingConfig.log_frequency` says which steps have one. Values are read
-    from the device on demand, or when far newer ones have been added.
+    A row holds ``step`` and the metrics of that step: training metrics under their own names, validation
+    averages as ``val_<name>``. In a trainer, `TrainingConfig.log_frequency` decides which steps get a row. Values are
+    read from the device on demand, or once much newer ones have been added.
 
     A copy costs nothing: the two share their parts, which are replaced and never mutated.
 
@@ -49,21 +49,21 @@ class History(Sequence[Row]):
     __slots__ = ("_batches", "_chunks", "_dropped", "_frozen", "_max_rows", "_recent", "_unread")
 
     def __init__(self, max_rows: int = 100_000) -> None:
-        """Makes an empty history that drops its oldest row for every row above ``max_rows``."""
+        """Makes an empty history that holds at most ``max_rows`` rows and drops the oldest ones."""
         self._max_rows = max_rows
         self._batches: tuple[int, int, int] | None = None
         self._chunks: tuple[_Chunk, ...] = ()
-        self._dropped = 0  # rows at the start of the first chunk that were dropped
-        self._frozen = 0  # the other rows in the chunks
+        self._dropped = 0  # how many rows at the start of the first chunk are dropped
+        self._frozen = 0  # how many other rows are in chunks
         self._recent: tuple[Row, ...] = ()
-        self._unread = 0  # the last of the recent rows, whose values may be on the device
+        self._unread = 0  # how many of the last recent rows may have values on the device
 
     def record(self, step: int, metrics: Mapping[str, Any], prefix: str = "") -> None:
-        """Adds metrics of a step, to the row of that step if it is the latest."""
+        """Adds the metrics of a step, to its existing row if that is the latest."""
         self.extend([(step, metrics)], prefix)
 
     def extend(self, rows: Iterable[tuple[int, Mapping[str, Any]]], prefix: str = "") -> None:
-        """Adds the metrics of several steps, each to the row of its step if it is the latest."""
+        """Adds the metrics of several steps, each to its existing row if that is the latest."""
         added: list[Row] = []
         for step, metrics in rows:
             values = {
@@ -76,9 +76,9 @@ class History(Sequence[Row]):
                 values = {**latest, **values}
                 added.pop() if added else self._drop_latest()
             added.append({"step": step, **values})
-        # As many old rows as there are new ones, so that no step takes longer than the others.
+        # Read as many old rows as there are new ones, so that all steps take equally long.
         self._read(min(len(added), self._unread - MAX_PENDING))
-        # Once for all rows: a tuple is copied as a whole.
+        # Once for all rows, since extending a tuple copies it.
         self._recent = (*self._recent, *added)
         self._unread += len(added)
         while len(self) > self._max_rows:
@@ -87,7 +87,7 @@ class History(Sequence[Row]):
             self._freeze()
 
     def copy(self) -> Self:
-        """Returns an equal history that is recorded to independently."""
+        """Returns an equal, independent history."""
         copied = type(self)(self._max_rows)
         copied._batches = self._batches
         copied._chunks, copied._dropped, copied._frozen = self._chunks, self._dropped, self._frozen
@@ -95,7 +95,7 @@ class History(Sequence[Row]):
         return copied
 
     def know_batches(self, first_step: int, num_examples: int, batch_size: int) -> None:
-        """Notes which rows are of short batches, for `plot`; arguments as for `trainer.metrics.plots.with_weights`."""
+        """Records which steps had short batches, for `plot`; arguments as for `trainer.metrics.plots.with_weights`."""
         self._batches = first_step, num_examples, batch_size
 
     @classmethod
@@ -109,7 +109,7 @@ class History(Sequence[Row]):
         return history
 
     def rewind(self, step: int) -> None:
-        """Drops the rows of later steps. Does not wait for the device."""
+        """Drops the rows of steps after ``step``. Does not wait for the device."""
         first_unread = len(self._recent) - self._unread
         chunks = (_Chunk(tuple(row for row in chunk.rows if row["step"] <= step)) for chunk in self._whole_chunks())
         self._chunks, self._dropped = tuple(chunk for chunk in chunks if chunk.rows), 0
@@ -119,13 +119,13 @@ class History(Sequence[Row]):
         self._unread = sum(index >= first_unread for index, _ in kept)
 
     def to_dict(self) -> dict[str, list[Any]]:
-        """Returns columns of equal length, None where a row lacks a value: ``pandas.DataFrame`` takes them."""
+        """Returns columns of equal length, None for missing values, in a form for ``pandas.DataFrame``."""
         rows = self._rows()
         names = dict.fromkeys(name for row in rows for name in row)
         return {name: [row.get(name) for row in rows] for name in names}
 
     def to_pandas(self) -> Any:
-        """Returns a ``pandas.DataFrame`` of these columns, NaN where a row lacks a value; its index is the step.
+        """Returns a ``pandas.DataFrame`` of these columns, indexed by step, with NaN for missing values.
 
         Raises:
             ImportError: pandas is not installed (the extra ``pandas``).
@@ -134,24 +134,24 @@ class History(Sequence[Row]):
             import pandas
         except ImportError as error:
             raise ImportError("History.to_pandas() needs pandas: pip install 'nnx-trainer[pandas]'") from error
-        # A column of None and numbers would be one of objects.
+        # A column of None and numbers would get the dtype object.
         columns = {"step": [], **self.to_dict()}
         frame = pandas.DataFrame({name: pandas.Series(values).infer_objects() for name, values in columns.items()})
         return frame.set_index("step")
 
     def plot(self, path: str | os.PathLike[str] | None = None, metrics: Collection[str] | None = None) -> Any:
-        """Draws the history: loss, other metrics, learning rate and gradient norm, training and validation together.
+        """Plots the history: loss, other metrics, learning rate and gradient norm, training and validation together.
 
         Args:
-            path: Where to write it, a name in ``.png``, ``.svg`` or ``.pdf``.
-            metrics: Which metrics to show, in this order; all if left out.
+            path: Where to write the plot; ends in ``.png``, ``.svg`` or ``.pdf``.
+            metrics: The metrics to show, in this order; by default all.
 
         Returns:
-            The ``matplotlib.figure.Figure``, which a notebook shows; None where it was written to ``path``. See
-            `trainer.plot_runs`, which draws several runs over each other, for what it shows and how.
+            The ``matplotlib.figure.Figure``, which a notebook displays; None if written to ``path``. See
+            `trainer.plot_runs`, which overlays several runs, for what is shown and how.
 
         Raises:
-            ArgumentError: Nothing was recorded, a metric was not, or ``path`` has another ending.
+            ArgumentError: Nothing was recorded, a metric was not, or ``path`` has another suffix.
             ImportError: matplotlib is not installed (the extra ``plot``).
         """
         from trainer.metrics.plots import plot_runs
@@ -159,17 +159,17 @@ class History(Sequence[Row]):
         return plot_runs({"": self}, path, metrics)
 
     def weighted(self) -> Sequence[Mapping[str, Any]]:
-        """Returns the rows with the weights of their batches, as far as they are known."""
+        """Returns the rows with the weights of their batches, as far as known."""
         from trainer.metrics.plots import with_weights
 
         rows = self._rows()
         return rows if self._batches is None else with_weights(rows, *self._batches)
 
     def series(self, name: str) -> tuple[list[int], list[Any]]:
-        """Returns the steps at which ``name`` was logged, and its values there.
+        """Returns the steps at which ``name`` was logged, and its values at those steps.
 
         Raises:
-            KeyError: Nothing was logged under that name.
+            KeyError: Nothing was logged under this name.
         """
         everything = self._rows()
         rows = [row for row in everything if name in row]
@@ -179,12 +179,12 @@ class History(Sequence[Row]):
         return [row["step"] for row in rows], [row[name] for row in rows]
 
     def of_training(self) -> list[Row]:
-        """Returns rows of training metrics alone: ``step``, and what does not begin with ``val_``."""
+        """Returns rows with only training metrics: ``step``, and everything without the prefix ``val_``."""
         rows = ({name: row[name] for name in row if not name.startswith("val_")} for row in self._rows())
         return [row for row in rows if len(row) > 1]
 
     def of_validation(self) -> list[Row]:
-        """Returns rows of validation averages alone: ``step``, and the averages without ``val_``."""
+        """Returns rows with only validation averages: ``step``, and the averages without ``val_``."""
         rows = (
             {name.removeprefix("val_"): row[name] for name in row if name == "step" or name.startswith("val_")}
             for row in self._rows()
@@ -192,7 +192,7 @@ class History(Sequence[Row]):
         return [row for row in rows if len(row) > 1]
 
     def packed(self) -> tuple[int, list[bytes]]:
-        """Returns the number of rows, and their MessagePack bytes in pieces. Only recent rows are packed anew."""
+        """Returns the number of rows, and their MessagePack bytes in pieces. Only recent rows are packed again."""
         self._read()
         pieces = [chunk.packed for chunk in self._whole_chunks()]
         return len(self), [*pieces, b"".join(map(_pack, self._recent))]
@@ -201,7 +201,7 @@ class History(Sequence[Row]):
         return self._frozen + len(self._recent)
 
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, int) and -len(self._recent) <= index < 0:  # the latest rows, without a list of all
+        if isinstance(index, int) and -len(self._recent) <= index < 0:  # recent rows, without building the full list
             self._read()
             return self._recent[index]
         return self._rows()[index]
@@ -223,7 +223,7 @@ class History(Sequence[Row]):
             self._recent = self._recent[:-1]
             self._unread = max(self._unread - 1, 0)
             return
-        # The latest row was frozen already: it is thawed with the rest of its chunk.
+        # The latest row is already frozen, so unfreeze its chunk.
         *kept, last = self._whole_chunks()
         self._chunks, self._dropped, self._recent = tuple(kept), 0, last.rows[:-1]
         self._frozen -= len(last.rows)
@@ -240,25 +240,25 @@ class History(Sequence[Row]):
             self._dropped += 1
 
     def _whole_chunks(self) -> list[_Chunk]:
-        """Returns the chunks without the rows that were dropped from the first."""
+        """Returns the chunks without the dropped rows of the first."""
         if not self._dropped:
             return list(self._chunks)
         first, *others = self._chunks
         return [_Chunk(first.rows[self._dropped :]), *others]
 
     def _freeze(self) -> None:
-        """Moves the oldest of the recent rows to a chunk, which is packed once."""
+        """Moves the oldest recent rows to a chunk, which is packed once."""
         self._read(_CHUNK - len(self._recent) + self._unread)
         self._chunks = (*self._chunks, _Chunk(self._recent[:_CHUNK]))
         self._frozen += _CHUNK
         self._recent = self._recent[_CHUNK:]
 
     def _read(self, count: int | None = None) -> None:
-        """Reads values from the device, of the ``count`` oldest rows that are unread or of all."""
+        """Reads the ``count`` oldest unread rows from the device, or all unread rows."""
         first = len(self._recent) - self._unread
         last = len(self._recent) if count is None else first + count
         if first < last:
-            # Each row again, since trees sort their keys and rows keep the order in which they were recorded.
+            # Rebuild each row, since pytrees sort dict keys, but rows keep the order of recording.
             unread = self._recent[first:last]
             fetched = [{**row, **values} for row, values in zip(unread, read([*unread]), strict=True)]
             self._recent = (*self._recent[:first], *fetched, *self._recent[last:])
@@ -270,7 +270,7 @@ class History(Sequence[Row]):
 
 
 def is_recordable(value: Any) -> bool:
-    """Tells whether a checkpoint can hold a value of a row: a number, a string, None, or nested lists of these."""
+    """Tells whether a checkpoint can hold a value of a row: a number, string, None, or nested list of these."""
     if type(value) is list:
         return all(map(is_recordable, value))
     return type(value) in (float, int, bool, str, type(None))

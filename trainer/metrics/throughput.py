@@ -1,4 +1,4 @@
-"""Throughput: steps and examples per second, and the time that the devices wait for data."""
+"""Throughput: steps and examples per second, and the time that devices wait for data."""
 
 import contextlib
 import dataclasses
@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Peak bfloat16 rates of one device without sparsity, in floating-point operations per second, from the data sheets
-# of NVIDIA and Google. The keys are complete `jax.Device.device_kind` strings: boards of one name differ by a
-# quarter (H100 SXM, NVL and PCIe), so a prefix would overstate some of them.
+# Peak dense bfloat16 FLOP/s of one device, from the data sheets of NVIDIA and Google. The keys are complete
+# `jax.Device.device_kind` strings: boards with the same base name differ by a quarter (H100 SXM, NVL and PCIe), so a
+# prefix would overstate some of them.
 PEAK_FLOPS = {
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
@@ -40,13 +40,13 @@ class Throughput:
     Attributes:
         steps_per_second: Updates per second.
         examples_per_second: Examples per second.
-        waiting_for_data: The fraction of the time in which the devices were idle because the next batch was not
+        waiting_for_data: The fraction of time in which the devices were idle because the next batch was not
             ready.
-        flops_per_second: Floating-point operations per second of the step as it was traced, which includes the
-            optimizer and whatever `jax.checkpoint` computes twice. None if they cannot be counted.
-        utilization: ``flops_per_second`` as a fraction of the devices' bfloat16 peak. Because of what is included this
-            is a hardware FLOPs utilization (HFU), not the model FLOPs utilization (MFU) of papers, which is lower.
-            None unless the matrix products are known to be in bfloat16 and the peak of the device is known.
+        flops_per_second: Floating-point operations per second of the step as traced, including the
+            optimizer and recomputation by `jax.checkpoint`. None if they cannot be counted.
+        utilization: ``flops_per_second`` as a fraction of the devices' bfloat16 peak. Because of what it includes, it
+            is the hardware FLOPs utilization (HFU), not the model FLOPs utilization (MFU) of papers, which is lower.
+            None unless the matrix products are known to be in bfloat16 and the device's peak is known.
     """
 
     steps_per_second: float
@@ -67,9 +67,9 @@ class Meter:
     """Measures the throughput of an epoch. It never waits for a device.
 
     Args:
-        flops: The floating-point operations of a step over all devices. None if they cannot be counted, as for a step
-            with a ``pallas_call``, or a ``shard_map``, whose body is that of one device.
-        dtype: The dtype of the operands of the step's matrix products. None if it is unknown or they differ.
+        flops: The floating-point operations of a step over all devices. None if they cannot be counted, as with
+            ``pallas_call``, or ``shard_map``, whose body is per device.
+        dtype: The dtype of the operands of the step's matrix products. None if unknown or mixed.
         clock: Returns the time in seconds.
     """
 
@@ -83,21 +83,21 @@ class Meter:
 
     @contextlib.contextmanager
     def preparing(self) -> Iterator[None]:
-        """Times the preparation of the next batches, inside the block.
+        """Times the block, which prepares the next batches.
 
         The time counts as waiting for data if the last dispatched call has finished by the end of the block. It may
-        have finished at any time inside, so ``waiting_for_data`` is an upper bound.
+        have finished at any time during the block, so ``waiting_for_data`` is an upper bound.
         """
         started = self._clock()
         yield
-        # `is_ready` is a method of the arrays that jax returns, but not part of the documented `jax.Array`. It asks
-        # without waiting; block_until_ready would stall the dispatch of the next call.
+        # `is_ready` is a method of JAX's arrays, but not of the documented `jax.Array`. It does not wait;
+        # block_until_ready would stall the dispatch of the next call.
         if self._latest is not None and self._latest.is_ready():  # type: ignore[attr-defined]
             self._waited += self._clock() - started
 
     @contextlib.contextmanager
     def pausing(self) -> Iterator[None]:
-        """Leaves the time inside the block out: a validation, a checkpoint."""
+        """Excludes the time inside the block, such as a validation or a checkpoint."""
         started = self._clock()
         yield
         self._paused += self._clock() - started
@@ -106,8 +106,8 @@ class Meter:
         """Counts a call.
 
         Args:
-            result: An array that the call returned and that no later call consumes.
-            steps: How many steps the call runs.
+            result: An array from the call that no later call consumes by donation.
+            steps: The number of steps in the call.
             examples: The number of examples in the batch of each step.
         """
         self._latest = result
@@ -116,7 +116,7 @@ class Meter:
 
     @property
     def waiting_for_data(self) -> float:
-        """The fraction of the time so far in which the devices were idle because the next batch was not ready."""
+        """The fraction of time so far in which the devices were idle because the next batch was not ready."""
         return min(self._waited / self._seconds, 1.0)
 
     @property
@@ -124,10 +124,10 @@ class Meter:
         return max(self._clock() - self._started - self._paused, 1e-9)
 
     def read(self, devices: Collection[jax.Device]) -> Throughput:
-        """Returns the throughput since the meter was made.
+        """Returns the throughput since the meter was created.
 
         Args:
-            devices: All devices that the step runs on, of one kind.
+            devices: All devices that the step runs on, all of the same kind.
         """
         seconds = self._seconds
         flops = None if self._flops is None else self._steps * self._flops / seconds

@@ -1,4 +1,4 @@
-"""Files that take their name when they are whole. Checkpoints have more to keep, see `trainer.checkpoints.atomic`."""
+"""Atomic files without locks or flushes to disk; for checkpoints, see `trainer.checkpoints.atomic`."""
 
 import contextlib
 import os
@@ -8,9 +8,9 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def named_when_whole(path: Path) -> Iterator[Path]:
-    """Gives a temporary name beside ``path``; what is written to it gets that name when the block ends.
+    """Yields a temporary path beside ``path``, which is renamed to ``path`` when the block ends.
 
-    If the block raises, the temporary is removed and ``path`` is what it was before.
+    If the block raises, the temporary file is removed and ``path`` is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

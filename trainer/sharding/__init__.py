@@ -1,4 +1,4 @@
-"""Sharding: meshes, partition rules, states that are initialized sharded, batches on devices."""
+"""Sharding: meshes, partition rules, sharded initialization, and batches on devices."""
 
 from trainer.sharding.mesh import BATCH_AXES as BATCH_AXES
 from trainer.sharding.mesh import batch_sharding as batch_sharding

@@ -1,4 +1,4 @@
-"""Training states that are initialized sharded: no device ever holds the whole state."""
+"""Creates training states that are initialized sharded: no device ever holds the whole state."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 from trainer.errors import ArgumentTypeError
 from trainer.sharding.mesh import Axes
 from trainer.sharding.partition import MIN_SIZE, partition, shardings_of
-from trainer.state import TrainState, check_model, check_optimizer, check_rng
+from trainer.state import TrainState, as_key, check_model, check_optimizer
 from trainer.types import ExtensionLike, NonFinite
 
 
@@ -21,7 +21,7 @@ def abstract_state(
     model_fn: Callable[[nnx.Rngs], nnx.Module],
     optimizer: optax.GradientTransformation,
     *,
-    rng: jax.Array,
+    rng: jax.Array | int,
     mesh: Mesh,
     rules: Mapping[str, PartitionSpec] | None = None,
     logical_axes: Mapping[str, Axes] | None = None,
@@ -30,21 +30,21 @@ def abstract_state(
     extensions: Mapping[str, ExtensionLike] | None = None,
     nonfinite: NonFinite = "ignore",
 ) -> TrainState:
-    """Returns the state that `create_sharded` returns, with a `jax.ShapeDtypeStruct` for each array.
+    """Returns the state of `create_sharded`, with a `jax.ShapeDtypeStruct` for each array.
 
-    Nothing is computed. Each leaf has its ``sharding``, so `trainer.plan` and the restoration
-    of a checkpoint can start from the result.
+    Computes nothing. Each leaf has its ``sharding``, so the result works for `trainer.plan` and for
+    restoring a checkpoint.
     """
     held = {"wrt": wrt, "extensions": extensions, "nonfinite": nonfinite}
     how = {"rules": rules, "logical_axes": logical_axes, "min_size": min_size}
-    return _abstract_init(model_fn, optimizer, rng, mesh, held, how)[1]
+    return _abstract_init(model_fn, optimizer, as_key(rng), mesh, held, how)[1]
 
 
 def create_sharded(
     model_fn: Callable[[nnx.Rngs], nnx.Module],
     optimizer: optax.GradientTransformation,
     *,
-    rng: jax.Array,
+    rng: jax.Array | int,
     mesh: Mesh,
     rules: Mapping[str, PartitionSpec] | None = None,
     logical_axes: Mapping[str, Axes] | None = None,
@@ -55,8 +55,8 @@ def create_sharded(
 ) -> TrainState:
     """Creates a state that is initialized sharded.
 
-    No device and no host ever holds the whole state: one compiled program computes each part on the
-    device that keeps it. On any mesh it equals, bit for bit, these lines compiled::
+    No device or host ever holds the whole state: one compiled program computes each part on the
+    device that keeps it. On any mesh, it equals these lines under ``jax.jit``, bit for bit::
 
         model_rng, rng = jax.random.split(rng)
         TrainState.create(
@@ -64,12 +64,12 @@ def create_sharded(
         )
 
     Args:
-        model_fn: Makes the module from random streams, such as ``lambda rngs: Transformer(config, rngs=rngs)``.
+        model_fn: Makes the module from random streams: ``lambda rngs: Transformer(config, rngs=rngs)``.
             It is traced, so it must not close over large arrays.
         optimizer: Any optax transformation.
-        rng: A key, raw or typed, the same in every process. It is an argument of the compiled program:
-            a seed written into ``model_fn`` would be a constant, which the compiler may fold, computing
-            whole parameters at compile time.
+        rng: A key, raw or typed, or an integer seed, the same in every process. It is an argument of the compiled
+            program: a seed hard-coded in ``model_fn`` would be a constant, from which the compiler may fold whole
+            params at compile time.
         mesh: See `make_mesh`.
         rules: See `partition`.
         logical_axes: See `partition`.
@@ -81,6 +81,7 @@ def create_sharded(
     """
     held = {"wrt": wrt, "extensions": extensions, "nonfinite": nonfinite}
     how = {"rules": rules, "logical_axes": logical_axes, "min_size": min_size}
+    rng = as_key(rng)
     init, abstract = _abstract_init(model_fn, optimizer, rng, mesh, held, how)
     with _logical_axis_rules(mesh, logical_axes):
         state: TrainState = jax.jit(init, out_shardings=shardings_of(abstract))(rng)
@@ -97,10 +98,9 @@ def _abstract_init(
 ) -> tuple[Callable[[jax.Array], TrainState], TrainState]:
     """Returns the function from a key to the state, and the shapes and shardings of its result.
 
-    ``held`` are the arguments of `TrainState.create` that decide what the state holds, ``how`` those of `partition`.
+    ``held`` are the arguments of `TrainState.create` that determine its contents, ``how`` those of `partition`.
     """
     check_optimizer(optimizer)
-    check_rng(rng)
     if not callable(model_fn) or isinstance(model_fn, nnx.Module):
         raise ArgumentTypeError(
             f"`model_fn` is of type {type(model_fn).__name__}; it must be a callable that makes the module from random "
@@ -117,9 +117,9 @@ def _abstract_init(
         with _logical_axis_rules(mesh, how["logical_axes"]):
             shapes = jax.eval_shape(init, rng)
     except ValueError:
-        # If a dimension's name is no axis of the mesh, JAX's error does not say which variable has it. Trace
-        # without Flax's placement, so that `partition` can raise an error that does. The lambda is a new
-        # function, whose trace is not cached.
+        # If the mesh lacks an axis that a dimension is named after, JAX's error does not say which variable has it.
+        # Trace without Flax's placement, so that `partition` can raise an error that does. The lambda is a new
+        # function, so its trace is not cached.
         with nnx.use_eager_sharding(False):  # type: ignore[no-untyped-call]
             partition(jax.eval_shape(lambda rng: init(rng), rng), mesh, **how)
         raise
@@ -131,7 +131,7 @@ def _abstract_init(
 
 @contextmanager
 def _logical_axis_rules(mesh: Mesh, logical_axes: Mapping[str, Axes] | None) -> Iterator[None]:
-    """Sets the mesh and the axis rules for Flax, which places a variable with named dimensions when it is made."""
+    """Sets the mesh and axis rules for Flax, which places variables with named dimensions on creation."""
     rules = {**dict(spmd.get_logical_axis_rules()), **(logical_axes or {})}
     with jax.set_mesh(mesh), spmd.logical_axis_rules(tuple(rules.items())):
         yield

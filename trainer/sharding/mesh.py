@@ -13,21 +13,21 @@ from trainer.errors import ArgumentError, ArgumentTypeError, BatchError
 from trainer.types import Batch
 
 BATCH_AXES = ("data", "fsdp")
-"""The mesh axes that split a batch: each of their devices computes on its own examples."""
+"""The mesh axes that split a batch: each device along them computes on its own examples."""
 
 Axes = str | tuple[str, ...] | None
-"""What splits one dimension: a mesh axis, several of them from major to minor, or none."""
+"""What splits a dimension: a mesh axis, several from major to minor, or none."""
 
 
 def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Arranges devices in a mesh, for the compiler to partition over (axis type `Auto`).
+    """Arranges devices in a mesh for the compiler to partition over (axis type `Auto`).
 
     Args:
-        axes: Name to size, from major to minor. At most one size may be -1, which takes the remaining
-            devices. The customary names are ``data`` (replicas), ``fsdp`` (the state is split, and the
-            batch too) and ``tensor`` (layers are split). An axis of size 1 costs nothing and lets the
-            same rules serve on fewer devices.
-        devices: By default all devices of all processes, in an order that suits their network.
+        axes: Name to size, from major to minor. At most one size may be -1, for the remaining devices.
+            Conventional names are ``data`` (replicas), ``fsdp`` (splits the state and the batch) and
+            ``tensor`` (splits layers). An axis of size 1 costs nothing, and lets the same rules work on
+            fewer devices.
+        devices: By default all devices of all processes, in an order that suits their interconnect.
 
     Raises:
         ArgumentTypeError: A size is not an integer.
@@ -62,14 +62,14 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = No
 
 
 def batch_sharding(mesh: Mesh, axes: Axes = BATCH_AXES, *others: Axes) -> NamedSharding:
-    """Returns the sharding of a batch. Axes that the mesh does not have are left out.
+    """Returns the sharding of a batch. Axes missing from the mesh are ignored.
 
     Args:
         mesh: See `make_mesh`.
         axes: What splits the first dimension, the examples.
         *others: What splits the dimensions after the first, in order. Splitting the second dimension of
-            sequences is sequence parallelism: every device computes on its part of each sequence, and
-            the compiler gathers the keys and values of an attention. Rules and model stay the same.
+            sequences is sequence parallelism: each device computes on its part of every sequence, and
+            the compiler gathers the keys and values of attention. Rules and model stay the same.
 
     Example:
         >>> mesh = make_mesh({"data": 1, "sequence": 1}, jax.devices()[:1])
@@ -93,7 +93,7 @@ def check_batch_fits(batch: Batch, sharding: Any) -> None:
 
     Raises:
         BatchError: It is not a batch, or an axis does not divide a dimension. The message names the
-            leaves, the axes and the nearest sizes that can be split.
+            leaves, the axes and the nearest sizes that would work.
     """
     check_batch(batch)
     shardings = jax.tree.broadcast(sharding, batch)
@@ -115,7 +115,7 @@ def check_batch_fits(batch: Batch, sharding: Any) -> None:
 
 
 def multiples_near(length: int, parts: int) -> list[int]:
-    """Returns the nearest positive multiples of ``parts``, the one below first."""
+    """Returns the nearest positive multiples of ``parts``, the lower one first."""
     return [size for size in (length // parts * parts, -(-length // parts) * parts) if size]
 
 

@@ -1,8 +1,8 @@
 """How a training state is split over a mesh: partition rules, and what each device holds.
 
 JAX does the work. A train step names no devices; under ``jax.jit`` the compiler derives every collective
-from the shardings of its arguments. What is left to decide is a `NamedSharding` for each leaf of the state
-and of the batch, and that a step returns its state with the shardings that it came with (`jit_step`).
+from the shardings of the step's arguments. It remains to choose a `NamedSharding` for each leaf of the state
+and of the batch, and to have the step return its state with the same shardings (`jit_step`).
 """
 
 import functools
@@ -25,10 +25,10 @@ from trainer.sharding.mesh import Axes, as_tuple
 from trainer.state import TrainState
 
 FSDP_AXIS = "fsdp"
-"""The mesh axis that splits a leaf if no name, rule or param decides its sharding."""
+"""The mesh axis that splits a leaf whose sharding no name, rule or param decides."""
 
 MIN_SIZE = 2**16
-"""Leaves with fewer entries are replicated, since gathering a small leaf costs more latency than its memory saves."""
+"""Smaller leaves (in entries) are replicated, since gathering them costs more latency than their memory saves."""
 
 Keys = tuple[str, ...]
 
@@ -45,34 +45,34 @@ def partition(
 
     The first of these that applies decides:
 
-    1. Names that the module's author gave to the dimensions of a variable (``nnx.with_partitioning``).
-       ``logical_axes`` maps them to mesh axes; the name of a mesh axis stands for that axis.
+    1. Dimension names that the module's author gave to a variable (``nnx.with_partitioning``).
+       ``logical_axes`` maps them to mesh axes; the name of a mesh axis stands for itself.
     2. The first of ``rules`` whose pattern matches the path.
-    3. The sharding of a param, by 1, 2 or 4, for a leaf of ``opt_state`` or ``extensions`` whose path ends
+    3. A param's sharding, by 1, 2 or 4, for a leaf of ``opt_state`` or ``extensions`` whose path ends
        with the param's path. The leaf has the param's shape (a momentum, an average of the params), or
-       lacks a dimension (the rows and columns of Adafactor; not if the shape fits two dimensions that are
-       split differently), or has one more dimension in front, which is not split (the memory of L-BFGS).
-    4. The mesh axis ``fsdp``, which splits the largest dimension that it divides, the last of several of
+       lacks a dimension (Adafactor's rows and columns; not if the shape fits two dimensions that are
+       split differently), or has one more leading dimension, which is not split (L-BFGS's memory).
+    4. The mesh axis ``fsdp``, which splits the largest dimension that it divides, the last of those with
        equal length. Leaves with fewer than ``min_size`` entries, keys and scalars are replicated, and so is
        every leaf if the mesh has no such axis.
 
-    A momentum follows its param before the rules apply to it if 1 decides the param. A rule that matches
-    ``opt_state/...`` only splits the optimizer's state and leaves the params replicated.
+    If 1 decides a param, its momentum follows it before the rules apply. A rule that matches only
+    ``opt_state/...`` splits the optimizer's state and leaves the params replicated.
 
     Args:
         tree: A `TrainState`, or another tree, of arrays or `jax.ShapeDtypeStruct`. 1 and 3 apply to a
             `TrainState` only.
         mesh: The mesh, see `make_mesh`.
-        rules: Pattern to `PartitionSpec`. A pattern has to match a whole path in the state, as in
+        rules: Pattern to `PartitionSpec`. A pattern must match a whole path in the state, as in
             `trainer.by_path`: ``params/layers/*/kernel``, or a regular expression, ``params/layers/.*/kernel``.
-        logical_axes: Name of a dimension to mesh axes, or to None for a dimension that is not split.
-        min_size: Entries below which 4 replicates a leaf.
+        logical_axes: Dimension name to mesh axes, or to None for a dimension that is not split.
+        min_size: Leaves with fewer entries are replicated by 4.
 
     Returns:
-        The same tree with a `NamedSharding` for each leaf, to be passed to ``jax.device_put`` or ``jax.jit``.
+        The same tree with a `NamedSharding` for each leaf, for ``jax.device_put`` or ``jax.jit``.
 
     Raises:
-        ArgumentTypeError: A rule has no `PartitionSpec`.
+        ArgumentTypeError: A rule's value is not a `PartitionSpec`.
         ArgumentError: A rule decides nothing, the mesh lacks an axis, or axes do not divide a dimension.
             The message names all of them.
 
@@ -147,14 +147,14 @@ def bytes_per_device(tree: Any) -> int:
 
 
 def describe(tree: Any) -> str:
-    """Returns a table of how each leaf is split, to print.
+    """Returns a printable table of how each leaf is split.
 
     Args:
         tree: A sharded state or another tree of arrays or `jax.ShapeDtypeStruct` with shardings.
 
     Returns:
         A line for each leaf, with its path, dtype and shape, `PartitionSpec` and bytes per device, and
-        a line with the sums.
+        a line of totals.
 
     Raises:
         ArgumentTypeError: The sharding of a leaf is not over a mesh.
@@ -201,7 +201,7 @@ def _check_rules(rules: Mapping[str, PartitionSpec] | None) -> dict[str, Partiti
 
 
 def _unknown_axes(rules: Mapping[str, PartitionSpec], mesh: Mesh) -> dict[str, str]:
-    """Returns, by pattern, the problem of each rule that names an axis which the mesh does not have."""
+    """Returns, by pattern, the problem of each rule that names an axis missing from the mesh."""
     found = {}
     for pattern, spec in rules.items():
         absent = [axis for axes in spec for axis in as_tuple(axes) if axis not in mesh.axis_names]
@@ -217,7 +217,7 @@ def _unknown_axes(rules: Mapping[str, PartitionSpec], mesh: Mesh) -> dict[str, s
 def _named_specs(
     tree: Any, mesh: Mesh, logical_axes: Mapping[str, Axes], problems: list[str]
 ) -> dict[Keys, PartitionSpec]:
-    """Returns the specs of the variables with named dimensions, by path in the state, and adds to ``problems``."""
+    """Returns the specs of variables with named dimensions, by path in the state; appends to ``problems``."""
     if not isinstance(tree, TrainState):
         return {}
     leaves = {_keys(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
@@ -244,7 +244,7 @@ def _named_specs(
 
 
 def _mirrored(keys: Keys, params: set[Keys]) -> Keys | None:
-    """Returns the path of the param that a leaf of the optimizer or of an extension belongs to, or None."""
+    """Returns the path of the param that a leaf of the optimizer or an extension belongs to, or None."""
     if not params or keys[0] not in ("opt_state", "extensions"):
         return None
     # Longest suffix first: `mu/layers/kernel` belongs to `layers/kernel`, not to a param `kernel`.
@@ -255,7 +255,7 @@ def _mirrored(keys: Keys, params: set[Keys]) -> Keys | None:
 
 
 def _spec_like_param(spec: PartitionSpec, param: tuple[int, ...], shape: tuple[int, ...]) -> PartitionSpec | None:
-    """Returns the spec of a leaf that belongs to a param, or None if the two shapes do not determine it."""
+    """Returns the spec of a leaf that belongs to a param, or None if the two shapes leave it ambiguous."""
     if shape == param:
         return spec
     if shape[1:] == param:
@@ -277,7 +277,7 @@ def _automatic(leaf: Any, mesh: Mesh, min_size: int) -> PartitionSpec:
 
 
 def _misfits(path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh, why: str) -> list[str]:
-    """Returns what is wrong with a spec for a shape, as clauses of an error message."""
+    """Returns the problems of a spec for a shape, as clauses of an error message."""
     subject = f"`{path}` of shape {shape} is split {why} as {spec}"
     if len(spec) > len(shape):
         return [f"{subject}, which has {len(spec)} dimensions; a pattern can be narrowed to other paths"]

@@ -1,7 +1,7 @@
-"""Placing a trainer's state and batches: on JAX's default device, or over a mesh.
+"""Places a trainer's state and batches: on JAX's default device, or over a mesh.
 
-A batch reaches the devices in one of two ways. A batch that a caller or a loader hands over is this process's own
-part of the global batch (all of it in a single process). A batch drawn from data in memory is known to every process
+Batches reach the devices in two ways. A batch from a caller or a loader is this process's own
+part of the global batch (all of it, in a single process). A batch of in-memory data is known to every process
 by its indices, and each process gathers only the rows that its devices hold.
 """
 
@@ -32,13 +32,13 @@ _END = object()
 
 
 class Placement(Protocol):
-    """Where a trainer computes: puts the state and the batches on devices. `placement_of` makes one.
+    """Places the state and the batches on devices. `placement_of` makes one.
 
     Attributes:
-        num_processes: How many processes train together.
-        one_call_at_a_time: Whether a compiled call must finish before the next one is dispatched.
+        num_processes: The number of processes that train together.
+        one_call_at_a_time: Whether a compiled call must finish before the next is dispatched.
         is_primary_process: Whether this process writes the logs.
-        replicated: The sharding of an array that every device holds; None on a single device.
+        replicated: The sharding of a replicated array; None on a single device.
     """
 
     @property
@@ -57,17 +57,17 @@ class Placement(Protocol):
         rng: jax.Array,
         held: Mapping[str, Any],
     ) -> TrainState:
-        """Creates the state on its devices; ``held`` are further arguments of `TrainState.create`.
+        """Creates the state on its devices; ``held`` are more arguments of `TrainState.create`.
 
-        Over a mesh ``model`` may also be a callable from ``nnx.Rngs`` to the model: the state is then initialized
+        Over a mesh, ``model`` may also be a callable from ``nnx.Rngs`` to the model; the state is then initialized
         sharded, see `create_sharded`.
         """
 
     def adopt(self, state: TrainState) -> TrainState:
-        """Returns the state with every leaf placed here; a leaf that already is stays as it is."""
+        """Returns the state with every leaf placed here; leaves already placed stay as they are."""
 
     def check_batch_size(self, batch_size: int) -> None:
-        """Checks that the devices can share full batches of this size.
+        """Checks that full batches of this size can be split over the devices.
 
         Raises:
             ArgumentError: They cannot.
@@ -79,22 +79,22 @@ class Placement(Protocol):
         """Checks this process's part of a batch and starts its transfer to the devices.
 
         Args:
-            batch: The part, or a global batch that is placed already.
-            may_be_short: Whether it may be a short last batch, which the devices may be unable to share evenly.
-            at_once: Whether a compiled step takes the batch right away. On a single device the step then transfers
-                it, which is faster than a ``jax.device_put`` before it.
-            is_private: Whether nobody will write to the arrays any more. Others are copied, since a loader may fill
-                the same buffers again before a step has read them.
+            batch: The part, or a global batch that is already placed.
+            may_be_short: Whether it may be a short last batch, which may not split evenly over the devices.
+            at_once: Whether a compiled step takes the batch immediately. On a single device the step then does the
+                transfer, which is faster than a separate ``jax.device_put``.
+            is_private: Whether the arrays will not be written to again. Otherwise they are copied, since a loader may
+                reuse its buffers before a step has read them.
 
         Returns:
-            The global batch, and the number of examples in it; 1 where its arrays have no common leading dimension.
+            The global batch, and its number of examples; 1 if its arrays have no common leading dimension.
 
         Raises:
-            BatchError: It is not a batch, or the devices cannot share it.
+            BatchError: It is not a batch, or cannot be split over the devices.
         """
 
     def abstract_batch(self, batch: Any) -> tuple[Any, int]:
-        """Returns the shapes and dtypes (over a mesh also shardings) of what `place_batch` returns, and its examples.
+        """Returns the shapes, dtypes (over a mesh also shardings) and number of examples of `place_batch`'s result.
 
         Args:
             batch: As for `place_batch`, of arrays or `jax.ShapeDtypeStruct`; the values are not read.
@@ -104,7 +104,7 @@ class Placement(Protocol):
         """
 
     def next_batch(self, epoch: Epoch, *, at_once: bool = False) -> tuple[Batch, int] | None:
-        """Returns the next batch of data in memory, placed, and its examples; None at the end of the epoch.
+        """Returns the next in-memory batch, placed, and its number of examples; None at the end of the epoch.
 
         Args:
             epoch: The data. Every process draws the same batches from it.
@@ -128,7 +128,7 @@ class Placement(Protocol):
 class SingleDevice:
     """JAX's default device.
 
-    Batches stay uncommitted, so a compiled step takes them to wherever its state is.
+    Batches stay uncommitted, so a compiled step moves them to wherever its state is.
     """
 
     num_processes = 1
@@ -189,17 +189,17 @@ class OverMesh:
     """The devices of a mesh, see `trainer.sharding`.
 
     The mesh axes ``data`` and ``fsdp`` split the first dimension of a batch. A short batch that they do not divide
-    is split over the axes that do divide it, or replicated; the computed result is the same.
+    is split over the axes that do divide it, or replicated; the result is the same.
 
-    A mesh of one device needs no sharded batches. There `SingleDevice` places them, which costs no more per batch
-    than training without a mesh.
+    A one-device mesh needs no sharded batches. `SingleDevice` places them there, at no extra cost per batch
+    compared with training without a mesh.
 
     Args:
         mesh: The mesh.
         rules: How the state is split, as for `trainer.partition`.
 
     Raises:
-        ArgumentTypeError, ArgumentError: No trainer can use the mesh.
+        ArgumentTypeError, ArgumentError: The mesh or the rules are invalid.
     """
 
     def __init__(self, mesh: Mesh, rules: Mapping[str, PartitionSpec] | None) -> None:
@@ -213,7 +213,7 @@ class OverMesh:
         self.replicated = NamedSharding(mesh, PartitionSpec())
         self._ints = _cached_ints(self.replicated)
         local = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
-        # On the CPU, one process's devices share a thread pool. Two calls in flight, each with collectives, can
+        # On the CPU, the devices of a process share a thread pool. Two calls with collectives in flight could
         # occupy all threads while each waits for the other: a deadlock.
         self.one_call_at_a_time = local[0].platform == "cpu" and len(local) > 1
         shards = self._batch_sharding(self._shards).addressable_devices_indices_map((self._shards,))
@@ -277,7 +277,7 @@ class OverMesh:
         examples, shardings = self._shares(batch, length, may_be_short=False)
 
         def abstract(leaf: Any, sharding: NamedSharding) -> Any:
-            if not hasattr(leaf, "dtype"):  # a number
+            if not hasattr(leaf, "dtype"):  # a Python number
                 return leaf
             shape = leaf.shape if length is None or not leaf.shape else (examples, *leaf.shape[1:])
             return jax.ShapeDtypeStruct(shape, dtype_in_jax(leaf), sharding=sharding)
@@ -315,11 +315,11 @@ class OverMesh:
         return isinstance(sharding, NamedSharding) and sharding.mesh == self.mesh
 
     def _shares(self, batch: Any, length: int | None, may_be_short: bool) -> tuple[int, Any]:
-        """Returns the examples in the global batch, and the sharding of all leaves, or a tree of one for each.
+        """Returns the number of examples in the global batch, and one sharding for all leaves, or a tree of them.
 
         Args:
             batch: This process's part of the batch.
-            length: Its length, None where its arrays have no common one: then each is split if it can be.
+            length: Its length, None if its arrays have no common one: each is then split if possible.
             may_be_short: As for `place_batch`.
         """
         if length is None and self.num_processes > 1:
@@ -339,7 +339,7 @@ class OverMesh:
         return examples, jax.tree.map(sharding_of, batch)
 
     def _global_examples(self, batch: Any, own: int, may_be_short: bool) -> int:
-        """Returns the number of examples in the global batch, given the number in this process's part."""
+        """Returns the number of examples in the global batch, given that of this process's part."""
         alone = self._own_shards == self._shards
         if own % self._own_shards and not (may_be_short and alone):
             parts = f"the {self._own_shards} devices of {self._named_axes()}" + " in this process" * (not alone)
@@ -351,7 +351,7 @@ class OverMesh:
         return own if alone else own // self._own_shards * self._shards
 
     def _batch_sharding(self, examples: int) -> NamedSharding:
-        """Splits over each batch axis that, together with the axes before it, divides the examples."""
+        """Splits over each batch axis that, combined with the axes before it, divides the examples."""
         axes: tuple[str, ...] = ()
         for axis in self._axes:
             if examples % _parts(self.mesh, (*axes, axis)) == 0:
@@ -366,7 +366,7 @@ def placement_of(mesh: Mesh | None, rules: Mapping[str, PartitionSpec] | None) -
     """Returns the placement over a mesh, or on JAX's default device if there is no mesh.
 
     Raises:
-        ArgumentTypeError, ArgumentError: The arguments cannot be used.
+        ArgumentTypeError, ArgumentError: The arguments are invalid.
     """
     if mesh is not None:
         return OverMesh(mesh, rules)
@@ -383,10 +383,10 @@ def placement_of(mesh: Mesh | None, rules: Mapping[str, PartitionSpec] | None) -
 def next_batch_from(
     placement: Placement, batches: Iterator[Batch], *, may_be_short: bool = True, at_once: bool = False
 ) -> tuple[Batch, int] | None:
-    """Returns the next batch of data in memory or of a loader, placed, and its examples; None at the end.
+    """Returns the next batch of in-memory data or a loader, placed, and its number of examples; None at the end.
 
     Args:
-        placement: Where to put it.
+        placement: Where to place it.
         batches: An `Epoch`, or an iterator over this process's parts of the batches.
         may_be_short: As for `Placement.place_batch`.
         at_once: As for `Placement.place_batch`.
@@ -407,8 +407,8 @@ def _examples(length: int | None) -> int:
 def _cached_ints(sharding: NamedSharding | None) -> Callable[[int], jax.Array]:
     """Returns a function from an int to an int32 array on every device, with a bounded cache.
 
-    The values are the number of steps in a call, which repeats, and the index of an evaluation batch, which has no
-    bound.
+    The values are the number of steps in a call, which repeats, and the index of an evaluation batch, which is
+    unbounded.
     """
 
     @functools.lru_cache(maxsize=_CACHED_INTS)

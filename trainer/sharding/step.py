@@ -1,4 +1,4 @@
-"""Compiling a train step for a sharded state."""
+"""Compiles a train step for a sharded state."""
 
 import functools
 from collections.abc import Callable
@@ -12,11 +12,11 @@ from trainer.sharding.partition import shardings_of
 
 
 def jit_step(step: Callable[..., Any], state: Any, batch: Any = None) -> Any:
-    """Compiles a train step that donates its state and returns a state with the same shardings.
+    """Compiles a train step that donates its state and returns it with the same shardings.
 
-    Without given output shardings the compiler may return a leaf with another sharding than its
-    argument had. The next step would then compile again, and each device would hold other parts.
-    The call is the same as::
+    Without explicit output shardings, the compiler may return a leaf with a different sharding than its
+    argument had. The next step would then recompile, and devices would hold different parts.
+    Equivalent to::
 
         shardings = shardings_of(state)
         jax.jit(
@@ -28,15 +28,15 @@ def jit_step(step: Callable[..., Any], state: Any, batch: Any = None) -> Any:
 
     Args:
         step: ``(state, batch) -> (state, metrics)``, see `trainer.make_train_step` without ``axis_name``.
-        state: The sharded state, or its shapes with shardings. It is read, never changed.
+        state: The sharded state, or its shapes with shardings. It is never modified.
         batch: The sharding of the batch, or a tree of shardings; by default `batch_sharding`. NumPy arrays
-            are placed accordingly. With several processes, make global arrays of them first
+            are placed accordingly. With several processes, make global arrays first
             (``jax.make_array_from_process_local_data``).
 
     Returns:
-        The compiled ``(state, batch) -> (state, metrics)``, with ``lower`` and ``trace`` as ``jax.jit`` has
-        them. For a batch that cannot be split evenly it raises the `BatchError` of `check_batch_fits` in
-        place of JAX's error, and the state is not donated.
+        The compiled ``(state, batch) -> (state, metrics)``, with ``lower`` and ``trace`` like a ``jax.jit``
+        function. For a batch that cannot be split evenly, it raises `BatchError` from `check_batch_fits`
+        instead of JAX's error, and does not donate the state.
 
     Raises:
         ArgumentTypeError: The sharding of a leaf of ``state`` is not over a mesh.
@@ -54,7 +54,7 @@ def jit_step(step: Callable[..., Any], state: Any, batch: Any = None) -> Any:
 
 
 class _ShardedStep:
-    """A compiled step that explains why JAX refuses a batch. It checks after the failure, so a good batch is free."""
+    """A compiled step that explains why JAX rejects a batch. It checks only after a failure: a good batch is free."""
 
     def __init__(self, compiled: Any, batch_sharding: Any) -> None:
         self._compiled = compiled

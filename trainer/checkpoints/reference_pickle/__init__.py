@@ -1,4 +1,4 @@
-"""The pickle layout of the reference trainer: written for NumPy alone, read without executing anything."""
+"""The reference trainer's pickle layout: needs only NumPy to load, and is read without executing anything."""
 
 from trainer.checkpoints.reference_pickle.layout import KEYS as KEYS
 from trainer.checkpoints.reference_pickle.reader import read_pickle as read_pickle

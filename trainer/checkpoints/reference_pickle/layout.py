@@ -1,12 +1,12 @@
-"""What a pickle in the reference's layout holds, shared by the reader and the writer.
+"""The contents of a pickle in the reference's layout, shared by the reader and the writer.
 
 A pickle is a dict with the keys ``step`` (an int), ``opt_state``, ``model_state``, ``rng`` and ``extensions_state``.
-The reference does not continue a run from a pickle of ours. It needs the named tuples of optax and the variables of
-nnx, by reference to the classes of the versions that are installed; ours has plain tuples and dicts, which any program
-of any version reads. We continue from what the reference writes.
+The reference does not continue a run from a pickle of ours. It needs optax's named tuples and nnx variables, pickled
+by reference to the installed versions of their classes. Ours have plain tuples and dicts, which any program of any
+version reads. We can resume from the reference's pickles.
 
-We write it with dicts, tuples, lists, strings, ints, None and NumPy arrays only, so that ``pickle.load`` needs nothing
-but NumPy. An array that NumPy has no dtype for is written as a dict:
+We write only dicts, tuples, lists, strings, ints, None and NumPy arrays, so that ``pickle.load`` needs nothing
+but NumPy. An array whose dtype NumPy lacks is written as a dict:
 
 - ``{"dtype": "bfloat16", "bits": <uint16 array>}`` for the dtypes of ``ml_dtypes``. Dtypes of less than a byte take
   one byte per entry. With ``ml_dtypes``, ``bits.view(dtype)`` is the array.
@@ -22,17 +22,17 @@ import numpy as np
 from trainer.core.tree_paths import leaf_path
 
 KEYS = ("step", "opt_state", "model_state", "rng", "extensions_state")
-"""The keys of the dict, in the order in which they are written."""
+"""The keys of the dict, in the order they are written."""
 
 EXTENDED_DTYPES: dict[str, np.dtype[Any]] = {
     name: np.dtype(kind)
     for name, kind in vars(ml_dtypes).items()
     if isinstance(kind, type) and issubclass(kind, np.generic)
 }
-"""The dtypes of ``ml_dtypes``, by name."""
+"""The ``ml_dtypes`` dtypes, by name."""
 
 KEY_WIDTHS = {"threefry2x32": 2, "rbg": 4, "unsafe_rbg": 4}
-"""Key implementations, and the number of uint32 words in the data of one key."""
+"""Key implementations, and the number of uint32 words in one key's data."""
 
 
 def bits_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
@@ -41,13 +41,13 @@ def bits_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 
 def merged(params: Any, model_state: Any) -> Any:
-    """Returns the nested dicts ``params`` and ``model_state`` as one tree along the attributes of the module."""
+    """Returns the nested dicts ``params`` and ``model_state`` merged into one tree of module attributes."""
     if not (isinstance(params, dict) and isinstance(model_state, dict)):
         return params
     return {**model_state, **{key: merged(value, model_state.get(key)) for key, value in params.items()}}
 
 
 def children_of(tree: Any) -> dict[str, Any]:
-    """Returns the nodes one level below a node, by their names in a path, in the order of its fields."""
+    """Returns the children of a node, by their names in a path, in field order."""
     below = jax.tree.leaves_with_path(tree, is_leaf=lambda node: node is not tree)
     return {leaf_path(keys): child for keys, child in below if keys}

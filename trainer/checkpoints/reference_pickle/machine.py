@@ -1,17 +1,17 @@
-"""A stack machine for the operations of a pickle that executes nothing.
+"""A stack machine that runs the operations of a pickle but executes nothing.
 
 A pickle is a program for a small stack machine, and Python's machine imports and calls whatever the program names. This
-machine knows a closed list of operations, looks no name up, and makes plain containers, arrays over the bytes of the
+machine knows a closed list of operations, looks up no names, and makes plain containers, arrays over the bytes of the
 file, and stand-ins for everything else.
 
-``pickle.Unpickler`` with a ``find_class`` that returns stand-ins is no substitute. It hashes any value as a dict key,
-in C and recursively, so that a deep tuple of less than a megabyte crashes the interpreter. It copies every array, and
-it cannot refuse a text before the text takes four times the memory of its bytes.
+``pickle.Unpickler`` with a ``find_class`` that returns stand-ins would not do. It hashes any value as a dict key,
+recursively in C, so that a deep tuple of less than a megabyte crashes the interpreter. It copies every array, and
+it cannot refuse a string before the string takes four times the memory of its bytes.
 """
 
 import dataclasses
 import math
-import pickle  # for its operation codes only
+import pickle  # for its opcodes only
 import struct
 import sys
 from collections.abc import Callable
@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from trainer.checkpoints.reference_pickle.layout import EXTENDED_DTYPES
 
-# A jax array takes about 65 operations, so this is 16,000 arrays. A hostile file of as many operations makes 100 MB.
+# A JAX array takes about 65 operations, so this allows 16,000 arrays. A hostile file of that size allocates 100 MB.
 MAX_OPERATIONS = 2**20
 MAX_NAME = 256
 
@@ -34,19 +34,19 @@ _NATIVE_DTYPES = {
 
 
 class Refused(Exception):  # noqa: N818
-    """Why a file is not read, as a part of a sentence."""
+    """The reason a file is refused, as part of a sentence."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Global:
-    """The name of a class or function, with its module, which is never looked up."""
+    """The module and name of a class or function, which is never looked up."""
 
     name: str
 
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Instance:
-    """Stands for an instance of a class: what Python's machine would make it from."""
+    """A stand-in for an instance of a class: what Python would build it from."""
 
     kind: Global
     arguments: tuple[Any, ...]
@@ -55,7 +55,7 @@ class Instance:
 
 @dataclasses.dataclass(eq=False, slots=True)
 class ArrayNode:
-    """An array, which is None between the operation that makes it and the operation that fills it."""
+    """An array; None between the operation that creates it and the one that fills it."""
 
     value: npt.NDArray[Any] | None = None
 
@@ -76,8 +76,8 @@ class Machine:
         """Returns the value that the program leaves on the stack.
 
         Raises:
-            Refused: An operation, name or value has no place in a checkpoint.
-            Exception: Any other, where the bytes make no sense.
+            Refused: An operation, name or value does not belong in a checkpoint.
+            Exception: Any other type, if the bytes are malformed.
         """
         if bytes(self.data[:2]) not in (b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5"):
             raise Refused("it is no pickle of a protocol from 2 to 5")
@@ -116,7 +116,7 @@ class Machine:
 
     def text(self, length: str) -> str:
         data = self.sized(length)
-        # One character beyond Latin-1 makes Python take four bytes for each. Long texts are the bytes of protocol 2.
+        # One character beyond Latin-1 makes Python use four bytes for each. Long strings are protocol 2's bytes.
         if len(data) > 2**16 and np.frombuffer(data, np.uint8).max() > 0xC3:
             raise Refused("it has a long text that is not Latin-1")
         return str(data, "utf-8")
@@ -159,7 +159,7 @@ class Machine:
             raise Refused(f"it names {describe_value(name)} in {describe_value(module)}")
         # NumPy 2 writes `numpy._core` where NumPy 1 wrote `numpy.core`.
         found = Global(f"{module.replace('numpy._core', 'numpy.core')}.{name}")
-        # No array, variable or optimizer state is of a class of Python itself: this is an attack or a mistake.
+        # No array, variable or optimizer state has a class from the standard library: an attack or a mistake.
         if module.partition(".")[0] in _PYTHON and found.name not in _CALLS:
             raise Refused(f"it names {describe_value(found)}, which has no place in a checkpoint")
         self.stack.append(found)
@@ -179,7 +179,7 @@ class Machine:
             case ArrayNode(value=None), (1, shape, dtype, bool(fortran), data):
                 target.value = self.array(shape, dtype, data, "F" if fortran else "C")
             case np.dtype(), (3, "<" | "|", None, None, None, _, _, _):
-                pass  # the dtype has this state already
+                pass  # the dtype already has this state
             case np.dtype(), _:
                 # NumPy's own `dtype.__setstate__` can be made to read memory out of bounds, so it is never called.
                 raise Refused(f"it has an array of {describe_value(target)}, but big-endian or with parts")
@@ -222,7 +222,7 @@ def _make_array(machine: Machine, kind: Any, shape: Any, code: Any) -> ArrayNode
 
 
 def _make_jax_array(machine: Machine, function: Any, arguments: Any, state: Any, about: Any) -> ArrayNode:
-    del about  # whether the array is weakly typed, which no array of a training state is
+    del about  # weak type, which no array of a training state has
     if function != Global("numpy.core.multiarray._reconstruct"):
         raise Refused(f"it has an array made by {describe_value(function)}")
     array = _make_array(machine, *arguments)
@@ -250,7 +250,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "_codecs.encode": _make_bytes,
     "__builtin__.bytes": _make_bytes,
 }
-"""The functions that a pickle may call, and what stands for each."""
+"""The functions that a pickle may call, each with its stand-in."""
 
 _CODES = {code[0]: name for name, code in vars(pickle).items() if type(code) is bytes and len(code) == 1}
 
@@ -286,7 +286,7 @@ _VALUES: dict[int, Callable[[Machine], Any]] = {
 _EFFECTS: dict[int, Callable[[Machine], Any]] = {
     pickle.FRAME[0]: lambda m: m.number("<Q"),
     pickle.MARK[0]: lambda m: m.marks.append(len(m.stack)),
-    # The memo is a dict. Python's machine allocates a table as long as the largest index.
+    # The memo is a dict; Python's machine allocates a table as long as the largest index.
     pickle.MEMOIZE[0]: lambda m: m.memorize(len(m.memo)),
     pickle.BINPUT[0]: lambda m: m.memorize(m.number("<B")),
     pickle.LONG_BINPUT[0]: lambda m: m.memorize(m.number("<I")),
@@ -303,7 +303,7 @@ _EFFECTS: dict[int, Callable[[Machine], Any]] = {
 
 
 def describe_value(value: Any) -> str:
-    """Writes a value for a message, shortened."""
+    """Formats a value for a message, shortened."""
     match value:
         case Global(name=name) | Instance(kind=Global(name=name)):
             return f"`{name[:100]}`"

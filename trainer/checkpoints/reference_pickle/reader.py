@@ -1,4 +1,4 @@
-"""Reads the arrays of a pickle in the layout, by their paths in a training state."""
+"""Reads the arrays of a pickle in the reference's layout, by their paths in a training state."""
 
 import itertools
 from collections.abc import Iterator
@@ -23,42 +23,42 @@ from trainer.errors import CheckpointError
 from trainer.state import TrainState
 
 ArrayOrKey = tuple[npt.NDArray[Any], str | None]
-"""An array, and the key implementation if the array is the data of typed keys."""
+"""An array, and the key implementation if the array is key data."""
 
-# A short file can refer to one node many times, and so stand for a huge tree. This bounds the sum of the lengths of all
-# paths, those of inner nodes included.
+# A short file can refer to one node many times, and so expand to a huge tree. This bounds the total length of all
+# paths, including those of inner nodes.
 MAX_PATHS = 2**23
 MAX_DEPTH = 100
 
 _SOWN = ("Intermediate", "Perturbation")
 _RAW_VALUE = ("_raw_value", "raw_value", "value")
-"""The name of a variable's value: in flax today, in 0.12.0, and before."""
+"""The field that holds a variable's value: in Flax today, in 0.12.0, and before."""
 
 
 def read_pickle(path: Path, like: TrainState | None) -> dict[str, ArrayOrKey]:
     """Returns the arrays of a file that `write_pickle` or the reference trainer wrote, in protocol 2 or later.
 
-    Nothing that the file names is imported or called. Reading takes the memory of the file, three times that in
-    protocol 2. A pickle has no checksum: damage to the bytes of an array goes unnoticed.
+    Nothing that the file names is imported or called. Reading takes the memory of the file, or three times that for
+    protocol 2. Pickles have no checksums: damage to the bytes of an array goes unnoticed.
 
     Args:
         path: The file.
-        like: A state that tells which variables are ``params`` and what the fields of the optimizer's state are called.
-            If it is None, the paths are those of the file: everything of the model is under ``model_state``, and fields
-            have numbers.
+        like: A state that tells which variables are ``params`` and gives the names of the optimizer's fields.
+            If it is None, paths are as in the file: all variables of the model are under ``model_state``, and fields
+            are numbered.
 
     Returns:
-        The arrays, by the path that `trainer.errors.leaf_path` gives the leaf in ``like``. Each is read-only, perhaps
-        unaligned, and shares the bytes of the file. An array without a counterpart has its path in the file. Leaves of
-        ``like`` may be missing, and the weights of extensions always are.
+        The arrays, by the path that `trainer.errors.leaf_path` gives the leaf in ``like``. Each is read-only, possibly
+        unaligned, and shares the bytes of the file. An array without a counterpart keeps its path in the file. Leaves
+        of ``like`` may be missing, and the weights of extensions always are.
 
     Raises:
-        CheckpointError: The file could not be read, or is something else.
+        CheckpointError: The file could not be read, or is not such a pickle.
     """
     params = {leaf_path(keys) for keys, _ in jax.tree.leaves_with_path(like.params if like else ())}
     try:
         if not path.is_file():
-            raise FileNotFoundError("there is no such file")  # reading a named pipe would wait for a writer
+            raise FileNotFoundError("there is no such file")  # reading a named pipe would block
         data = path.read_bytes()
     except (OSError, MemoryError) as error:
         raise CheckpointError(f"`{path}` could not be read: {error}") from error
@@ -66,14 +66,14 @@ def read_pickle(path: Path, like: TrainState | None) -> dict[str, ArrayOrKey]:
         found = _leaves(Machine(data).run(), like)
     except Refused as error:
         raise CheckpointError(f"`{path}` is refused: {error}. Nothing in it was executed.") from None
-    except Exception as error:  # hostile bytes can be wrong in any way, and callers catch one exception
+    except Exception as error:  # hostile bytes can raise anything, and callers catch one exception
         reason = f"{type(error).__name__}: {str(error)[:200]}"
         raise CheckpointError(f"`{path}` is damaged or no checkpoint ({reason}). Nothing in it was executed.") from None
     return {_path_in_state(name, params): leaf for name, leaf in found.items()}
 
 
 def _leaves(content: Any, like: TrainState | None) -> dict[str, ArrayOrKey]:
-    """Returns the arrays in the value that a machine made, by their paths in it, with the names of ``like``."""
+    """Returns the arrays in a machine's result, by their paths in it, with the field names of ``like``."""
     if type(content) is not dict or not {*KEYS[:4]} <= content.keys() <= {*KEYS}:
         keys = ", ".join(str(key) for key in itertools.islice(content, 10)) if type(content) is dict else ""
         found = f"a dict of the keys {keys or 'none'}" if type(content) is dict else describe_value(content)
@@ -88,7 +88,7 @@ def _leaves(content: Any, like: TrainState | None) -> dict[str, ArrayOrKey]:
         todo.append((f"extensions/{name}/variables", variables, extensions.get(name, {}).get("variables"), 0))
     leaves: dict[str, ArrayOrKey] = {}
     allowance = MAX_PATHS
-    # A loop, not a recursion, so that a deep tree is refused before it overflows the stack.
+    # A loop rather than recursion, so that a deep tree is refused before it overflows the stack.
     while todo:
         path, node, counterpart, depth = todo.pop()
         leaf = _leaf(node)
@@ -110,7 +110,7 @@ def _leaves(content: Any, like: TrainState | None) -> dict[str, ArrayOrKey]:
 
 
 def _leaf(node: Any) -> ArrayOrKey | None:
-    """Returns the array that a node stands for, or None if the node is a container."""
+    """Returns the array that a node represents, or None if the node is a container."""
     match node:
         case ArrayNode(value=np.ndarray() as array):
             return array, None
@@ -140,14 +140,14 @@ def _key(data: npt.NDArray[Any], implementation: str) -> ArrayOrKey | None:
 
 
 def _parts(path: str, node: Any, like: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Yields the path, the value and the counterpart in ``like`` of each node below, or of what the node wraps."""
+    """Yields the path, value and counterpart in ``like`` of each child of a node, or of the value it wraps."""
     match node:
         case None:
             pass
         case Instance(attributes={"_mapping": mapping}):  # an nnx.State
             yield path, mapping, like
         case Instance(attributes=dict(fields)) if "_var_metadata" in fields:  # an nnx.Variable
-            # Values that a module has sown are not part of a training state.
+            # Sown values are not part of a training state.
             if fields.get("type", node.kind) not in (Global(f"flax.nnx.variablelib.{name}") for name in _SOWN):
                 yield path, next(fields[name] for name in _RAW_VALUE if name in fields), like
         case Instance():  # a dataclass, or a named tuple

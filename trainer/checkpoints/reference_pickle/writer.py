@@ -1,7 +1,7 @@
-"""Writes a state as a pickle of the layout, one array at a time."""
+"""Writes a state as a pickle in the reference's layout, one array at a time."""
 
 import itertools
-import pickle  # for its operation codes only
+import pickle  # for its opcodes only
 import struct
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
@@ -30,11 +30,11 @@ def write_pickle(file: BinaryIO, state: TrainState) -> None:
 
     Args:
         file: An open binary file.
-        state: The state. ``params`` and ``model_state`` become one tree along the attributes of the module, and the
-            named tuples of optax become plain tuples.
+        state: The state. ``params`` and ``model_state`` become one tree of module attributes, and optax's named tuples
+            become plain tuples.
 
     Raises:
-        CheckpointError: A key of the state has an implementation that `read_pickle` does not know.
+        CheckpointError: A key of the state has a PRNG implementation that `read_pickle` does not know.
     """
     content = (
         int(state.step),
@@ -50,7 +50,7 @@ def write_pickle(file: BinaryIO, state: TrainState) -> None:
 
 
 def _pickled(value: Any) -> Iterator[Any]:
-    """Yields the bytes of the operations that make ``value``. No piece is larger than one array."""
+    """Yields the bytes of the operations that build ``value``. No piece is larger than one array."""
     match value:
         case None:
             yield pickle.NONE
@@ -73,7 +73,7 @@ def _pickled(value: Any) -> Iterator[Any]:
                 raise CheckpointError(f"a key is of the implementation {name!r}; known: {', '.join(KEY_WIDTHS)}.")
             yield from _pickled({"key_impl": name, "key_data": jax.random.key_data(value)})
         case _:
-            # On an accelerator a jax.Array caches its copy on the host. This alias takes the cache with it.
+            # On an accelerator, a jax.Array caches its host copy; the cache of this alias is freed with the alias.
             array = np.asarray(value.addressable_data(0) if getattr(value, "is_fully_replicated", False) else value)
             if array.dtype.name in EXTENDED_DTYPES:
                 yield from _pickled({"dtype": array.dtype.name, "bits": array.view(bits_dtype(array.dtype))})
@@ -82,7 +82,7 @@ def _pickled(value: Any) -> Iterator[Any]:
 
 
 def _pickled_array(array: npt.NDArray[Any]) -> Iterator[Any]:
-    # Every NumPy knows these names: version 2 keeps the old names for pickles, and version 1 lacks the new ones.
+    # These names work in every NumPy: version 2 keeps the old names for pickles, and version 1 lacks the new ones.
     yield b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n"
     yield from _pickled((0,))
     yield from _sized(pickle.SHORT_BINBYTES, "<B", b"b")

@@ -15,9 +15,9 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import PartitionSpec
 
+from tests.core.test_models_of_all_kinds import Language, Staged
+from tests.core.test_precision import KillAt, KilledError, products
 from tests.problems import Busy, Counting, config, regression, squared_error
-from tests.test_models_of_all_kinds import Language, Staged
-from tests.test_precision import KillAt, KilledError, products
 from trainer import (
     ArgumentError,
     ArgumentTypeError,
@@ -207,7 +207,7 @@ def test_what_is_kept_for_the_backward_pass():
 MEMORY = """
     import jax, sys
     from tests.problems import config, regression, squared_error
-    from tests.test_remat import Deep
+    from tests.core.test_remat import Deep
     from trainer import Trainer
     for remat in ("blocks", "dots_saveable"):
         trainer = Trainer(Deep(64, 8), config(), loss_fn=squared_error, remat=remat)
@@ -226,7 +226,7 @@ def test_compile_tells_the_memory_that_it_saves():
         capture_output=True,
         text=True,
         env={**os.environ, "XLA_FLAGS": flags},
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
     )
     sizes = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
     assert sizes[0][0] < 0.55 * sizes[0][1]

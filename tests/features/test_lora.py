@@ -10,9 +10,9 @@ import optax
 import pytest
 from flax import nnx
 
+from tests.fit.test_resume import StoppedError, Watching
 from tests.problems import config, regression
 from tests.test_api import assert_same_bits
-from tests.test_resume import StoppedError, Watching
 from trainer import (
     ArgumentError,
     ArgumentTypeError,

@@ -1,5 +1,7 @@
 """A trainer runs any step `(state, batch) -> (state, metrics)`, with everything around it."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ from trainer import (
     Callback,
     InMemoryData,
     ObjectiveError,
+    SchedulerConfig,
     Trainer,
     TrainState,
     make_mesh,
@@ -217,3 +220,23 @@ class TestRefusals:
             build(tmp_path, "a buffer", nonfinite="skip")
         with pytest.raises(ArgumentTypeError, match="`step_fn` is of type int; it must be a callable step_fn"):
             Trainer(Linear(4), config(), loss_fn=None, step_fn=3)
+
+    @pytest.mark.parametrize(
+        ("settings", "options", "names"),
+        [
+            ({}, {"optimizer": ADAM}, "`optimizer` does nothing"),
+            ({}, {"wrt": "inner/**"}, "`wrt` does nothing"),
+            ({"gradient_clip_norm": 1.0}, {}, "`training_config.gradient_clip_norm` does nothing"),
+            (
+                {"scheduler": SchedulerConfig(scheduler_type="exponential"), "gradient_clip_norm": 1.0},
+                {"optimizer": ADAM, "wrt": "inner/**"},
+                "`optimizer`, `wrt`, `training_config.scheduler`, `training_config.gradient_clip_norm` do nothing",
+            ),
+        ],
+    )
+    def test_what_a_step_and_a_state_replace_is_said(self, settings, options, names):
+        state, step_fn = two_optimizers()
+        with pytest.warns(UserWarning, match=f"^{re.escape(names)}, because `model` is a state"):
+            trainer = Trainer(state, config(**settings), step_fn=step_fn, loss_fn=None, **options)
+        trainer.train(regression(16), 1, 8)  # it does nothing, and hinders nothing
+        assert trainer.step == 2

@@ -8,9 +8,9 @@ import numpy as np
 import optax
 import pytest
 
+from tests.fit.test_resume import StoppedError, Watching
 from tests.problems import Busy, config, regression, squared_error
 from tests.test_api import assert_same_bits
-from tests.test_resume import StoppedError, Watching
 from trainer import (
     ArgumentError,
     ArgumentTypeError,

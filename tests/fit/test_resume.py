@@ -124,7 +124,7 @@ def test_resuming_where_an_exception_ended_the_run(stop_at, resume, tmp_path, un
 def test_a_process_killed_again_and_again_ends_with_the_same_bits(tmp_path, uninterrupted):
     code = f"""
         import os, signal, sys
-        from tests.test_resume import Watching, build, run
+        from tests.fit.test_resume import Watching, build, run
 
         class Deadly(Watching):
             def on_batch_begin(self, trainer, step):

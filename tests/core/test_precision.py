@@ -10,9 +10,9 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import PartitionSpec
 
+from tests.core.test_models_of_all_kinds import Language, Staged
 from tests.problems import Busy, Counting, Linear, config, regression, squared_error
 from tests.test_api import assert_same_bits
-from tests.test_models_of_all_kinds import Language, Staged
 from trainer import (
     ArgumentError,
     ArgumentTypeError,

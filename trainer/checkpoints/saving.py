@@ -1,4 +1,4 @@
-"""Snapshots: the arrays and records of a run (`trainer.run`), described and copied before they are written."""
+"""Saving: the arrays and the run record are described and copied as a `Snapshot`, then written in any format."""
 
 import dataclasses
 import datetime
@@ -24,18 +24,18 @@ from trainer.sharding.arrays import is_multiprocess
 from trainer.state import TrainState
 
 Progress = Mapping[str, Any] | Callable[[], bytes] | None
-"""Plain values, or a function that packs them: where several processes save, what it raises is raised in all."""
+"""Plain values, or a function that packs them. With several processes, an error in one is raised in all."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """What will be written: descriptions and arrays.
+    """Descriptions and arrays, ready to be written.
 
     Attributes:
-        state: The state it was taken of.
+        state: The state.
         info: Plain values about it, for people.
         leaves: The arrays with their descriptions, keys as their key data.
-        finish: What finishes the directory that is being written, where Orbax has the copies.
+        finish: Finishes the directory in flight, if Orbax has the copies.
     """
 
     state: TrainState
@@ -46,7 +46,7 @@ class Snapshot:
     def begin(self, path: Path) -> "Snapshot":
         """Copies all arrays now, so that the state may be donated before `write_snapshot` finishes the directory.
 
-        Of a state that is spread over processes each copies its part.
+        If the state spans several processes, each copies its own part.
 
         Raises:
             CheckpointError: The directory cannot be written.
@@ -55,16 +55,16 @@ class Snapshot:
 
 
 def _begin_directory(path: Path, snapshot: Snapshot) -> Callable[[], None]:
-    from trainer.checkpoints.orbax_directory import begin_directory  # here, since few runs need it
+    from trainer.checkpoints.orbax_directory import begin_directory  # lazy, since few runs need it
 
     return begin_directory(path, snapshot.info, snapshot.leaves)
 
 
 def take_snapshot(state: TrainState, info: Mapping[str, Any] | None = None, *, progress: Progress = None) -> Snapshot:
-    """Describes a state for `write_snapshot`; arguments as for `save_state`. Copies nothing yet.
+    """Describes a state for `write_snapshot`; arguments as for `save_state`. Copies no array.
 
     Raises:
-        CheckpointError: An array is of a dtype, or ``info`` or ``progress`` has a value, that no file can hold.
+        CheckpointError: An array's dtype, or a value in ``info`` or ``progress``, cannot be stored in any file.
         StateError: The state was donated to a step.
     """
     if not is_multiprocess_state(state):
@@ -72,7 +72,7 @@ def take_snapshot(state: TrainState, info: Mapping[str, Any] | None = None, *, p
     described, snapshot, failure = AllOrNone("snapshot"), None, None
     try:
         snapshot = _snapshot(state, info, progress)
-    except Exception as error:  # the others would wait for this process, whatever the error is
+    except Exception as error:  # whatever the error, the other processes must not wait for this one
         failure = error
     described.sync(failure)
     return cast(Snapshot, snapshot)
@@ -86,7 +86,7 @@ def _snapshot(state: TrainState, info: Mapping[str, Any] | None, progress: Progr
         if described.dtype not in DTYPES:
             raise CheckpointError(f"`{described.name}` has dtype {described.dtype}, which checkpoints do not know.")
         leaves.append((described, jax.random.key_data(leaf) if described.key is not None else leaf))
-    to_plain(info or {}, "info")  # refused here, before anything is copied
+    to_plain(info or {}, "info")  # raises before anything is copied
     about = {
         "step": int(state.step),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds"),
@@ -101,14 +101,14 @@ def _snapshot(state: TrainState, info: Mapping[str, Any] | None, progress: Progr
 
 
 def write_snapshot(path: Path, snapshot: Snapshot) -> None:
-    """Writes a snapshot in the format that the name asks for, see `save_state`.
+    """Writes a snapshot in the format of the suffix, see `save_state`.
 
-    A name in ``.safetensors`` warns of what the file leaves out.
+    A ``.safetensors`` path warns about what the file leaves out.
 
     Raises:
-        ArgumentError: The name promises the format of another program.
-        CheckpointError: It could not be written; what was there before is untouched. Or an array is
-            spread over processes, which only a name that ends in ``.orbax`` can hold.
+        ArgumentError: The suffix is that of another program's format.
+        CheckpointError: The write failed; any existing file is unchanged. Or an array spans several
+            processes, which only ``.orbax`` supports.
     """
     refuse_foreign(path)
     suffix = suffix_of(path)
@@ -122,7 +122,7 @@ def write_snapshot(path: Path, snapshot: Snapshot) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         leaves = [(leaf, functools.partial(_to_host, array)) for leaf, array in snapshot.leaves]
         if suffix == ".pkl":
-            from trainer.checkpoints.reference_pickle import write_pickle  # here, since few runs need it
+            from trainer.checkpoints.reference_pickle import write_pickle  # lazy, since few runs need it
 
             with replacing(path, 0) as file:
                 write_pickle(cast(BinaryIO, file), snapshot.state)
@@ -141,12 +141,12 @@ def write_snapshot(path: Path, snapshot: Snapshot) -> None:
 
 
 def is_multiprocess_state(state: TrainState) -> bool:
-    """Tells whether a state has arrays on devices of several processes."""
+    """Tells whether any array of a state spans several processes."""
     return any(map(is_multiprocess, jax.tree.leaves(state)))
 
 
 def check_within_process(name: str, array: Any) -> None:
-    """Refuses an array that a file cannot hold, since no process has all of it."""
+    """Refuses an array that a file cannot hold because no process has all of it."""
     if is_multiprocess(array):
         raise CheckpointError(
             f"`{name}` is sharded over several processes, which one file cannot hold; save under a name that "
@@ -156,7 +156,7 @@ def check_within_process(name: str, array: Any) -> None:
 
 def _to_host(array: Any) -> np.ndarray[Any, Any]:
     if isinstance(array, jax.Array) and array.is_fully_replicated:
-        # An array keeps the copy that it makes for the host; that of its only shard goes with the shard.
+        # An array caches its host copy. The cache of its first shard is freed along with the shard.
         return np.asarray(array.addressable_data(0))
     return np.asarray(array)
 
@@ -164,27 +164,27 @@ def _to_host(array: Any) -> np.ndarray[Any, Any]:
 def copied_to_host(array: Any) -> np.ndarray[Any, Any]:
     """Returns a copy that survives the donation of the array."""
     host = _to_host(array)
-    # NumPy sees the buffer itself of a whole array that a device keeps in the memory of the host: on the CPU, and where
-    # a state is offloaded. In any other case `host` is a copy already, assembled or transferred.
+    # For a whole array in host memory (on the CPU, or offloaded), NumPy returns a view of the device's buffer.
+    # Otherwise `host` is already a copy, assembled or transferred.
     is_view = isinstance(array, jax.Array) and array.is_fully_replicated and is_in_host_memory(array)
     return host.copy() if is_view else host
 
 
 def is_in_host_memory(array: jax.Array) -> bool:
-    """Tells whether an array is in memory of the host: on the CPU, or offloaded by an accelerator."""
+    """Tells whether an array is in host memory: on the CPU, or offloaded by an accelerator."""
     devices: Any = array.sharding.device_set
     platforms = {device.platform for device in devices}
     return "cpu" in platforms or "host" in (array.sharding.memory_kind or "")
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of this library and of those it builds on."""
+    """Returns the versions of this library and its dependencies."""
     return {name: _version(name) for name in ("nnx-trainer", "jax", "flax", "optax")}
 
 
-@functools.cache  # it parses a file each time
+@functools.cache  # each lookup parses a file
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+    except importlib.metadata.PackageNotFoundError:  # running from an uninstalled checkout
         return "unknown"

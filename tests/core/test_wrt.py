@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from tests.fit.test_resume import StoppedError, Watching
 from tests.problems import Busy, config, regression, squared_error
 from tests.test_api import assert_same_bits, on_host
-from tests.test_resume import StoppedError, Watching
 from trainer import (
     ArgumentError,
     ArgumentTypeError,

@@ -1,4 +1,4 @@
-"""`predict`: what a model says for every example, in order, in evaluation mode, on one device and over a mesh."""
+"""`predict`: what a model says for every example, in order, on one device and over a mesh; `evaluate` of loaders."""
 
 import collections
 import re
@@ -68,10 +68,14 @@ class TestData:
         batches = [{name: column[i : i + 16] for name, column in DATA.items()} for i in range(0, 50, 16)]
         np.testing.assert_array_equal(trained.predict(as_loader(batches), 16), trained.predict(DATA, 16))
 
+        evaluated = trained.evaluate(as_loader(batches), 16)
+        assert evaluated == trained.evaluate(DATA, 16)
+
     def test_a_callable_is_asked_for_batches_of_the_size(self, trained):
         sizes = []
         trained.predict(lambda batch_size: sizes.append(batch_size) or [DATA], 7)
-        assert sizes == [7]
+        trained.evaluate(lambda batch_size: sizes.append(batch_size) or [DATA], 8)
+        assert sizes == [7, 8]
 
     def test_a_loader_may_fill_the_same_buffer_again(self, trained):
         def refilling():
@@ -90,6 +94,8 @@ class TestData:
     def test_a_loader_without_batches_is_an_error(self, trained):
         with pytest.raises(ArgumentError, match="`data` yielded no batch"):
             trained.predict([], 4)
+        with pytest.raises(ArgumentError, match="`data` yielded no batch"):
+            trained.evaluate([], 4)
         with pytest.raises(ArgumentError, match="yielded no batch"):
             predict(make_predict_step(), trained.state, [])
 
@@ -100,12 +106,17 @@ class TestData:
         long = (DATA for _ in range(5))
         with pytest.warns(UserWarning, match=r"If the loader is endless, pass itertools.islice\(data, num_batches\)"):
             trained.predict(long, 50)
+        with pytest.warns(UserWarning, match="has yielded 3 batches in this pass and has no length"):
+            trained.evaluate((DATA for _ in range(5)), 50)
 
     def test_what_is_no_data_is_refused(self, trained):
         with pytest.raises(BatchError, match="`data/target` has dtype"):
             trained.predict({**DATA, "target": np.array(["a"] * 50)}, 4)
-        with pytest.raises(ArgumentError, match="`batch_size` is 0"):
-            trained.predict(DATA, 0)
+        with pytest.raises(BatchError, match="`data/target` has dtype"):
+            trained.evaluate({**DATA, "target": np.array(["a"] * 50)}, 4)
+        for call in (trained.predict, trained.evaluate):
+            with pytest.raises(ArgumentError, match="`batch_size` is 0"):
+                call(DATA, 0)
 
 
 class TestInput:
@@ -256,6 +267,11 @@ class TestMesh:
             assert type(said["id"]) is np.ndarray
             np.testing.assert_array_equal(said["id"], data["target"])
             np.testing.assert_allclose(said["pair"].first, alone.predict(data, 16), rtol=1e-5, atol=1e-6)
+
+    def test_a_loader_is_evaluated_as_data_in_memory_is(self, tmp_path):
+        trainer = build(tmp_path, mesh=make_mesh({"data": 8}))
+        batches = [{name: column[i : i + 16] for name, column in DATA.items()} for i in range(0, 50, 16)]
+        assert trainer.evaluate(batches, 16) == trainer.evaluate(DATA, 16)
 
     def test_a_size_that_the_devices_cannot_share_is_said(self, tmp_path):
         trainer = Trainer(Busy(), config(), loss_fn=squared_error, workdir=tmp_path, mesh=make_mesh({"data": 8}))

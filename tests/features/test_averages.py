@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 from optax import contrib
 
+from tests.fit.test_resume import StoppedError, Watching
 from tests.problems import Busy, Linear, config, regression, squared_error
 from tests.test_api import assert_same_bits
-from tests.test_resume import StoppedError, Watching
 from trainer import (
     ArgumentError,
     ArgumentTypeError,

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests.fit.test_resume import StoppedError, Watching
 from tests.marks import slow_unless
 from tests.problems import Busy, Counting, config, regression, squared_error
 from tests.test_api import assert_same_bits
-from tests.test_resume import StoppedError, Watching
 from trainer import ArgumentError, Callback, CheckpointError, Trainer
 
 EXAMPLES, BATCH, EPOCHS = 14, 4, 3  # 4 steps an epoch, the last on two examples

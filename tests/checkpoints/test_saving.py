@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from trainer.checkpoints.snapshot import copied_to_host
+from trainer.checkpoints.saving import copied_to_host
 
 MESH = jax.make_mesh((4,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
 PLACES = {

@@ -57,6 +57,8 @@ LOGGERS := tensorboardX==2.6.5 tensorboard==2.20.0 wandb==0.31.0 mlflow-skinny==
 TABLES := pandas==2.3.3 python-dateutil==2.9.0.post0 pytz==2025.2 six==1.17.0 tzdata==2025.2
 # For export_prediction.
 EXPORT := flatbuffers==25.12.19
+# Metrics: clu.metrics and metrax, without what other modules of clu ask for.
+METRICS := clu==0.0.12 google-metrax==0.2.4 wrapt==2.5.2
 # For data of Hugging Face.
 SOURCES := datasets==5.2.0 dill==0.4.1 filelock==4.3.1 fsspec==2026.9.0 h11==0.16.0 httpcore2==2.16.2 httpx==0.28.1 \
 	httpx2==2.16.2 huggingface-hub==2.4.0 multiprocess==0.70.19 pyarrow==26.0.1 tqdm==4.70.1 truststore==0.10.5 \
@@ -77,7 +79,7 @@ JUPYTER := asttokens==3.0.2 attrs==26.1.0 beautifulsoup4==4.15.0 bleach==6.4.0 c
 	webencodings==0.6.1
 third-party: $(READY)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(OTHERS) \
-		$(MODELS) $(LOGGERS) $(TABLES) $(EXPORT) $(SOURCES) $(JUPYTER)
+		$(MODELS) $(LOGGERS) $(TABLES) $(EXPORT) $(METRICS) $(SOURCES) $(JUPYTER)
 	PYTHONPATH=$(CURDIR)/$(OTHERS) $(RUN) -m pytest -m third_party tests/third_party $(ARGS)
 
 heavy: $(READY)

@@ -103,7 +103,7 @@ def test_the_gallery_shows_every_example_in_a_small_picture():
 def test_the_recipes_run_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = run("recipes.md")
-    assert names["winner"].step == 24
+    assert names["winner"].step == 56
     assert names["watched"].history[-1].keys() > {"learning_rate", "gradient_norm", "update_ratio"}
 
 

@@ -457,9 +457,7 @@ class TestNumbersInAState:
 
 class TestDestinations:
     def test_a_log_callback_of_other_arguments_is_told_at_once(self, tmp_path):
-        with pytest.raises(
-            ArgumentTypeError, match=r"`log_callback` takes \(step, metrics\), and is called as"
-        ):
+        with pytest.raises(ArgumentTypeError, match=r"`log_callback` takes \(step, metrics\), and is called as"):
             make(tmp_path, log_callback=lambda step, metrics: None)
 
     def test_a_metrics_logger_may_have_some_of_the_methods(self, tmp_path):

@@ -320,6 +320,7 @@ def test_a_living_state_is_checked_without_naming_its_leaves(monkeypatch):
 def test_its_description_has_sizes_and_no_values():
     state = create(Linear())
     described = repr(state)
+    assert repr(jax.eval_shape(lambda: state)) == described  # and without a warning of JAX
     assert described.startswith("TrainState(params: 2 arrays, 4 entries; model_state: 0 arrays, 0 entries; opt_state: ")
     for leaf in jax.tree.leaves(state):
         leaf.delete()

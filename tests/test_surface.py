@@ -29,7 +29,7 @@ ARROWS = {
     "core": {"batches", "errors", "state", "types"},  # the objective is called with a state
     "state": {"core", "errors", "types"},
     "steps": PURE,
-    "features": PURE | {"metrics"},
+    "features": PURE | {"compile", "metrics"},
     "config": {"core", "errors"},
     "metrics": PURE,
     "data": PURE,

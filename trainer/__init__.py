@@ -85,6 +85,9 @@ if TYPE_CHECKING:
     from trainer.features.lora import merge_lora as merge_lora
     from trainer.features.summary import summarize as summarize
     from trainer.features.search import find_learning_rate as find_learning_rate
+    from trainer.features.search import find_batch_size as find_batch_size
+    from trainer.features.sweep import make_sweep as make_sweep
+    from trainer.features.sweep import sweep_members as sweep_members
     from trainer.features.debugging import make_check_step as make_check_step
     from trainer.compile.planning import plan as plan
     from trainer.checkpoints.into_model import load_weights as load_weights
@@ -116,7 +119,8 @@ __getattr__ = _imported_when_used(
         "trainer.features.groups": ("by_group", "group_table"),
         "trainer.features.lora": ("add_lora", "merge_lora"),
         "trainer.features.summary": ("summarize",),
-        "trainer.features.search": ("find_learning_rate",),
+        "trainer.features.search": ("find_learning_rate", "find_batch_size"),
+        "trainer.features.sweep": ("make_sweep", "sweep_members"),
         "trainer.features.debugging": ("make_check_step",),
         "trainer.compile.planning": ("plan",),
         "trainer.checkpoints.into_model": ("load_weights",),

@@ -209,7 +209,7 @@ class TrainState:
         parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del parts["graphdef"]
         leaves = {name: jax.tree.leaves(part) for name, part in parts.items()}
-        sizes = [f"{name}: {len(held)} arrays, {sum(map(jnp.size, held)):,} entries" for name, held in leaves.items()]
+        sizes = [f"{name}: {len(held)} arrays, {sum(map(np.size, held)):,} entries" for name, held in leaves.items()]
         return f"TrainState({'; '.join(sizes)})"
 
     def check_alive(self) -> None:

@@ -50,7 +50,7 @@ class StepFn(Protocol):
     """A custom step: any pure function that advances a training state by one step."""
 
     def __call__(self, state: Any, batch: Batch, /) -> tuple[Any, Mapping[str, Any]]:
-        """Returns the next state and scalar metrics; it is traced.
+        """Returns the next state and the metrics; it is traced.
 
         Args:
             state: A `trainer.TrainState`. Its fields may hold other pytrees: ``opt_state`` the states of two
@@ -58,14 +58,19 @@ class StepFn(Protocol):
             batch: The batch.
 
         Returns:
-            The state with the same structure, shapes and dtypes, and ``step`` increased by one; and the metrics.
-            The metric ``loss`` is checked for NaN.
+            The state with the same structure, shapes and dtypes, and ``step`` increased by one; and metrics, of the
+            kinds that a `LossFn` reports. The metric ``loss`` is checked for NaN.
         """
         ...
 
 
 class EvalParams(Protocol):
-    """Returns the params to evaluate, such as averages, slow params or ``optax.contrib.schedule_free_eval_params``."""
+    """Returns the params to evaluate, which an optimizer keeps beside those that it trains.
+
+    Examples are an average, `trainer.averaged_params`, and the x of ``optax.contrib.schedule_free_eval_params``, where
+    y = (1 - β) z + β x is trained and x = (y - (1 - β) z) / β is evaluated (Defazio et al. 2024, "The Road Less
+    Scheduled").
+    """
 
     def __call__(self, opt_state: Any, params: Any, /) -> Any:
         """Returns a tree like ``params``.

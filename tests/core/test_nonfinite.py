@@ -231,6 +231,37 @@ def test_on_a_mesh(tmp_path):
     assert trainer.state.extensions["nonfinite"]["skipped"] == 1
 
 
+@pytest.mark.parametrize("axes", [{"data": 8}, {"data": 4, "fsdp": 2}])
+@pytest.mark.few(1)
+def test_on_a_mesh_a_raise_holds_the_state_of_before(axes, tmp_path):
+    states = []
+    for mesh in (make_mesh(axes), None):
+        trainer = build(tmp_path / str(mesh), "raise", spoiled_at(2), mesh=mesh)
+        with pytest.raises(NonFiniteError, match="step 3 is not finite: `loss`"):
+            trainer.train(regression(64), 1, 8)
+        assert trainer.step == 2
+        # Before a BatchNorm a bias has no gradient but rounding, which Adam scales up.
+        states.append(jax.device_get((trainer.state.params["outer"], trainer.state.model_state["norm"]["var"])))
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5), *states)
+
+
+def test_a_resumed_run_raises_at_the_same_step_with_the_same_state(tmp_path):
+    class Stops(Callback):
+        def on_batch_end(self, trainer, step, logs):
+            if step == 4:
+                raise KeyboardInterrupt
+
+    whole = build(tmp_path / "whole", "raise", spoiled_at(6))
+    with pytest.raises(NonFiniteError, match="step 7 is not finite"):
+        whole.train(regression(40), 2, 8)
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "cut", "raise", spoiled_at(6), callbacks=[Stops()]).train(regression(40), 2, 8)
+    resumed = build(tmp_path / "cut", "raise", spoiled_at(6))
+    with pytest.raises(NonFiniteError, match="step 7 is not finite"):
+        resumed.train(regression(40), 2, 8, resume=True)
+    assert_same_bits(resumed.state, whole.state)
+
+
 @pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path):
     class Stops(Callback):

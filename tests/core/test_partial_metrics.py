@@ -307,7 +307,36 @@ class Words(flax.struct.PyTreeNode):
         return self
 
     def compute(self):
-        return {"values": self.values}
+        return [self.values]
+
+
+class Named(flax.struct.PyTreeNode):
+    """Two metrics in one, as a collection of clu has them."""
+
+    total: jax.Array
+    largest: jax.Array
+
+    def merge(self, other):
+        return Named(self.total + other.total, jnp.maximum(self.largest, other.largest))
+
+    def compute(self):
+        return {"sum": self.total, "most": self.largest}
+
+
+def test_what_computes_a_mapping_is_a_metric_for_each_name():
+    fn = reporting(lambda batch: Named(batch["target"].sum(), batch["target"].max()))
+    trainer, data = Trainer(Linear(4), config(), loss_fn=fn), regression(50)
+    averages = trainer.evaluate(data, 8)
+    assert averages["sum"] == pytest.approx(data["target"].sum(), rel=1e-5)
+    assert averages["most"] == data["target"].max()
+    assert "it" not in averages
+
+
+class Begun(Words):
+    """Has the merge of a base class that expects another."""
+
+    def merge(self, other):
+        raise NotImplementedError
 
 
 class NoTree:
@@ -322,7 +351,8 @@ class NoTree:
     ("value", "message"),
     [
         (lambda batch: updated(Unmergeable(), batch["target"]), "`it` of type Unmergeable, whose parts cannot be put"),
-        (lambda batch: Words(jnp.ones(3)), r"`it` that computes dict; it must compute an array"),
+        (lambda batch: Words(jnp.ones(3)), r"`it` that computes list; it must compute an array"),
+        (lambda batch: Begun(jnp.ones(3)), "`it` of type Begun, whose parts cannot be put together; give it a method"),
         (lambda batch: NoTree(), r"`it` of type NoTree, which has merge\(\) and compute\(\) but is no pytree"),
         (lambda batch: (batch["target"], 1.0), r"`it` of shapes \(8,\) and \(\); a pair is a scalar and its weight"),
         (lambda batch: jnp.ones(3), r"`it` of shape \(3,\); metrics are scalars"),

@@ -21,6 +21,7 @@ from trainer import (
     TrainState,
     make_mesh,
     make_train_step,
+    vector,
 )
 
 SGD, ADAM = optax.sgd(0.05), optax.adam(0.01)
@@ -130,6 +131,29 @@ def test_on_a_mesh(name, tmp_path):
     assert other == pytest.approx(one, rel=1e-5)
 
 
+def test_its_metrics_may_be_what_merges(tmp_path):
+    """A step that is composed of ours returns what the objective reports, a pair of value and weight, or an array."""
+
+    def loss_fn(model, batch, rng, step):
+        loss, _ = squared_error(model, batch, rng, step)
+        weight = batch["target"][0] ** 2
+        return loss, {"pair": (batch["target"][0], weight), "array": vector(batch["input"][0])}
+
+    state, learn = TrainState.create(Linear(4), SGD, rng=jax.random.key(3)), make_train_step(loss_fn, SGD)
+
+    def step_fn(state, batch):
+        state, metrics = learn(state, batch)
+        return state, {**metrics, "own": (metrics["loss"], 2.0)}
+
+    own = Trainer(state, config(), loss_fn=None, step_fn=step_fn, workdir=tmp_path)
+    ours = Trainer(state, config(), SGD, loss_fn=loss_fn)
+    averages, wanted = (trainer.train(regression(30), 1, 8) for trainer in (own, ours))
+    assert len(wanted["array"]) == 4
+    assert {name: averages[name] for name in wanted} == wanted
+    losses = own.history.series("loss")[1]
+    assert averages["own"] == pytest.approx(np.mean(losses), rel=1e-6)
+
+
 def test_the_state_that_was_given_stays_alive_and_its_key_counts(tmp_path):
     state, step_fn = two_optimizers()
     trainer = Trainer(state, config(), loss_fn=None, step_fn=step_fn, workdir=tmp_path)
@@ -157,6 +181,10 @@ class TestRefusals:
             (lambda state: (state.params, {}), "`step_fn` returned a tuple of dict, dict; it must return a pair"),
             (lambda state: (state, [1.0]), "`step_fn` returned metrics of type list; they must be a mapping"),
             (lambda state: (state, {"loss": jnp.ones(3)}), r"`step_fn` returned a metric `loss` of shape \(3,\); metr"),
+            (
+                lambda state: (state, {"pair": (jnp.ones(3), 1.0)}),
+                r"`step_fn` returned a metric `pair` of shapes \(3,\) and \(\); a pair is a scalar and its weight",
+            ),
             (
                 lambda state: (state.replace(opt_state=()), {}),
                 "`step_fn` changed the structure of the state: `opt_state/outer/0/count` was removed",

@@ -90,6 +90,13 @@ def test_data_is_neither_copied_nor_changed():
     chex.assert_trees_all_equal(given, before)
 
 
+@pytest.mark.parametrize(("batches", "examples"), [(1, 4), (2, 8), (3, 10), (9, 10)])
+def test_the_head_is_the_examples_of_the_first_batches(batches, examples):
+    head = InMemoryData(numbered(10), 4).head(batches)
+    assert order_of(head.in_order()) == list(range(examples))
+    assert sorted(order_of(head.shuffled((3,), epoch=5))) == list(range(examples))
+
+
 def test_device_arrays_and_keys_are_accepted():
     given = {"x": jnp.arange(6.0), "key": jax.random.split(jax.random.key(0), 6), "half": jnp.ones(6, jnp.bfloat16)}
     data = InMemoryData(given, 4)

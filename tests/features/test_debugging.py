@@ -315,6 +315,21 @@ class TestFastDevRun:
         assert results[0] == pytest.approx(results[1], rel=1e-4)
         assert list(tmp_path.iterdir()) == []
 
+    @pytest.mark.parametrize("resume", [False, True])
+    def test_between_a_kill_and_a_resume_it_leaves_no_trace(self, resume, tmp_path):
+        def trainer(directory, **options):
+            return Trainer(Busy(), config(), loss_fn=squared_error, workdir=directory, save_interval=3, **options)
+
+        whole = trainer(tmp_path / "whole")
+        wanted = whole.train(regression(40), 2, 4)
+        with pytest.raises(RuntimeError, match="enough"):
+            trainer(tmp_path / "cut", callbacks=[Raise(7)]).train(regression(40), 2, 4)
+        dry = trainer(tmp_path / "cut", fast_dev_run=2)
+        dry.train(regression(40), 2, 4, resume=resume)
+        resumed = trainer(tmp_path / "cut")
+        assert resumed.train(regression(40), 2, 4, resume=True) == wanted
+        assert_same_bits(resumed.state, whole.state)
+
     def test_both(self):
         with pytest.raises(ArgumentError, match="contradict"):
             Trainer(Busy(), config(), loss_fn=squared_error, fast_dev_run=True, overfit_batches=2)

@@ -97,6 +97,67 @@ def test_the_table():
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state)) == 460
 
 
+def cells(table):
+    """The rows of a table by pattern, each from column to cell."""
+    names = ["pattern", "learning_rate", "weight_decay", "arrays", "entries", "bytes"]
+    rows = [line.split()[1:] for line in table.splitlines()[1:-1]]
+    return {row[0]: dict(zip(names, row, strict=True)) for row in rows}
+
+
+class TestRatesInTheTable:
+    """Of groups whose optimizers keep them, by `optax.inject_hyperparams`."""
+
+    def groups(self, rate=1e-3):
+        adamw = optax.inject_hyperparams(optax.adamw)
+        return {
+            "*/bias": optax.sgd(0.3),
+            "inner/**": optax.chain(optax.clip_by_global_norm(1.0), adamw(rate, weight_decay=0.1)),
+            "*": optax.inject_hyperparams(optax.sgd)(0.05),
+        }
+
+    def shown(self, params, groups):
+        found = cells(group_table(params, groups))
+        return {pattern: (row["learning_rate"], row["weight_decay"]) for pattern, row in found.items()}
+
+    def test_they_are_those_of_the_start_where_only_params_are_given(self):
+        groups = self.groups(optax.linear_schedule(0.25, 0.0, 10))
+        wanted = {"*/bias": ("-", "-"), "inner/**": ("0.25", "0.1"), "*": ("0.05", "-")}
+        state = TrainState.create(Busy(), by_group(groups), rng=jax.random.key(0))
+        assert self.shown(state.params, groups) == wanted
+        assert self.shown(jax.eval_shape(lambda: state), groups) == wanted
+        assert self.shown(state, groups) == wanted
+
+    @pytest.mark.parametrize("wrapped", [by_group, lambda groups: optax.chain(optax.clip(1.0), by_group(groups))])
+    def test_of_a_state_they_are_what_it_holds(self, wrapped):
+        groups = self.groups(optax.linear_schedule(0.25, 0.0, 10))
+        optimizer = wrapped(groups)
+        state = TrainState.create(Busy(), optimizer, rng=jax.random.key(0))
+        step = jax.jit(make_train_step(squared_error, optimizer))
+        for _ in range(3):  # the rate that is kept is that of the last update
+            state, _ = step(state, regression(8))
+        assert self.shown(state, groups)["inner/**"] == ("0.2", "0.1")
+        assert self.shown(state.params, groups)["inner/**"] == ("0.25", "0.1")
+
+    def test_of_an_ensemble_it_is_the_range(self):
+        groups = {"*": optax.inject_hyperparams(optax.sgd)(0.05)}
+        states = jax.vmap(
+            lambda rate: TrainState.create(Busy(), by_group(groups), rng=jax.random.key(0)).with_learning_rate(rate)
+        )(jnp.array([0.25, 0.5]))
+        assert " 0.25 to 0.5 " in group_table(states, groups)
+
+    def test_one_that_keeps_two_shows_both(self):
+        sgd = optax.inject_hyperparams(optax.sgd)
+        groups = {"*": optax.chain(sgd(0.5), sgd(0.25))}
+        state = TrainState.create(Busy(), by_group(groups), rng=jax.random.key(0))
+        assert " 0.5, 0.25 " in group_table(state, groups)
+        assert "weight_decay" not in group_table(state, groups)
+
+    def test_on_a_mesh(self):
+        groups = self.groups()
+        trainer = Trainer(Busy(), config(), by_group(groups), loss_fn=squared_error, mesh=make_mesh({"data": 8}))
+        assert self.shown(trainer.state, groups)["inner/**"] == ("0.001", "0.1")
+
+
 @pytest.mark.parametrize(
     ("groups", "kind", "message"),
     [

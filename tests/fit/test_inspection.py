@@ -8,17 +8,23 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
+from tests.fit.test_resume import StoppedError, Watching
 from tests.problems import Busy, Linear, config, regression, squared_error
 from tests.test_api import assert_same_bits
 from trainer import (
     ArgumentError,
     ArgumentTypeError,
+    BatchError,
     Callback,
     Trainer,
     TrainState,
+    batch_sharding,
+    find_batch_size,
     find_learning_rate,
     make_mesh,
+    make_train_step,
     summarize,
 )
 from trainer.compile.dispatch import Program
@@ -40,10 +46,10 @@ def build(optimizer=None, **options):
 
 
 def unchanged(trainer, ask):
-    before, history = trainer.state.copy(), len(trainer.history)
+    before, record = trainer.state.copy(), (trainer.step, trainer.epoch, len(trainer.history))
     answer = ask(trainer)
     assert_same_bits(trainer.state, before)
-    assert (trainer.step, trainer.epoch, len(trainer.history)) == (0, 0, history)
+    assert (trainer.step, trainer.epoch, len(trainer.history)) == record
     return answer
 
 
@@ -163,6 +169,44 @@ class TestBatchSize:
         assert unchanged(trainer, lambda trainer: trainer.find_batch_size(regression(3), memory=memory)) == 64
         assert unchanged(trainer, lambda trainer: trainer.find_batch_size(regression(3), high=100)) == 64
 
+    def test_it_is_that_of_the_pure_step(self):
+        optimizer, example = optax.adam(1e-2), regression(3)
+        state = TrainState.create(Busy(), optimizer, rng=jax.random.key(0))
+        step, before = make_train_step(squared_error, optimizer), state.copy()
+        sizes = (64, 128)
+        plans = [jax.jit(step, donate_argnums=0).lower(state, regression(size)).compile() for size in sizes]
+        needed = [plan.memory_analysis() for plan in plans]
+        totals = [
+            found.argument_size_in_bytes
+            + found.output_size_in_bytes
+            - found.alias_size_in_bytes
+            + found.temp_size_in_bytes
+            for found in needed
+        ]
+        assert find_batch_size(step, state, example, memory=totals[1]) == 128
+        assert find_batch_size(step, state, example, memory=totals[1] - 1) == 64
+        assert find_batch_size(step, state, jax.eval_shape(lambda: example), high=70) == 64
+        assert_same_bits(state, before)
+
+    def test_of_a_pure_step_over_a_mesh_the_example_says_how_it_is_split(self):
+        mesh, optimizer = make_mesh({"data": 8}), optax.adam(1e-2)
+        state = jax.device_put(
+            TrainState.create(Linear(4), optimizer, rng=jax.random.key(0)), NamedSharding(mesh, PartitionSpec())
+        )
+        example = jax.device_put(regression(8), batch_sharding(mesh))
+        step = make_train_step(squared_error, optimizer)
+        assert find_batch_size(step, state, example, high=20) == 16
+        with pytest.raises(ArgumentError, match="no size of a batch fits: `high` is 4"):
+            find_batch_size(step, state, example, high=4)
+        with pytest.raises(ArgumentError, match="no size of a batch fits: a step of 8 needs more memory"):
+            find_batch_size(step, state, example, memory=10)
+
+    def test_fewer_examples_than_micro_batches_are_no_size(self):
+        trainer = build(accumulate_steps=4)
+        assert unchanged(trainer, lambda trainer: trainer.find_batch_size(regression(3), high=10)) == 8
+        with pytest.raises(BatchError, match=r"`batch` has 2 examples .*, fewer than `accumulate_steps` = 4"):
+            trainer.find_batch_size(regression(3), high=3)
+
     def test_no_size_fits(self):
         with pytest.raises(ArgumentError, match="no size of a batch fits: a step of 1 needs more memory than there is"):
             build().find_batch_size(regression(3), memory=10)
@@ -177,6 +221,9 @@ class TestBatchSize:
     def test_arguments(self, options, message):
         with pytest.raises(ArgumentTypeError, match=message):
             build().find_batch_size(regression(3), **options)
+        state = TrainState.create(Busy(), optax.sgd(0.1), rng=jax.random.key(0))
+        with pytest.raises(ArgumentTypeError, match=message):
+            find_batch_size(make_train_step(squared_error, optax.sgd(0.1)), state, regression(3), **options)
 
     @pytest.mark.parametrize(("text", "found"), [("RESOURCE_EXHAUSTED: Out of memory while trying to", 16), ("", None)])
     def test_a_compiler_may_refuse_what_does_not_fit(self, text, found, monkeypatch):
@@ -204,6 +251,33 @@ class TestBatchSize:
         trainer = Trainer(Busy(), config(), loss_fn=squared_error, workdir=tmp_path)
         trainer.find_batch_size(regression(3), high=64)
         trainer.train(regression(20), 2, 8)
+
+
+class TestResumed:
+    """Between a kill and the end of the resumed run everything is asked, and answers as if there had been no kill."""
+
+    def ask(self, trainer):
+        rates = unchanged(trainer, lambda trainer: trainer.find_learning_rate(regression(64), 16, steps=10))
+        return trainer.summary(), trainer.find_batch_size(regression(3), high=16), rates.losses.tolist()
+
+    @pytest.mark.parametrize("axes", [None, {"data": 8}])
+    @pytest.mark.few(1)
+    def test_questions_change_nothing_and_answers_are_the_same(self, axes, tmp_path):
+        def trainer(directory, **options):
+            mesh = axes and make_mesh(axes)
+            return Trainer(
+                Busy(), config(), loss_fn=squared_error, workdir=directory, save_interval=2, mesh=mesh, **options
+            )
+
+        whole = trainer(tmp_path / "whole")
+        whole.train(regression(40), 2, 8)
+        with pytest.raises(StoppedError):
+            trainer(tmp_path / "cut", callbacks=[Watching(7)]).train(regression(40), 2, 8)
+        resumed = trainer(tmp_path / "cut", callbacks=[Watching()])
+        fresh = self.ask(resumed)
+        resumed.train(regression(40), 2, 8, resume=True)
+        assert_same_bits(resumed.state, whole.state)
+        assert self.ask(resumed) == self.ask(whole) != fresh
 
 
 class TestFlops:

@@ -56,7 +56,7 @@ def call_objective(
         )
     outputs = metrics.get(MODEL_OUTPUTS, NOT_REPORTED)
     named = {name: value for name, value in metrics.items() if name not in (MODEL_OUTPUTS, "loss")}
-    return loss, _metrics(named), outputs
+    return loss, check_metrics(named), outputs
 
 
 def forward(state: TrainState, batch: Batch, view: View) -> Any:
@@ -155,12 +155,13 @@ def flat_metrics(metrics: Mapping[Any, Any]) -> Iterator[tuple[Any, Any]]:
             yield name, value
 
 
-def _metrics(named: Mapping[str, Any]) -> Metrics:
+def check_metrics(named: Mapping[str, Any], source: str = "loss_fn") -> Metrics:
+    """Returns the metrics that ``source`` returned, as scalars and as what merges."""
     metrics: Metrics = {}
     for name, value in flat_metrics(named):
-        found: Metrics = {**(partial_metrics(name, value) or {name: check_metric(name, value)})}
+        found: Metrics = {**(partial_metrics(name, value, source) or {name: check_metric(name, value, source)})}
         for twice in metrics.keys() & found.keys():
-            raise ObjectiveError(f"`loss_fn` returned two metrics `{twice}`; rename one of them.")
+            raise ObjectiveError(f"`{source}` returned two metrics `{twice}`; rename one of them.")
         metrics |= found
     return metrics
 

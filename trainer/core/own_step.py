@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from trainer.core.objective import check_loss_fn, check_metric, flat_metrics
+from trainer.core.objective import check_loss_fn, check_metrics
 from trainer.core.tree_paths import leaf_path
 from trainer.errors import ArgumentError, ArgumentTypeError, ObjectiveError
 from trainer.state import TrainState
@@ -30,8 +30,8 @@ def own_step(step_fn: StepFn) -> Callable[[TrainState, Batch], tuple[TrainState,
                 f"scalars."
             )
         after = _as_before(state, after)
-        named = {name: check_metric(name, value, "step_fn") for name, value in flat_metrics(metrics) if name != "step"}
-        return after, {**named, "step": after.step}
+        named = {name: value for name, value in metrics.items() if name != "step"}
+        return after, {**check_metrics(named, "step_fn"), "step": after.step}
 
     return train_step
 

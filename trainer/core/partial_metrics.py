@@ -98,6 +98,8 @@ class Histogram(PartialMetric):
 def vector(values: Any, weights: Any = 1.0) -> Vector:
     """Returns an array as a metric of an objective, averaged elementwise over batches, such as accuracy per class.
 
+    With values v_b and weights w_b of batch b, entry i is Σ_b w_bi · v_bi / Σ_b w_bi.
+
     Args:
         values: An array of the same shape in all batches, such as ``(num_classes,)``.
         weights: The weight of each entry in the mean over batches: a number, or an array of the same shape. An entry
@@ -126,6 +128,8 @@ def vector(values: Any, weights: Any = 1.0) -> Vector:
 def histogram(values: Any, low: float, high: float, bins: int = 20) -> Histogram:
     """Returns a histogram of all entries of an array, as a metric of an objective; counts are summed over batches.
 
+    An entry v counts into bin ⌊bins · (v - low) / (high - low)⌋, cut to 0 and bins - 1.
+
     Args:
         values: An array of any shape.
         low, high: The outer edges of the first and last bin. Values outside count in these two bins, NaN in none.
@@ -147,15 +151,20 @@ def histogram(values: Any, low: float, high: float, bins: int = 20) -> Histogram
     return Histogram(jnp.zeros(bins, jnp.int32).at[index].add(1, mode="drop"))
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["metric"], meta_fields=[])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["metric"], meta_fields=["field"])
 @dataclasses.dataclass(frozen=True)
 class Mergeable(PartialMetric):
-    """A metric object that is a pytree with ``merge(other)`` and ``compute()``, as in clu and metrax."""
+    """A metric object that is a pytree with ``merge(other)`` and ``compute()``, as in clu and metrax.
+
+    If it computes a mapping, as a ``clu.metrics.Collection`` does, ``field`` is the entry to report.
+    """
 
     metric: Any
+    field: str | None = None
 
     def compute(self) -> Any:
-        return self.metric.compute()
+        computed = self.metric.compute()
+        return computed if self.field is None else computed[self.field]
 
     def merge(self, other: Self) -> Self:
         return dataclasses.replace(self, metric=self.metric.merge(other.metric))
@@ -181,8 +190,8 @@ class NnxMetric(PartialMetric):
         return dataclasses.replace(self, values=_split(metrics[0])[1])
 
 
-def partial_metrics(name: str, value: Any) -> dict[str, PartialMetric] | None:
-    """Returns the contributions of an objective's metric, by the names to report; None for a scalar.
+def partial_metrics(name: str, value: Any, source: str = "loss_fn") -> dict[str, PartialMetric] | None:
+    """Returns the contributions of a metric that ``source`` returned, by the names to report; None for a scalar.
 
     Raises:
         ObjectiveError: It cannot be merged, or does not compute an array.
@@ -194,24 +203,24 @@ def partial_metrics(name: str, value: Any) -> dict[str, PartialMetric] | None:
         if pair.value.shape == pair.weight.shape == ():
             return {name: pair}
         raise ObjectiveError(
-            f"`loss_fn` returned a metric `{name}` of shapes {pair.value.shape} and {pair.weight.shape}; a pair is a "
+            f"`{source}` returned a metric `{name}` of shapes {pair.value.shape} and {pair.weight.shape}; a pair is a "
             f"scalar and its weight. Means by entry are trainer.vector(values, weights)."
         )
     if isinstance(value, nnx.metrics.MultiMetric):
         parts: dict[str, PartialMetric] = {}
         for part in names_of_metrics(value):
-            parts |= partial_metrics(part, getattr(value, part)) or {}
+            parts |= partial_metrics(part, getattr(value, part), source) or {}
         return parts
     if isinstance(value, nnx.Metric):
-        return _of_nnx(name, value)
+        return _of_nnx(name, value, source)
     if not (callable(getattr(value, "merge", None)) and callable(getattr(value, "compute", None))):
         return None
     if jax.tree_util.all_leaves([value]):
         raise ObjectiveError(
-            f"`loss_fn` returned a metric `{name}` of type {type(value).__name__}, which has merge() and compute() but "
-            f"is no pytree; register it, or derive it from flax.struct.PyTreeNode."
+            f"`{source}` returned a metric `{name}` of type {type(value).__name__}, which has merge() and compute() "
+            f"but is no pytree; register it, or derive it from flax.struct.PyTreeNode."
         )
-    return {name: _checked(name, Mergeable(jax.tree.map(jnp.asarray, value)))}
+    return _of_mergeable(name, jax.tree.map(jnp.asarray, value), source)
 
 
 def merged_over_axis(metric: PartialMetric, axis_name: Any, weight: Any = None) -> PartialMetric:
@@ -246,24 +255,39 @@ def merged(stacked: PartialMetric, count: int, where: Any = None) -> PartialMetr
     return total
 
 
-def _of_nnx(name: str, metric: Any) -> dict[str, PartialMetric]:
+def _of_mergeable(name: str, metric: Any, source: str) -> dict[str, PartialMetric]:
+    try:
+        jax.eval_shape(lambda: metric.merge(metric))
+    except NotImplementedError as error:  # of a base class, as of metrax.FBetaScore
+        raise ObjectiveError(_not_mergeable(name, metric, source)) from error
+    computed = jax.eval_shape(lambda: metric.compute())
+    if not isinstance(computed, Mapping):
+        return {name: _checked(name, Mergeable(metric), source)}
+    return {field: _checked(field, Mergeable(metric, field), source) for field in computed}
+
+
+def _not_mergeable(name: str, metric: Any, source: str) -> str:
+    return (
+        f"`{source}` returned a metric `{name}` of type {type(metric).__name__}, whose parts cannot be put together; "
+        f"give it a method merge(other), or report (value, weight)."
+    )
+
+
+def _of_nnx(name: str, metric: Any, source: str) -> dict[str, PartialMetric]:
     if not _can_merge(metric):
-        raise ObjectiveError(
-            f"`loss_fn` returned a metric `{name}` of type {type(metric).__name__}, whose parts cannot be put "
-            f"together; give it a method merge(other), or report (value, weight)."
-        )
+        raise ObjectiveError(_not_mergeable(name, metric, source))
     graphdef, values = _split(metric)
     if isinstance(metric, nnx.metrics.Welford):
         fields = [field.name for field in dataclasses.fields(nnx.metrics.Statistics)]
         return {f"{name}_{field}": NnxMetric(values, graphdef, field) for field in fields}
-    return {name: _checked(name, NnxMetric(values, graphdef, None))}
+    return {name: _checked(name, NnxMetric(values, graphdef, None), source)}
 
 
-def _checked(name: str, metric: PartialMetric) -> PartialMetric:
+def _checked(name: str, metric: PartialMetric, source: str) -> PartialMetric:
     computed = jax.eval_shape(lambda: metric.compute())
     if not hasattr(computed, "shape"):
         raise ObjectiveError(
-            f"`loss_fn` returned a metric `{name}` that computes {type(computed).__name__}; it must compute an array. "
+            f"`{source}` returned a metric `{name}` that computes {type(computed).__name__}; it must compute an array. "
             f"Report its parts as metrics of their own."
         )
     return metric

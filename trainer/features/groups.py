@@ -5,12 +5,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from trainer.core.path_patterns import check_pattern, first_match, matches, matches_nothing
 from trainer.core.tree_paths import leaf_path
 from trainer.errors import ArgumentError, ArgumentTypeError
 from trainer.state import TrainState, check_optimizer
+
+_SHOWN = ("learning_rate", "weight_decay")
 
 
 def by_group(groups: Mapping[str, optax.GradientTransformation]) -> optax.GradientTransformationExtraArgs:
@@ -79,30 +82,37 @@ def group_table(params: Any, groups: Mapping[str, optax.GradientTransformation])
 
     Returns:
         A line for each group, with its number, pattern, arrays, entries and the bytes of its optimizer's state, and a
-        line with the sums. Nothing is computed.
+        line with the sums. "learning_rate" and "weight_decay" are columns where the optimizer of a group keeps one in
+        its state, by `optax.inject_hyperparams`: the value in the `TrainState`, or the first one where only params are
+        given. A group that keeps none shows "-": ``optax.adamw(1e-3)`` has its rate in a closure, out of reach.
 
     Raises:
         ArgumentError: As `by_group` and its ``init``.
 
     Example:
         >>> params = {"encoder": {"kernel": jnp.zeros((8, 8))}, "head": {"kernel": jnp.zeros((8, 1))}}
-        >>> print(group_table(params, {"encoder/**": optax.adam(1e-4), "*": optax.sgd(1e-2)}))
-        group  pattern     arrays  entries  optimizer bytes
-            1  encoder/**       1       64              516
-            2  *                1        8                0
-        total                   2       72              516
+        >>> adamw = optax.inject_hyperparams(optax.adamw)
+        >>> print(group_table(params, {"encoder/**": adamw(1e-4, weight_decay=0.1), "*": optax.sgd(1e-2)}))
+        group  pattern     learning_rate  weight_decay  arrays  entries  optimizer bytes
+            1  encoder/**         0.0001           0.1       1       64              544
+            2  *                       -             -       1        8                0
+        total                                            2       72              544
     """
-    params = params.params if isinstance(params, TrainState) else params
+    state = params if isinstance(params, TrainState) else None
+    params = params if state is None else state.params
     groups = _check_groups(groups)
     held = jax.eval_shape(by_group(groups).init, params).inner_states
-    rows = [("group", "pattern", "arrays", "entries", "optimizer bytes")]
+    kept = _hyperparams(groups, params, None if state is None else state.opt_state)
+    shown = [name for name in _SHOWN if any(name in found for found in kept.values())]
+    rows = [["group", "pattern", *shown, "arrays", "entries", "optimizer bytes"]]
     sums = [0, 0, 0]
     for number, pattern in enumerate(groups, start=1):
         leaves = [leaf for path, leaf in _paths(params) if first_match(groups, path) == pattern]
-        counts = [len(leaves), sum(map(jnp.size, leaves)), _bytes(held[pattern])]
+        counts = [len(leaves), sum(leaf.size for leaf in leaves), _bytes(held[pattern])]
         sums = [before + count for before, count in zip(sums, counts, strict=True)]
-        rows.append(_row(str(number), pattern, counts))
-    rows.append(_row("total", "", sums))
+        values = [kept[pattern].get(name, "-") for name in shown]
+        rows.append([str(number), pattern, *values, *(f"{count:,}" for count in counts)])
+    rows.append(["total", "", *("" for _ in shown), *(f"{count:,}" for count in sums)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) if index == 1 else cell.rjust(width) for index, (cell, width) in enumerate(cells))
@@ -110,9 +120,39 @@ def group_table(params: Any, groups: Mapping[str, optax.GradientTransformation])
     )
 
 
-def _row(number: str, pattern: str, counts: list[int]) -> tuple[str, str, str, str, str]:
-    arrays, entries, size = (f"{count:,}" for count in counts)
-    return number, pattern, arrays, entries, size
+def _hyperparams(groups: Mapping[str, Any], params: Any, opt_state: Any) -> dict[str, dict[str, str]]:
+    """Returns by pattern and name, as text, the hyperparameters that the optimizers keep in their states."""
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, optax.PartitionState))
+    states = [leaf.inner_states for leaf in leaves if isinstance(leaf, optax.PartitionState)]
+    inner = next((found for found in states if found.keys() == groups.keys()), None)
+    if inner is None or any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(inner)):
+
+        def begin() -> Any:
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), params)
+            started = by_group(groups).init(zeros).inner_states
+            return {pattern: _kept(state) for pattern, state in started.items()}
+
+        found = jax.jit(begin)()  # XLA leaves out what is not returned, such as the moments
+    else:
+        found = {pattern: _kept(state) for pattern, state in inner.items()}
+    return {
+        pattern: {name: ", ".join(map(_as_text, values)) for name, values in named.items()}
+        for pattern, named in found.items()
+    }
+
+
+def _kept(opt_state: Any) -> dict[str, list[Any]]:
+    kept: dict[str, list[Any]] = {}
+    for path, leaf in jax.tree.leaves_with_path(opt_state):
+        *_, owner, name = ("", *leaf_path(path).split("/"))
+        if owner == "hyperparams" and name in _SHOWN:
+            kept.setdefault(name, []).append(leaf)
+    return kept
+
+
+def _as_text(value: Any) -> str:
+    low, high = np.min(value), np.max(value)  # of the members of an ensemble
+    return f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
 
 
 def _check_groups(groups: Any) -> dict[str, optax.GradientTransformation]:

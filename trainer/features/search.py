@@ -1,5 +1,7 @@
-"""Finding settings by trying them on a copy: the learning rate range test."""
+"""Finding settings by trying them: the learning rate range test, and the largest batch that fits."""
 
+import bisect
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -11,9 +13,11 @@ import jax
 import numpy as np
 import optax
 
+from trainer.batches import batch_length
+from trainer.compile.cost import ProgramCost, cost_of
 from trainer.core.checks import check_count, check_number
 from trainer.core.optimizer import adapt_optimizer
-from trainer.errors import ArgumentError
+from trainer.errors import ArgumentError, BatchError
 from trainer.state import TrainState
 from trainer.steps import make_train_step
 from trainer.types import Batch, LossFn
@@ -140,6 +144,100 @@ def try_rates(
         if not math.isfinite(smoothed[-1]) or smoothed[-1] > _DIVERGED * smoothed.min():
             break
     return RateSearch(rates[: len(losses)], np.array(losses), _steepest(rates[: len(losses)], np.array(losses)))
+
+
+def find_batch_size(
+    step: Callable[[TrainState, Batch], tuple[TrainState, Any]],
+    state: TrainState,
+    example: Batch,
+    *,
+    high: int = 65536,
+    memory: int | None = None,
+) -> int:
+    """Returns the largest power of two of examples whose step fits into the memory of a device.
+
+    It compiles the step for some sizes, with its state donated, and runs nothing. What it needs is that of XLA's own
+    analysis: arguments + results - those that reuse the memory of arguments + all in between. What else takes memory
+    beside a step is not known, so leave some.
+
+    Args:
+        step: A pure step, such as `make_train_step` returns.
+        state: A state for it. It stays as it is.
+        example: A batch of any size: arrays, or ``jax.ShapeDtypeStruct``. The shapes behind the first dimension count,
+            the dtypes, and the sharding over a mesh where there is one; the state has its own.
+        high: The largest size to try.
+        memory: The bytes that may be used; by default those of the device.
+
+    Raises:
+        ArgumentError: Not even the smallest batch fits that the devices can share.
+        ArgumentTypeError: ``high`` is no integer, or ``memory`` no number.
+        BatchError: ``example`` is no batch, or its arrays have no common first dimension.
+
+    Example:
+        >>> from flax import nnx
+        >>> state = TrainState.create(nnx.Linear(256, 1, rngs=nnx.Rngs(0)), optax.sgd(0.1), rng=jax.random.key(0))
+        >>> def loss_fn(model, batch, rng, step):
+        ...     return jax.numpy.mean(model(batch["x"]) ** 2), {}
+        >>> example = {"x": jax.ShapeDtypeStruct((1, 256), "float32")}
+        >>> find_batch_size(make_train_step(loss_fn, optax.sgd(0.1)), state, example, memory=2**20)
+        512
+    """
+    batch_length(example, "example")
+    jitted = jax.jit(step, donate_argnums=0)
+
+    def cost(size: int) -> ProgramCost:
+        return cost_of(jitted.lower(state, _rows(example, size)).compile(), state, 0.0)
+
+    def can_be_shared(size: int) -> bool:
+        with contextlib.suppress(ValueError):
+            for leaf in jax.tree.leaves(_rows(example, size)):
+                if leaf.sharding is not None:
+                    leaf.sharding.shard_shape(leaf.shape)
+            return True
+        return False
+
+    return largest_that_fits(cost, can_be_shared, high, memory)
+
+
+def largest_that_fits(
+    cost: Callable[[int], ProgramCost], can_be_shared: Callable[[int], bool], high: int, memory: int | None
+) -> int:
+    """Returns the largest power of two up to ``high`` whose step costs no more memory than there is."""
+    high, limit = check_count(high, "high"), None if memory is None else check_number(memory, "memory")
+    sizes = [size for size in (1 << exponent for exponent in range(high.bit_length())) if can_be_shared(size)]
+    too_few: dict[int, BatchError] = {}
+
+    def is_too_large(size: int) -> bool:
+        try:
+            found = cost(size)
+        except BatchError as error:  # too few examples for a step, such as for its micro-batches
+            too_few[size] = error
+            return False
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return True  # XLA for a GPU refuses to compile what can never fit
+        room = found.available if limit is None else limit
+        return room is not None and found.total > room
+
+    count = bisect.bisect_left(sizes, True, key=is_too_large)
+    if not count:
+        smallest = f"a step of {sizes[0]} needs more memory than there is" if sizes else f"`high` is {high}"
+        raise ArgumentError(f"no size of a batch fits: {smallest}.")
+    if sizes[count - 1] in too_few:
+        raise too_few[sizes[count - 1]]
+    return sizes[count - 1]
+
+
+def _rows(example: Batch, size: int) -> Any:
+    """Returns the shapes of a batch of so many examples, with the shardings over a mesh that its arrays have."""
+
+    def rows(leaf: Any) -> jax.ShapeDtypeStruct:
+        sharding = getattr(leaf, "sharding", None)
+        over_mesh = sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
+        return jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype, sharding=over_mesh)
+
+    return jax.tree.map(rows, example)
 
 
 def _endless(batches: Iterable[Batch]) -> Iterator[Batch]:

@@ -12,9 +12,9 @@ import jax
 import optax
 
 from trainer.batches import batch_length
-from trainer.compile.cost import cost_of
+from trainer.compile.cost import ProgramCost, cost_of
 from trainer.config import make_optimizer
-from trainer.core.checks import check_count, check_number
+from trainer.core.checks import check_count
 from trainer.core.optimizer import adapt_optimizer
 from trainer.errors import ArgumentError
 from trainer.fit.plan import plan_prediction
@@ -122,46 +122,21 @@ class Inspection(ReadOnly):
     def find_batch_size(self, example: Batch, *, high: int = 65536, memory: int | None = None) -> int:
         """Returns the largest power of two as batch size whose step fits into the memory of a device.
 
-        It compiles the step for several sizes without running it, and uses XLA's memory analysis, as `compile` does.
-        Memory used outside the step is not known, so leave some.
-
-        Args:
-            example: A batch of any size, or ``jax.ShapeDtypeStruct`` of one: only dtypes and shapes after the first
-                dimension matter.
-            high: The largest size to try.
-            memory: The bytes that may be used; by default those of the device.
-
-        Raises:
-            ArgumentError: Not even the smallest batch that the devices can share fits.
-            ArgumentTypeError: ``high`` is not an integer, or ``memory`` is not a number.
+        It is ``find_batch_size(step, trainer.state, example)`` with the trainer's own step, on its devices; arguments
+        and errors as for `trainer.find_batch_size`.
         """
+        from trainer.features.search import largest_that_fits
+
         batch_length(example, "example")
-        high, limit = check_count(high, "high"), None if memory is None else check_number(memory, "memory")
         step, run = self.setup.make_compiled_step(), self.setup.with_weights(self.run).with_edits()
 
-        def fits(size: int) -> bool:
+        def cost(size: int) -> ProgramCost:
             rows = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype), example)
             batch, _ = self.setup.placement.abstract_batch(rows)
             program, traced = step.trace(run, batch)
-            try:
-                cost = cost_of(program.compile(traced), run.leaves, 0.0)
-            except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error):
-                    raise
-                return False  # on GPU, XLA refuses to compile a program that can never fit
-            room = cost.available if limit is None else limit
-            return room is None or cost.total <= room
+            return cost_of(program.compile(traced), run.leaves, 0.0)
 
-        sizes = [1 << exponent for exponent in range(high.bit_length())]
-        sizes = [size for size in sizes if self._can_be_shared(size)]
-        if not sizes or not fits(sizes[0]):
-            smallest = f"a step of {sizes[0]} needs more memory than there is" if sizes else f"`high` is {high}"
-            raise ArgumentError(f"no size of a batch fits: {smallest}.")
-        least, most = 0, len(sizes) - 1
-        while least < most:
-            middle = (least + most + 1) // 2
-            least, most = (middle, most) if fits(sizes[middle]) else (least, middle - 1)
-        return sizes[least]
+        return largest_that_fits(cost, self._can_be_shared, high, memory)
 
     def _can_be_shared(self, size: int) -> bool:
         try:

@@ -81,6 +81,7 @@ class Live:
         failure: What ended the call, as text, if it raised; empty otherwise.
         has_ended: Whether the call reached the end of a run: all epochs, or a stop requested by a callback.
         throughput: The throughput of the latest epoch.
+        speeds_written: When the throughput of epochs was last written, as `time.monotonic`.
         has_advised: Whether fusing was recommended.
         has_warned: Whether there was a warning that the loss is not finite.
     """
@@ -93,6 +94,7 @@ class Live:
     failure: str = ""
     has_ended: bool = False
     throughput: Throughput | None = None
+    speeds_written: float = 0.0
     has_advised: bool = False
     has_warned: bool = False
 

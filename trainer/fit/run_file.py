@@ -1,9 +1,9 @@
 """``run.json``: human-readable information on the runs in a directory, next to their checkpoints.
 
-If a ``workdir`` is given, the trainer adds an entry for each start and each resume of a run, oldest first. The file is
-read only by people, ``trainer inspect`` and ``trainer plot``. It also holds the steps per second of each epoch by run id;
-checkpoints do not, because these differ whenever a run is repeated. It is replaced atomically, so a reader sees either the old or the new
-entries. It is not flushed to disk, so a power failure may lose it.
+If a ``workdir`` is given, the trainer adds an entry for each start and each resume of a run, oldest first. The file also
+holds the steps per second of each epoch by run id; checkpoints do not, because these differ whenever a run is repeated.
+The file is read only by people, ``trainer inspect`` and ``trainer plot``. It is replaced atomically, so a reader sees
+either the old or the new content. It is not flushed to disk, so a power failure may lose it.
 """
 
 import contextlib

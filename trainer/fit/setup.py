@@ -25,6 +25,7 @@ from trainer.data.resumable import LoaderPass, LoaderPosition
 from trainer.distributed.agreement import check_agreement, gathered
 from trainer.distributed.replicas import check_replicas
 from trainer.errors import ArgumentError, CheckpointError, warn
+from trainer.fit.rate import RateInForce
 from trainer.loggers.base import Logger, MetricsLoggerLike
 from trainer.loggers.fanout import MetricFanout
 from trainer.loop import prefetched
@@ -142,6 +143,7 @@ class Setup:
     eval_step: Callable[..., Metrics]
     predict_step: Callable[[Any], Callable[..., Any]]
     live: Live
+    rate: RateInForce
 
     def agree(self, what: str, parts: Mapping[str, Any], **data: InMemoryData | None) -> None:
         """Checks that all processes are about to do the same thing.

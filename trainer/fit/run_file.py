@@ -1,7 +1,7 @@
 """``run.json``: human-readable information on the runs in a directory, next to their checkpoints.
 
-If a ``workdir`` is given, the trainer adds an entry for each start and each resume of a run, oldest first. The file also
-holds the steps per second of each epoch by run id; checkpoints do not, because these differ whenever a run is repeated.
+If a ``workdir`` is given, the trainer adds an entry for each start and each resume of a run, oldest first. The file
+also holds the steps per second of each epoch by run id; checkpoints do not, because they differ between repeated runs.
 The file is read only by people, ``trainer inspect`` and ``trainer plot``. It is replaced atomically, so a reader sees
 either the old or the new content. It is not flushed to disk, so a power failure may lose it.
 """

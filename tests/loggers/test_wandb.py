@@ -174,7 +174,7 @@ def test_a_missing_package_says_how_to_get_it(monkeypatch):
     with pytest.raises(ArgumentError) as caught:
         WandbLogger()
     assert str(caught.value).startswith("WandbLogger needs wandb, which cannot be imported (")
-    assert str(caught.value).endswith("); run `pip install nnx-trainer[wandb]`.")
+    assert str(caught.value).endswith("); run `pip install 'nnx-trainer[wandb]'`.")
 
 
 @pytest.mark.parametrize(

@@ -473,6 +473,8 @@ def test_a_missing_package_says_how_to_get_it(make, package, extra, tmp_path, mo
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ValueError, match=rf"{make.__name__} needs {package}, .* `pip install nnx-trainer\[{extra}\]`"):
+    with pytest.raises(
+        ValueError, match=rf"{make.__name__} needs {package}, .* `pip install 'nnx-trainer\[{extra}\]'`"
+    ):
         make(tmp_path / "new")
     assert not (tmp_path / "new").exists()

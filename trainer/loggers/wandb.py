@@ -32,8 +32,8 @@ class WandbLogger(Logger):
     run is kept offline. `close` waits until all is sent, for ``WANDB_FINISH_TIMEOUT`` seconds where that is set; what
     was not sent by then stays in its directory.
 
-    It needs wandb (the extra ``wandb``): https://docs.wandb.ai/ref/python. With several processes, make it in process 0
-    only, since it starts the run at once.
+    It needs wandb (the extra ``wandb``): https://docs.wandb.ai/models/ref/python/functions/init. With several
+    processes, make it in process 0 only, since it starts the run at once.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The learning rate of the latest update, as a metric of a step and for the display."""
+"""The learning rate of the latest update, as a metric and for the progress display."""
 
 from collections.abc import Callable
 from typing import Any
@@ -34,16 +34,16 @@ def _rate(config: TrainingConfig, horizon: Any, opt_state: Any, updates_before: 
 
 
 class RateInForce:
-    """Computes the learning rate of the latest update from the state of a run, beside its steps.
+    """Computes the learning rate of the latest update from the state of a run, without changing the step.
 
-    It is what ``report=["learning_rate"]`` would measure, without a change of the step. A call dispatches one small
-    program on one device, behind the step whose state it reads, and waits for nothing: the result is there when that
-    step is. Where the rate is a constant it is a number, and nothing is dispatched. Where nobody knows the rate, since
-    the optimizer was given and keeps none in its state, or several, it is None.
+    The value is what ``report=["learning_rate"]`` reports. A call dispatches one small program on one device, behind
+    the step whose state it reads, and does not wait: the result is ready when that step is. A constant rate is returned
+    as a number, and nothing is dispatched. The result is None if the rate is unknown: the caller's optimizer keeps no
+    learning rate in its state, or several.
 
     Args:
         config: The configuration.
-        is_configured: Whether the optimizer is the one of the configuration, and not of the caller.
+        is_configured: Whether the optimizer was built from the configuration.
     """
 
     def __init__(self, config: TrainingConfig, *, is_configured: bool) -> None:
@@ -52,9 +52,9 @@ class RateInForce:
         self._of_leaves: Callable[[list[Any], int | None], Rate] = lambda leaves, horizon: None
 
     def __call__(self, run: Run) -> Rate:
-        """Returns the rate: a scalar that is computed on the device, a number, or None where it is not known."""
+        """Returns the rate: a scalar on the device that may still be in flight, a number, or None if unknown."""
         before, self._made_for = self._made_for, run.layout
-        # Comparing takes long for a large model; an assignment to the state alone makes another layout.
+        # Comparing is slow for a large model, and needed only after an assignment to the state, which replaces layout.
         if before is not run.layout and (before is None or before.treedef != run.layout.treedef):
             self._of_leaves = self._make(run.layout.treedef, run.leaves)
         return self._of_leaves(run.leaves, run.horizon)
@@ -65,7 +65,7 @@ class RateInForce:
         if self._is_configured and scheduler is None and not has_plateau(opt_state):
             constant = float(self._config.optimizer.learning_rate)
             return lambda leaves, horizon: constant
-        # Only scalars are passed, so that a call costs the same for a model of thousands of arrays.
+        # Only scalars are passed, so that a call costs the same for a model with thousands of arrays.
         scalars = [index for index, leaf in enumerate(leaves) if leaf.ndim == 0]
 
         def rate_in_force(given: list[Any], horizon: Any) -> jax.Array:
@@ -81,7 +81,7 @@ class RateInForce:
         compiled = jax.jit(rate_in_force)
 
         def of_leaves(leaves: list[Any], horizon: int | None) -> Rate:
-            # Of an array over several devices each has the whole number.
+            # A scalar is replicated, so any shard holds its value.
             given = [leaves[index].addressable_data(0) for index in scalars]
             rate: jax.Array = compiled(given, np.int32(horizon or 0))
             return rate

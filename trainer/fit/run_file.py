@@ -51,7 +51,7 @@ def write_start(setup: Setup, plan: FitPlan, run: Run, resumed: Path | None) -> 
 
 
 def write_speeds(setup: Setup, run: Run) -> None:
-    """Writes the speeds of a run's epochs beside its entries, where there are any; a failure costs these alone."""
+    """Writes the throughput of a run's epochs next to its entries, if any. Failures are ignored."""
     if setup.workdir is None or not setup.placement.is_primary_process or not run.history.speeds:
         return
     path, own = Path(setup.workdir) / RUN_FILE, run.history.speeds
@@ -61,22 +61,22 @@ def write_speeds(setup: Setup, run: Run) -> None:
 
 
 def _until(step: int, speeds: Any) -> tuple[Any, ...]:
-    """Returns the speeds of epochs that ended at a step or before."""
+    """Returns the throughput of epochs that ended at or before a step."""
     return tuple(speed for speed in speeds if speed[0] <= step)
 
 
 def _change(path: Path, change: Callable[[list[Any], dict[str, Any]], tuple[list[Any], dict[str, Any]]]) -> None:
-    """Replaces the file by one with changed entries, and with the speeds of one run more.
+    """Atomically replaces the file by one with changed entries and throughput.
 
     Args:
         path: The file.
-        change: From the entries and the speeds by run, takes the speeds of its run out of these, and returns the new
-            entries and the speeds of its run.
+        change: Called with the entries and the throughput by run id. It removes its own run from the latter, and
+            returns the new entries and the throughput of its own run.
     """
     with _locked(path.parent):
         starts, speeds = _read(path) or ([], {})
         starts, own = change(starts, speeds)
-        if not starts:  # somebody removed the file
+        if not starts:  # the file was removed
             return
         starts = starts[-_MAX_STARTS:]
         runs = {entry.get("run") for entry in starts}

@@ -1,4 +1,4 @@
-"""The speed of an epoch: where it goes when the epoch has ended."""
+"""Throughput of epochs: where it is recorded when an epoch ends."""
 
 import contextlib
 import time
@@ -10,17 +10,17 @@ from trainer.fit.run_file import write_speeds
 from trainer.metrics.throughput import Meter
 
 _COMPILING = 0.1
-"""The most of an epoch's time that compilations may take, for its speed to be one of the steps."""
+"""The largest fraction of an epoch's time spent on compilation for which its throughput is kept."""
 
 _WRITE_EVERY = 5.0
-"""The seconds from one writing of `run.json` within a call to the next, at least; a writing takes milliseconds."""
+"""Minimum seconds between two writes of `run.json` within a call; a write takes milliseconds."""
 
 
 def note_speed(trainer: Any, meter: Meter) -> None:
-    """Reads the speed of the epoch that has ended: for ``trainer.throughput``, the pictures and the loggers."""
+    """Records the throughput of the epoch that has just ended, for ``trainer.throughput``, plots and loggers."""
     setup, run = trainer.setup, trainer.run
     setup.live.throughput = speed = meter.read(run.leaves[0].sharding.device_set)
-    # A curve has no place for the speed of the compiler, nor for epochs that were resumed behind their last batch.
+    # Compilation would dominate the curve; an epoch resumed after its last batch has no steps.
     if speed.steps_per_second and meter.compiling <= _COMPILING:
         history = run.history.copy()
         history.know_speed(run.step, speed.steps_per_second)
@@ -32,9 +32,9 @@ def note_speed(trainer: Any, meter: Meter) -> None:
 
 @contextlib.contextmanager
 def speeds_written(trainer: Any, plan: FitPlan) -> Iterator[None]:
-    """Writes the speeds of a call's epochs while it runs and at its end, however it ends.
+    """Writes the throughput of a call's epochs to `run.json` during the block and at its end, also if it raises.
 
-    Calls of ``train_epoch`` come one after the other: of those, as often as it costs little.
+    Consecutive calls of ``train_epoch`` write at most once a second.
     """
     live = trainer.setup.live
     if plan.caller == "train":

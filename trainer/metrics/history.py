@@ -15,7 +15,7 @@ Row = dict[str, Any]
 _CHUNK = 256
 
 MAX_SPEEDS = 1000
-"""The most speeds that are kept; of more epochs, some of the earlier are left out."""
+"""Maximum number of epochs whose throughput is kept; with more, some of the earlier ones are dropped."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,16 +103,16 @@ class History(Sequence[Row]):
         self._batches = first_step, num_examples, batch_size
 
     def know_speed(self, step: int, steps_per_second: float) -> None:
-        """Notes the speed of the epoch that ended at a step, for `plot`.
+        """Records the throughput of the epoch that ended at a step, for `plot`.
 
-        It is in no row, and so in no checkpoint: rows are the same to the bit whenever a run is repeated. The trainer
-        leaves out epochs of which more than a tenth is compiling.
+        It is not part of the rows or of checkpoints, which are bit-identical between repeated runs. The trainer leaves
+        out epochs that spent more than a tenth of their time on compilation.
         """
         self._speeds = thinned((*self._speeds, (step, steps_per_second)))
 
     @property
     def speeds(self) -> tuple[tuple[int, float], ...]:
-        """Steps at which epochs ended, and their steps per second, as far as this process ran them."""
+        """Pairs of the step at which an epoch ended and its steps per second, for epochs that this process ran."""
         return self._speeds
 
     @classmethod
@@ -182,7 +182,7 @@ class History(Sequence[Row]):
         return plot_runs({"": self}, path, metrics)
 
     def to_draw(self) -> Sequence[Mapping[str, Any]]:
-        """Returns the rows with the weights of their batches, and rows of the speeds, as far as they are known."""
+        """Returns the rows with the weights of their batches, and rows of throughput, as far as known."""
         from trainer.metrics.plots import speed_rows, with_weights
 
         rows = self._rows()
@@ -293,7 +293,7 @@ class History(Sequence[Row]):
 
 
 def thinned(speeds: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:
-    """Returns speeds by step, every second of them where there are more than `MAX_SPEEDS`; the latest stays."""
+    """Returns the pairs, or every second one if there are more than `MAX_SPEEDS`; the latest is kept."""
     return speeds if len(speeds) <= MAX_SPEEDS else speeds[(len(speeds) - 1) % 2 :: 2]
 
 

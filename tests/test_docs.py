@@ -167,6 +167,18 @@ def test_links_to_elsewhere_are_well_formed(name):
             assert re.fullmatch(r"https://[a-z0-9-]+(\.[a-z0-9-]+)+(/[\w./~#%-]*)?", link), link
 
 
+def test_links_in_docstrings_are_well_formed():
+    """None is fetched: the host is one that we know, and no end of a sentence is taken for a part of the path."""
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "trainer").rglob("*.py")]
+    links = [link for text in texts for link in re.findall(r"\bhttps://[^\s`)\"']*[^\s`)\"'.,;:]", text)]
+    assert len(links) >= 9
+    assert [link for link in links if not re.fullmatch(r"https://[a-z0-9.-]+\.[a-z]+(/[\w./~#%-]*)?", link)] == []
+    assert {link.split("/")[2] for link in links} <= {
+        *("arxiv.org", "doi.org", "docs.jax.dev", "docs.wandb.ai", "github.com", "jsonlines.org", "mlflow.org"),
+        *("ui.perfetto.dev", "www.rfc-editor.org"),
+    }
+
+
 def test_every_page_is_in_the_navigation():
     listed = re.findall(r"- (?:\w+: )?([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
     assert sorted(listed) == PAGES

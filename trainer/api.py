@@ -15,6 +15,7 @@ from trainer.callbacks.progress import Progress
 from trainer.compile.cost import ProgramCost
 from trainer.config import TrainingConfig
 from trainer.core.checks import check_count
+from trainer.core.other_names import takes_no
 from trainer.core.precision import Precision
 from trainer.core.report import Measure
 from trainer.errors import ArgumentTypeError
@@ -93,6 +94,7 @@ class Trainer(Inspection):
 
     __slots__ = ("__weakref__", "run", "setup")
 
+    @takes_no("Trainer")
     def __init__(
         self,
         model: nnx.Module | Callable[[nnx.Rngs], nnx.Module] | TrainState,
@@ -204,6 +206,7 @@ class Trainer(Inspection):
         run = epochs.fit(self, plan, resume)
         return {**run.average.compute(), **prefixed("val_", run.validation_of_step)}
 
+    @takes_no("Trainer.train")
     def train(
         self,
         train_data: Any | Callable[..., Any] | Iterable[Batch],
@@ -286,6 +289,7 @@ class Trainer(Inspection):
         """
         self.hold(self.setup.with_learning_rate(self.run, value))
 
+    @takes_no("Trainer.compile")
     def compile(self, batch: Batch, *, without_remat: bool = False) -> ProgramCost:
         """Compiles `train_step` for batches like this one, without running it, and returns what it costs.
 

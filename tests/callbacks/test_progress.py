@@ -88,8 +88,12 @@ class Played:
         live = SimpleNamespace(failure="", meter=SimpleNamespace(waiting_for_data=0.25))
         events = SimpleNamespace(stop_reasons=list)
         self.setup = SimpleNamespace(
-            live=live, events=events, checkpointer=SimpleNamespace(saved_path=lambda run: None)
+            live=live,
+            events=events,
+            checkpointer=SimpleNamespace(saved_path=lambda run: None),
+            rate=lambda run: self.rates(self.step),
         )
+        self.rates = lambda step: None
         self.step = self.epoch = 0
 
     def play(self, metrics=lambda step: {"step": step, "loss": float(step)}):
@@ -223,6 +227,51 @@ class TestTerminal:
         stream = Terminal()
         Played(stream, epochs=1, batches=3).play(lambda step: {"loss": 1.0, "learning_rate": 0.001})
         assert any("  lr 0.001  " in line for line in stream.draws)
+
+    def test_the_learning_rate_is_shown_when_it_is_computed_and_nobody_waits_for_it(self):
+        class Computed:
+            def __init__(self, step):
+                self.step = step
+
+            def is_ready(self):
+                return played.step > self.step
+
+            def __float__(self):
+                assert self.is_ready()
+                return self.step / 1000
+
+        stream = Terminal()
+        played = Played(stream, epochs=1, batches=6)
+        played.rates = Computed
+        played.play()
+        shown = [line.split("  lr ")[1].split()[0] if "  lr " in line else None for line in stream.draws]
+        # Asked for at the end of each call, once the run is a second old: at steps 1, 2, 3, ...
+        assert shown[:6] == [None, "0.001", "0.002", "0.003", "0.004", "0.005"]
+
+    def test_a_rate_that_is_late_is_the_one_before(self):
+        late = SimpleNamespace(is_ready=lambda: False)
+        stream = Terminal()
+        played = Played(stream, epochs=1, batches=5)
+        played.rates = lambda step: 0.25 if step == 1 else late
+        played.play()
+        assert all("  lr 0.25  " in line for line in stream.draws[1:5])
+
+    def test_the_learning_rate_is_asked_for_twice_a_second(self):
+        asked = []
+        played = Played(Terminal(), epochs=1, batches=1000, seconds=0.01)
+        played.rates = asked.append
+        played.play()
+        assert 15 <= len(asked) <= 19
+        assert asked[0] == 100  # after a second: a shorter run pays nothing for it
+
+    def test_a_file_asks_only_before_a_line(self):
+        asked = []
+        played = Played(io.StringIO(), epochs=1, batches=100)
+        played.rates = lambda step: asked.append(step) or 0.5
+        played.play()
+        assert asked == [29, 59, 89]
+        lines = played.progress._stream.getvalue().splitlines()
+        assert all("  lr 0.5  " in line for line in lines if line.startswith("epoch 1/1  step") and "steps/s" in line)
 
     @pytest.mark.parametrize("width", [20, 40, 80, 200])
     def test_nothing_is_wider_than_the_terminal(self, width, monkeypatch):

@@ -34,7 +34,9 @@ def trained(make=Busy, **arguments):
 
 def test_exporting_says_what_it_needs(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "flatbuffers", None)
-    with pytest.raises(ArgumentError, match=r"needs the package flatbuffers; run `pip install nnx-trainer\[export\]`"):
+    with pytest.raises(
+        ArgumentError, match=r"needs the package flatbuffers; run `pip install 'nnx-trainer\[export\]'`"
+    ):
         trained().export_prediction(tmp_path / "model", {"input": DATA["input"]})
     assert list(tmp_path.iterdir()) == []
 

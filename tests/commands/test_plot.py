@@ -38,9 +38,24 @@ def test_a_directory_is_drawn_in_the_terminal(directory):
 def test_the_history_is_that_of_the_newest_checkpoint_with_the_speeds_of_the_log(directory):
     rows = read_rows(directory)
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 9))
-    assert [row["step"] for row in rows if "speed/steps_per_second" in row] == [4, 8]
+    assert [row["step"] for row in rows if "speed/examples_per_second" in row] == [4, 8]
+    assert [row["step"] for row in rows if "speed/steps_per_second" in row] == [8]  # of the run file: steps alone
     assert [row["step"] for row in read_rows(directory / "checkpoint_5.msgpack")] == list(range(1, 6))
     assert rows[7]["val_loss"] == read_rows(directory / "checkpoint_8.msgpack")[-1]["val_loss"]
+
+
+def test_without_a_log_the_speeds_are_those_of_the_run_file(tmp_path):
+    trainer = Trainer(Linear(4), config(), loss_fn=squared_error, workdir=tmp_path / "run", save_interval=4)
+    trainer.train(regression(32), 3, 8)
+    speeds = dict(trainer.history.speeds)
+    read = {row["step"]: row["speed/steps_per_second"] for row in read_rows(tmp_path / "run") if len(row) == 2}
+    assert read == speeds
+    assert list(read) == [8, 12]  # the first epoch was spent on compiling
+    (tmp_path / "run" / "checkpoint_12.msgpack").unlink()
+    assert [row["step"] for row in read_rows(tmp_path / "run") if "speed/steps_per_second" in row] == [8]
+    assert "steps per second" in run(tmp_path / "run")[1]
+    (tmp_path / "run" / "run.json").write_text("{}")
+    assert "steps per second" not in run(tmp_path / "run")[1]
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(directory, tmp_path):

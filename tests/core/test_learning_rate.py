@@ -1,5 +1,7 @@
 """Setting the learning rate between steps: it counts, it is saved, it compiles nothing; where it cannot, it is said."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,8 @@ from trainer import (
     Callback,
     InMemoryData,
     OptimizerConfig,
+    ReduceLROnPlateau,
+    SchedulerConfig,
     Trainer,
     TrainState,
     make_mesh,
@@ -184,3 +188,82 @@ class TestWhereItCannot:
     def test_one_that_is_no_number(self, value):
         with pytest.raises(ArgumentTypeError, match=r"`value` is .*; a learning rate must be a number"):
             linear(injected()).set_learning_rate(value)
+
+
+def warming(rate=0.1):
+    scheduler = SchedulerConfig(scheduler_type="cosine", warmup_steps=3)
+    return config(optimizer={"learning_rate": rate}, scheduler=scheduler, gradient_clip_norm=1.0)
+
+
+def every(**kind):
+    return config(optimizer={"optimizer_type": "sgd"}, scheduler=SchedulerConfig(**kind))
+
+
+class TestInForce:
+    """The rate that the display shows: computed beside the steps, the same as a step would report."""
+
+    CASES = {
+        "constant": {"training_config": config()},
+        "schedule": {"training_config": warming()},
+        "schedule of all steps": {"training_config": every(scheduler_type="step", step_size=4, gamma=0.5)},
+        "plateau": {"training_config": warming(), "callbacks": [ReduceLROnPlateau("loss", patience=1, min_delta=9.0)]},
+        "constant and plateau": {"callbacks": [ReduceLROnPlateau("loss", patience=1, min_delta=9.0)]},
+        "skipped steps": {"training_config": warming(), "nonfinite": "skip", "steps_per_call": 1},
+        "kept in the state": {"optimizer": injected(0.25)},
+        "scheduled in the state": {"optimizer": injected(optax.linear_schedule(0.1, 0.0, 12), optax.adam)},
+        "on a mesh": {"training_config": warming(), "mesh": make_mesh({"data": 8})},
+    }
+
+    def trained(self, **options):
+        shown = {}
+
+        class Look(Callback):
+            def on_call_end(self, trainer, step, logs):
+                if np.isfinite(logs["loss"]):  # an update that is left out has no rate
+                    shown[step] = (float(trainer.setup.rate(trainer.run)), float(logs["learning_rate"]))
+
+        settings = {"loss_fn": squared_error, "report": ["learning_rate"], "training_config": config(), **options}
+        return Trainer(Linear(features=4), **settings | {"callbacks": [*options.get("callbacks", ()), Look()]}), shown
+
+    @pytest.mark.parametrize("name", CASES)
+    def test_it_is_what_a_step_reports(self, name):
+        trainer, shown = self.trained(**self.CASES[name])
+        batch = regression(64)
+        if name == "skipped steps":
+            batch = {**batch, "input": batch["input"].copy()}
+            batch["input"][0] = np.nan  # of one batch in each epoch
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.train(batch, 3, 16)
+        assert len(shown) >= 2
+        for step, (rate, reported) in shown.items():
+            assert rate == pytest.approx(reported, rel=1e-6, abs=1e-9), step
+        if name == "constant and plateau":
+            assert [rate for rate, _ in shown.values()] == pytest.approx([0.01, 0.01, 0.001])
+
+    def test_a_rate_that_nobody_knows_is_none(self):
+        groups = optax.multi_transform(
+            {"a": injected(0.1), "b": injected(0.2)}, {"layer": {"kernel": "a", "bias": "b"}}
+        )
+        for optimizer in (optax.adam(1e-3), groups):
+            trainer = linear(optimizer)
+            assert trainer.setup.rate(trainer.run) is None
+
+    def test_it_compiles_once_and_a_constant_never(self, compilations):
+        trainer, _ = self.trained(**self.CASES["schedule"])
+        trainer.train(BATCH, 2, 8)
+        trainer.state = trainer.state.replace(opt_state=jax.tree.map(jnp.copy, trainer.opt_state))
+        with pytest.warns(UserWarning, match="the end of the learning-rate schedule"):
+            trainer.train(BATCH, 2, 8)
+        assert compilations["jit(rate_in_force)"] == 1
+        other, _ = self.trained()
+        assert type(other.setup.rate(other.run)) is float
+        assert compilations["jit(rate_in_force)"] == 1
+
+    def test_the_step_is_the_same_program(self):
+        texts = set()
+        for progress in (False, True):
+            trainer = Trainer(Linear(features=4), warming(), loss_fn=squared_error, progress=progress)
+            trainer.setup.rate(trainer.run.replace(horizon=9))
+            texts.add(trainer.setup.step.trace(trainer.run.replace(horizon=9), BATCH)[1].lower().as_text())
+        assert len(texts) == 1

@@ -15,7 +15,17 @@ from tests.distributed.test_start import JOIN, finish, start
 from tests.loggers.test_csv import table
 from tests.marks import slow_unless
 from tests.problems import Linear, config, regression, squared_error
-from trainer import Callback, CSVLogger, FileLogger, InBackground, Logger, Trainer, TrainingInterrupted, make_mesh
+from trainer import (
+    Callback,
+    CSVLogger,
+    FileLogger,
+    InBackground,
+    Logger,
+    SchedulerConfig,
+    Trainer,
+    TrainingInterrupted,
+    make_mesh,
+)
 
 LOGGED = """
 from tests.distributed.test_loggers_processes import course
@@ -26,6 +36,14 @@ print(json.dumps(course(**json.loads(os.environ["FLAGS"]))))
 class Failing(Logger):
     def log_scalars(self, scalars, step=None):
         raise OSError("the disk is full")
+
+
+class Asking(Callback):
+    """Asks for the learning rate in process 0 alone, as the display does, at every call."""
+
+    def on_call_end(self, trainer, step, logs):
+        if trainer.is_primary_process:
+            assert float(trainer.setup.rate(trainer.run)) == pytest.approx(float(logs["learning_rate"]), rel=1e-6)
 
 
 class Stopping(Callback):
@@ -65,13 +83,14 @@ def course(directory, axes, steps_per_call, draws):
         loggers = [CSVLogger(directory), FileLogger(directory), Failing(), InBackground(Failing())]
         trainer = Trainer(
             Linear(),
-            config(log_frequency=1),
+            config(log_frequency=1, scheduler=SchedulerConfig(scheduler_type="step", step_size=4, gamma=0.5)),
             loss_fn=squared_error,
             mesh=mesh,
             workdir=directory,
             save_interval=3,
             logger=[*loggers, behind],
-            callbacks=callbacks,
+            callbacks=[Asking(), *callbacks],
+            report=["learning_rate"],
             steps_per_call=steps_per_call,
         )
         with warnings.catch_warnings(record=True) as caught:
@@ -91,7 +110,8 @@ def course(directory, axes, steps_per_call, draws):
     part(Stopping(10, "error"))
     history = part().history
     if draws:
-        history.plot(directory / f"history_{jax.process_index()}.png")
+        # But for the throughput, which each process measures.
+        history.plot(directory / f"history_{jax.process_index()}.png", ["loss", "mean_error"])
     losses = {name: list(zip(*history.series(name), strict=True)) for name in ("loss", "val_loss")}
     return {"written": sorted(written), "stops": stops, "told": told, **losses}
 
@@ -145,6 +165,11 @@ def test_one_process_writes_every_row_once(processes, devices, axes, steps_per_c
         ("resume", 9),
     ]
     assert begun["run"] == again["run"] == last["run"]
+    run, speeds = next(
+        iter(json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))["steps_per_second"].items())
+    )
+    assert run == begun["run"]
+    assert {step for step, _ in speeds} <= {5, 10, 15}
     assert begun["devices"]["processes"] == processes
     pictures = [(tmp_path / f"history_{process}.png").read_bytes() for process in range(processes) if draws]
     assert all(picture == pictures[0] for picture in pictures)

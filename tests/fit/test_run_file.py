@@ -1,4 +1,4 @@
-"""``run.json``: what it says, when it is written, and that nothing depends on it."""
+"""``run.json``: what it says, when it is written, and that nothing but pictures depends on it."""
 
 import json
 import os
@@ -9,9 +9,9 @@ import jax
 import pytest
 
 from tests.problems import Linear, config, regression, squared_error
-from trainer import Trainer, TrainingInterrupted, latest_checkpoint
+from trainer import Callback, Trainer, TrainingInterrupted, latest_checkpoint, load_run
 from trainer.checkpoints.listing import entries_in
-from trainer.fit import run_file, surroundings
+from trainer.fit import run_file, speeds, surroundings
 from trainer.fit.surroundings import as_json, git_state, without_secrets
 
 
@@ -142,6 +142,99 @@ def test_values_that_json_lacks_are_texts():
     endless = []
     endless.append(endless)
     json.dumps(as_json(endless))
+
+
+@pytest.fixture
+def compiles_at_once(monkeypatch):
+    """An epoch of a few steps is spent on compiling, and its speed is left out; here it is not."""
+    monkeypatch.setattr(speeds, "_COMPILING", 1.0)
+
+
+@pytest.mark.usefixtures("compiles_at_once")
+class TestSpeeds:
+    def speeds(self, directory):
+        return json.loads((directory / "run.json").read_text()).get("steps_per_second", {})
+
+    def test_a_call_leaves_the_speed_of_each_epoch(self, tmp_path):
+        trainer = build(tmp_path)
+        trainer.train(regression(32), 3, 8)
+        ((run, found),) = self.speeds(tmp_path).items()
+        assert run == trainer.run.id
+        assert [step for step, _ in found] == [4, 8, 12]
+        assert found[-1][1] == trainer.throughput.steps_per_second
+        assert run_file.read_speeds(tmp_path / "run.json", run) == list(trainer.history.speeds)
+        assert len(starts(tmp_path)) == 1
+
+    def test_a_resumed_run_continues_them_and_its_checkpoint_does_not_hold_them(self, tmp_path):
+        build(tmp_path / "a").train(regression(32), 4, 8)
+        build(tmp_path / "b", save_interval=4).train(regression(32), 3, 8)
+        (tmp_path / "b" / "checkpoint_12.msgpack").unlink()
+        resumed = build(tmp_path / "b")
+        resumed.train(regression(32), 4, 8, resume=True)
+        (found,) = self.speeds(tmp_path / "b").values()
+        assert [step for step, _ in found] == [4, 8, 12, 16]
+        assert resumed.history.speeds == tuple(map(tuple, found[2:]))
+        whole, again = (load_run(tmp_path / name / "checkpoint_16.msgpack", resumed.run) for name in "ab")
+        assert list(whole.history) == list(again.history)
+        assert whole.history.packed() == again.history.packed()
+        assert again.history.speeds == ()
+
+    def test_those_of_an_interrupted_call_are_there(self, tmp_path):
+        def interrupt(step, metrics, prefix):
+            if step == 10:
+                raise TrainingInterrupted("now")
+
+        trainer = build(tmp_path, settings=config(log_frequency=1), log_callback=interrupt, steps_per_call=1)
+        with pytest.raises(TrainingInterrupted):
+            trainer.train(regression(32), 5, 8)
+        (found,) = self.speeds(tmp_path).values()
+        assert [step for step, _ in found] == [4, 8]
+
+    def test_each_run_of_a_directory_has_its_own(self, tmp_path):
+        trainer = build(tmp_path)
+        trainer.train(regression(32), 1, 8)
+        other = build(tmp_path)
+        with pytest.warns(UserWarning, match="holds checkpoints up to step 4"):
+            other.train(regression(32), 2, 8)
+        found = {run: [step for step, _ in speeds] for run, speeds in self.speeds(tmp_path).items()}
+        assert found == {trainer.run.id: [4], other.run.id: [4, 8]}
+
+    def test_an_epoch_that_is_spent_on_compiling_has_none(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(speeds, "_COMPILING", 0.1)
+        trainer = build(tmp_path)
+        trainer.train(regression(32), 3, 8)
+        assert [step for step, _ in trainer.history.speeds] == [8, 12]
+
+    def test_within_a_long_call_they_are_written_every_few_seconds(self, tmp_path, monkeypatch):
+        now = [0.0]
+        monkeypatch.setattr(speeds.time, "monotonic", lambda: now[0])
+        seen = []
+
+        class Look(Callback):
+            def on_epoch_end(self, trainer, epoch, logs):
+                now[0] += 2.0
+                seen.append([step for found in TestSpeeds().speeds(tmp_path).values() for step, _ in found])
+
+        build(tmp_path, callbacks=[Look()]).train(regression(32), 5, 8)
+        assert seen == [[], [], [], [4, 8, 12, 16], [4, 8, 12, 16]]
+        assert len(next(iter(self.speeds(tmp_path).values()))) == 5
+
+    def test_a_file_that_is_gone_or_is_another_programs_is_left_alone(self, tmp_path):
+        trainer = build(tmp_path)
+        trainer.train(regression(32), 1, 8)
+        (tmp_path / "run.json").unlink()
+        run_file.write_speeds(trainer.setup, trainer.run)
+        assert not (tmp_path / "run.json").exists()
+        (tmp_path / "run.json").write_text("[]")
+        run_file.write_speeds(trainer.setup, trainer.run)
+        assert (tmp_path / "run.json").read_text() == "[]"
+
+    @pytest.mark.parametrize("wrong", [3, [], {"a": 1}, {"a": [[1]]}, {"a": [["x", 1.0]]}, {"a": [[1, None]]}])
+    def test_speeds_that_cannot_be_understood_count_as_none(self, wrong, tmp_path):
+        content = {"format": run_file.FORMAT, "starts": [{"run": "a"}], "steps_per_second": wrong}
+        (tmp_path / "run.json").write_text(json.dumps(content))
+        assert run_file.read_speeds(tmp_path / "run.json", "a") == []
+        assert run_file.read_starts(tmp_path / "run.json") == [{"run": "a"}]
 
 
 class TestGit:

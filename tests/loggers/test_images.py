@@ -117,7 +117,7 @@ def test_loggers_of_files_write_real_images(tmp_path, make):
 def test_missing_pillow_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     with pytest.raises(
-        ArgumentError, match=r"an image of FileLogger needs pillow.* `pip install nnx-trainer\[images\]`"
+        ArgumentError, match=r"an image of FileLogger needs pillow.* `pip install 'nnx-trainer\[images\]'`"
     ):
         FileLogger(tmp_path / "log.jsonl").log_image("x", GREY, 1)
     assert list(tmp_path.iterdir()) == []

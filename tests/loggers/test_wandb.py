@@ -73,6 +73,65 @@ def test_it_gets_every_event(wandb):
     ]
 
 
+class CommError(Exception):
+    """As wandb calls it; it knows a server that does not answer by the text alone."""
+
+
+class AuthenticationError(CommError):
+    pass
+
+
+def failing(wandb, error):
+    def init(mode, **how):
+        if mode != "offline":
+            raise error
+        assert wandb.ended
+        wandb.started.append({"mode": mode, **how})
+        return offline
+
+    offline, wandb.run, wandb.ended = wandb.run, None, []
+    wandb.init, wandb.teardown = init, lambda: wandb.ended.append(True)
+    return offline
+
+
+@pytest.mark.parametrize("why", ["Timed out initializing run.", "context deadline exceeded", "x: connection refused"])
+def test_a_server_that_does_not_answer_costs_a_warning_and_the_run_is_offline(wandb, tmp_path, why):
+    run = failing(wandb, CommError(why))
+    with pytest.warns(UserWarning, match=f"could not start a run at the server: {why} .* kept offline, .*wandb sync"):
+        logger = WandbLogger(tmp_path, project="p", mode="online", id="1a2b")
+    ((about),) = wandb.started
+    assert about == {"mode": "offline", "dir": str(tmp_path), "project": "p", "name": None, "entity": None} | {
+        "tags": None,
+        "resume": "allow",
+        "id": "1a2b",
+    }
+    logger.log_scalar("loss", 1.0, 1)
+    assert run.calls == [("log", {"loss": 1.0, "step": 1})]
+
+
+def test_beside_another_run_of_the_process_it_is_an_error(wandb):
+    wandb.run = failing(wandb, CommError("Timed out initializing run."))
+    with pytest.raises(CommError):
+        WandbLogger(project="p")
+    assert wandb.ended == []
+
+
+@pytest.mark.parametrize(
+    ("error", "how"),
+    [
+        (CommError("entity no-such-team not found"), {}),
+        (AuthenticationError("the key timed out"), {}),
+        (ValueError("timed out"), {}),
+        (CommError("Timed out initializing run"), {"resume": "must", "id": "1a2b"}),
+    ],
+)
+def test_a_server_that_refuses_is_an_error(wandb, error, how):
+    failing(wandb, error)
+    with pytest.raises(type(error), match=str(error)):
+        WandbLogger(project="p", **how)
+    assert wandb.started == []
+
+
 def test_it_is_started_as_asked(wandb, tmp_path):
     about = {"project": "p", "name": "n", "entity": "team", "tags": ["a", "b"], "mode": "offline"}
     WandbLogger(tmp_path / "new", **about, resume="must", id="1a2b")
@@ -115,7 +174,7 @@ def test_a_missing_package_says_how_to_get_it(monkeypatch):
     with pytest.raises(ArgumentError) as caught:
         WandbLogger()
     assert str(caught.value).startswith("WandbLogger needs wandb, which cannot be imported (")
-    assert str(caught.value).endswith("); run `pip install nnx-trainer[wandb]`.")
+    assert str(caught.value).endswith("); run `pip install 'nnx-trainer[wandb]'`.")
 
 
 @pytest.mark.parametrize(

@@ -295,3 +295,32 @@ def test_rows_recorded_together_are_those_recorded_alone(max_rows):
     assert list(one) == list(other)
     assert one.packed()[0] == other.packed()[0] == len(one)
     assert b"".join(one.packed()[1]) == b"".join(other.packed()[1])
+
+
+class TestSpeeds:
+    """They belong to the pictures of this process, and to no row and no checkpoint."""
+
+    def test_they_are_beside_the_rows_and_copies_are_independent(self):
+        history = History()
+        history.record(4, {"loss": 1.0})
+        copied = history.copy()
+        copied.know_speed(4, 10.0)
+        assert (history.speeds, copied.speeds) == ((), ((4, 10.0),))
+        assert copied.packed() == history.packed()
+        assert list(copied) == list(history)
+        assert copied.to_draw() == [{"step": 4, "loss": 1.0}, {"step": 4, "speed/steps_per_second": 10.0}]
+
+    def test_rewinding_drops_those_of_later_epochs(self):
+        history = History()
+        for step in (4, 8, 12):
+            history.know_speed(step, float(step))
+        history.rewind(8)
+        assert history.speeds == ((4, 4.0), (8, 8.0))
+
+    def test_of_many_the_latest_stays_and_the_number_is_bounded(self):
+        history = History()
+        for step in range(1, 5001):
+            history.know_speed(step, float(step))
+            assert history.speeds[-1][0] == step
+        assert 500 <= len(history.speeds) <= history_module.MAX_SPEEDS
+        assert history.speeds == tuple(sorted(history.speeds))

@@ -43,6 +43,16 @@ def test_it_adds_up():
     assert meter.read(jax.devices()[:1]) == Throughput(10.0, 80.0, 1.5 / 4, 10e6, None)
 
 
+def test_the_part_of_the_time_that_compiling_took():
+    now = [0.0]
+    meter = Meter(None, clock=lambda: now[0])
+    now[0] = 4.0
+    meter.compiled(1.0)
+    assert meter.compiling == 0.25
+    meter.compiled(9.0)
+    assert meter.compiling == 1.0
+
+
 def test_a_device_that_is_busy_does_not_wait_for_data():
     now = [0.0]
     meter = Meter(None, clock=lambda: now[0])

@@ -4,6 +4,7 @@
 """
 
 import http.server
+import json
 import re
 import threading
 import time
@@ -182,8 +183,6 @@ class TestWandb:
                 entry = b""
 
     def rows(self, directory):
-        import json
-
         for record in self.records(directory):
             if record.WhichOneof("record_type") == "history":
                 row = {}
@@ -226,6 +225,85 @@ class TestWandb:
         rows = list(self.rows(tmp_path))
         assert [row["step"] for row in rows if "train/loss" in row] == [1, 3, 6, 9, 12, 15, 18, 20, 5]
         assert [row["step"] for row in rows if "epoch/loss" in row] == [10, 20]
+
+    @pytest.fixture
+    def server(self, monkeypatch, request):
+        """A server on 127.0.0.1 that answers as that of wandb does while a run starts, and then nothing any more."""
+        import wandb
+
+        stalls, over, seen = threading.Event(), threading.Event(), []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def answer(self):
+                asked = self.rfile.read(int(self.headers.get("content-length") or 0))
+                if stalls.is_set():
+                    seen.append(self.path)
+                    over.wait(120)
+                    return
+                project = {"id": "p", "name": "flows", "entity": {"id": "e", "name": "e"}}
+                bucket = {"id": "b", "name": "abc123", "displayName": "d", "config": "{}", "historyLineCount": 0}
+                data = {"upsertBucket": {"bucket": bucket | {"project": project}, "inserted": True}}
+                found = json.dumps({"data": data if b"UpsertBucket" in asked else {}}).encode()
+                self.send_response(200)
+                self.send_header("content-length", str(len(found)))
+                self.end_headers()
+                self.wfile.write(found)
+
+            do_GET = do_POST = do_PUT = answer  # noqa: N815
+
+            def log_message(self, *about):
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+        monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+        monkeypatch.setenv("WANDB_INIT_TIMEOUT", "3" if "start" in request.node.name else "60")
+        monkeypatch.setenv("WANDB_FINISH_TIMEOUT", "1")
+        wandb.teardown()  # it reads the environment once
+        yield stalls, seen
+        wandb.teardown()
+        over.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+    def test_a_server_that_stalls_does_not_slow_the_steps(self, tmp_path, server):
+        stalls, seen = server
+        logger = WandbLogger(tmp_path, project="flows", mode="online", id="abc123")
+        stalls.set()
+        logger.log_scalar("train/loss", 1.0, 0)  # what wandb does once
+        longest = []
+        started = time.monotonic()
+        while not seen or time.monotonic() - started < 5:  # until it waits for an answer, and some seconds longer
+            before = time.monotonic()
+            logger.log_scalars({"train/loss": 1.0}, len(longest) + 1)
+            longest.append(time.monotonic() - before)
+            assert time.monotonic() - started < 100
+        trainer = train(logger)
+        assert trainer.step == 20
+        assert max(longest) < 5  # an answer comes after 120 seconds
+        assert np.median(longest) < 0.1
+        before = time.monotonic()
+        logger.close()
+        assert time.monotonic() - before < 20
+
+    def test_a_server_that_does_not_answer_at_the_start_costs_its_timeout_and_a_warning(self, tmp_path, server):
+        stalls, seen = server
+        stalls.set()
+        before = time.monotonic()
+        with pytest.warns(UserWarning, match=r"WandbLogger could not start a run at the server: "):
+            logger = WandbLogger(tmp_path, project="flows", mode="online", id="abc123")
+        assert time.monotonic() - before < 30
+        assert seen
+        train(logger)
+        logger.close()
+        assert [row["step"] for row in self.rows(tmp_path) if "epoch/loss" in row] == [10, 20]
 
     @pytest.mark.parametrize("suffix", [".msgpack", ".orbax"])
     def test_checkpoints_are_artifacts_where_asked_for(self, tmp_path, suffix):
@@ -395,6 +473,8 @@ def test_a_missing_package_says_how_to_get_it(make, package, extra, tmp_path, mo
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ValueError, match=rf"{make.__name__} needs {package}, .* `pip install nnx-trainer\[{extra}\]`"):
+    with pytest.raises(
+        ValueError, match=rf"{make.__name__} needs {package}, .* `pip install 'nnx-trainer\[{extra}\]'`"
+    ):
         make(tmp_path / "new")
     assert not (tmp_path / "new").exists()

@@ -11,6 +11,7 @@ from trainer.callbacks.base import flatten
 from trainer.callbacks.monitor import Checking, Monitor
 from trainer.checkpoints import load_state
 from trainer.core.checks import check_count
+from trainer.core.other_names import takes_no
 from trainer.errors import ArgumentError, warn
 from trainer.state import TrainState
 
@@ -55,6 +56,7 @@ class EarlyStopping(Checking):
     reason: str | None
     _best: dict[str, Any] | None  # the parts of the state that come back
 
+    @takes_no("EarlyStopping")
     def __init__(
         self,
         monitor: str = "val_loss",

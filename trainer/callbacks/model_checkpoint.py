@@ -21,6 +21,7 @@ from trainer.checkpoints.atomic import remove_directory, restore
 from trainer.checkpoints.background import BackgroundSaver
 from trainer.checkpoints.orbax_directory import OrbaxDirectory, begin_directory
 from trainer.core.checks import check_count
+from trainer.core.other_names import takes_no
 from trainer.distributed.agreement import AllOrNone
 from trainer.errors import ArgumentError, CheckpointError, warn
 
@@ -71,6 +72,7 @@ class ModelCheckpoint(Checking):
     # It saves the states of all other callbacks, so they must have handled the event first.
     runs_last = True
 
+    @takes_no("ModelCheckpoint")
     def __init__(
         self,
         dirpath: str | os.PathLike[str],

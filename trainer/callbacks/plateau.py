@@ -11,6 +11,7 @@ import optax
 from trainer.callbacks.base import flatten
 from trainer.callbacks.monitor import Checking, Monitor
 from trainer.core.checks import check_count
+from trainer.core.other_names import takes_no
 from trainer.errors import ArgumentError
 
 
@@ -42,6 +43,7 @@ class ReduceLROnPlateau(Checking):
             trainer was created without this callback.
     """
 
+    @takes_no("ReduceLROnPlateau")
     def __init__(
         self,
         monitor: str = "val_loss",

@@ -25,6 +25,9 @@ ROW_EVERY = 0.2
 _SAMPLES = 16
 """The times of which the first and the last give the speed; they are half a second apart, or more."""
 
+ASK_EVERY = 0.5
+"""The seconds between two computations of the learning rate, at least. The first comes after twice as long."""
+
 _NOT_SHOWN = ("step", "epoch", "time", BATCH_WEIGHT)
 
 
@@ -48,7 +51,9 @@ class Progress(Callback):
     end it says why the run ended, its best validation, and where the checkpoint is.
 
     It costs the loop next to nothing: steps stay fused, no thread runs, the line is drawn at most five times a second,
-    and from the metrics of the call before, which are finished by then. Of epochs shorter than 0.2 s only the first
+    and from the metrics of the call before, which are finished by then. The learning rate is computed beside the steps,
+    twice a second, where the configuration or the state of the optimizer tells it (`trainer.fit.rate`); where neither
+    does it is not shown, unless the trainer reports it. Of epochs shorter than 0.2 s only the first
     hundred have a row each. Of several processes only the primary one writes. A stream that is closed, or was never
     there, ends the display and nothing else.
 
@@ -63,6 +68,9 @@ class Progress(Callback):
     _epoch: _Epoch | None  # in progress
     _pending: list[_Epoch]  # finished, their rows due
     _metrics: Mapping[str, Any]  # of the call before
+    _rate_asked: Any  # on the device, perhaps not computed yet
+    _rate_known: float | None
+    _ask_at: float
     _validation: Mapping[str, float]  # the latest
     _monitor: Monitor
     _best: tuple[float, int] | None  # the value and its step
@@ -106,6 +114,7 @@ class Progress(Callback):
             if not trainer.is_new_run:
                 self._say(f"resumed at step {trainer.step}, after {_epochs(trainer.epoch)}")
                 self._best = self._best_in(trainer.history)
+        self._ask_at = now + 2 * ASK_EVERY
         # What happened between two calls of `train_epoch` took none of this run's time.
         self._next_line, self._samples = now + self._display.line_every, collections.deque(maxlen=_SAMPLES)
 
@@ -128,7 +137,7 @@ class Progress(Callback):
             self._reached = trainer.step
             # Nothing that lives on a device outlives the run.
             self._display = self._epoch = None
-            self._pending, self._metrics = [], {}
+            self._pending, self._metrics, self._rate_asked = [], {}, None
 
     def on_epoch_begin(self, trainer: Any, epoch: int) -> None:
         if self._display is None:
@@ -162,6 +171,8 @@ class Progress(Callback):
             self._show_rows(trainer)
         if now >= self._next_line:
             self._draw(trainer, step, now)
+        if now >= self._ask_at and now >= self._next_line - 2 * ASK_EVERY and "learning_rate" not in logs:
+            self._rate_asked, self._ask_at = trainer.setup.rate(trainer.run), now + ASK_EVERY
         self._metrics = logs
         self._epoch.average, self._epoch.step = trainer.run.average, step
 
@@ -189,6 +200,8 @@ class Progress(Callback):
         self._table = EpochTable()
         self._epoch = self._best = None
         self._pending, self._metrics, self._validation = [], {}, {}
+        self._rate_asked = self._rate_known = None
+        self._ask_at = 0.0
         self._monitor = Monitor("val_loss", "min")
         self._rows, self._row_at, self._shown_at = 0, 0.0, 0.0
         self._has_compiled = False
@@ -258,7 +271,7 @@ class Progress(Callback):
             done, whole = trainer.run.batch, planned.steps_per_epoch
         else:
             done, whole = step - planned.first_step, planned.num_steps
-        learning_rate, loss = shown.pop("learning_rate", None), shown.pop("loss", None)
+        learning_rate, loss = shown.pop("learning_rate", None) or self._learning_rate(), shown.pop("loss", None)
         parts = [Part(f"epoch {counted(epoch.index + 1, planned.last_epoch)}", 0)]
         if whole:
             parts.append(Part(" " * 12, 4, done / whole))
@@ -279,6 +292,13 @@ class Progress(Callback):
         display.draw([Part(doing, 0), *parts] if doing else parts)
         # By the clock after drawing, so that a slow terminal is drawn less often.
         self._next_line = self._clock() + display.line_every
+
+    def _learning_rate(self) -> str | None:
+        """Returns the rate of the latest update of which it is computed; it waits for none."""
+        asked = self._rate_asked
+        if asked is not None and (isinstance(asked, float) or asked.is_ready()):
+            self._rate_known, self._rate_asked = float(asked), None
+        return None if self._rate_known is None else number(self._rate_known)
 
     def _rate(self, step: int, now: float) -> float | None:
         """Returns the steps per second lately, without compilations and validations; None if that is not known."""

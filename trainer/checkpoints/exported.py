@@ -95,7 +95,7 @@ def _import_flatbuffers() -> None:
         import flatbuffers  # noqa: F401, which JAX imports when it serializes
     except ImportError as error:
         raise ArgumentError(
-            "exporting needs the package flatbuffers; run `pip install nnx-trainer[export]`."
+            "exporting needs the package flatbuffers; run `pip install 'nnx-trainer[export]'`."
         ) from error
 
 

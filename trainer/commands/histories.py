@@ -1,5 +1,6 @@
 """What a run recorded, read from its directory, a checkpoint or a log, without the model."""
 
+import contextlib
 import csv
 import json
 import math
@@ -10,7 +11,9 @@ from typing import Any
 from trainer.checkpoints.listing import entries_in
 from trainer.checkpoints.open import open_source, read_progress
 from trainer.errors import ArgumentError, CheckpointError
-from trainer.metrics.plots import with_weights
+from trainer.fit.run_file import RUN_FILE, read_speeds
+from trainer.metrics.plots import STEPS_PER_SECOND, speed_rows, with_weights
+from trainer.metrics.throughput import SPEED
 
 _SIZES = ("first_step", "num_examples", "batch_size")
 
@@ -18,15 +21,14 @@ Row = dict[str, Any]
 
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
 _LOGS = (*_JSON_LINES, ".csv")
-_SPEED = "speed/"
 
 
 def read_rows(path: Path) -> list[Row]:
     """Returns the rows of a history, each with its ``step``.
 
-    Of a directory it is the history in the newest checkpoint that can be read, with the speeds in a log beside it; the
-    rows of the newest log where there is no such checkpoint. Logs are those of `trainer.FileLogger`, or CSV with a
-    column ``step``: ``train/loss`` is ``loss`` there, ``val/loss`` is ``val_loss``.
+    Of a directory it is the history in the newest checkpoint that can be read, with the speeds in ``run.json`` and in a
+    log beside it; the rows of the newest log where there is no such checkpoint. Logs are those of `trainer.FileLogger`,
+    or CSV with a column ``step``: ``train/loss`` is ``loss`` there, ``val/loss`` is ``val_loss``.
 
     Raises:
         ArgumentError: There is nothing of that kind.
@@ -38,9 +40,10 @@ def read_rows(path: Path) -> list[Row]:
         return _rows_of_checkpoint(path)
     rows: list[Row] = []
     problems: list[str] = []
+    run = ""
     for entry in reversed(entries_in(path)):
         try:
-            rows = _rows_of_checkpoint(path / entry.name)
+            rows, run = _rows_of_checkpoint(path / entry.name), _run_of(path / entry.name)
         except CheckpointError as error:
             problems.append(str(error))
         else:
@@ -48,11 +51,17 @@ def read_rows(path: Path) -> list[Row]:
     logged = _rows_of_newest_log(path, problems)
     if rows:
         speeds = [
-            {"step": row["step"], **{name: value for name, value in row.items() if name.startswith(_SPEED)}}
+            {"step": row["step"], **{name: value for name, value in row.items() if name.startswith(SPEED)}}
             for row in logged
+            if any(name.startswith(SPEED) for name in row)
         ]
+        with contextlib.suppress(OSError, ValueError):  # a file of another kind, which `trainer inspect` tells of
+            if known := speed_rows(read_speeds(path / RUN_FILE, run)):
+                # Those of a log count epochs in which was compiled, too.
+                speeds = [{key: row[key] for key in row if key != STEPS_PER_SECOND} for row in speeds]
+                speeds += [dict(row) for row in known]
         last = rows[-1]["step"]
-        return [*rows, *(row for row in speeds if len(row) > 1 and row["step"] <= last)]
+        return [*rows, *(row for row in speeds if row["step"] <= last)]
     if not logged:
         why = f" ({' '.join(problems)})" if problems else ""
         raise ArgumentError(
@@ -75,6 +84,12 @@ def labelled(paths: Sequence[Path]) -> dict[str, Path]:
         if len(set(labels)) == len(labels):
             break
     return dict(zip(labels, paths, strict=True))
+
+
+def _run_of(path: Path) -> str:
+    """Returns the id of the run that wrote a checkpoint; empty where the checkpoint does not tell."""
+    with open_source(path) as source:
+        return str(source.info.get("run", ""))
 
 
 def _rows_of_checkpoint(path: Path) -> list[Row]:

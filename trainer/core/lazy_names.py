@@ -1,7 +1,11 @@
 """Lazy imports: names whose module is imported on first use, so that importing the package stays fast."""
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
+from types import FrameType
 from typing import Any
+
+from trainer.core.other_names import NAMES
 
 
 def imported_when_used(held: dict[str, Any], names: Mapping[str, Iterable[str]]) -> Callable[[str], Any]:
@@ -20,6 +24,10 @@ def imported_when_used(held: dict[str, Any], names: Mapping[str, Iterable[str]])
     def attribute(name: str) -> Any:
         if name not in homes:
             package = held["__name__"]
+            if name in NAMES:
+                raise _missing(inspect.currentframe())(
+                    f"module {package!r} has no {name!r}; here, {NAMES[name]}.", name=name
+                )
             module = __import__(package, fromlist=["__name__"])  # Python suggests one of its names
             raise AttributeError(f"module {package!r} has no attribute {name!r}", name=name, obj=module)
         # Cached, so that this function runs once per name.
@@ -27,3 +35,9 @@ def imported_when_used(held: dict[str, Any], names: Mapping[str, Iterable[str]])
         return held[name]
 
     return attribute
+
+
+def _missing(frame: FrameType | None) -> type[AttributeError | ImportError]:
+    """Returns what to raise for a name that is not there: an import statement drops the text of an AttributeError."""
+    caller = None if frame is None else frame.f_back
+    return ImportError if caller is not None and caller.f_code.co_name == "_handle_fromlist" else AttributeError

@@ -65,12 +65,20 @@ def learning_rate_of(opt_state: Any) -> jax.Array:
 def plateau_scale(opt_state: Any) -> Any:
     """Returns the factor that `optax.contrib.reduce_on_plateau` or `trainer.ReduceLROnPlateau` applies; else 1."""
 
+    scale: Any = math.prod(node.scale for node in _plateaus(opt_state))
+    return scale
+
+
+def has_plateau(opt_state: Any) -> bool:
+    """Returns whether there is such a scale."""
+    return bool(_plateaus(opt_state))
+
+
+def _plateaus(opt_state: Any) -> list[Any]:
     def is_plateau(node: Any) -> bool:
         return isinstance(node, optax.contrib.ReduceLROnPlateauState)
 
-    found = [node for node in jax.tree.leaves(opt_state, is_leaf=is_plateau) if is_plateau(node)]
-    scale: Any = math.prod(node.scale for node in found)
-    return scale
+    return [node for node in jax.tree.leaves(opt_state, is_leaf=is_plateau) if is_plateau(node)]
 
 
 def _checked(value: Any) -> Any:

@@ -23,6 +23,7 @@ from trainer.core.module_views import (
     refuse_unmatched,
 )
 from trainer.core.nnx_bridge import Path, nest
+from trainer.core.other_names import PRECISIONS
 from trainer.core.path_patterns import check_pattern
 from trainer.errors import ArgumentError, ArgumentTypeError, warn
 from trainer.types import MODEL_OUTPUTS
@@ -307,4 +308,6 @@ def _dtype_name(dtype: Any, argument: str) -> str:
     if name in DTYPES:
         return name
     kind = ArgumentError if isinstance(dtype, str) else ArgumentTypeError
-    raise kind(f"`{argument}` is {dtype!r:.60}; it must be one of {', '.join(map(repr, DTYPES))}.")
+    known = PRECISIONS.get(dtype) if isinstance(dtype, str) else None
+    hint = "" if known is None else f" Here it is {known!r}."
+    raise kind(f"`{argument}` is {dtype!r:.60}; it must be one of {', '.join(map(repr, DTYPES))}.{hint}")

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
@@ -23,7 +22,6 @@ from trainer.config import TrainingConfig, make_optimizer, make_schedule
 from trainer.config.schedules import check_horizon, needs_horizon
 from trainer.core.averaged_params import resolve_eval_params
 from trainer.core.checks import check_bool, check_call, check_count, check_interval
-from trainer.core.learning_rate import plateau_scale
 from trainer.core.modes import evaluated_as_a_whole
 from trainer.core.module_views import check_view, combined
 from trainer.core.objective import check_extensions, check_loss_fn, requiring_weight, with_losses
@@ -31,13 +29,14 @@ from trainer.core.optimizer import adapt_optimizer
 from trainer.core.own_step import check_own_step, no_loss_fn, own_step
 from trainer.core.precision import Precision, as_precision, in_precision
 from trainer.core.remat import in_parts, plan_of
-from trainer.core.report import MEASURES, Measure, Update, resolve_report
+from trainer.core.report import MEASURES, Measure, resolve_report
 from trainer.data.loaders import check_loader
 from trainer.data.memory import seed_from_key
 from trainer.data.padding import check_pad_to
 from trainer.distributed.agreement import check_agreement, gathered
 from trainer.errors import ArgumentError, ArgumentTypeError, warn
 from trainer.fit.fingerprint import fingerprints_of
+from trainer.fit.rate import RateInForce, configured_rate
 from trainer.fit.setup import Live, Setup
 from trainer.fit.unused_settings import warn_beside_optimizer, warn_beside_own_step
 from trainer.loggers.base import Logger, MetricsLoggerLike, names_checked
@@ -229,6 +228,7 @@ def assemble(
             lambda fn: jax.jit(make_predict_step(fn, **evaluating), out_shardings=placement.replicated)
         ),
         live=live,
+        rate=RateInForce(training_config, is_configured=optimizer is None and step_fn is None),
     )
     if placement.num_processes > 1:
         run = run.replace(id=gathered(run.id)[0])
@@ -324,7 +324,7 @@ def _made_step(
     def make_until(horizon: Any) -> Any:
         known = MEASURES
         if optimizer is None:
-            known = {**MEASURES, "learning_rate": functools.partial(_configured_rate, config, horizon)}
+            known = {**MEASURES, "learning_rate": functools.partial(configured_rate, config, horizon)}
         reported = {**resolve_report(asked, known), **resolve_report(report, known)}
         return make(make_whole(horizon), report=reported)
 
@@ -340,17 +340,6 @@ def _made_step(
         return (placement.replicated_int(run.horizon or 0),)
 
     return step_until, horizon_of
-
-
-def _configured_rate(config: TrainingConfig, horizon: Any, update: Update) -> jax.Array:
-    """Returns the learning rate of an update of a configured optimizer."""
-    rate: Any = config.optimizer.learning_rate
-    if config.scheduler is not None:
-        # The optimizer counts the updates that it made; ``step`` also counts those skipped by ``nonfinite``.
-        counts = optax.tree_utils.tree_get_all_with_path(update.opt_state, "count")
-        made = counts[0][1] - 1 if counts else update.step
-        rate = make_schedule(config.scheduler, rate, horizon)(made)
-    return jnp.asarray(rate * plateau_scale(update.opt_state), jnp.float32)
 
 
 def _check_step(

@@ -25,6 +25,7 @@ from trainer.fit.resume import checked, find, planned_end, put_back
 from trainer.fit.run_file import write_start
 from trainer.fit.running import running
 from trainer.fit.setup import Planned, Setup
+from trainer.fit.speeds import note_speed, speeds_written
 from trainer.loggers.base import prefixed
 from trainer.loop import evaluate, open_pass, plan_dispatch, rare_collections, run_epoch
 from trainer.metrics.average import metrics_at
@@ -105,7 +106,7 @@ def _run_epochs(
     setup = trainer.setup
     if restored is not None or trainer.run.is_new:
         write_start(setup, plan, trainer.run, None if restored is None else restored.path)
-    with running(trainer) as signals:
+    with running(trainer) as signals, speeds_written(trainer, plan):
         setup.fanout.log_hyperparams(setup.config.to_dict())
         if restored is not None:
             where = f"epoch {trainer.run.epoch}, batch {trainer.run.batch}"
@@ -200,8 +201,7 @@ def _run_epoch(trainer: Trainer, plan: FitPlan, signals: Signals, batches: Itera
         signals.check()
         tick.run = setup.with_weights(trainer.run)
     setup.fanout.flush()
-    setup.live.throughput = meter.read(trainer.run.leaves[0].sharding.device_set)
-    setup.fanout.log_throughput(trainer.run.step, setup.live.throughput)
+    note_speed(trainer, meter)
     if is_last:
         _log_last_step(trainer)
     is_due = plan.validates_epoch(setup.config, epoch + 1, is_last=is_last)
@@ -302,6 +302,8 @@ def compile_step(trainer: Trainer, batch: Batch, without_remat: bool) -> Program
 def tell_compilation(trainer: Trainer, name: str, seconds: float, warning: str | None, step: int) -> None:
     """Reports a compilation at ``step`` to callbacks and loggers; ``warning`` is set after too many compilations."""
     setup = trainer.setup
+    if setup.live.meter is not None:
+        setup.live.meter.compiled(seconds)
     setup.events.emit("on_compile_end", trainer, name, seconds)
     setup.fanout.log_text("compilation", f"{name} took {seconds:.1f} s to compile", step)
     if warning is not None:

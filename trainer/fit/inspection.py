@@ -16,6 +16,7 @@ from trainer.compile.cost import ProgramCost, cost_of
 from trainer.config import make_optimizer
 from trainer.core.checks import check_count
 from trainer.core.optimizer import adapt_optimizer
+from trainer.core.other_names import missing_attribute
 from trainer.errors import ArgumentError
 from trainer.fit.plan import plan_prediction
 from trainer.fit.read_only import ReadOnly
@@ -31,6 +32,9 @@ class Inspection(ReadOnly):
     """The methods of a `trainer.Trainer` that leave it bit-identical and emit no events."""
 
     __slots__ = ()
+
+    def __getattr__(self, name: str) -> Any:
+        return missing_attribute(self, name)
 
     def summary(self, depth: int | None = None, batch: Batch | None = None) -> str:
         """Returns a table of the model, to print, with operation counts for a batch: see `trainer.summarize`."""

@@ -25,6 +25,7 @@ from trainer.data.resumable import LoaderPass, LoaderPosition
 from trainer.distributed.agreement import check_agreement, gathered
 from trainer.distributed.replicas import check_replicas
 from trainer.errors import ArgumentError, CheckpointError, warn
+from trainer.fit.rate import RateInForce
 from trainer.loggers.base import Logger, MetricsLoggerLike
 from trainer.loggers.fanout import MetricFanout
 from trainer.loop import prefetched
@@ -81,6 +82,7 @@ class Live:
         failure: What ended the call, as text, if it raised; empty otherwise.
         has_ended: Whether the call reached the end of a run: all epochs, or a stop requested by a callback.
         throughput: The throughput of the latest epoch.
+        speeds_written: When the throughput of epochs was last written, as `time.monotonic`.
         has_advised: Whether fusing was recommended.
         has_warned: Whether there was a warning that the loss is not finite.
     """
@@ -93,6 +95,7 @@ class Live:
     failure: str = ""
     has_ended: bool = False
     throughput: Throughput | None = None
+    speeds_written: float = 0.0
     has_advised: bool = False
     has_warned: bool = False
 
@@ -140,6 +143,7 @@ class Setup:
     eval_step: Callable[..., Metrics]
     predict_step: Callable[[Any], Callable[..., Any]]
     live: Live
+    rate: RateInForce
 
     def agree(self, what: str, parts: Mapping[str, Any], **data: InMemoryData | None) -> None:
         """Checks that all processes are about to do the same thing.

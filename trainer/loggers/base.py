@@ -174,7 +174,7 @@ def needed(by: str, package: str, extra: str) -> Iterator[None]:
         yield
     except ImportError as error:
         raise ArgumentError(
-            f"{by} needs {package}, which cannot be imported ({error}); run `pip install nnx-trainer[{extra}]`."
+            f"{by} needs {package}, which cannot be imported ({error}); run `pip install 'nnx-trainer[{extra}]'`."
         ) from error
 
 

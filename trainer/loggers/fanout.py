@@ -12,7 +12,7 @@ import numpy as np
 from trainer.errors import ArgumentTypeError, ObjectiveError, warn
 from trainer.loggers.base import Logger, MetricsLoggerLike, check_logger, prefixed
 from trainer.metrics.average import WeightedAverage, read
-from trainer.metrics.throughput import Throughput
+from trainer.metrics.throughput import SPEED, Throughput
 from trainer.types import LogCallback
 
 _METRICS = ("log_training_metrics", "log_validation_metrics", "log_test_metrics")
@@ -129,7 +129,7 @@ class MetricFanout:
     def log_throughput(self, step: int, throughput: Throughput) -> None:
         """Sends the known throughput figures of an epoch to the loggers, under ``speed/``."""
         known = {name: value for name, value in dataclasses.asdict(throughput).items() if value is not None}
-        self.tell("log_scalars", prefixed("speed/", known), step=step)
+        self.tell("log_scalars", prefixed(SPEED, known), step=step)
 
     def log_test_metrics(self, metrics: Mapping[str, float]) -> None:
         """Sends the averages at the end of a run to the metrics logger."""

@@ -6,8 +6,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainer.core.checks import check_choice
+from trainer.errors import warn
 from trainer.loggers.base import Logger, as_directory, histogram_of, needed
 from trainer.loggers.images import as_pixels
+
+# What errors of wandb say of a server that does not answer; all that a server may do is one class of errors.
+_UNREACHABLE = ("timed out", "deadline exceeded", "connection refused", "no such host")
 
 
 class WandbLogger(Logger):
@@ -21,10 +25,15 @@ class WandbLogger(Logger):
     Everything is under its name; files are in ``runs/mine/wandb``, from where ``wandb sync`` uploads a run that was
     offline. The step is a metric ``step``, over which wandb plots all others. Its own step, the number of the row, must
     never go back: wandb drops rows of earlier steps, as a resumed run has them, and counts on at every row without a
-    step. wandb sends from a process of its own, so a slow server keeps no step waiting; `close` waits for it.
+    step.
 
-    It needs wandb (the extra ``wandb``): https://docs.wandb.ai/ref/python. With several processes, make it in process 0
-    only, since it starts the run at once.
+    wandb sends from a process of its own, so a server that stalls keeps no step waiting. A server that does not answer
+    while the run starts, within the seconds of ``WANDB_INIT_TIMEOUT`` (wandb's default is 90), costs a warning, and the
+    run is kept offline. `close` waits until all is sent, for ``WANDB_FINISH_TIMEOUT`` seconds where that is set; what
+    was not sent by then stays in its directory.
+
+    It needs wandb (the extra ``wandb``): https://docs.wandb.ai/models/ref/python/functions/init. With several
+    processes, make it in process 0 only, since it starts the run at once.
     """
 
     def __init__(
@@ -58,7 +67,8 @@ class WandbLogger(Logger):
 
         Raises:
             ArgumentError: The package is missing, ``directory`` is a file, or ``mode`` or ``resume`` is none of these.
-            Exception: What ``wandb.init`` raises, such as that nobody is logged in.
+            Exception: What ``wandb.init`` raises, such as that nobody is logged in; with ``resume="must"`` also where
+                the server does not answer.
         """
         if mode is not None:
             check_choice(mode, ("online", "offline", "shared", "disabled"), "mode")
@@ -73,16 +83,27 @@ class WandbLogger(Logger):
         self._log_checkpoints = log_checkpoints
         if path is not None:
             path.mkdir(parents=True, exist_ok=True)  # where it is missing, wandb writes to a temporary one
-        self._run = self._wandb.init(
-            dir=None if path is None else str(path),
-            project=project,
-            name=name or None,
-            entity=entity,
-            tags=tags,
-            mode=mode,
-            resume="allow" if resume is None and id is not None else resume,
-            id=id,
-        )
+        about: dict[str, Any] = {
+            "dir": None if path is None else str(path),
+            "project": project,
+            "name": name or None,
+            "entity": entity,
+            "tags": tags,
+            "resume": "allow" if resume is None and id is not None else resume,
+            "id": id,
+        }
+        try:
+            self._run = self._wandb.init(mode=mode, **about)
+        except Exception as error:
+            # The process of wandb holds the id of the run that failed, and other runs of the caller's.
+            if not _is_unreachable(error) or resume == "must" or self._wandb.run is not None:
+                raise
+            self._wandb.teardown()
+            warn(
+                f"WandbLogger could not start a run at the server: {error} The run is kept offline, from where "
+                f"`wandb sync` uploads it."
+            )
+            self._run = self._wandb.init(mode="offline", **about)
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
@@ -115,3 +136,8 @@ class WandbLogger(Logger):
 
     def _log(self, row: dict[str, Any], step: int | None) -> None:
         self._run.log(row if step is None else {**row, "step": step})
+
+
+def _is_unreachable(error: Exception) -> bool:
+    """Tells a server that does not answer from one that refuses, as by an AuthenticationError, a kind of CommError."""
+    return type(error).__name__ == "CommError" and any(text in str(error).lower() for text in _UNREACHABLE)

@@ -14,6 +14,9 @@ Row = dict[str, Any]
 
 _CHUNK = 256
 
+MAX_SPEEDS = 1000
+"""Maximum number of epochs whose throughput is kept; with more, some of the earlier ones are dropped."""
+
 
 @dataclasses.dataclass(frozen=True)
 class _Chunk:
@@ -46,12 +49,13 @@ class History(Sequence[Row]):
         ([2], [0.3])
     """
 
-    __slots__ = ("_batches", "_chunks", "_dropped", "_frozen", "_max_rows", "_recent", "_unread")
+    __slots__ = ("_batches", "_chunks", "_dropped", "_frozen", "_max_rows", "_recent", "_speeds", "_unread")
 
     def __init__(self, max_rows: int = 100_000) -> None:
         """Makes an empty history that holds at most ``max_rows`` rows and drops the oldest ones."""
         self._max_rows = max_rows
         self._batches: tuple[int, int, int] | None = None
+        self._speeds: tuple[tuple[int, float], ...] = ()
         self._chunks: tuple[_Chunk, ...] = ()
         self._dropped = 0  # how many rows at the start of the first chunk are dropped
         self._frozen = 0  # how many other rows are in chunks
@@ -89,7 +93,7 @@ class History(Sequence[Row]):
     def copy(self) -> Self:
         """Returns an equal, independent history."""
         copied = type(self)(self._max_rows)
-        copied._batches = self._batches
+        copied._batches, copied._speeds = self._batches, self._speeds
         copied._chunks, copied._dropped, copied._frozen = self._chunks, self._dropped, self._frozen
         copied._recent, copied._unread = self._recent, self._unread
         return copied
@@ -97,6 +101,19 @@ class History(Sequence[Row]):
     def know_batches(self, first_step: int, num_examples: int, batch_size: int) -> None:
         """Records which steps had short batches, for `plot`; arguments as for `trainer.metrics.plots.with_weights`."""
         self._batches = first_step, num_examples, batch_size
+
+    def know_speed(self, step: int, steps_per_second: float) -> None:
+        """Records the throughput of the epoch that ended at a step, for `plot`.
+
+        It is not part of the rows or of checkpoints, which are bit-identical between repeated runs. The trainer leaves
+        out epochs that spent more than a tenth of their time on compilation.
+        """
+        self._speeds = thinned((*self._speeds, (step, steps_per_second)))
+
+    @property
+    def speeds(self) -> tuple[tuple[int, float], ...]:
+        """Pairs of the step at which an epoch ended and its steps per second, for epochs that this process ran."""
+        return self._speeds
 
     @classmethod
     def from_rows(cls, rows: Sequence[Mapping[str, Any]]) -> Self:
@@ -117,6 +134,7 @@ class History(Sequence[Row]):
         kept = [(index, row) for index, row in enumerate(self._recent) if row["step"] <= step]
         self._recent = tuple(row for _, row in kept)
         self._unread = sum(index >= first_unread for index, _ in kept)
+        self._speeds = tuple(speed for speed in self._speeds if speed[0] <= step)
 
     def to_dict(self) -> dict[str, list[Any]]:
         """Returns columns of equal length, None for missing values, in a form for ``pandas.DataFrame``."""
@@ -140,7 +158,12 @@ class History(Sequence[Row]):
         return frame.set_index("step")
 
     def plot(self, path: str | os.PathLike[str] | None = None, metrics: Collection[str] | None = None) -> Any:
-        """Plots the history: loss, other metrics, learning rate and gradient norm, training and validation together.
+        """Plots the history: training and validation metrics together, learning rate, gradient norm, throughput.
+
+        Learning rate and gradient norm appear if the trainer reports them: ``report=["learning_rate",
+        "gradient_norm"]``. The throughput covers the epochs that this process ran, except those spent mostly on
+        compilation, such as the first epoch of a short run.
+
 
         Args:
             path: Where to write the plot; ends in ``.png``, ``.svg`` or ``.pdf``.
@@ -158,12 +181,12 @@ class History(Sequence[Row]):
 
         return plot_runs({"": self}, path, metrics)
 
-    def weighted(self) -> Sequence[Mapping[str, Any]]:
-        """Returns the rows with the weights of their batches, as far as known."""
-        from trainer.metrics.plots import with_weights
+    def to_draw(self) -> Sequence[Mapping[str, Any]]:
+        """Returns the rows with the weights of their batches, and rows of throughput, as far as known."""
+        from trainer.metrics.plots import speed_rows, with_weights
 
         rows = self._rows()
-        return rows if self._batches is None else with_weights(rows, *self._batches)
+        return [*(rows if self._batches is None else with_weights(rows, *self._batches)), *speed_rows(self._speeds)]
 
     def series(self, name: str) -> tuple[list[int], list[Any]]:
         """Returns the steps at which ``name`` was logged, and its values at those steps.
@@ -267,6 +290,11 @@ class History(Sequence[Row]):
     def _rows(self) -> list[Row]:
         self._read()
         return [*(row for chunk in self._whole_chunks() for row in chunk.rows), *self._recent]
+
+
+def thinned(speeds: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:
+    """Returns the pairs, or every second one if there are more than `MAX_SPEEDS`; the latest is kept."""
+    return speeds if len(speeds) <= MAX_SPEEDS else speeds[(len(speeds) - 1) % 2 :: 2]
 
 
 def is_recordable(value: Any) -> bool:

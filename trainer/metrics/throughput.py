@@ -9,6 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+SPEED = "speed/"
+"""The prefix of the names of throughput metrics."""
+
 # Peak dense bfloat16 FLOP/s of one device, from the data sheets of NVIDIA and Google. The keys are complete
 # `jax.Device.device_kind` strings: boards with the same base name differ by a quarter (H100 SXM, NVL and PCIe), so a
 # prefix would overstate some of them.
@@ -78,7 +81,7 @@ class Meter:
         self._is_bfloat16 = dtype is not None and jnp.dtype(dtype) == jnp.bfloat16
         self._started = clock()
         self._steps = self._examples = 0
-        self._waited = self._paused = 0.0
+        self._waited = self._paused = self._compiled = 0.0
         self._latest: jax.Array | None = None
 
     @contextlib.contextmanager
@@ -102,6 +105,10 @@ class Meter:
         yield
         self._paused += self._clock() - started
 
+    def compiled(self, seconds: float) -> None:
+        """Counts the seconds of a compilation, which are part of the time; see `compiling`."""
+        self._compiled += seconds
+
     def dispatched(self, result: jax.Array, steps: int, examples: int) -> None:
         """Counts a call.
 
@@ -118,6 +125,11 @@ class Meter:
     def waiting_for_data(self) -> float:
         """The fraction of time so far in which the devices were idle because the next batch was not ready."""
         return min(self._waited / self._seconds, 1.0)
+
+    @property
+    def compiling(self) -> float:
+        """The fraction of the time so far in which a step was compiled, and none was made."""
+        return min(self._compiled / self._seconds, 1.0)
 
     @property
     def _seconds(self) -> float:

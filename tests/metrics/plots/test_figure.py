@@ -46,15 +46,19 @@ def test_a_run_of_a_trainer_is_drawn_with_what_it_reports(tmp_path):
 
     report = ["learning_rate", "gradient_norm"]
     trainer = Trainer(model, config(log_frequency=1), loss_fn=loss_fn, report=report, workdir=tmp_path)
-    trainer.train(regression(32), 2, 8, regression(16))
+    trainer.train(regression(32), 3, 8, regression(16))
     titles = [axes.get_title() for axes in trainer.history.plot().axes]
-    assert titles == ["loss", "learning rate", "gradient norm"]
+    assert titles == ["loss", "learning rate", "gradient norm", "steps per second"]
+    speed = drawn(trainer.history.plot().axes[-1])[0]
+    assert speed.get_xdata().tolist() == [8, 12]  # not of the epoch that compiled
+    assert trainer.history.plot().axes[-1].get_ylim()[0] == 0
+    assert speed.get_ydata()[-1] == pytest.approx(trainer.throughput.steps_per_second)
 
 
 def test_short_last_batches_of_data_in_memory_are_known(tmp_path):
     trainer = Trainer(Linear(4), config(log_frequency=1), loss_fn=squared_error, workdir=tmp_path)
     trainer.train(regression(33), 3, 8)
-    for rows in (trainer.history.weighted(), read_rows(tmp_path)):
+    for rows in (trainer.history.to_draw(), read_rows(tmp_path)):
         (panel,) = panels_of({"a": rows}, ["loss"])
         lone = panel.curves[0].steps[panel.curves[0].is_lone]
         assert set(lone) >= {5, 10, 15}

@@ -53,7 +53,7 @@ def plot_runs(
     """
     _check_ending(path)
     # A `trainer.History` knows more than its rows say.
-    known = {label: rows.weighted() if hasattr(rows, "weighted") else rows for label, rows in runs.items()}
+    known = {label: rows.to_draw() if hasattr(rows, "to_draw") else rows for label, rows in runs.items()}
     panels = panels_of(known, metrics)
     columns = (1, 1, 2, 3, 2, 3, 3)[min(len(panels), 6)]
     rows = -(-len(panels) // columns)

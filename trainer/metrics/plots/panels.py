@@ -9,13 +9,14 @@ so a row that stands alone far off its neighbours is a dot too. Nothing is hidde
 import dataclasses
 import itertools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from trainer.core.checks import did_you_mean
 from trainer.errors import ArgumentError
+from trainer.metrics.throughput import SPEED
 from trainer.types import BATCH_WEIGHT
 
 Rows = Sequence[Mapping[str, Any]]
@@ -28,7 +29,7 @@ _VALIDATION = "val_"
 _NO_METRICS = {"step", "epoch", BATCH_WEIGHT}
 _LEARNING_RATES = ("learning_rate", "lr")
 _GRADIENT_NORMS = ("gradient_norm", "grad_norm")
-_SPEED = "speed/"
+STEPS_PER_SECOND = SPEED + "steps_per_second"
 _LARGEST = 1e300  # of an axis, so that its length is finite
 _FAR = 6.0  # standard deviations
 _LOG_RATIO = {"loss": 10.0, "gradient_norm": 10.0, "learning_rate": 1000.0}
@@ -105,8 +106,8 @@ class Panel:
     @property
     def title(self) -> str:
         """The name for people, with the number of values that cannot be drawn."""
-        name = self.name.removeprefix(_SPEED)
-        known = self.name in (*_LEARNING_RATES, *_GRADIENT_NORMS) or self.name.startswith(_SPEED)
+        name = self.name.removeprefix(SPEED)
+        known = self.name in (*_LEARNING_RATES, *_GRADIENT_NORMS) or self.name.startswith(SPEED)
         missing = sum(len(curve.not_finite) for curve in self.curves)
         return (name.replace("_", " ") if known else name) + (f"  ({missing} not finite)" if missing else "")
 
@@ -121,6 +122,8 @@ class Panel:
             low, high = math.log10(low), math.log10(high)
         room = 0.05 * (high - low) or 0.1 * abs(high) or 0.1
         low, high = low - room, high + room
+        if self.name.startswith(SPEED):  # of which the noise looks large otherwise
+            low = 0.0
         return (10 ** max(low, -300.0), 10 ** min(high, 300.0)) if self.is_log else (low, high)
 
 
@@ -142,7 +145,7 @@ def panels_of(runs: Mapping[str, Rows], metrics: Collection[str] | None = None) 
             "there is nothing to plot: no metrics were recorded. A history has rows from the first step on, see "
             "`TrainingConfig.log_frequency`."
         )
-    usual = [name for name in names if not name.startswith(_SPEED) or name == _SPEED + "steps_per_second"]
+    usual = [name for name in names if not name.startswith(SPEED) or name == STEPS_PER_SECOND]
     wanted = (usual or names) if metrics is None else [name.removeprefix(_VALIDATION) for name in metrics]
     for name in wanted:
         if name not in found or name == "step":
@@ -168,6 +171,11 @@ def with_weights(rows: Rows, first_step: int, num_examples: int, batch_size: int
     ]
 
 
+def speed_rows(speeds: Iterable[tuple[int, float]]) -> list[Mapping[str, Any]]:
+    """Returns a row for each speed: the step at which an epoch ended, and its steps per second."""
+    return [{"step": step, STEPS_PER_SECOND: value} for step, value in speeds]
+
+
 def _panel(name: str, columns: Mapping[str, Mapping[str, tuple[Array, Array]]]) -> Panel:
     drawn = [
         (label, run, prefix, *columns[label][prefix + name])
@@ -178,7 +186,7 @@ def _panel(name: str, columns: Mapping[str, Mapping[str, tuple[Array, Array]]]) 
     is_log = _is_log(name, np.concatenate([values for *_, values in drawn]))
     curves = []
     for label, run, prefix, steps, values in drawn:
-        is_of_batches = not prefix and name not in _LEARNING_RATES and not name.startswith(_SPEED)
+        is_of_batches = not prefix and name not in _LEARNING_RATES and not name.startswith(SPEED)
         lone = np.zeros(len(values), bool)
         if is_of_batches:
             lone = stand_alone(np.log(values) if is_log else values)
@@ -242,7 +250,7 @@ def _is_log(name: str, values: Array) -> bool:
 def _place(name: str) -> int:
     """Returns where a metric stands: the loss first, what tells of the training itself last."""
     groups = (("loss",), (), _LEARNING_RATES, _GRADIENT_NORMS)
-    return next((place for place, names in enumerate(groups) if name in names), 4 if name.startswith(_SPEED) else 1)
+    return next((place for place, names in enumerate(groups) if name in names), 4 if name.startswith(SPEED) else 1)
 
 
 def _columns(rows: Rows) -> dict[str, tuple[Array, Array]]:

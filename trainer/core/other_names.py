@@ -1,0 +1,230 @@
+"""Names that other trainers have for what this library calls otherwise, and the errors that tell its own.
+
+Keras, Lightning and Hugging Face taught people names. Each that they are likely to type here has a line: what to write
+in its place. A name that is not in the tables is Python's business.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypeVar
+
+from trainer.errors import ArgumentTypeError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_RESUME = "`Trainer(workdir=...)` saves, and `train(..., resume=True)` resumes at the next batch"
+_AVERAGE = "`Trainer(params_average=ema_of_params(0.999))`, or `polyak_average()`"
+_RATE = "a `SchedulerConfig` in the `TrainingConfig`, or a schedule of optax in your optimizer"
+_DISPLAY = "`Progress`, which a trainer has by default; `Trainer(progress=False)` turns it off"
+_MODEL = "a model is any `nnx.Module`, and its step a `loss_fn(model, batch, rng, step)`"
+_SEED = "`nnx.Rngs(0)` for the model, and `Trainer(rng=jax.random.key(0))`"
+_LOADERS = "data are one argument, arrays in memory or a loader: `train(data, num_epochs, batch_size, val_data)`"
+_EPOCHS = "`train(data, num_epochs, batch_size)`"
+_BATCHES = "`TrainingConfig(steps_per_epoch=..., validation_steps=...)`"
+_DEVICES = '`Trainer(mesh=make_mesh({"data": -1}))`; JAX\'s default device if left out'
+_SILENT = "the display says it; `Trainer(progress=False)` turns that off"
+_OBJECTIVE = "`Trainer(loss_fn=...)`, whose `loss_fn(model, batch, rng, step)` returns the loss and a dict of metrics"
+_WEIGHTS = "weigh in the `loss_fn`, and report `batch_weight`"
+
+NAMES = {
+    "AdvancedProfiler": "`JAXProfiler`",
+    "BackupAndRestore": _RESUME,
+    "BatchSizeFinder": "`Trainer.find_batch_size(example)`",
+    "DeviceStatsMonitor": "`MemoryProfiler`, and `Trainer.throughput`",
+    "EMAWeightAveraging": _AVERAGE,
+    "EarlyStoppingCallback": "`EarlyStopping`",
+    "Fabric": "your own loop over pure functions: `make_train_step`, `run_epoch`",
+    "GradientAccumulationScheduler": "`Trainer(accumulate_steps=4)`: four parts of a batch, one update",
+    "LearningRateFinder": "`Trainer.find_learning_rate(data, batch_size)`",
+    "LearningRateScheduler": f"{_RATE}; `Trainer.set_learning_rate` in a callback",
+    "LightningDataModule": _LOADERS,
+    "LightningModule": _MODEL,
+    "MLFlowLogger": "`MLflowLogger`",
+    "ModelSummary": "`Trainer.summary()`, or `summarize`",
+    "OrbaxCheckpoint": "`ModelCheckpoint`, which writes that format",
+    "ProgbarLogger": _DISPLAY,
+    "PyTorchProfiler": "`JAXProfiler`",
+    "RichModelSummary": "`Trainer.summary()`, or `summarize`",
+    "RichProgressBar": _DISPLAY,
+    "SimpleProfiler": "`JAXProfiler`, and `Trainer.throughput`",
+    "StochasticWeightAveraging": _AVERAGE,
+    "SwapEMAWeights": _AVERAGE,
+    "TQDMProgressBar": _DISPLAY,
+    "TensorBoard": "`TensorBoardLogger`, a logger: `Trainer(logger=TensorBoardLogger(directory))`",
+    "TerminateOnNaN": '`TerminateOnNonFinite`, or `Trainer(nonfinite="raise")`, which ends at the step',
+    "ThroughputMonitor": "`Trainer.throughput`, which loggers get too",
+    "TrainerCallback": "`Callback`",
+    "TrainingArguments": "`TrainingConfig`",
+    "WandBLogger": "`WandbLogger`",
+    "WeightAveraging": _AVERAGE,
+    "seed_everything": _SEED,
+    "set_random_seed": _SEED,
+}
+"""What is imported from other trainers, and what to import or write here."""
+
+ATTRIBUTES = {
+    "callback_metrics": "`run.average.compute()` of the epoch, and `run.validation.averages`; `history` has all",
+    "checkpoint_callback": "the `ModelCheckpoint` that you passed in",
+    "current_epoch": "`epoch`, the epochs finished",
+    "fit": _EPOCHS,
+    "fit_generator": _EPOCHS,
+    "get_weights": "`state.params`",
+    "global_step": "`step`, the updates finished",
+    "is_global_zero": "`is_primary_process`",
+    "lightning_module": "`model`",
+    "load_weights": "`load_checkpoint(path)`, or `load_weights(path, model)` of the package",
+    "logged_metrics": "`history`",
+    "predict_on_batch": "`predict(batch, batch_size)`",
+    "save": "`save_checkpoint(path)`",
+    "save_weights": '`save_checkpoint("weights.safetensors")`',
+    "set_weights": "assign `state`, as in `trainer.state = trainer.state.replace(params=...)`",
+    "stop_training": "`should_stop`, which a callback sets on itself",
+    "test": "`evaluate(data, batch_size)`",
+    "test_on_batch": "`validate_step(batch)`",
+    "train_on_batch": "`train_step(batch)`",
+    "validate": "`evaluate(data, batch_size)`",
+}
+"""What is asked of a trainer of others, and of this one."""
+
+_OF_TRAINER = {
+    "accelerator": _DEVICES,
+    "accumulate_grad_batches": "`accumulate_steps`: parts of one batch, not several batches",
+    "args": "`training_config`, a `TrainingConfig`",
+    "batch_size": _EPOCHS,
+    "check_val_every_n_epoch": "`TrainingConfig(epochs_per_validation=...)`",
+    "compute_metrics": "the second result of the `loss_fn`, a dict of metrics",
+    "default_root_dir": "`workdir`",
+    "detect_anomaly": "`debug=True`",
+    "deterministic": "runs repeat to the bit on the CPU; on a GPU set `XLA_FLAGS=--xla_gpu_deterministic_ops=true`",
+    "devices": _DEVICES,
+    "enable_checkpointing": "nothing is saved without a `workdir` or a `checkpoint_dir`",
+    "enable_model_summary": "`trainer.summary()` returns it",
+    "enable_progress_bar": "`progress=False`",
+    "epochs": _EPOCHS,
+    "eval_dataset": _LOADERS,
+    "gradient_clip_algorithm": "`OptimizerConfig(gradient_clip_value=...)` clips by value",
+    "gradient_clip_val": "`TrainingConfig(gradient_clip_norm=...)`",
+    "limit_train_batches": _BATCHES,
+    "limit_val_batches": _BATCHES,
+    "log_every_n_steps": "`TrainingConfig(log_frequency=...)`",
+    "loss": "`loss_fn`",
+    "max_epochs": _EPOCHS,
+    "max_steps": f"{_EPOCHS}; `TrainingConfig(steps_per_epoch=...)` bounds an epoch",
+    "max_time": "the callback `Timer(duration)`",
+    "metrics": "the second result of the `loss_fn`, a dict of metrics",
+    "num_epochs": _EPOCHS,
+    "num_nodes": "start a process on each, see `trainer.distributed`; then a `mesh` of all devices",
+    "num_sanity_val_steps": "`fast_dev_run` tries all of a run before it",
+    "num_train_epochs": _EPOCHS,
+    "profiler": "the callback `JAXProfiler(directory)`",
+    "resume_from_checkpoint": "`train(..., resume=path)`",
+    "seed": _SEED,
+    "strategy": _DEVICES,
+    "sync_batchnorm": "over a `mesh` a batch is normalized as a whole",
+    "train_dataset": _LOADERS,
+    "val_check_interval": "`train(..., val_interval=...)`, in steps",
+}
+_OF_TRAIN = {
+    "callbacks": "`Trainer(callbacks=[...])`",
+    "ckpt_path": "`resume=path`, or `resume=True` for the latest",
+    "class_weight": _WEIGHTS,
+    "datamodule": _LOADERS,
+    "epochs": "`num_epochs`",
+    "initial_epoch": "`resume=True` continues where a run was",
+    "max_epochs": "`num_epochs`",
+    "model": "`Trainer(model, ...)`",
+    "resume_from_checkpoint": "`resume=path`, or `resume=True` for the latest",
+    "sample_weight": _WEIGHTS,
+    "shuffle": "data in memory are shuffled, each epoch anew; a loader has its own order",
+    "steps_per_epoch": _BATCHES,
+    "train_dataloaders": _LOADERS,
+    "val_dataloaders": _LOADERS,
+    "validation_data": "`val_data`",
+    "validation_freq": "`TrainingConfig(epochs_per_validation=...)`; `val_interval` counts steps",
+    "validation_split": "split the data yourself, and pass `val_data`; nothing is held out without a word",
+    "validation_steps": _BATCHES,
+    "verbose": _SILENT,
+    "x": _LOADERS,
+    "y": "all arrays of the data are one argument, the first: `{'x': x, 'y': y}`, or `(x, y)`",
+}
+_OF_COMPILE = {
+    "jit_compile": "a step is always compiled; `Trainer(debug=True)` looks into it",
+    "loss": _OBJECTIVE,
+    "metrics": _OBJECTIVE,
+    "optimizer": "`Trainer(optimizer=...)`, or `TrainingConfig(optimizer=...)`",
+    "run_eagerly": "a step is always compiled; `Trainer(debug=True)` looks into it",
+    "steps_per_execution": "small steps are fused by themselves; `Trainer(steps_per_call=...)` says how many",
+}
+_OF_EARLY_STOPPING = {
+    "baseline": "`stopping_threshold` and `divergence_threshold` compare with a value",
+    "check_on_train_epoch_end": "a metric `val_<name>` is checked at validations, any other at the end of epochs",
+    "restore_best_weights": "`restore_best`",
+    "start_from_epoch": "a longer `patience`",
+    "strict": "a metric that does not exist is an error",
+    "verbose": _SILENT,
+}
+_OF_MODEL_CHECKPOINT = {
+    "every_n_train_steps": "`Trainer(save_interval=...)` saves by steps; the best are kept at validations",
+    "filename": "a checkpoint is `dirpath/<step>`",
+    "filepath": "`dirpath`, a directory",
+    "save_best_only": "`save_top_k=1, save_last=False`",
+    "save_freq": "`every_n_epochs`, or `Trainer(save_interval=...)` in steps",
+    "save_on_exception": "SIGTERM and Ctrl-C save the run by themselves, where a `workdir` is given",
+    "save_weights_only": '`Trainer.save_checkpoint("weights.safetensors")`; here the whole run is saved',
+    "train_time_interval": "`Trainer(save_interval=...)`, in steps",
+    "verbose": _SILENT,
+}
+
+ARGUMENTS: dict[str, Mapping[str, str]] = {
+    "Trainer": _OF_TRAINER,
+    "Trainer.train": _OF_TRAIN,
+    "Trainer.compile": _OF_COMPILE,
+    "EarlyStopping": _OF_EARLY_STOPPING,
+    "ModelCheckpoint": _OF_MODEL_CHECKPOINT,
+    "ReduceLROnPlateau": {"verbose": _SILENT, "min_learning_rate": "`min_lr`", "threshold": "`min_delta`"},
+}
+"""By what is called, the keyword arguments that it has elsewhere, and what to pass here."""
+
+PRECISIONS = {
+    **dict.fromkeys(("bf16", "bf16-mixed", "bf16-true", "mixed_bfloat16"), "bfloat16"),
+    **dict.fromkeys(("fp16", "16", "16-mixed", "16-true", "mixed_float16"), "float16"),
+    **dict.fromkeys(("fp32", "32", "32-true"), "float32"),
+}
+"""Names of a precision elsewhere, and the dtype to name here."""
+
+
+def takes_no(owner: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Returns a decorator: keyword arguments that ``owner`` has elsewhere raise, and the error says what to pass.
+
+    The signature stays, and so does every other error. Only names of arguments are looked at, once a call, so it is
+    meant for constructors and for what is called once in a run.
+
+    Args:
+        owner: A key of `ARGUMENTS`.
+    """
+    hints = ARGUMENTS[owner]
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+            if unknown := [name for name in kwargs if name in hints]:
+                told = "; ".join(f"for `{name}`: {hints[name]}" for name in unknown)
+                listed = ", ".join(f"`{name}`" for name in unknown)
+                raise ArgumentTypeError(f"{owner}(...) takes no {listed}. Here, {told}.")
+            return function(*args, **kwargs)
+
+        return checked
+
+    return decorate
+
+
+def missing_attribute(owner: Any, name: str) -> Any:
+    """Raises what ``owner.name`` raises, which does not exist; of a name in `ATTRIBUTES` it says what there is.
+
+    For ``__getattr__``, which Python calls as well where a property raised AttributeError: that is raised again.
+    """
+    if name in ATTRIBUTES:
+        kind = type(owner).__name__
+        raise AttributeError(f"{kind!r} object has no attribute {name!r}; here, {ATTRIBUTES[name]}.", name=name)
+    return object.__getattribute__(owner, name)

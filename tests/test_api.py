@@ -807,14 +807,21 @@ class TestBadInput:
         with pytest.raises(ArgumentError, match=r"`model` has no parameters: `wrt` = .*Param.* selects none"):
             build(model=Empty())
 
-    @pytest.mark.parametrize("name", ["num_epochs", "batch_size", "val_interval"])
-    @pytest.mark.parametrize("value", [0, -1, 2.0, "3", None])
-    def test_counts_of_train(self, name, value):
+    @pytest.mark.parametrize(
+        ("name", "wanted", "refused"),
+        [
+            ("num_epochs", "an integer of at least 0", [-1, 2.0, "3", None]),
+            ("batch_size", "a positive integer", [0, -1, 2.0, "3", None]),
+            ("val_interval", "a positive integer, or None for never", [0, -1, 2.0, "3"]),
+        ],
+    )
+    def test_counts_of_train(self, name, wanted, refused):
         trainer = build()
-        arguments = {"num_epochs": 1, "batch_size": 8, "val_interval": 1, name: value}
-        with pytest.raises(ArgumentError, match=rf"`{name}` is {value!r}.*; it must be a positive integer"):
-            trainer.train(regression(), **arguments)
-        assert trainer.step == 0
+        for value in refused:
+            arguments = {"num_epochs": 1, "batch_size": 8, "val_interval": 1, name: value}
+            with pytest.raises(ArgumentError, match=rf"`{name}` is {value!r}.*; it must be {wanted}\."):
+                trainer.train(regression(), **arguments)
+            assert trainer.step == 0
 
     @pytest.mark.parametrize(
         ("data", "message"),

@@ -1,5 +1,6 @@
 """Habits from elsewhere, the reference and Keras among them: taken as they are meant, or answered in one sentence."""
 
+import functools
 import pickle
 import warnings
 
@@ -21,6 +22,7 @@ from trainer import (
     ObjectiveError,
     OptimizerConfig,
     SchedulerConfig,
+    StateError,
     Trainer,
     TrainingConfig,
     load_state,
@@ -336,6 +338,14 @@ class TestNoEpochs:
         assert resumed.train(regression(32), 2, 8, resume=True) == whole.train(regression(32), 2, 8)
         assert resumed.step == 8
 
+    def test_a_state_from_elsewhere_leaves_no_row(self, tmp_path):
+        trainer, logged = make(tmp_path), []
+        trainer.train(regression(32), 1, 8)
+        again = make(tmp_path / "b", log_callback=lambda step, metrics, prefix: logged.append(step))
+        again.state = trainer.state
+        again.train(regression(32), 0, 8)
+        assert (len(again.history), logged) == (0, [])
+
     def test_after_a_run_its_averages_are_returned_again(self, tmp_path):
         trainer = make(tmp_path)
         assert trainer.train(regression(32), 1, 8) == trainer.train(regression(32), 0, 8)
@@ -384,7 +394,15 @@ class TestObjectivesOfOtherArguments:
             def method(self, model, batch, rng, step, scale=1.0):
                 return squared_error(model, batch, rng, step)
 
-        for loss_fn in (Called(), Called().method, lambda *given: squared_error(*given), nnx.jit(squared_error)):
+        def of_two(model, batch):
+            return squared_error(model, batch, None, None)
+
+        @functools.wraps(of_two)
+        def adapted(model, batch, rng, step):
+            return of_two(model, batch)
+
+        plain = lambda *given: squared_error(*given)  # noqa: E731
+        for loss_fn in (Called(), Called().method, plain, nnx.jit(squared_error), adapted):
             make(tmp_path, loss_fn=loss_fn).train_step(regression(8))
 
 
@@ -395,11 +413,20 @@ class TestColumnsInAList:
         for call in (
             lambda: trainer.train(columns, 1, 8),
             lambda: trainer.train(data, 1, 8, columns),
-            lambda: trainer.evaluate(columns, 8),
+            lambda: trainer.predict(columns, 8),
             lambda: make(tmp_path, train_data_loader=columns),
         ):
             with pytest.raises(ArgumentTypeError, match=r"is a list of arrays of shapes \(32, 4\), \(32,\), and"):
                 call()
+
+    def test_evaluate_asks_which_of_the_two_a_list_of_arrays_is(self, tmp_path):
+        trainer, inputs = (
+            make(tmp_path, loss_fn=lambda *given: (jnp.mean(given[0](given[1])), {})),
+            regression(8)["input"],
+        )
+        with pytest.raises(ArgumentTypeError, match="`data` is a list of 2 arrays of one length; pass a tuple if they"):
+            trainer.evaluate([inputs, inputs], 4)
+        assert trainer.evaluate(iter([inputs, inputs]), 4) == pytest.approx(trainer.evaluate(inputs, 4))
 
     def test_batches_that_are_arrays_are_one(self, tmp_path):
         rows = regression(32)["input"]
@@ -453,6 +480,12 @@ class TestNumbersInAState:
         assert (trainer.step, trainer.state.step.dtype) == (0, jnp.int32)
         trainer.train(regression(32), 1, 8)
         assert trainer.step == 4
+
+    def test_a_number_is_no_array(self, tmp_path):
+        trainer = make(tmp_path)
+        with pytest.raises(StateError, match=r"`rng` of uint32\(2,\) was given the number 0\."):
+            trainer.state = trainer.state.replace(rng=0)
+        trainer.train_step(regression(8))
 
 
 class TestDestinations:

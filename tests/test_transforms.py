@@ -154,7 +154,7 @@ class TestVmap:
         step = make_train_step(squared_error, optax.sgd(0.1), axis_name="data")
         state = create(Linear(features=4), optax.sgd(0.1))
         shards = jax.tree.map(lambda x: x.reshape(4, 4, *x.shape[1:]), regression(16))
-        after, metrics = jax.vmap(step, in_axes=(None, 0), axis_name="data")(state, shards)
+        after, metrics = jax.jit(jax.vmap(step, in_axes=(None, 0), axis_name="data"))(state, shards)
         whole, expected = make_train_step(squared_error, optax.sgd(0.1))(state, regression(16))
         chex.assert_trees_all_close(
             jax.tree.map(lambda leaf: leaf[3], after.params), whole.params, rtol=1e-5, atol=1e-7

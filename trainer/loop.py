@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from trainer.compile.dispatch import CompiledStep, DispatchPlan, explain_lost_state
-from trainer.data.loaders import check_loader, no_batch
+from trainer.data.loaders import check_batches, no_batch
 from trainer.data.memory import Epoch
 from trainer.data.padding import PaddedBatches
 from trainer.data.prefetching import Prefetched
@@ -328,8 +328,8 @@ def predict(
 
 
 def _iterator(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Opens an iterable of batches; raises `ArgumentTypeError` for data, whose iterator yields keys or rows."""
-    check_loader(batches, "batches")
+    """Opens an iterable of batches; raises `ArgumentTypeError` for data, whose iterator yields keys or columns."""
+    check_batches(batches, "`batches`")
     return iter(batches)
 
 

@@ -249,14 +249,22 @@ class Run:
         return self.replace(**changes, _given=[state, jax.tree.leaves(state)], _consumed=replaced, _cached=[])
 
     def with_arrays(self, state: TrainState) -> TrainState:
-        """Returns a state whose Python numbers, as in ``state.replace(step=0)``, are arrays of the dtypes held here."""
-        leaves, treedef = jax.tree.flatten(state)
-        if treedef != self._layout.treedef or all(hasattr(leaf, "dtype") for leaf in leaves):
+        """Returns a state whose Python numbers, as in ``state.replace(step=0)``, are arrays of the dtypes held here.
+
+        Raises:
+            StateError: A number replaces an array that is no scalar.
+        """
+        if jax.tree.structure(state) != self._layout.treedef:
             return state
-        held = jax.tree.leaves(self.peek())
-        pairs = zip(leaves, held, strict=True)
-        arrays = [leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf, one.dtype) for leaf, one in pairs]
-        after: TrainState = jax.tree.unflatten(treedef, arrays)
+
+        def as_array(path: Any, leaf: Any, held: jax.Array) -> Any:
+            if hasattr(leaf, "dtype"):
+                return leaf
+            if held.shape or jnp.issubdtype(held.dtype, jax.dtypes.extended):
+                raise StateError(f"`{leaf_path(path)}` of {held.dtype}{held.shape} was given the number {leaf!r}.")
+            return jnp.asarray(leaf, held.dtype)
+
+        after: TrainState = jax.tree.map_with_path(as_array, state, self.peek())
         return after
 
     def with_edits(self) -> Self:

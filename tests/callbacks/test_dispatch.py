@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import itertools
+import time
 import weakref
 from pathlib import Path
 
@@ -41,8 +42,8 @@ class OnlyIterable(Foreign):
 
 
 class Stateful(Callback):
-    def __init__(self, state):
-        self.state = state
+    def __init__(self, start):
+        self.state = start
 
     def state_dict(self):
         return self.state
@@ -138,10 +139,10 @@ class TestStates:
         source, target = make("last", "nested", "extension"), make(1, 2, 3)
         names = ["Last", "Stateful", "extensions/one"]
         states = ["last", "nested", "extension"]
-        saved = [{"callback": name, "state": state} for name, state in zip(names, states, strict=True)]
-        assert source.state_dict() == saved
-        target.load_state_dict(source.state_dict())
-        assert target.state_dict() == source.state_dict()
+        saved = source.state_dict()
+        assert [(one["callback"], one["state"]) for one in saved] == list(zip(names, states, strict=True))
+        target.load_state_dict(saved)
+        assert [one["state"] for one in target.state_dict()] == states
 
     def test_they_find_their_owners_in_another_order(self):
         a, b, last = Stateful("a"), stop("val_b"), Last("last")
@@ -189,6 +190,59 @@ class TestStates:
             after = made()
             build([after[index] for index in order]).load_state_dict(saved)
             assert [callback.state for callback in after] == [1, 2, 3]
+
+    def test_those_of_other_arguments_get_no_state_of_another(self):
+        class Best(Stateful):
+            def __init__(self, monitor):
+                super().__init__(0)
+                self._monitor = monitor
+
+        before = [Best("accuracy"), Best("loss"), Best("error")]
+        dispatcher = build(before)
+        for callback, best in zip(before, (0.9, 0.1, 0.2), strict=True):
+            callback.state = best
+        saved = dispatcher.state_dict()
+        after = [Best("rate"), Best("norm"), Best("accuracy")]
+        with pytest.warns(UserWarning, match="2 of 'Best' from callbacks with other arguments, which none"):
+            build(after).load_state_dict(saved)
+        assert [one.state for one in after] == [0, 0, 0.9]
+        after = [Best("norm"), Best("loss"), Best("accuracy")]
+        with pytest.warns(UserWarning, match="a state of 'Best' from one with another `monitor`, which gets it all"):
+            build(after).load_state_dict(saved)
+        assert [one.state for one in after] == [0.2, 0.1, 0.9]
+
+    def test_a_single_one_of_other_arguments_is_said(self):
+        class Best(Stateful):
+            def __init__(self, monitor, patience):
+                super().__init__(0)
+                self.monitor, self._patience, self.seen = monitor, patience, object()
+
+        dispatcher = build([best := Best("a", 3)])
+        best.state = 1
+        saved = dispatcher.state_dict()
+        build([best := Best("a", 3)]).load_state_dict(saved)
+        assert best.state == 1
+        with pytest.warns(UserWarning, match="from one with another `patience`, `monitor`, which gets it all"):
+            build([best := Best("b", 4)]).load_state_dict(saved)
+        assert best.state == 1
+
+    def test_what_is_no_argument_tells_nothing(self):
+        class Timed(Stateful):
+            def __init__(self):
+                super().__init__(0)
+                self.begun = time.perf_counter()
+
+        dispatcher = build([timed := Timed()])
+        timed.state = 1
+        build([timed := Timed()]).load_state_dict(dispatcher.state_dict())
+        assert timed.state == 1
+
+    def test_a_best_score_of_the_other_mode_is_no_start(self):
+        saved = build([old := stop("val_a")]).state_dict()
+        old.best_score = 0.25
+        with pytest.warns(UserWarning, match=r"no state for 'EarlyStopping\(val_a, max\)'"):
+            build([new := stop("val_a", mode="max")]).load_state_dict(saved)
+        assert new.best_score is None
 
     @pytest.mark.parametrize(("before", "after"), [([1], [8, 9]), ([1, 2], [9])])
     def test_which_of_several_was_meant_is_not_guessed(self, before, after):

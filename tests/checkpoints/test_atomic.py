@@ -12,7 +12,7 @@ import warnings
 import pytest
 
 from trainer.checkpoints import atomic
-from trainer.checkpoints.atomic import NewDirectory, replacing, restore, sweep
+from trainer.checkpoints.atomic import NewDirectory, remove_directory, replacing, restore, sweep
 
 CALLS = ("open", "posix_fallocate", "write", "fsync", "replace", "close")
 
@@ -315,6 +315,15 @@ class TestWithoutLocks:
         assert len(seen) == 2
         assert os.listdir(tmp_path) == ["a"]
         assert (tmp_path / "a" / "file").read_bytes() == b"new"
+
+    def test_what_was_replaced_does_not_come_back(self, tmp_path):
+        aside = tmp_path / ".a.0123456789abcdef.nnx-trainer.old"
+        write_directory(aside, b"old")  # by a writer that was killed after both renames
+        write_directory(tmp_path / "a", b"new")
+        assert os.listdir(tmp_path) == ["a"]
+        remove_directory(tmp_path / "a")
+        sweep(tmp_path)
+        assert "a" not in os.listdir(tmp_path)
 
     def test_nothing_is_swept(self, tmp_path):
         (tmp_path / TestDebris.name).write_text("perhaps of a living process")

@@ -1,6 +1,7 @@
 """Setting the learning rate between steps: it counts, it is saved, it compiles nothing; where it cannot, it is said."""
 
 import warnings
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -267,3 +268,14 @@ class TestInForce:
             trainer.setup.rate(trainer.run.replace(horizon=9))
             texts.add(trainer.setup.step.trace(trainer.run.replace(horizon=9), BATCH)[1].lower().as_text())
         assert len(texts) == 1
+
+    def test_it_transfers_nothing_unasked_and_keeps_no_state(self):
+        trainer = Trainer(Linear(features=4), warming(), loss_fn=squared_error, progress=False)
+        run = trainer.run.replace(horizon=9)
+        with jax.transfer_guard("disallow"):
+            trainer.setup.rate(run)
+        held = weakref.ref(run.leaves[0])
+        del run
+        trainer.state = jax.tree.map(jnp.copy, trainer.state)
+        trainer.train(BATCH, 1, 8)
+        assert held() is None

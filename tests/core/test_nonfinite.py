@@ -143,7 +143,7 @@ def test_over_a_mapped_axis_all_devices_decide_alike():
     step = make_train_step(loss_fn, OPTIMIZER, axis_name="data", nonfinite="skip")
     batch = {name: leaf.reshape(4, 2, *leaf.shape[1:]) for name, leaf in regression(8).items()}
     batch["spoil"] = np.array([[0.0] * 2, [np.nan] * 2, [0.0] * 2, [0.0] * 2], np.float32)
-    states, metrics = jax.vmap(step, in_axes=(None, 0), axis_name="data")(state, batch)
+    states, metrics = jax.jit(jax.vmap(step, in_axes=(None, 0), axis_name="data"))(state, batch)
     assert metrics["skipped"].tolist() == [1] * 4
     for index in range(4):
         assert_same_bits(jax.tree.map(lambda leaf, i=index: leaf[i], learned(states)), learned(state))
@@ -159,7 +159,7 @@ def test_members_of_an_ensemble_decide_for_themselves():
     states = create(jax.random.split(jax.random.key(0), 3))
     batch = {"data": regression(8), "spoil": jnp.array([0.0, jnp.nan, 0.0])}
     step = jax.vmap(make_train_step(loss_fn, OPTIMIZER, nonfinite="skip"), in_axes=(0, {"data": None, "spoil": 0}))
-    _, metrics = step(states, batch)
+    _, metrics = jax.jit(step)(states, batch)
     assert metrics["skipped"].tolist() == [0, 1, 0]
 
 

@@ -184,12 +184,13 @@ def test_over_a_mapped_axis(transform):
     step = make_eval_step(loss_fn, axis_name="data")
     if transform == "vmap":
         parts = jax.tree.map(lambda leaf: leaf.reshape(4, 8, *leaf.shape[1:]), data)
-        metrics = jax.vmap(step, in_axes=(None, 0), axis_name="data")(state, parts)
+        metrics = jax.jit(jax.vmap(step, in_axes=(None, 0), axis_name="data"))(state, parts)
         metrics = jax.tree.map(lambda leaf: leaf[0], metrics)
     else:
         mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("data",))
         spec = jax.sharding.PartitionSpec
-        metrics = jax.shard_map(step, mesh=mesh, in_specs=(spec(), spec("data")), out_specs=spec())(state, data)
+        mapped = jax.shard_map(step, mesh=mesh, in_specs=(spec(), spec("data")), out_specs=spec())
+        metrics = jax.jit(mapped)(state, data)  # without it each operation is a program over four devices
     wanted = at_once(state, data)
     assert {n: np.asarray(metrics[n]).tolist() for n in NAMES} == agreeing(wanted)
 
@@ -204,7 +205,8 @@ def test_a_device_whose_weight_is_zero_counts_for_nothing():
     weight = np.ones(32, np.float32)
     weight[8:24] = 0
     parts = jax.tree.map(lambda leaf: leaf.reshape(4, 8, *leaf.shape[1:]), {**data, "weight": weight})
-    metrics = jax.vmap(make_eval_step(weighted, axis_name="data"), in_axes=(None, 0), axis_name="data")(state, parts)
+    step = make_eval_step(weighted, axis_name="data")
+    metrics = jax.jit(jax.vmap(step, in_axes=(None, 0), axis_name="data"))(state, parts)
     kept = {name: leaf[weight > 0] for name, leaf in data.items()}
     wanted = at_once(state, kept)
     found = jax.tree.map(lambda leaf: leaf[0], metrics)

@@ -240,6 +240,20 @@ class TestRefused:
         with pytest.raises(kind, match=message):
             make(*busy())
 
+    def test_a_metric_of_the_name_for_all_members(self):
+        state, step = make_sweep(lambda state, batch: (state, {"loss": 1.0, "losses": 2.0}), busy()[0])
+        with pytest.raises(ObjectiveError, match="`step_fn` returned a metric `losses`, which is that of all members"):
+            jax.eval_shape(step, state, regression(8))
+
+    def test_a_loss_that_is_a_pair_is_averaged_by_member(self):
+        def step_fn(state, batch):
+            return state.replace(step=state.step + 1), {"loss": (state.params["outer"]["bias"][0] + 1.0, 4.0)}
+
+        state, step = make_sweep(step_fn, busy()[0])
+        _, metrics = jax.jit(step)(state, regression(8))
+        assert np.asarray(metrics["losses"]).shape == (len(RATES),)
+        assert float(metrics["loss"]) == np.asarray(metrics["losses"]).min()
+
     def test_a_step_that_returns_something_else(self):
         members, _ = busy()
         state, step = make_sweep(lambda state, batch: state, members)

@@ -253,6 +253,17 @@ class TestAxesOfTypeExplicit:
         assert_same_bits(*(trainer.state for trainer in trainers))
         assert trainers[0].predict(data(), BATCH).shape == (EXAMPLES, 256)
 
+    def test_one_that_is_set_for_all_of_jax_is_refused(self):
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+        with (
+            jax.set_mesh(mesh),
+            pytest.raises(ArgumentError, match="set_mesh has set a mesh with axes of type Exp"),
+        ):
+            Trainer(Perceptron(nnx.Rngs(0)), config(), loss_fn=objective, mesh=mesh)
+        ours = make_mesh({"data": 8})
+        with jax.set_mesh(ours):
+            Trainer(Perceptron(nnx.Rngs(0)), config(), loss_fn=objective, mesh=ours).train_step(data(16))
+
     def test_a_state_is_created_partitioned_and_trained(self):
         mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Explicit,))
         optimizer = optax.adam(1e-3)

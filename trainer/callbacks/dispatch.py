@@ -1,6 +1,7 @@
 """`CallbackDispatcher`: the events and saved states of a trainer's callbacks and extensions."""
 
 import hashlib
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -60,28 +61,23 @@ class CallbackDispatcher:
     def state_dict(self) -> list[dict[str, Any]]:
         """Returns the states of the callbacks and extensions that have ``state_dict`` and ``load_state_dict``.
 
-        Each is ``{"callback": name, "state": state}``. The name is a callback's ``state_key``, or by default its class
-        name; for an extension it is ``extensions/<name>``. If several share a name, each also has a digest of its
-        plain attributes as of the creation of the trainer: ``"made": text``.
+        Each is ``{"callback": name, "state": state, "made": digests}``. The name is a callback's ``state_key``, or by
+        default its class name; for an extension it is ``extensions/<name>``. The digests are those of its plain
+        attributes, by name, when the trainer was created; an extension has none.
         """
-        present = self._stateful()
-        names = [name for name, _ in present]
         return [
-            {
-                "callback": name,
-                "state": one.state_dict(),
-                **({"made": self._made_of(one)} if names.count(name) > 1 else {}),
-            }
-            for name, one in present
+            {"callback": name, "state": one.state_dict(), **({"made": made} if (made := self._made_of(one)) else {})}
+            for name, one in self._stateful()
         ]
 
     def load_state_dict(self, states: Sequence[Any]) -> None:
         """Restores each state to the callback or extension of its name.
 
-        Callbacks that share a name are matched by the attributes they were created with, in any order; if these do not
-        tell them apart (all equal, or changed), by list order. If their number has changed since the save, none gets a
-        state, since any could be the owner. A warning lists callbacks without a state and states without a callback.
-        States of an older format have no names, and are assigned by position.
+        Callbacks that share a name are matched by the attributes that they were created with, then by their
+        constructor arguments, and in list order only if these are equal. If their number has changed since the save,
+        none gets a state, since any could be the owner. A warning lists callbacks without a state, states without a
+        callback, and a single callback whose state comes from one with other arguments. States of an older format
+        have no names, and are assigned by position.
 
         Raises:
             CheckpointError: A callback or an extension cannot use its state, or only some states have names.
@@ -111,12 +107,7 @@ class CallbackDispatcher:
                     f"callback a `state_key` of its own)"
                 )
             else:
-                then = [entry.get("made") for entry in entries]
-                now = [self._made_of(owner) for owner in owners]
-                if len(set(then)) == len(then) and set(then) == set(now):
-                    found = [found[then.index(made)] for made in now]
-                for callback, state in zip(owners, found, strict=True):
-                    _load(callback, state)
+                problems += self._load_matched(name, owners, entries)
         if problems:
             _warn(problems)
 
@@ -125,8 +116,29 @@ class CallbackDispatcher:
         """Whether any callback or extension has a state to save."""
         return bool(self._stateful())
 
-    def _made_of(self, callback: Any) -> str:
-        return next((text for one, text in self._made if one is callback), "")
+    def _load_matched(self, name: str, owners: Sequence[Any], entries: Sequence[Any]) -> list[str]:
+        """Gives callbacks of one name as many states, each that of its like; returns what is to be said."""
+        left, kept = list(owners), [dict(entry) for entry in entries]
+        for alike in (_equal, _of_equal_arguments):
+            for entry in list(kept):
+                made = entry.get("made", {})
+                owner = next((one for one in left if alike(one, self._made_of(one), made)), None)
+                if owner is not None:
+                    _load(owner, entry["state"])
+                    left, kept = _without(left, owner), _without(kept, entry)
+        if len(left) > 1:
+            return [f"{len(kept)} of {name!r} from callbacks with other arguments, which none of the {len(left)} gets"]
+        for owner, entry in zip(left, kept, strict=True):
+            _load(owner, entry["state"])
+            if hasattr(owner, "state_key"):  # the caller has said whose it is
+                return []
+            now, then = _arguments_in(owner, self._made_of(owner)), entry.get("made", {})
+            others = [f"`{argument.lstrip('_')}`" for argument in now if now[argument] != then.get(argument)]
+            return [f"a state of {name!r} from one with another {', '.join(others)}, which gets it all the same"]
+        return []
+
+    def _made_of(self, callback: Any) -> dict[str, str]:
+        return next((digests for one, digests in self._made if one is callback), {})
 
     def _stateful(self) -> list[tuple[str, Any]]:
         """Returns the callbacks and extensions with a state, by name, in list order regardless of ``runs_last``."""
@@ -140,18 +152,40 @@ def _name_of(callback: Any) -> str:
     return key if isinstance(key, str) and key else type(callback).__name__
 
 
-def _attributes_of(callback: Any) -> str:
-    """Returns a digest of a callback's attributes that are plain values, mostly its constructor arguments."""
+def _attributes_of(callback: Any) -> dict[str, str]:
+    """Returns short digests of a callback's attributes that are plain values, mostly its constructor arguments."""
     plain = (str, int, float, bool, type(None), os.PathLike)
     held = {name: value for name, value in getattr(callback, "__dict__", {}).items() if isinstance(value, plain)}
-    text = repr([(name, str(held[name])) for name in sorted(held)])
-    return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:16]  # a digest: some hold passwords
+    # 16 bits tell arguments apart, and nothing about one that is a password.
+    return {name: hashlib.sha256(repr(str(held[name])).encode()).hexdigest()[:4] for name in sorted(held)}
+
+
+def _arguments_in(callback: Any, made: Mapping[str, str]) -> dict[str, str]:
+    """Returns the digests of what the constructor takes, as far as the callback holds it under that name."""
+    try:
+        taken = inspect.signature(type(callback)).parameters
+    except (TypeError, ValueError):  # a class without a signature
+        return {}
+    return {name: digest for name, digest in made.items() if name.lstrip("_") in taken}
+
+
+def _equal(callback: Any, now: Mapping[str, str], then: Mapping[str, str]) -> bool:
+    del callback
+    return now == then
+
+
+def _of_equal_arguments(callback: Any, now: Mapping[str, str], then: Mapping[str, str]) -> bool:
+    return all(then.get(name, digest) == digest for name, digest in _arguments_in(callback, now).items())
+
+
+def _without(members: list[Any], removed: Any) -> list[Any]:
+    return [one for one in members if one is not removed]
 
 
 def _is_named(entry: Any) -> bool:
     if not isinstance(entry, Mapping) or entry.keys() - {"made"} != {"callback", "state"}:
         return False
-    return isinstance(entry["callback"], str)
+    return isinstance(entry["callback"], str) and isinstance(entry.get("made", {}), Mapping)
 
 
 def _load(callback: Any, state: Any) -> None:

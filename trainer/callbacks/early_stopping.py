@@ -121,8 +121,8 @@ class EarlyStopping(Checking):
 
     @property
     def state_key(self) -> str:
-        """The name of its state in a checkpoint, by which another callback of this class and metric finds it."""
-        return f"EarlyStopping({self._monitor.name})"
+        """The name of its state in a checkpoint, by which another callback of this class, metric and mode finds it."""
+        return f"EarlyStopping({self._monitor.name}{', max' * (self._monitor.mode == 'max')})"
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the best score, the checks since then, and where it stopped, as plain values."""

@@ -70,6 +70,8 @@ class Timer(Callback):
             the trainer does not handle signals.
     """
 
+    state_key = "Timer"  # whatever its duration: a run may be resumed for longer
+
     def __init__(
         self,
         duration: float | str | datetime.timedelta | None = None,

@@ -216,7 +216,7 @@ def _reclaim(temporary: Path, original: Path | None) -> None:
         has_lock = _lock(descriptor)
         if original is not None and not original.exists():
             os.rename(temporary, original)
-        elif has_lock:
+        elif has_lock or original is not None:  # its replacement is in place
             _remove(temporary)
     finally:
         os.close(descriptor)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from trainer.checkpoints.file_format import DTYPES, Leaf
-from trainer.checkpoints.listing import Entry, entries_in, names_in, open_named
+from trainer.checkpoints.listing import Entry, entries_in, open_named
 from trainer.checkpoints.open import Source, describe, open_source, read_progress
 from trainer.checkpoints.saving import is_multiprocess_state, take_snapshot, write_snapshot
 from trainer.checkpoints.weights_files import WEIGHTS, WeightsFile
@@ -104,8 +104,10 @@ def load_state(
         ArgumentError: ``only`` has a name that is not a field of the state.
     """
     path, fields = Path(path), _fields_to_load(only)
-    if names_in(path):
-        path = latest_checkpoint(path) or path
+    if names := _checkpoints_in(path, like):
+        found = _newest(path, names, lambda one: load_state(one, like, strict=strict, only=only and fields))
+        assert found is not None, "names of checkpoints were given"
+        return found
 
     def load(agreement: AllOrNone | None) -> tuple[TrainState, str]:
         with open_source(path, like, agreement) as source:
@@ -125,15 +127,8 @@ def load_with_progress(path: str | os.PathLike[str], like: TrainState) -> Loaded
             not depend on ``like``.
     """
     path = Path(path)
-    if names_in(path) and (latest := load_latest(path, like)) is not None:
-        return latest
-
-    def load(agreement: AllOrNone | None) -> Loaded:
-        with open_source(path, like, agreement) as source:
-            state, _ = _fitted(source, like, _held(source, _fields_to_load(None), True))
-            return Loaded(path, state, read_progress(source))
-
-    return _together(path, load, like)
+    found = _newest(path, _checkpoints_in(path, like), lambda one: _load_one(one, like))
+    return _load_one(path, like) if found is None else found
 
 
 def load_latest(
@@ -152,11 +147,8 @@ def load_latest(
         CheckpointError: There are checkpoints, but all are damaged; or the newest undamaged one does
             not fit ``like``.
     """
-    # Process 0 decides which exist: others may see a new one later, or still see a removed one.
-    names = [entry.name for entry in (entries_in(Path(directory)) if entries is None else entries)]
-    if is_multiprocess_state(like):
-        names = AllOrNone(f"list {Path(directory).name}").sync(None, names)
-    return _newest(directory, names, lambda path: load_with_progress(path, like))
+    directory = Path(directory)
+    return _newest(directory, _checkpoints_in(directory, like, entries), lambda path: _load_one(path, like))
 
 
 def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
@@ -198,6 +190,22 @@ def describe_leaf(leaf: Leaf) -> str:
     """Formats shape and dtype: ``(3, 3, 1, 16) float32``."""
     shape = ", ".join(map(str, leaf.shape)) + ("," if len(leaf.shape) == 1 else "")
     return f"({shape}) {leaf.dtype if leaf.key is None else f'key<{leaf.key}>'}"
+
+
+def _load_one(path: Path, like: TrainState) -> Loaded:
+    def load(agreement: AllOrNone | None) -> Loaded:
+        with open_source(path, like, agreement) as source:
+            state, _ = _fitted(source, like, _held(source, _fields_to_load(None), True))
+            return Loaded(path, state, read_progress(source))
+
+    return _together(path, load, like)
+
+
+def _checkpoints_in(path: Path, like: TrainState, entries: Sequence[Entry] | None = None) -> list[str]:
+    """Returns the names of the checkpoints in a directory, the newest last; none if the path is no such directory."""
+    # Process 0 decides which exist: others may see a new one later, or still see a removed one.
+    names = [entry.name for entry in (entries_in(path) if entries is None else entries)]
+    return AllOrNone(f"list {path.name}").sync(None, names) if is_multiprocess_state(like) else names
 
 
 def _newest(directory: str | os.PathLike[str], names: Sequence[str], use: Callable[[Path], _T]) -> _T | None:

@@ -62,8 +62,8 @@ def check_call(function: Callable[..., Any], name: str, call: str, *args: Any, *
         ArgumentTypeError: It does not take them.
     """
     try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):
+        signature = inspect.signature(function, follow_wrapped=False)  # an adapter takes what it takes itself
+    except Exception:  # it has none, or annotations that cannot be evaluated
         return
     try:
         signature.bind(*args, **kwargs)

@@ -158,19 +158,28 @@ def warn_of_unseen(loader: Any, batches: Iterable[Batch], name: str, limit: int 
         )
 
 
-def _check_iterable(batches: Any, subject: str) -> None:
+def check_batches(batches: Any, subject: str) -> None:
+    """Checks that a loop over an iterable can give batches.
+
+    Raises:
+        ArgumentTypeError: It gives the keys of a mapping, the rows of a data set, or the columns of one.
+    """
     if isinstance(batches, Mapping):
         raise ArgumentTypeError(
             f"{subject} is a {type(batches).__name__}: a loop over it gives its keys, not batches. Pass [batch] if it "
             f"is one batch; for arrays of a whole data set call train(data, num_epochs, batch_size)."
         )
+    _check_rows(batches, subject)
+    _check_columns(batches, subject)
+
+
+def _check_iterable(batches: Any, subject: str) -> None:
+    check_batches(batches, subject)
     if hasattr(batches, "__array__") and hasattr(batches, "shape"):
         raise ArgumentTypeError(
             f"{subject} is an array of type {type(batches).__name__}: a loop over it gives its rows, not batches. Pass "
             f"[batch] if it is one batch; for a whole data set call train(data, num_epochs, batch_size)."
         )
-    _check_rows(batches, subject)
-    _check_columns(batches, subject)
     if not isinstance(batches, Iterable):
         raise ArgumentTypeError(
             f"{subject} is of type {type(batches).__name__}; it must be an iterable of batches, or a callable "

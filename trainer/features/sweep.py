@@ -15,7 +15,7 @@ from trainer.core.checks import check_count
 from trainer.core.own_step import check_own_step, own_step
 from trainer.core.partial_metrics import Histogram, PartialMetric, vector
 from trainer.core.tree_paths import leaf_path
-from trainer.errors import ArgumentError, ArgumentTypeError
+from trainer.errors import ArgumentError, ArgumentTypeError, ObjectiveError
 from trainer.state import TrainState
 from trainer.types import BATCH_WEIGHT, SKIPPED, Batch, Metrics, StepFn
 
@@ -138,8 +138,11 @@ def _by_member(metrics: dict[str, Any], weights: jax.Array) -> Metrics:
         skipped = metrics.pop(SKIPPED)
         weights, named[SKIPPED] = jnp.where(skipped, 0, weights), Histogram(skipped.astype(jnp.int32))
     if "loss" in metrics:
-        named["loss"] = jnp.nanmin(metrics["loss"])
-        metrics["losses"] = metrics.pop("loss")
+        if "losses" in metrics:
+            raise ObjectiveError("`step_fn` returned a metric `losses`, which is that of all members; rename it.")
+        loss = metrics["losses"] = metrics.pop("loss")
+        loss = _Each(loss).compute() if isinstance(loss, PartialMetric) else loss
+        named["loss"] = jnp.nanmin(loss)
     for name, value in metrics.items():
         named[name] = _Each(value) if isinstance(value, PartialMetric) else vector(value, weights)
     return named

@@ -268,7 +268,7 @@ def _check_counted(trainer: Trainer) -> None:
 def _log_last_step(trainer: Trainer) -> None:
     """Logs the training metrics of the latest step if they have not been logged yet."""
     run = trainer.run
-    if run.logged_step != run.step:
+    if run.logged_step != run.step and run.metrics:  # a state that was loaded comes without
         trainer.hold(run.recorded(run.metrics))
         trainer.setup.fanout.report("train", run.step, run.metrics)
 

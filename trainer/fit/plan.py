@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from trainer.config import TrainingConfig
 from trainer.core.checks import check_count, check_interval
 from trainer.data.loaders import check_loader, one_pass, takes_batch_size
 from trainer.data.memory import InMemoryData
-from trainer.errors import ArgumentError, warn
+from trainer.errors import ArgumentError, ArgumentTypeError, warn
 from trainer.fit.identity import describe_call
 from trainer.fit.setup import Planned, Setup
 from trainer.fit.unused_settings import warn_of_overridden
@@ -179,7 +180,17 @@ def plan_epoch(setup: Setup, run: Run, resume: Any) -> FitPlan:
 
 
 def plan_evaluation(setup: Setup, run: Run, data: Any, batch_size: int) -> Iterator[Batch]:
-    """Returns the batches of a call to ``evaluate``, on which all processes agree."""
+    """Returns the batches of a call to ``evaluate``, on which all processes agree.
+
+    Raises:
+        ArgumentTypeError: The data are a list of arrays of one length: columns of a data set, or batches.
+    """
+    arrays = isinstance(data, list) and all(np.ndim(one) and hasattr(one, "__array__") for one in data)
+    if arrays and len(data) > 1 and len(set(map(len, data))) == 1:
+        raise ArgumentTypeError(
+            f"`data` is a list of {len(data)} arrays of one length; pass a tuple if they are the columns of a data "
+            f"set, (x, y), or iter(...) of it if they are batches."
+        )
     held = None if _is_loader(data) else setup.in_memory(data, batch_size, "data")
     batches = setup.padded(_all_of(data, batch_size)) if held is None else held.in_order()
     setup.agree_on_run("evaluate", run, {"batch_size": batch_size}, data=held)

@@ -67,9 +67,10 @@ class RateInForce:
             return lambda leaves, horizon: constant
         # Only scalars are passed, so that a call costs the same for a model with thousands of arrays.
         scalars = [index for index, leaf in enumerate(leaves) if leaf.ndim == 0]
+        count = len(leaves)  # the function must not keep the arrays
 
         def rate_in_force(given: list[Any], horizon: Any) -> jax.Array:
-            held: list[Any] = [None] * len(leaves)
+            held: list[Any] = [None] * count
             for index, leaf in zip(scalars, given, strict=True):
                 held[index] = leaf
             state = jax.tree.unflatten(treedef, held)
@@ -83,7 +84,7 @@ class RateInForce:
         def of_leaves(leaves: list[Any], horizon: int | None) -> Rate:
             # A scalar is replicated, so any shard holds its value.
             given = [leaves[index].addressable_data(0) for index in scalars]
-            rate: jax.Array = compiled(given, np.int32(horizon or 0))
+            rate: jax.Array = compiled(given, jax.device_put(np.int32(horizon or 0)))
             return rate
 
         try:

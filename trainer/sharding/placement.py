@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from trainer.batches import checked_batch, summarize
 from trainer.data.host_arrays import flat_copy, private_copy
@@ -424,6 +424,11 @@ def _check_mesh(mesh: Any) -> None:
         raise ArgumentTypeError(
             f"`mesh` is of type {type(mesh).__name__}; it must be a jax.sharding.Mesh, such as "
             f"trainer.make_mesh({{'data': -1}})."
+        )
+    if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
+        raise ArgumentError(
+            "jax.set_mesh has set a mesh with axes of type Explicit, and a trainer's arrays are on axes of type Auto; "
+            "make the trainer, and call it, outside of it, or set a mesh of trainer.make_mesh."
         )
     absent = set(range(jax.process_count())) - {device.process_index for device in mesh.devices.flat}
     if absent:

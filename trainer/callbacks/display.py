@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
 
 NOTEBOOK_WIDTH = 100
-"""The columns of a notebook's output."""
+"""The width of a notebook's output, in columns."""
 
 _KEPT = 200
-"""The lines that a notebook keeps of a run."""
+"""The number of lines that a notebook keeps for a run."""
 
 # Pages exported from notebooks use proportional fonts for HTML, which would misalign the columns.
 _TABLE_STYLE = "white-space: pre; font-family: Menlo, 'DejaVu Sans Mono', Consolas, 'Courier New', monospace"

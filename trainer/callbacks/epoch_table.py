@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 _WIDEST = 16
-"""The columns of a terminal that a column of the table takes at most."""
+"""The maximum width of a table column, in characters."""
 
 _NUMBER = 8
-"""Those that a number takes, as in -0.01234."""
+"""The width of a number, as in -0.01234."""
 
 
 class EpochTable:

@@ -17,16 +17,16 @@ from trainer.errors import ArgumentTypeError
 from trainer.types import BATCH_WEIGHT
 
 FEW_EPOCHS = 100
-"""The epochs of a run that have a row each, however short they are."""
+"""The number of initial epochs of a run that each get a row, however short they are."""
 
 ROW_EVERY = 0.2
-"""The seconds from row to row of all later epochs, at least; of shorter epochs, some have no row."""
+"""The minimum seconds between rows of later epochs; if epochs are shorter, some get no row."""
 
 _SAMPLES = 16
-"""The times of which the first and the last give the speed; they are half a second apart, or more."""
+"""How many times to keep: the first and the last give the speed; they are at least half a second apart."""
 
 ASK_EVERY = 0.5
-"""The seconds between two computations of the learning rate, at least. The first comes after twice as long."""
+"""The minimum seconds between two computations of the learning rate. The first comes after twice as long."""
 
 _NOT_SHOWN = ("step", "epoch", "time", BATCH_WEIGHT)
 

@@ -43,7 +43,7 @@ _OPTIONS = {
     *("nonfinite", "report", "accumulate_steps", "pad_to", "prefetch", "precision", "remat"),
     *("steps_per_call", "handle_signals"),
 }
-"""The arguments of `trainer.Trainer` that are plain values and no field of the configuration."""
+"""The arguments of `trainer.Trainer` that are plain values and not fields of the configuration."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,10 @@ from trainer.commands.text import printable
 from trainer.errors import TrainerError, TrainingInterrupted
 
 _BROKEN_PIPE = 141
-"""The exit status of a command that SIGPIPE ends, 128 + 13."""
+"""The exit status of a command ended by SIGPIPE, 128 + 13."""
 
 _INTERRUPTED = 130
-"""That of a command that Ctrl-C ends, 128 + 2."""
+"""The exit status of a command ended by Ctrl-C, 128 + 2."""
 
 _STATUS = """\
 exit status:

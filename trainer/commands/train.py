@@ -11,7 +11,7 @@ from typing import Any, TextIO
 from trainer.commands.text import add_command, printable
 
 LOG = "log.jsonl"
-"""The log in the directory of a run, which has what its history lacks: speeds and texts."""
+"""The log in the directory of a run; it has what the history lacks: speeds and texts."""
 
 _EXAMPLE = """\
   trainer train examples/digits.yaml optimizer.learning_rate=1e-3 num_epochs=20

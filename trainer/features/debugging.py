@@ -163,8 +163,8 @@ class _Recording:
         self.paths: dict[int, str] = {}
         self.forward: list[_Call] = []
         self.backward: dict[int, list[Any]] = {}
-        """By the number of a call: its path, its class, and whether the cotangents of its outputs and of its inputs
-        are finite; those that nobody asked for count as finite."""
+        """By call number: its path, its class, and whether the cotangents of its outputs and of its inputs are finite;
+        cotangents that were never computed count as finite."""
 
 
 _RECORDING: contextvars.ContextVar[_Recording] = contextvars.ContextVar("recording")

@@ -20,7 +20,7 @@ from trainer.state import TrainState
 from trainer.types import BATCH_WEIGHT, SKIPPED, Batch, Metrics, StepFn
 
 MEMBERS = "members"
-"""The name among ``extensions`` under which the state of a sweep holds the counts and the keys of its members."""
+"""The name in ``extensions`` under which the state of a sweep holds the step counts and keys of its members."""
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["metric"], meta_fields=[])
@@ -98,15 +98,15 @@ def make_sweep(
 
 
 def sweep_members(state: TrainState, index: int | None = None) -> TrainState:
-    """Returns the members that the state of a sweep holds: one as an ordinary state, or all of them, stacked.
+    """Returns members of a sweep from its state: one as an ordinary state, or all of them, stacked.
 
     Args:
-        state: That of `make_sweep`, or of a `Trainer` that was made with it.
-        index: Which one, from 0; all if left out, as for ``jax.vmap(make_eval_step(loss_fn), in_axes=(0, None))``.
+        state: The state from `make_sweep`, or of a `Trainer` made with it.
+        index: The member, from 0; all if left out, as for ``jax.vmap(make_eval_step(loss_fn), in_axes=(0, None))``.
 
     Raises:
-        ArgumentTypeError: ``index`` is no integer.
-        ArgumentError: ``state`` is that of no sweep, or has no such member.
+        ArgumentTypeError: ``index`` is not an integer.
+        ArgumentError: ``state`` is not that of a sweep, or has no such member.
     """
     held = state.extensions.get(MEMBERS)
     if held is None or held.keys() != {"step", "rng"}:

@@ -15,7 +15,7 @@ from trainer.errors import ArgumentError, warn
 from trainer.loggers.base import Logger, check_logger
 
 _MAX_TOGETHER = 1000
-"""How many rows `log_rows` gets at most."""
+"""The maximum number of rows for `log_rows`."""
 
 Call = tuple[float, str, tuple[Any, ...]]
 """The time of a call in seconds since 1970, the method, and the arguments."""

@@ -17,7 +17,7 @@ from trainer.loggers.jsonl import FileLogger
 from trainer.metrics.whole_files import named_when_whole
 
 Row = tuple[int | None, dict[str, str]]
-"""The step, and the cells that are not empty, by column."""
+"""The step, and the non-empty cells by column."""
 
 
 class CSVLogger(Logger):

@@ -13,7 +13,7 @@ from trainer.loggers.base import Logger, as_directory, flattened, histogram_of, 
 from trainer.loggers.images import as_pixels
 
 _MAX_METRICS, _MAX_PARAMS, _MAX_VALUE = 1000, 100, 6000
-"""What MLflow takes in one request, and the length of a param."""
+"""The limits of MLflow: the entries of a request, and the length of a param."""
 
 
 class MLflowLogger(InBackground):

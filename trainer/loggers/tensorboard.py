@@ -15,7 +15,7 @@ from trainer.loggers.base import Logger, as_directory, flattened, histogram_of, 
 from trainer.loggers.images import as_pixels
 
 _FLUSH_SECONDS = 5.0
-"""A row is on the disk after so many seconds, if another one comes."""
+"""The first row after this many seconds flushes the earlier ones to disk."""
 
 
 class TensorBoardLogger(Logger):

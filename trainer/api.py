@@ -1,4 +1,4 @@
-"""`Trainer`: holds a `Run`, and replaces it by the run that a pure function returns."""
+"""`Trainer`: holds a `Run`, and replaces it with the run that a pure function returns."""
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,61 +35,61 @@ from trainer.types import Batch, EvalParams, ExtensionLike, LogCallback, LossFn,
 class Trainer(Inspection):
     """Trains an NNX model on the caller's own objective.
 
-    All that it does is a pure function of the run that it holds; docstrings of methods show the lines they stand for.
+    Each operation is a pure function of the run; the docstring of a method shows the functional lines it equals.
     Metrics of a step are scalars on the device; nothing waits for them until one is read. Events: `trainer.callbacks`.
 
     Args:
-        model: The module to train. It is copied, and never touched again. Parts in evaluation mode stay in it (frozen
-            batch statistics, dropout that is off); a warning says if all are. With a ``mesh`` it may be a callable that
-            makes the module, ``lambda rngs: Model(rngs=rngs)``: then no device ever holds all of it. Or a state to
-            start from, of which a copy is made; its key is the state's, and ``wrt`` is that which it was created with.
+        model: The module to train. It is copied and never modified. Submodules in evaluation mode stay in it (frozen
+            batch statistics, disabled dropout); a warning is given if all are. With a ``mesh`` it may be a callable
+            that makes the module, ``lambda rngs: Model(rngs=rngs)``: then no device ever holds the whole model. Or a
+            state to start from, which is copied; the key is then the state's, and ``wrt`` the one it was created with.
         training_config: How to train.
         optimizer: Any optax transformation; if left out, it is built from ``training_config``.
         train_data_loader: What `train_epoch` trains on: an iterable of batches, or a callable that returns one and
-            may take ``batch_size``. ``training_config`` bounds the passes over endless loaders.
+            may take ``batch_size``. ``training_config`` limits the passes over endless loaders.
         val_data_loader: What `train_epoch` validates on, in the same forms.
-        workdir: A directory for one run; checkpoints go there unless ``checkpoint_dir`` is given, the last step's too.
-        rng: The initial key, raw or typed, or an integer to make it of, by default 0. It also seeds the order of data.
+        workdir: A directory for one run. Checkpoints, including the final one, go there without ``checkpoint_dir``.
+        rng: The initial key, raw or typed, or an integer seed for it, by default 0. It also seeds the data order.
         loss_fn: The objective, see `trainer.LossFn`.
         metrics_logger: Receives the metrics of training, of validation, and of the end of a run.
-        logger: Receives the same as scalars, averages of epochs, texts, …; or several. The caller closes them.
-        checkpoint_dir: Where checkpoints without a path go. It is made at the first save.
-        save_interval: `train` saves a checkpoint at multiples of this step; None: at its end only.
+        logger: A logger, or several: they get the same metrics, epoch averages, texts, … The caller closes them.
+        checkpoint_dir: The directory for checkpoints without a path, created at the first save.
+        save_interval: `train` saves a checkpoint at multiples of this step; None: only at its end.
         log_callback: Called as ``log_callback(step, metrics, prefix="train")``, or ``"val"``.
         callbacks: A `trainer.CallbackList`, or any sequence of callbacks.
-        extensions: By name, extensions that contribute losses or handle events.
-        wrt: Which variables of the model are trained: an nnx filter, or patterns of paths (`trainer.by_path`).
-        eval_params: From ``(opt_state, params)`` to the params to evaluate and predict with, see `make_eval_step`.
-        handle_signals: Whether SIGTERM and Ctrl-C end a run in order, saved.
-        steps_per_call: How many steps to fuse into a call. "auto": many that compute little (`FusionPolicy`); 1: none.
-        mesh: The devices to train on, see `trainer.make_mesh`; JAX's default device if left out. The numbers are
-            those of one device, within rounding. With several processes, each makes the same calls; data in
-            memory is the same in all, a batch is the part of its process, and process 0 alone logs.
+        extensions: Extensions that contribute losses or handle events, by name.
+        wrt: Which variables of the model are trained: an nnx filter, or path patterns (`trainer.by_path`).
+        eval_params: Maps ``(opt_state, params)`` to the params for evaluation and prediction, see `make_eval_step`.
+        handle_signals: Whether SIGTERM and Ctrl-C end a run cleanly, with a save.
+        steps_per_call: How many steps to fuse into a call. "auto" fuses small steps (`FusionPolicy`); 1 fuses none.
+        mesh: The devices to train on, see `trainer.make_mesh`; JAX's default device if left out. Results equal those
+            of one device, within rounding. With several processes, each makes the same calls; in-memory data is the
+            same in all, a loader's batch is the local part, and only process 0 logs.
         partition_rules: How the state is split over the mesh, see `trainer.partition`.
-        step_fn: A step of your own in place of ``make_train_step(loss_fn, optimizer)``, see `trainer.StepFn`.
+        step_fn: Your own step in place of ``make_train_step(loss_fn, optimizer)``, see `trainer.StepFn`.
             ``loss_fn`` then only validates and evaluates, and may be None.
-        nonfinite, report, accumulate_steps, precision, remat: Of the step, see `make_train_step`. Evaluations have the
-            ``precision`` too; beside a ``step_fn`` only they have. With ``nonfinite="raise"`` the trainer raises
-            `NonFiniteError` when it next reads metrics, validates or saves, and holds the state of before.
-        pad_to: "batch" pads short batches to ``batch_size`` rows, so that they compile nothing new, and adds to every
-            batch a ``mask`` by which the objective averages, see `trainer.pad_batch`.
-        prefetch: How many batches of a loader, of training or validation, a thread draws ahead, see `prefetched`.
-        params_average: Such as ``ema_of_params(0.999)``: last of the optimizer, and its average the ``eval_params``.
-        fast_dev_run: So many batches (True is 1) of training and of validation in one epoch, to see that all works:
-            nothing is logged, and nothing saved but by your own calls; callbacks that save are left out.
-        overfit_batches: Train on the first so many batches only, the same in every epoch, and validate on them where
+        nonfinite, report, accumulate_steps, precision, remat: See `make_train_step`. ``precision`` also applies to
+            evaluation, and with a ``step_fn`` only to evaluation. With ``nonfinite="raise"`` the trainer raises
+            `NonFiniteError` when it next reads metrics, validates or saves, and keeps the state before that step.
+        pad_to: "batch" pads short batches to ``batch_size`` rows, so that they do not recompile, and adds a ``mask``
+            to every batch for the objective to average with, see `trainer.pad_batch`.
+        prefetch: How many batches of a training or validation loader a thread fetches in advance, see `prefetched`.
+        params_average: Such as ``ema_of_params(0.999)``: appended to the optimizer; ``eval_params`` is its average.
+        fast_dev_run: Run one epoch with this many batches (True is 1) of training and of validation, as a check:
+            nothing is logged, only your own calls save, and callbacks that save are left out.
+        overfit_batches: Train only on the first this many batches, the same in every epoch, and validate on them if
             validation data are given: a model that cannot learn these has a bug.
-        debug: Look into every step before it is made, see `trainer.make_check_step`: checks of ``checkify`` in the
-            objective raise, and what is not finite is traced to a module. Several times slower.
-        progress: Whether to show, on standard error, how far a run is; or a `trainer.Progress`.
+        debug: Check every step before applying it, see `trainer.make_check_step`: ``checkify`` checks in the
+            objective raise, and non-finite values are traced to a module. Several times slower.
+        progress: Whether to show the progress of a run on standard error; or a `trainer.Progress`.
 
     Attributes:
-        run: What a checkpoint holds: the state, and the record that travels with it. The only attribute that changes.
+        run: The state and the record of the run; the content of a checkpoint. The only attribute that changes.
         setup: The parts that never change.
 
     Raises:
-        ArgumentError: An argument cannot be used; nothing has happened then. One of a wrong type raises
-            `ArgumentTypeError`, a contradiction with the configuration `ConfigError`.
+        ArgumentError: An argument cannot be used; nothing has happened then. `ArgumentTypeError` if its type is
+            wrong, `ConfigError` if it contradicts the configuration.
     """
 
     __slots__ = ("__weakref__", "run", "setup")
@@ -145,19 +145,19 @@ class Trainer(Inspection):
             trainer.state, metrics = step(trainer.state, batch)
 
         Args:
-            batch: A pytree of arrays, mostly of shape ``(batch_size, ...)``: NumPy, JAX, or what NumPy can view in
-                place, such as torch tensors on the CPU.
+            batch: A pytree of arrays, usually of shape ``(batch_size, ...)``: NumPy, JAX, or anything that NumPy can
+                view without a copy, such as torch tensors on the CPU.
 
         Returns:
-            Scalars on the device: ``loss``, ``step`` (updates finished, this one included), what the objective
-            reports, and ``<name>_loss`` for every enabled extension.
+            Scalars on the device: ``loss``, ``step`` (updates finished, this one included), the metrics of the
+            objective, and ``<name>_loss`` for every enabled extension.
 
         Raises:
-            BatchError: ``batch`` is no such tree; no event has been emitted then.
+            BatchError: ``batch`` is not such a pytree; no event has been emitted then.
             ObjectiveError: The objective or an extension breaks its contract.
             StateError: The state was donated to a step outside this trainer, or edited after that.
         """
-        drawn = self.run.drawn is not None  # by the loop, which has copied it
+        drawn = self.run.drawn is not None  # the loop drew this batch, and has already copied it
         batch = batch if drawn else self.setup.with_mask(batch)
         batch, _ = self.setup.placement.place_batch(batch, may_be_short=False, at_once=True, is_private=drawn)
         return epochs.train_step(self, batch)
@@ -177,30 +177,30 @@ class Trainer(Inspection):
         return metrics
 
     def train_epoch(self, *, resume: bool | str | os.PathLike[str] = False) -> dict[str, float]:
-        """Trains on one pass over ``train_data_loader``, then validates on ``val_data_loader`` (if the epoch is due).
+        """Makes one training pass over ``train_data_loader``, then validates on ``val_data_loader`` if it is due.
 
-        It is `train` of one epoch over that loader, with ``training_config.save_frequency`` in place of
-        ``save_interval``. Consecutive calls are one run: early stopping counts over all of them, and
-        ``trainer.should_stop`` says that it wants no more. A loop that can be interrupted anywhere is::
+        It equals `train` for one epoch over that loader, with ``training_config.save_frequency`` in place of
+        ``save_interval``. Consecutive calls form one run: early stopping counts across them, and
+        ``trainer.should_stop`` is true once it triggers. A loop that can be interrupted anywhere is::
 
             while trainer.epoch < num_epochs and not trainer.should_stop:
                 trainer.train_epoch(resume=True)
 
-        A checkpoint holds the position of a loader that can tell it: the loader, or the iterator that it makes, has
+        A checkpoint holds the position of a loader that exposes it: the loader, or the iterator that it makes, has
         ``get_state()`` and ``set_state(state)`` (Grain, datarax), or ``state_dict()`` and ``load_state_dict(state)``
-        (torchdata). Of any other the batches are drawn again and dropped, with a warning; an iterator is refused.
+        (torchdata). Other loaders are replayed up to the position, with a warning; an iterator is refused.
 
         Args:
-            resume: As for `train`. A call that was finished when its checkpoint was saved returns what it returned
-                then. True starts an epoch where there is no checkpoint, and where this trainer has just finished one.
+            resume: As for `train`. A call that had finished when its checkpoint was saved returns its old result.
+                True starts an epoch if there is no checkpoint, or if this trainer has just finished an epoch.
 
         Returns:
-            The averages of the epoch, each batch counted by its weight, and those of the validation as ``val_<name>``.
+            The averages of the epoch, weighted by batch weight, and those of the validation as ``val_<name>``.
 
         Raises:
             ArgumentError: There is no loader, it yielded nothing, or it cannot be resumed.
             BatchError, ObjectiveError: As for `train_step`.
-            CheckpointError: The checkpoint cannot be used, or the loader refuses its position; nothing has changed.
+            CheckpointError: The checkpoint cannot be used, or the loader rejects its position; nothing has changed.
         """
         plan = plan_epoch(self.setup, self.run, resume)
         run = epochs.fit(self, plan, resume)
@@ -217,7 +217,7 @@ class Trainer(Inspection):
         *,
         resume: bool | str | os.PathLike[str] = False,
     ) -> dict[str, float]:
-        """Trains on data in memory, or on a loader.
+        """Trains on in-memory data or on a loader.
 
         Without events, loggers, validation and checkpoints (``save_interval``) it is::
 
@@ -226,33 +226,33 @@ class Trainer(Inspection):
                 for batch in data.shuffled(seed, epoch):
                     trainer.state, metrics = step(trainer.state, batch)
 
-        Every example of data in memory comes exactly once an epoch, in an order that depends on the initial key and
-        the number of the epoch only; the last batch may be short. Small steps are fused, many in a call. Validation,
-        logging, saving and callbacks change nothing in what is learned.
+        Every in-memory example is visited exactly once per epoch, in an order that depends only on the initial key
+        and the epoch number; the last batch may be short. Small steps are fused, many in a call. Validation,
+        logging, saving and callbacks do not change what is learned.
 
-        SIGTERM and Ctrl-C take effect after the current step (or the current batch of an evaluation), the same of all
-        processes: the state is saved, ``on_train_end`` is emitted, and `TrainingInterrupted` or KeyboardInterrupt is
-        raised. A second signal does not wait, and may cost the state in memory. A state that is not finite is never
-        saved periodically, so that earlier checkpoints are kept.
+        SIGTERM and Ctrl-C take effect after the current step (or the current batch of an evaluation), the same one in
+        all processes: the state is saved, ``on_train_end`` is emitted, and `TrainingInterrupted` or KeyboardInterrupt
+        is raised. A second signal does not wait, and may lose the state in memory. Periodic saves skip a non-finite
+        state, so that earlier checkpoints are kept.
 
         Args:
             train_data: A pytree of arrays of shape ``(num_examples, ...)``: a dict, a tuple, a registered dataclass;
-                or a loader, as ``train_data_loader`` of the constructor. A list is a loader: of batches.
-            num_epochs, batch_size: How many epochs to train, on top of those finished; the examples in a batch.
+                or a loader, as ``train_data_loader`` of the constructor. A list is a loader of batches.
+            num_epochs, batch_size: How many more epochs to train; the number of examples in a batch.
             val_data: Data to validate on, in the same forms.
             val_interval: Validate at multiples of this step (None: at none), and at the end of every epoch, or of every
                 ``epochs_per_validation``-th.
-            resume: Continue an interrupted call at its next batch, to the bit (on other devices, or in another number
-                of processes, within rounding): True or "latest" from the latest undamaged checkpoint (from the start
-                if there is none), or from that at a path. History, averages, and the states of callbacks are restored.
-                Other data, batches or keys are refused; a warning names every other argument that differs.
+            resume: Continue an interrupted call at its next batch, bit for bit (on other devices, or with another
+                number of processes, within rounding). True or "latest": from the latest undamaged checkpoint, or from
+                the start if there is none; a path: from that checkpoint. History, averages and callback states are
+                restored. Different data, batches or keys are refused; a warning names any other changed argument.
 
         Returns:
-            The final validation averages where ``val_data`` is given, else the averages of the last epoch.
+            The final validation averages if ``val_data`` is given, else the averages of the last epoch.
 
         Raises:
-            ArgumentError, BatchError: An argument cannot be used, or is not that of the interrupted call as far as
-                ``resume`` needs it; nothing has happened then.
+            ArgumentError, BatchError: An argument cannot be used, or differs from the interrupted call in a way that
+                ``resume`` does not allow; nothing has happened then.
             CheckpointError: The checkpoint cannot be used; nothing has happened then.
             ObjectiveError: As for `train_step`.
         """
@@ -262,18 +262,18 @@ class Trainer(Inspection):
         return dict(run.validation.averages) if plan.held_out and run.validation else run.average.compute()
 
     def evaluate(self, data: Any, batch_size: int) -> dict[str, float]:
-        """Averages the objective over data in memory or a loader, every example exactly once.
+        """Averages the objective over in-memory data or a loader, every example exactly once.
 
-        It changes nothing, not even the key, and emits no event. For data in memory it is::
+        It changes nothing, not even the key, and emits no event. For in-memory data it is::
 
             evaluate(eval_step, trainer.state, InMemoryData(data, batch_size).in_order())
 
         Args:
-            data: Data in memory or a loader, as ``train_data`` of `train`.
+            data: In-memory data or a loader, as ``train_data`` of `train`.
             batch_size: Examples in a batch; the last may be short.
 
         Returns:
-            The averages, each batch counted by its examples or by the ``batch_weight`` that the objective reports.
+            The averages, weighted by example or by the ``batch_weight`` that the objective reports.
 
         Raises:
             ArgumentError, BatchError, ObjectiveError: An argument cannot be used, or the objective breaks its contract.
@@ -283,48 +283,48 @@ class Trainer(Inspection):
         return evaluate(self.setup.eval_step, state, batches, placement=self.setup.placement)
 
     def set_learning_rate(self, value: float) -> None:
-        """Sets the learning rate from the next step on; any callback may do so, and a checkpoint holds it.
+        """Sets the learning rate from the next step on. Callbacks may call it; checkpoints include the rate.
 
-        It is ``trainer.state = trainer.state.with_learning_rate(value)``, and raises as that does.
+        It is ``trainer.state = trainer.state.with_learning_rate(value)``, and raises the same errors.
         """
         self.hold(self.setup.with_learning_rate(self.run, value))
 
     @takes_no("Trainer.compile")
     def compile(self, batch: Batch, *, without_remat: bool = False) -> ProgramCost:
-        """Compiles `train_step` for batches like this one, without running it, and returns what it costs.
+        """Compiles `train_step` for batches like this one, without running it, and returns its cost.
 
         Args:
             batch: Arrays as for `train_step`, or ``jax.ShapeDtypeStruct``: only shapes and dtypes matter.
-            without_remat: Compile the step without ``remat`` as well, to tell the memory that it saves.
+            without_remat: Also compile the step without ``remat``, to report the memory that ``remat`` saves.
 
         Returns:
-            Operations, bytes and memory by XLA's own analysis. A warning says if the device has less memory.
+            Operations, bytes and memory from XLA's own analysis. Warns if the device has less memory.
         """
         return epochs.compile_step(self, batch, without_remat)
 
     def save_checkpoint(
         self, path: str | os.PathLike[str] | None = None, *, background: bool | Literal["if_finite"] = False
     ) -> Path:
-        """Writes the run under a name; it is atomic.
+        """Saves a checkpoint of the run, atomically.
 
-        It is ``save_run(path, trainer.run)``, with the states of the callbacks. Every process calls it where the
-        state is spread over several. Without a path the name carries the step, and the run keeps the
-        ``max_checkpoints`` of these that it wrote last. A run can be resumed from what a callback saves, at any event;
-        of the callbacks behind it in the list it holds the states before the event.
+        It is ``save_run(path, trainer.run)``, with the states of the callbacks. If the state is spread over several
+        processes, all of them call it. Without a path the name contains the step, and the run keeps the last
+        ``max_checkpoints`` of these that it wrote. A callback may save in any event, and a run can resume from that
+        checkpoint; for callbacks later in the list, it holds their states before the event.
 
         Args:
-            path: The name; its ending decides the format, see `trainer.save_state`. Without one it is
+            path: The name; its extension decides the format, see `trainer.save_state`. The default is
                 ``checkpoint_<step>.orbax`` for a state on a mesh of several devices, else ``….msgpack``.
             background: Return as soon as a copy of the arrays is dispatched, and write in a thread. At most one
-                save is in flight; what it raises is raised by the next step of `train`, save or load, or by `close`.
+                save is in flight; the next step of `train`, save or load, or `close`, raises its error.
                 "if_finite", which `train` uses, writes nothing, and warns later, if the state holds NaN or infinity.
 
         Returns:
             The path.
 
         Raises:
-            ArgumentError: The name promises the format of another program.
-            CheckpointError: It could not be written, in any process; earlier checkpoints are untouched.
+            ArgumentError: The extension is that of another program's format.
+            CheckpointError: Writing failed, in any process; earlier checkpoints are untouched.
         """
         hold_if_finite(self)
         run, beside = self.setup.beside(self.run)
@@ -335,12 +335,12 @@ class Trainer(Inspection):
     def load_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Restores what `save_checkpoint` wrote: it is ``trainer.run = load_run(path, trainer.run)``.
 
-        State, number of epochs, history and the states of callbacks come back; weights of extensions stay as set. What
-        a file does not hold (a pickle, weights, one of `save_state`) stays as it is, except for rows of the history
-        after its step. The next run starts with an epoch of its own; to continue an interrupted one see ``resume``.
+        It restores state, epoch count, history and callback states; extension weights stay as set. What a file does
+        not hold (a pickle, weights, a file from `save_state`) stays unchanged, except that history rows after its
+        step are dropped. The next run starts a new epoch; to continue an interrupted one see ``resume``.
 
         Raises:
-            CheckpointError: The file is damaged or does not fit; the trainer is as it was.
+            CheckpointError: The file is damaged or does not fit; the trainer is unchanged.
         """
         resuming.load(self, path)
 
@@ -358,12 +358,12 @@ class Trainer(Inspection):
         self.close()
 
     def hold(self, run: Run) -> None:
-        """Holds another run from now on: the one place at which a trainer changes."""
+        """Replaces the run: the only place where a trainer changes."""
         self.run = run
 
     @property
     def state(self) -> TrainState:
-        """The training state, which the next step consumes. Assign another one to continue from it."""
+        """The training state; the next step donates it. Assign another state to continue from it."""
         return self.run.state
 
     @state.setter

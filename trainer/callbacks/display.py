@@ -1,6 +1,6 @@
-"""Where progress is shown: a terminal, a notebook, or a file. It decides how things look, and nothing of what they are.
+"""Where progress is shown: a terminal, a notebook, or a file. A display decides how content looks, not what it is.
 
-A display never ends a training: one whose stream is gone falls silent.
+A display never ends training: if its stream is gone, it falls silent.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
 
 NOTEBOOK_WIDTH = 100
-"""The columns of a notebook's output."""
+"""The width of a notebook's output, in columns."""
 
 _KEPT = 200
-"""The lines that a notebook keeps of a run."""
+"""The number of lines that a notebook keeps for a run."""
 
-# Pages made from notebooks set other fonts for HTML, in which columns would not stand below each other.
+# Pages exported from notebooks use proportional fonts for HTML, which would misalign the columns.
 _TABLE_STYLE = "white-space: pre; font-family: Menlo, 'DejaVu Sans Mono', Consolas, 'Courier New', monospace"
 
 
@@ -29,9 +29,9 @@ class Part:
     """A part of the live line.
 
     Attributes:
-        text: What it says.
-        rank: The lower, the longer it stays where the line is too narrow for all.
-        fraction: For a bar in place of a text: how much of it is filled, from 0 to 1.
+        text: The text.
+        rank: Parts with the highest rank are dropped first if the line is too narrow for all.
+        fraction: For a bar in place of a text: the filled fraction, from 0 to 1.
     """
 
     text: str
@@ -40,10 +40,10 @@ class Part:
 
 
 class Display:
-    """A display of whole lines: a file, a pipe, or a terminal that cannot do more. It writes no control character.
+    """A display of whole lines: a file, a pipe, or a dumb terminal. It writes no control characters.
 
     Attributes:
-        line_every: The seconds between two draws of the line that says where the run is.
+        line_every: The seconds between two draws of the status line.
         has_table: Whether finished epochs are rows under a heading; else each row names its values.
     """
 
@@ -55,16 +55,16 @@ class Display:
 
     @property
     def width(self) -> int:
-        """The columns that a line may have."""
+        """The number of columns of a line."""
         return 10**6
 
     @property
     def encoding(self) -> str:
-        """The encoding of the stream, UTF-8 where it does not say."""
+        """The encoding of the stream, UTF-8 if unknown."""
         return getattr(self._stream, "encoding", None) or "utf-8"
 
     def say(self, lines: Sequence[str], style: str = "") -> None:
-        """Shows lines that stay, in a style of rich where there are styles."""
+        """Shows permanent lines, in a rich style if styles are supported."""
 
         def write(stream: TextIO) -> None:
             stream.write("".join(f"{printable(line, self.encoding)}\n" for line in lines))
@@ -74,11 +74,11 @@ class Display:
         self._attempt(write)
 
     def draw(self, parts: Sequence[Part]) -> None:
-        """Shows where the run is, in place of what the call before showed if the display can."""
+        """Shows the status line, replacing the previous one if the display can."""
         self.say(["  ".join(part.text for part in parts if part.fraction is None)])
 
     def close(self) -> None:
-        """Leaves what stays, and gives everything else back. The display can be closed again."""
+        """Keeps the permanent lines and releases everything else. It may be called again."""
 
     def _attempt(self, write: Callable[[TextIO], None]) -> None:
         """Writes, and falls silent for good if the stream is closed or full."""
@@ -94,8 +94,8 @@ class Display:
 class Terminal(Display):
     """A terminal: lines stay above one line that is drawn in place.
 
-    It is drawn from the training thread alone; a thread that refreshes it would take the interpreter from the loop.
-    While it is shown, what is printed, warned of and logged appears above it.
+    It is drawn only from the training thread; a refresh thread would take the interpreter from the loop.
+    While it is shown, printed text, warnings and log messages appear above it.
     """
 
     line_every = 0.2
@@ -108,13 +108,13 @@ class Terminal(Display):
 
         class Surviving(Console):
             def on_broken_pipe(self) -> None:
-                """Raises the error, where rich would end the process."""
+                """Raises the error; rich itself would end the process."""
                 raise
 
         self._console = Surviving(
             file=stream, force_terminal=True, force_jupyter=False, highlight=False, markup=False, emoji=False
         )
-        # What goes to a file stays there: a stream is redirected to the terminal only if it is one.
+        # Output to a file must stay in the file: a stream is redirected to the terminal only if it is a terminal.
         self._live = Live(
             console=self._console,
             auto_refresh=False,
@@ -126,7 +126,7 @@ class Terminal(Display):
 
     @property
     def width(self) -> int:
-        # The last column stays free, since some terminals wrap once it is written to.
+        # The last column stays free, since some terminals wrap as soon as it is written.
         return max(self._console.width - 1, 1)
 
     def say(self, lines: Sequence[str], style: str = "") -> None:
@@ -157,7 +157,7 @@ class Terminal(Display):
     def _start(self) -> None:
         before = {id(sys.stdout): "stdout", id(sys.stderr): "stderr"}
         self._live.start()
-        # A process that is killed leaves the terminal as it is then, so the cursor stays visible.
+        # A killed process cannot restore the terminal, so the cursor stays visible.
         self._console.show_cursor(True)
         for handler in _stream_handlers():
             name = before.get(id(handler.stream))
@@ -189,7 +189,7 @@ class Terminal(Display):
 
 
 class Notebook(Display):
-    """The output of a notebook's cell: one display that is replaced, and does not grow but by a line an epoch."""
+    """The output of a notebook cell: one display that is replaced, and grows only by one line per epoch."""
 
     line_every = 0.5
     has_table = True
@@ -235,7 +235,7 @@ class Notebook(Display):
 
 
 def open_display(stream: TextIO | None) -> Display | None:
-    """Returns the display that suits a stream, standard error by default; None where there is no such stream."""
+    """Returns the display that suits a stream, standard error by default; None if the stream does not exist."""
     ipython = sys.modules.get("IPython")
     if stream is None and ipython is not None:
         shell = ipython.get_ipython()
@@ -244,7 +244,7 @@ def open_display(stream: TextIO | None) -> Display | None:
     stream = sys.stderr if stream is None else stream
     if stream is None or getattr(stream, "closed", False):
         return None
-    # Inside of another live display, which shows our lines above its own.
+    # Inside another live display, which shows our lines above its own.
     is_taken = type(stream).__module__.startswith("rich.")
     if is_taken or not is_terminal(stream) or os.environ.get("TERM", "").lower() in ("dumb", "unknown"):
         return Display(stream)
@@ -260,7 +260,7 @@ def is_terminal(stream: Any) -> bool:
 
 
 def printable(text: str, encoding: str = "utf-8") -> str:
-    """Returns text without control characters, and with no letter that the encoding lacks: both are escaped."""
+    """Returns text with control characters, and characters that the encoding lacks, escaped."""
     if text.isprintable() and _can_encode(text, encoding):
         return text
     return "".join(
@@ -282,7 +282,7 @@ def _can_encode(text: str, encoding: str) -> bool:
 
 
 def _stream_handlers() -> Iterator[Any]:
-    """Yields the handlers of all loggers that write to a stream which they keep, as those of `logging.basicConfig`."""
+    """Yields the handlers of all loggers that hold a stream of their own, such as those of `logging.basicConfig`."""
     found = [logging.root, *logging.root.manager.loggerDict.values()]
     seen: set[int] = set()
     for logger in found:

@@ -1,4 +1,4 @@
-"""`EarlyStopping`: ends a run that no longer improves."""
+"""`EarlyStopping`: ends a run when a metric stops improving."""
 
 import math
 from collections.abc import Mapping
@@ -17,36 +17,36 @@ from trainer.state import TrainState
 
 
 class EarlyStopping(Checking):
-    """Ends the run when a metric has not improved for ``patience`` checks in a row, or has a value that says enough.
+    """Ends the run when a metric has not improved for ``patience`` checks in a row, or reaches a threshold.
 
     A metric named ``val_<name>`` is checked at every validation, any other metric at the end of every epoch. The run
-    ends after the epoch of the check that decided it. The best score and the count are saved in checkpoints, so a
+    ends after the epoch of the deciding check. The best score and the count are saved in checkpoints, so a
     resumed run stops where the interrupted run would have stopped. A new run starts without them.
 
     Args:
         monitor: The metric.
         mode: "min" or "max": whether a smaller or a larger value is better.
         patience: The number of checks in a row without an improvement that ends the run.
-        min_delta: An improvement is better than the best score by more than this.
-        check_finite: Whether a value that is NaN or infinite ends the run. If not, NaN is no improvement.
+        min_delta: A value counts as an improvement if it is better than the best score by more than this.
+        check_finite: Whether NaN or infinity ends the run. If not, NaN does not count as an improvement.
         stopping_threshold: A value at least as good as this ends the run.
         divergence_threshold: A value worse than this ends the run.
-        restore_best: Whether the params and the model state of the best score come back at the end of the run, early
-            or not, and with ``eval_params`` the state of the optimizer, from which those are computed. The rest stays
-            the latest, as do what `train` returns and the checkpoint at the end of the run. It keeps a copy of them,
-            which is not in checkpoints: a resumed run that finds nothing better takes them from a `ModelCheckpoint`
-            of the same metric, and without one it warns, and restores nothing.
+        restore_best: Whether to restore the params and the model state of the best score at the end of the run, early
+            or not; with ``eval_params`` also the optimizer state, from which those are computed. Everything else stays
+            the latest, including the result of `train` and the checkpoint at the end of the run. The callback keeps a
+            copy of the best parts, which is not in checkpoints: a resumed run that finds nothing better takes them
+            from a `ModelCheckpoint` of the same metric; without one it warns and restores nothing.
 
     Attributes:
-        best_score: The best value so far; None before the first one that is a number.
-        best_step: The updates finished at the best value, or None.
-        stopped_step: The updates finished when it decided to end the run; None if it has not.
+        best_score: The best value so far; None before the first value that is not NaN.
+        best_step: The number of updates at the best value, or None.
+        stopped_step: The number of updates when it decided to end the run; None if it has not.
         stopped_epoch: The number of the epoch in which it decided that, from 0, or None.
-        reason: Why, and what was best, in words, or None. The trainer's loggers get it as a text.
+        reason: A text with the reason and the best score, or None. It is sent to the trainer's loggers.
 
     Raises:
-        ArgumentError: An argument cannot be used; at the start of a run, if the run validates on nothing and the
-            metric is that of a validation; during a run, if the metric does not exist.
+        ArgumentError: An argument cannot be used; at the start of a run, if it monitors a validation metric and the
+            run has no validation data; during a run, if the metric does not exist.
     """
 
     best_score: float | None
@@ -54,7 +54,7 @@ class EarlyStopping(Checking):
     stopped_step: int | None
     stopped_epoch: int | None
     reason: str | None
-    _best: dict[str, Any] | None  # the parts of the state that come back
+    _best: dict[str, Any] | None  # the parts of the state to restore
 
     @takes_no("EarlyStopping")
     def __init__(
@@ -84,7 +84,7 @@ class EarlyStopping(Checking):
 
     def on_train_begin(self, trainer: Any) -> None:
         self._monitor.check_run(trainer)
-        # A run that is resumed continues the count, and so does a new run right after a checkpoint was loaded.
+        # A resumed run continues the count, and so does a new run right after a checkpoint was loaded.
         if getattr(trainer, "is_new_run", True) and not self._is_restored:
             self._start()
         self._is_restored = False
@@ -94,7 +94,7 @@ class EarlyStopping(Checking):
         self._epoch = epoch
 
     def on_train_end(self, trainer: Any) -> None:
-        # Not where a signal or an exception ends a call: the run may be resumed, from what the trainer holds.
+        # Not if a signal or an exception ends a call: the run may be resumed from the trainer's current state.
         if not self._restore_best or not getattr(trainer, "has_ended", self.should_stop):
             return
         best, self._best = self._best, None
@@ -110,7 +110,7 @@ class EarlyStopping(Checking):
             )
 
     def _kept_on_disk(self, trainer: Any) -> dict[str, Any] | None:
-        """Returns the parts that come back, from the best checkpoint of another callback of the same metric."""
+        """Returns the parts to restore, from the best checkpoint of a `ModelCheckpoint` of the same metric."""
         from trainer.callbacks.model_checkpoint import ModelCheckpoint  # here, since few runs need it
 
         for callback in flatten([trainer.callbacks]):
@@ -121,11 +121,11 @@ class EarlyStopping(Checking):
 
     @property
     def state_key(self) -> str:
-        """The name of its state in a checkpoint, by which another callback of this class, metric and mode finds it."""
+        """The name of the callback's state in a checkpoint, the same for every callback of this class, metric and mode."""
         return f"EarlyStopping({self._monitor.name}{', max' * (self._monitor.mode == 'max')})"
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the best score, the checks since then, and where it stopped, as plain values."""
+        """Returns the best score, the number of checks since then, and where it stopped, as plain values."""
         stopped = {"stopped_step": self.stopped_step, "stopped_epoch": self.stopped_epoch, "reason": self.reason}
         return {"best_score": self.best_score, "best_step": self.best_step, "waited": self._waited, **stopped}
 

@@ -5,18 +5,18 @@ from collections.abc import Mapping
 from typing import Any
 
 _WIDEST = 16
-"""The columns of a terminal that a column of the table takes at most."""
+"""The maximum width of a table column, in characters."""
 
 _NUMBER = 8
-"""Those that a number takes, as in -0.01234."""
+"""The width of a number, as in -0.01234."""
 
 
 class EpochTable:
     """Rows under a heading, cut to the width of the display.
 
-    The heading comes again where a row has a value that no earlier one had, such as the first validation, or where
-    the width has changed. Columns keep their order; of those that do not fit the least important are left out, which
-    are the last of the metrics.
+    The heading is repeated when a row has a value that no earlier row had, such as the first validation, or when
+    the width has changed. Columns keep their order; if not all fit, the least important ones, the last metrics, are
+    left out.
     """
 
     def __init__(self) -> None:
@@ -28,9 +28,9 @@ class EpochTable:
         """Returns the heading, if one is due, and the row.
 
         Args:
-            cells: By the name of the column, what is in it: ``epoch`` first, then metrics of training and of
+            cells: The cell of each column, by name: ``epoch`` first, then metrics of training and of
                 validation, ``time`` last.
-            width: The columns of the display.
+            width: The width of the display, in characters.
         """
         new = [name for name in cells if name not in self._names]
         if new:
@@ -66,7 +66,7 @@ class EpochTable:
 
 
 def number(value: Any) -> str | None:
-    """Returns a metric as text of four digits; None for what is no single number."""
+    """Returns a metric as text with four digits; None if it is not a single number."""
     try:
         value = float(value)
     except (TypeError, ValueError):
@@ -86,12 +86,12 @@ def duration(seconds: float) -> str:
 
 
 def counted(value: int, of: int | None) -> str:
-    """Returns ``12/40``, or ``12`` where the whole is not known."""
+    """Returns ``12/40``, or ``12`` if the total is unknown."""
     return f"{value}" if of is None else f"{value}/{of}"
 
 
 def in_words(cells: Mapping[str, str]) -> str:
-    """Returns the row as a line that names its values, for where there is no heading."""
+    """Returns the row as a line that names its values, for displays without a heading."""
     return "  ".join(text if name == "time" else f"{name} {text}" for name, text in cells.items())
 
 

@@ -1,4 +1,4 @@
-"""`Progress`: a callback that shows how far a run is."""
+"""`Progress`: a callback that displays the progress of a run."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from trainer.errors import ArgumentTypeError
 from trainer.types import BATCH_WEIGHT
 
 FEW_EPOCHS = 100
-"""The epochs of a run that have a row each, however short they are."""
+"""The number of initial epochs of a run that each get a row, however short they are."""
 
 ROW_EVERY = 0.2
-"""The seconds from row to row of all later epochs, at least; of shorter epochs, some have no row."""
+"""The minimum seconds between rows of later epochs; if epochs are shorter, some get no row."""
 
 _SAMPLES = 16
-"""The times of which the first and the last give the speed; they are half a second apart, or more."""
+"""How many times to keep: the first and the last give the speed; they are at least half a second apart."""
 
 ASK_EVERY = 0.5
-"""The seconds between two computations of the learning rate, at least. The first comes after twice as long."""
+"""The minimum seconds between two computations of the learning rate. The first comes after twice as long."""
 
 _NOT_SHOWN = ("step", "epoch", "time", BATCH_WEIGHT)
 
 
 @dataclasses.dataclass
 class _Epoch:
-    """An epoch: its number from 0, when it began, and what is known of it."""
+    """An epoch: its number from 0, when it began, and its results so far."""
 
     index: int
     began: float
@@ -44,30 +44,30 @@ class _Epoch:
 
 
 class Progress(Callback):
-    """Shows a run's progress: a row for each finished epoch, which stays, and a line that says where the run is.
+    """Displays the progress of a run: a permanent row for each finished epoch, and a status line.
 
-    On a terminal the line is drawn in place, below the rows; in a notebook both are one output that is replaced. A
-    file or a pipe gets a plain line per epoch, one every 30 seconds within an epoch, and no control character. At the
-    end it says why the run ended, its best validation, and where the checkpoint is.
+    On a terminal the status line is redrawn in place, below the rows; in a notebook both are one output that is
+    replaced. A file or a pipe gets a plain line per epoch, another every 30 seconds within an epoch, and no control
+    characters. At the end it prints why the run ended, its best validation, and where the checkpoint is.
 
-    It costs the loop next to nothing: steps stay fused, no thread runs, the line is drawn at most five times a second,
-    and from the metrics of the call before, which are finished by then. The learning rate is computed beside the steps,
-    twice a second, where the configuration or the state of the optimizer tells it (`trainer.fit.rate`); where neither
-    does it is not shown, unless the trainer reports it. Of epochs shorter than 0.2 s only the first
-    hundred have a row each. Of several processes only the primary one writes. A stream that is closed, or was never
-    there, ends the display and nothing else.
+    It costs the loop next to nothing: steps stay fused, no thread runs, and the status line is drawn at most five
+    times a second, from the metrics of the previous call, which are finished by then. The learning rate is computed
+    beside the steps, twice a second, if the configuration or the optimizer state provides it (`trainer.fit.rate`);
+    otherwise it is shown only if the trainer reports it. Of epochs shorter than 0.2 s only the first hundred get a
+    row each. With several processes only the primary one writes. A closed or missing stream turns off the display
+    and nothing else.
 
-    A `trainer.Trainer` has one by default (``progress``). Consecutive calls of ``train_epoch`` are one run.
+    A `trainer.Trainer` has one by default (``progress``). Consecutive calls of ``train_epoch`` form one run.
     """
 
-    # After all others, so that what they have saved is known.
+    # After all others, so that their saves are known.
     runs_last = True
 
-    # What is known of the run that is shown, or of the latest: calls of `train_epoch` continue it.
+    # State of the displayed run, or of the latest one: further calls of `train_epoch` continue it.
     _table: EpochTable
     _epoch: _Epoch | None  # in progress
     _pending: list[_Epoch]  # finished, their rows due
-    _metrics: Mapping[str, Any]  # of the call before
+    _metrics: Mapping[str, Any]  # of the previous call
     _rate_asked: Any  # on the device, perhaps not computed yet
     _rate_known: float | None
     _ask_at: float
@@ -115,7 +115,7 @@ class Progress(Callback):
                 self._say(f"resumed at step {trainer.step}, after {_epochs(trainer.epoch)}")
                 self._best = self._best_in(trainer.history)
         self._ask_at = now + 2 * ASK_EVERY
-        # What happened between two calls of `train_epoch` took none of this run's time.
+        # Time between two calls of `train_epoch` does not count for this run.
         self._next_line, self._samples = now + self._display.line_every, collections.deque(maxlen=_SAMPLES)
 
     def on_train_end(self, trainer: Any) -> None:
@@ -126,7 +126,7 @@ class Progress(Callback):
         is_over = planned.last_epoch is not None and trainer.epoch >= planned.last_epoch
         is_last = bool(failure) or is_over or trainer.should_stop
         try:
-            # Where the run has failed, so may reading what it left.
+            # If the run has failed, reading its results may fail too.
             with contextlib.suppress(Exception) if failure else contextlib.nullcontext():
                 self._end_epoch(trainer, is_last=is_last)
                 self._show_rows(trainer)
@@ -223,7 +223,7 @@ class Progress(Callback):
         return self._notebook
 
     def _end_epoch(self, trainer: Any, *, is_last: bool) -> None:
-        """Notes the epoch that has ended, if it is to have a row."""
+        """Records the epoch that has ended, if it gets a row."""
         epoch, now = self._epoch, self._clock()
         if epoch is None or trainer.epoch <= epoch.index:
             return
@@ -232,12 +232,12 @@ class Progress(Callback):
         if is_last or self._rows < FEW_EPOCHS or now - self._row_at >= ROW_EVERY:
             self._pending, self._row_at = [*self._pending, epoch], now
             self._rows += 1
-            # The next call may be far off; and of a long epoch, waiting for its last step costs little.
+            # The next call may be far off; and after a long epoch, waiting for the last step costs little.
             if epoch.seconds > 1.0:
                 self._show_rows(trainer)
 
     def _show_rows(self, trainer: Any) -> None:
-        """Shows the rows that are due. It waits for the last step of their epochs, while the device does the next."""
+        """Shows the rows that are due. It waits for the last step of their epochs while the device runs later steps."""
         pending, self._pending, self._shown_at = self._pending, [], self._clock()
         rows: list[str] = []
         for epoch in pending:
@@ -261,7 +261,7 @@ class Progress(Callback):
         return self._table.add({**cells, **time_taken}, self._display.width)
 
     def _draw(self, trainer: Any, step: int, now: float, doing: str = "") -> None:
-        """Draws the line that says where the run is, from the metrics of the call before."""
+        """Draws the status line from the metrics of the previous call."""
         display, epoch = self._display, self._epoch
         if display is None or epoch is None:
             return
@@ -290,25 +290,25 @@ class Progress(Callback):
         if meter is not None:  # as in the validation that an interrupted run still owed
             parts.append(Part(f"data wait {meter.waiting_for_data:.0%}", 7))
         display.draw([Part(doing, 0), *parts] if doing else parts)
-        # By the clock after drawing, so that a slow terminal is drawn less often.
+        # Measured after drawing, so that a slow terminal is redrawn less often.
         self._next_line = self._clock() + display.line_every
 
     def _learning_rate(self) -> str | None:
-        """Returns the rate of the latest update of which it is computed; it waits for none."""
+        """Returns the learning rate of the latest update for which it is already computed, without waiting."""
         asked = self._rate_asked
         if asked is not None and (isinstance(asked, float) or asked.is_ready()):
             self._rate_known, self._rate_asked = float(asked), None
         return None if self._rate_known is None else number(self._rate_known)
 
     def _rate(self, step: int, now: float) -> float | None:
-        """Returns the steps per second lately, without compilations and validations; None if that is not known."""
+        """Returns the recent steps per second, without compilations and validations; None if unknown."""
         if not self._samples or now <= self._samples[0][0] or step <= self._samples[0][1]:
             return None
         began, first = self._samples[0]
         return (step - first) / (now - began)
 
     def _ending(self, trainer: Any, failure: str) -> Iterable[str]:
-        """Yields why the run ended, its best validation, where the checkpoint is, and how to go on."""
+        """Yields why the run ended, its best validation, where the checkpoint is, and how to resume."""
         epochs, took = trainer.epoch, duration(self._clock() - self._began)
         reasons = "; ".join(trainer.setup.events.stop_reasons())
         is_early = trainer.planned.last_epoch is None or epochs < trainer.planned.last_epoch
@@ -329,7 +329,7 @@ class Progress(Callback):
             )
 
     def _numbers(self, metrics: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-        """Returns metrics as texts by names that the display can show, the loss first."""
+        """Returns metrics as texts by displayable names, the loss first."""
         encoding = "utf-8" if self._display is None else self._display.encoding
         names = sorted((name for name in metrics if name not in _NOT_SHOWN), key=lambda name: name != "loss")
         texts = {printable(prefix + name, encoding): number(metrics[name]) for name in names}
@@ -341,7 +341,7 @@ class Progress(Callback):
 
 
 def progress_for(given: Any, callbacks: Any) -> Progress | None:
-    """Returns the display of a trainer: that which was given, or a new one; None where callbacks bring one.
+    """Returns the display of a trainer: the given one, or a new one; None if the callbacks contain one.
 
     Raises:
         ArgumentTypeError: ``given`` is neither a bool nor a `Progress`.
@@ -356,7 +356,7 @@ def progress_for(given: Any, callbacks: Any) -> Progress | None:
 
 
 def _watched(callbacks: Any) -> Monitor:
-    """Returns what the first callback watches that watches a validation, else the loss."""
+    """Returns the monitor of the first callback that monitors a validation metric, else the loss."""
     for one in _members(callbacks):
         monitor = getattr(one, "_monitor", None)
         if isinstance(monitor, Monitor) and monitor.of_validation:

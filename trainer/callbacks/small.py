@@ -1,4 +1,4 @@
-"""Callbacks of a few lines: functions as a callback, the learning rate, an end by time or by NaN, samples."""
+"""Small callbacks: functions as a callback, the learning rate, a time limit, an end at NaN, generated samples."""
 
 import datetime
 import math
@@ -24,10 +24,11 @@ class LambdaCallback(Callback):
         LambdaCallback(on_epoch_end=lambda trainer, epoch, logs: print(epoch, logs["loss"]))
 
     Args:
-        functions: By name of an event, see `trainer.callbacks`, a function with the arguments of that event.
+        functions: For each event name, see `trainer.callbacks`, a function with the arguments of that event.
 
     Raises:
-        ArgumentError: There is no such event; of something that cannot be called `ArgumentTypeError`.
+        ArgumentError: There is no such event.
+        ArgumentTypeError: A value is not callable.
     """
 
     def __init__(self, **functions: Callable[..., Any]) -> None:
@@ -40,34 +41,34 @@ class LambdaCallback(Callback):
 
 
 class LearningRateMonitor(Callback):
-    """Makes the learning rate a metric of every step: in the history, for loggers, on the display.
+    """Reports the learning rate as a metric of every step: in the history, to loggers, on the display.
 
-    It is ``report=["learning_rate"]`` of the trainer, read within the compiled step, so it costs no call; with a
-    schedule it is the rate of that step, with `ReduceLROnPlateau` the rate after scaling. An optimizer of the caller's
-    has to keep its rate, as those of `optax.inject_hyperparams` do; any other is refused with what to do.
+    It equals ``report=["learning_rate"]`` of the trainer. The rate is computed in the compiled step, so it costs no
+    extra call; with a schedule it is the rate of that step, with `ReduceLROnPlateau` the rate after scaling. Your own
+    optimizer must keep its rate in its state, as `optax.inject_hyperparams` does; any other is refused with advice.
 
     Attributes:
-        reports: What the trainer reports, beside its own ``report``, if it is made with this callback.
+        reports: What a trainer with this callback reports in addition to its own ``report``.
     """
 
     reports = ("learning_rate",)
 
 
 class Timer(Callback):
-    """Ends a run after some time, in order and saved, before a job's limit does.
+    """Ends a run cleanly, with a save, after a time limit, before the job's own limit kills it.
 
     Args:
-        duration: Seconds, a `datetime.timedelta`, or a text ``"DD:HH:MM:SS"``. None only measures.
+        duration: Seconds, a `datetime.timedelta`, or a string ``"DD:HH:MM:SS"``. None only measures.
         interval: "epoch" ends the run after the epoch in which the time is up. "step" ends it at the next step as
             SIGTERM does: the state is saved, and `TrainingInterrupted` is raised.
 
     Attributes:
-        elapsed: The seconds of training so far, those before an interruption included: checkpoints hold them.
-        reason: Why it ended the run, in words, or None.
+        elapsed: The seconds of training so far, including those before an interruption: checkpoints hold them.
+        reason: A text that says why it ended the run, or None.
 
     Raises:
-        ArgumentError: ``duration`` is no time, or ``interval`` is neither; at the start of a run, if it is "step" and
-            the trainer does not handle signals.
+        ArgumentError: ``duration`` is not a time, or ``interval`` is neither; at the start of a run, if it is "step"
+            and the trainer does not handle signals.
     """
 
     state_key = "Timer"  # whatever its duration: a run may be resumed for longer
@@ -130,16 +131,16 @@ class Timer(Callback):
 
 
 class TerminateOnNonFinite(Callback):
-    """Ends a run whose loss is NaN or infinite, as ``TerminateOnNaN`` of Keras does.
+    """Ends a run whose loss is NaN or infinite, like ``TerminateOnNaN`` of Keras.
 
-    It reads the loss of the call before, which has finished by then, so it hardly waits. Training goes on to the end
-    of the epoch; ``nonfinite="raise"`` of the trainer ends at the step itself, and keeps the state of before.
+    It reads the loss of the previous call, which has finished by then, so it hardly waits. Training continues to the
+    end of the epoch; ``nonfinite="raise"`` of the trainer ends at the step itself, and keeps the state before it.
 
     Args:
-        raise_error: Whether to raise `NonFiniteError` at once in place of ending after the epoch.
+        raise_error: Whether to raise `NonFiniteError` at once instead of ending after the epoch.
 
     Attributes:
-        reason: The value and its step, in words, or None.
+        reason: A text with the value and its step, or None.
     """
 
     def __init__(self, raise_error: bool = False) -> None:
@@ -172,12 +173,12 @@ class TerminateOnNonFinite(Callback):
 
 
 class GenerateSamples(Callback):
-    """Makes samples at the end of epochs and gives them to the trainer's loggers, images as images, texts as texts.
+    """Generates samples at the end of epochs and sends them to the trainer's loggers, as images or texts.
 
     Args:
         generate: ``generate(model, epoch)`` with the model in evaluation mode; returns an image or a batch of images,
-            float in [0, 1] or uint8, ``(height, width)`` with 1, 3 or 4 channels behind, or a text, or several.
-        every: The epochs between two times; the first is after epoch ``every``.
+            float in [0, 1] or uint8, ``(height, width)`` or with 1, 3 or 4 channels last, or one text or several.
+        every: Run after every this many epochs; the first time is after epoch ``every``.
         name: The name under which they are logged.
 
     Raises:

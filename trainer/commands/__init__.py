@@ -1,1 +1,1 @@
-"""The command ``trainer``: a file for each of its commands, and `main`, which runs one."""
+"""The command ``trainer``: one file per subcommand, and `main`, which runs one."""

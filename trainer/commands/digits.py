@@ -1,4 +1,4 @@
-"""What ``trainer demo`` trains: a network of two layers on the handwritten digits that scikit-learn brings."""
+"""What ``trainer demo`` trains: a two-layer network on the handwritten digits that come with scikit-learn."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from flax import nnx
 
 
 class Network(nnx.Module):
-    """A hidden layer with dropout, and a linear classifier of ten digits."""
+    """A hidden layer with dropout, and a linear classifier for ten digits."""
 
     def __init__(self, width: int = 256, *, rngs: nnx.Rngs) -> None:
         self.hidden = nnx.Linear(64, width, rngs=rngs)

@@ -17,11 +17,11 @@ from trainer.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FactoryConfig(Config):
-    """A callable of a module that can be imported, and what it is called with.
+    """An importable callable, and its arguments.
 
     Attributes:
-        factory: ``package.module:name``; the name may have dots, as ``models:Network.small``.
-        arguments: Keyword arguments, plain values.
+        factory: ``package.module:name``; the name may contain dots, as in ``models:Network.small``.
+        arguments: Keyword arguments, as plain values.
     """
 
     factory: str
@@ -29,15 +29,15 @@ class FactoryConfig(Config):
 
 
 def import_factory(config: FactoryConfig, field: str) -> Callable[..., Any]:
-    """Imports what a configuration names, and checks that it takes the arguments.
+    """Imports the callable that a configuration names, and checks that it accepts the arguments.
 
     Args:
         config: The name and the arguments.
         field: The field of the configuration, for messages.
 
     Raises:
-        ConfigError: There is no such module or name, or it cannot be called so. The message says what was found. What
-            the module itself raises while it is imported is raised as it is.
+        ConfigError: There is no such module or name, or it cannot be called this way. The message says what was found.
+            Exceptions that the module raises during import propagate unchanged.
     """
     path, where = config.factory, f"`{field}` is {config.factory!r}"
     name, colon, attribute = path.partition(":")
@@ -57,14 +57,14 @@ def import_factory(config: FactoryConfig, field: str) -> Callable[..., Any]:
 
 
 def check_call(called: Callable[..., Any], field: str, config: FactoryConfig, **given: Any) -> dict[str, Any]:
-    """Returns the keyword arguments of a call, of ``given`` those that the callable takes.
+    """Returns the keyword arguments of a call: the configured ones, and those of ``given`` that the callable accepts.
 
     Raises:
-        ConfigError: It does not take the configured arguments, or lacks one.
+        ConfigError: It does not accept the configured arguments, or one is missing.
     """
     try:
         signature = _signature(called)
-    except (TypeError, ValueError):  # some builtins tell none
+    except (TypeError, ValueError):  # some builtins have no signature
         return {**config.arguments, **given}
     taken = signature.parameters
     takes_all = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in taken.values())
@@ -84,14 +84,14 @@ def check_call(called: Callable[..., Any], field: str, config: FactoryConfig, **
 def _signature(called: Callable[..., Any]) -> inspect.Signature:
     if not inspect.isclass(called):
         return inspect.signature(called)
-    # That of the class itself is the one of its metaclass, which takes anything where it is that of nnx.Module.
+    # The signature of the class itself would be that of its metaclass, and the one of nnx.Module accepts anything.
     _, *parameters = inspect.signature(called.__init__).parameters.values()
     return inspect.Signature(parameters)
 
 
 @contextmanager
 def importing_from(*directories: Path) -> Iterator[None]:
-    """Lets modules be imported from directories during the block, before all others, as Python does for a script."""
+    """Puts directories first on the import path during the block, as Python does for a script's directory."""
     before = list(sys.path)
     sys.path[:0] = [str(directory) for directory in directories if str(directory) not in sys.path]
     importlib.invalidate_caches()
@@ -102,7 +102,7 @@ def importing_from(*directories: Path) -> Iterator[None]:
 
 
 def _check_module(name: str, where: str) -> None:
-    """Checks that each part of the path is there, so that an import error of the module's own is not taken for it."""
+    """Checks that each part of the path exists, so that import errors inside the module are not mistaken for that."""
     parent = ""
     for part in name.split("."):
         whole = f"{parent}.{part}" if parent else part
@@ -113,7 +113,7 @@ def _check_module(name: str, where: str) -> None:
             raise ConfigError(
                 f"{where}; there is no module `{whole}`, neither in {listed} nor installed; {did_you_mean(part, near)}"
             )
-        if whole != name:  # a package, which tells where its modules are
+        if whole != name:  # a package, which knows where its modules are
             importlib.import_module(whole)
         parent = whole
 
@@ -121,10 +121,10 @@ def _check_module(name: str, where: str) -> None:
 def _exists(module: str) -> bool:
     try:
         return module in sys.modules or importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # what is before the last dot is no package
+    except ModuleNotFoundError:  # the part before the last dot is not a package
         return False
 
 
 def as_factory(value: Any) -> Any:
-    """Returns the long form of a factory, of which the import path alone is the short one."""
+    """Returns the long form of a factory; the short form is only the import path."""
     return {"factory": value} if isinstance(value, str) else dict(value) if isinstance(value, Mapping) else value

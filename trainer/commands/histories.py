@@ -1,4 +1,4 @@
-"""What a run recorded, read from its directory, a checkpoint or a log, without the model."""
+"""Reads the history of a run from its directory, a checkpoint or a log, without the model."""
 
 import contextlib
 import csv
@@ -26,12 +26,12 @@ _LOGS = (*_JSON_LINES, ".csv")
 def read_rows(path: Path) -> list[Row]:
     """Returns the rows of a history, each with its ``step``.
 
-    Of a directory it is the history in the newest checkpoint that can be read, with the speeds in ``run.json`` and in a
-    log beside it; the rows of the newest log where there is no such checkpoint. Logs are those of `trainer.FileLogger`,
-    or CSV with a column ``step``: ``train/loss`` is ``loss`` there, ``val/loss`` is ``val_loss``.
+    For a directory, this is the history in the newest readable checkpoint, with the speeds from ``run.json`` and from
+    a log beside it; without such a checkpoint, the rows of the newest log. Logs are those of `trainer.FileLogger`,
+    or CSV with a column ``step``: ``train/loss`` becomes ``loss``, and ``val/loss`` becomes ``val_loss``.
 
     Raises:
-        ArgumentError: There is nothing of that kind.
+        ArgumentError: The path has no history.
         CheckpointError: A checkpoint cannot be read.
     """
     if path.suffix.lower() in _LOGS and path.is_file():
@@ -55,9 +55,9 @@ def read_rows(path: Path) -> list[Row]:
             for row in logged
             if any(name.startswith(SPEED) for name in row)
         ]
-        with contextlib.suppress(OSError, ValueError):  # a file of another kind, which `trainer inspect` tells of
+        with contextlib.suppress(OSError, ValueError):  # a file of another kind; `trainer inspect` reports it
             if known := speed_rows(read_speeds(path / RUN_FILE, run)):
-                # Those of a log count epochs in which was compiled, too.
+                # The speeds in a log include epochs with compilations.
                 speeds = [{key: row[key] for key in row if key != STEPS_PER_SECOND} for row in speeds]
                 speeds += [dict(row) for row in known]
         last = rows[-1]["step"]
@@ -71,10 +71,10 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def labelled(paths: Sequence[Path]) -> dict[str, Path]:
-    """Returns paths by labels: the shortest ends of their names that tell them apart.
+    """Returns paths by label: the shortest suffixes of the paths that are unique.
 
     Raises:
-        ArgumentError: Two are the same.
+        ArgumentError: Two paths are the same.
     """
     whole = [path.absolute().parts for path in paths]
     if len(set(whole)) < len(whole):
@@ -87,7 +87,7 @@ def labelled(paths: Sequence[Path]) -> dict[str, Path]:
 
 
 def _run_of(path: Path) -> str:
-    """Returns the id of the run that wrote a checkpoint; empty where the checkpoint does not tell."""
+    """Returns the id of the run that wrote a checkpoint; empty if the checkpoint has none."""
     with open_source(path) as source:
         return str(source.info.get("run", ""))
 
@@ -136,7 +136,7 @@ def _objects(lines: Iterable[str]) -> Iterable[Row]:
     for line in lines:
         try:
             found = json.loads(line)
-        except (ValueError, RecursionError):  # the last line, while it is written
+        except (ValueError, RecursionError):  # the last line, while it is being written
             continue
         if isinstance(found, dict):
             yield found

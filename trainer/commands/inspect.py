@@ -1,4 +1,4 @@
-"""``trainer inspect``: what a checkpoint or a run directory holds, read without the model."""
+"""``trainer inspect``: shows what a checkpoint or a run directory holds, without the model."""
 
 import argparse
 import os
@@ -34,7 +34,7 @@ def run(options: argparse.Namespace, out: TextIO) -> None:
 
 
 def is_run_directory(path: Path) -> bool:
-    """Tells a run directory, with its ``run.json`` or with checkpoints of default names, from one of Orbax."""
+    """Returns whether a path is a run directory (``run.json``, or default checkpoint names), not an Orbax one."""
     return path.is_dir() and not (path / "about").exists() and bool((path / RUN_FILE).exists() or entries_in(path))
 
 
@@ -43,7 +43,7 @@ def inspect_run(path: Path, *, verify: bool = False, out: TextIO) -> None:
 
     Args:
         path: The directory.
-        verify: Whether to read all checkpoints and compare their checksums.
+        verify: Whether to read all checkpoints and verify their checksums.
         out: Where to print.
 
     Raises:
@@ -106,7 +106,7 @@ def _about_run(starts: list[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
 
 
 def _settings(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields the settings of a configuration by their dotted names; those that are empty are left out."""
+    """Yields the non-empty settings of a configuration by dotted name."""
     for name, value in _mapping(config).items():
         dotted = f"{path}.{name}" if path else str(name)
         if isinstance(value, Mapping):
@@ -124,11 +124,11 @@ def _files(path: Path) -> Iterator[Path]:
 
 
 def inspect(path: str | os.PathLike[str], *, verify: bool = False, out: TextIO) -> None:
-    """Prints the information of a checkpoint, its tree of arrays with shapes, dtypes and sizes, and the total size.
+    """Prints the metadata of a checkpoint, its tree of arrays with shapes, dtypes and sizes, and the total size.
 
     Args:
         path: The checkpoint.
-        verify: Whether to read the arrays and compare their checksums.
+        verify: Whether to read the arrays and verify their checksums.
         out: Where to print.
 
     Raises:
@@ -136,7 +136,7 @@ def inspect(path: str | os.PathLike[str], *, verify: bool = False, out: TextIO) 
     """
     with open_source(path) as source:
         for name, value in source.info.items():
-            if name != "containers":  # the first files have a long entry of this name that nothing reads any more
+            if name != "containers":  # a long entry of the earliest files, which nothing reads any more
                 print(f"{printable(name):<10}{shown(value)}", file=out)
         print(file=out)
         before: tuple[str | int, ...] = ()

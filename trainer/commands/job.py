@@ -1,8 +1,8 @@
-"""`JobConfig`: a training run as a YAML file and ``key=value`` on the command line describe it.
+"""`JobConfig`: a training run described by a YAML file, and by ``key=value`` overrides on the command line.
 
-It is a `trainer.TrainingConfig` with the names of Python callables for what no file can hold. `Config.from_dict` checks
-types and suggests names already, and a file, a checkpoint and ``run.json`` have the same fields; the overrides are one
-function here. jsonargparse, tyro and draccus would each bring a second set of rules for types and messages.
+It is a `trainer.TrainingConfig` plus the import paths of Python callables, which a file cannot hold. `Config.from_dict`
+already checks types and suggests names, and a file, a checkpoint and ``run.json`` have the same fields; the overrides
+are one function here. jsonargparse, tyro and draccus would each add a second set of rules for types and messages.
 
     model: digits:ConvNet              # called with rngs, returns the module
     data: digits:digits                # returns (train_data, val_data), as for Trainer.train
@@ -13,8 +13,8 @@ function here. jsonargparse, tyro and draccus would each bring a second set of r
     optimizer: {optimizer_type: adamw, learning_rate: 3.0e-3}
 
 A factory with arguments is ``model: {factory: digits:ConvNet, arguments: {width: 32}}``; an objective is bound to its
-arguments by `functools.partial`. Modules are found in the folder of the file, then in the current one, then wherever
-Python looks.
+arguments by `functools.partial`. Modules are looked up in the directory of the file, then in the current one, then on
+Python's path.
 """
 
 import contextlib
@@ -43,19 +43,19 @@ _OPTIONS = {
     *("nonfinite", "report", "accumulate_steps", "pad_to", "prefetch", "precision", "remat"),
     *("steps_per_call", "handle_signals"),
 }
-"""The arguments of `trainer.Trainer` that are plain values and no field of the configuration."""
+"""The arguments of `trainer.Trainer` that are plain values and not fields of the configuration."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JobConfig(TrainingConfig):
-    """What ``trainer train`` runs: a configuration, with the callables that a trainer needs by import path.
+    """The job of ``trainer train``: a configuration, plus the callables that a trainer needs, by import path.
 
     Attributes:
-        model: Called with ``rngs``, if it takes that, and its arguments; returns an ``nnx.Module``.
+        model: Called with ``rngs``, if it accepts that, and its arguments; returns an ``nnx.Module``.
         data: Called with its arguments; returns ``(train_data, val_data)``, each as for `trainer.Trainer.train`, the
             latter None for no validation.
         objective: The objective itself, see `trainer.LossFn`, bound to its arguments.
-        workdir: The directory of the run; ``runs/`` and the name of the file if left out.
+        workdir: The directory of the run; ``runs/`` plus the name of the file if left out.
         val_interval: Validate at multiples of this step, and at the end of every epoch.
         seed: Seeds the initial params, and the key of the run.
         mesh: Names and sizes of the axes of a mesh, see `trainer.make_mesh`; one device if left out.
@@ -83,11 +83,11 @@ class JobConfig(TrainingConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A job whose callables are imported.
+    """A job that can import its callables.
 
     Attributes:
         config: The configuration.
-        folders: Where modules are looked for first.
+        folders: The directories where modules are looked up first.
     """
 
     config: JobConfig
@@ -98,7 +98,7 @@ class Job:
         """Returns the job in a YAML file, with some fields replaced.
 
         Raises:
-            ConfigError: The file cannot be read as one, or an override or a field cannot be used.
+            ConfigError: The file is not readable as YAML, or an override or a field is invalid.
         """
         data = _plain(path.read_text(encoding="utf-8"), f"`{path}`")
         if not isinstance(data, Mapping):
@@ -114,7 +114,7 @@ class Job:
         """Makes the trainer, the training data and the validation data; closes the trainer after the block.
 
         Args:
-            options: Arguments of `trainer.Trainer` beside those of the configuration.
+            options: Arguments of `trainer.Trainer` in addition to those of the configuration.
 
         Raises:
             ConfigError: A callable cannot be imported or called as configured, or returned something else.
@@ -171,7 +171,7 @@ def _with_override(data: dict[str, Any], override: str) -> dict[str, Any]:
 
 
 def _plain(text: str, name: str) -> Any:
-    """Returns the plain values of a YAML text, with an error of one line where it is none."""
+    """Returns the plain values of a YAML text; invalid YAML raises a one-line error."""
     try:
         return load_yaml(text, name)
     except yaml.YAMLError as error:

@@ -1,4 +1,4 @@
-"""`main`: reads the command line, runs a command, and turns what it raises into a line of text and an exit status."""
+"""`main`: parses the command line, runs a command, and turns exceptions into a line of text and an exit status."""
 
 import argparse
 import io
@@ -13,10 +13,10 @@ from trainer.commands.text import printable
 from trainer.errors import TrainerError, TrainingInterrupted
 
 _BROKEN_PIPE = 141
-"""The exit status of a command that SIGPIPE ends, 128 + 13."""
+"""The exit status of a command ended by SIGPIPE, 128 + 13."""
 
 _INTERRUPTED = 130
-"""That of a command that Ctrl-C ends, 128 + 2."""
+"""The exit status of a command ended by Ctrl-C, 128 + 2."""
 
 _STATUS = """\
 exit status:
@@ -47,12 +47,12 @@ def main(arguments: Sequence[str] | None = None, out: TextIO | None = None) -> i
     if out is None:
         out = sys.stdout
         if isinstance(out, io.TextIOWrapper):
-            out.reconfigure(errors="backslashreplace")  # a terminal may lack the letters of a name
+            out.reconfigure(errors="backslashreplace")  # a terminal may lack the characters of a name
     try:
         options.run(options, out)
         out.flush()
-    except BrokenPipeError:  # the reader has seen enough, as `head` has
-        # What is still in the buffer goes nowhere, or the interpreter would complain when it flushes it at its exit.
+    except BrokenPipeError:  # the reader has stopped reading, as `head` does
+        # Discard what is still in the buffer, or the interpreter would report an error when flushing it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BROKEN_PIPE
     except KeyboardInterrupt as interruption:
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None, out: TextIO | None = None) -> i
 
 
 def _take_overrides(parser: argparse.ArgumentParser, options: argparse.Namespace, rest: list[str]) -> None:
-    """Adds what argparse does not take: words of a list that is interrupted by an option."""
+    """Adds the arguments that argparse leaves over: list items that come after an option in between."""
     if any(word.startswith("-") for word in rest) or (rest and not hasattr(options, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     for word in rest:
@@ -78,7 +78,7 @@ def _take_overrides(parser: argparse.ArgumentParser, options: argparse.Namespace
 
 
 def _failed(error: BaseException, status: int, text: str = "") -> int:
-    # Those of JAX, about its frames in a traceback, have several lines.
+    # JAX notes about frames in the traceback have several lines.
     notes = [note for note in getattr(error, "__notes__", []) if "\n" not in note]
     print("; ".join(printable(part) for part in (text or str(error), *notes)), file=sys.stderr)
     return status

@@ -1,4 +1,4 @@
-"""``trainer plan``: compiles the step of a configuration and prints what it costs, without training."""
+"""``trainer plan``: compiles the step of a configuration and prints its cost, without training."""
 
 import argparse
 import dataclasses
@@ -56,6 +56,6 @@ def _use_devices(count: int) -> None:
     try:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError as error:  # JAX has started, in the process of a caller
+    except RuntimeError as error:  # JAX is already initialized in the caller's process
         if len(jax.devices()) != count:
             raise ArgumentError(f"`--devices` is {count}, but JAX has started with {len(jax.devices())}.") from error

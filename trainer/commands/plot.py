@@ -1,4 +1,4 @@
-"""``trainer plot``: draws what runs recorded, over each other, into a file or into the terminal."""
+"""``trainer plot``: plots the histories of runs over each other, into a file or in the terminal."""
 
 import argparse
 import shutil
@@ -42,7 +42,7 @@ def run(options: argparse.Namespace, out: TextIO) -> None:
 
 
 def has_braille(out: TextIO) -> bool:
-    """Tells whether a stream takes the letters of Braille."""
+    """Returns whether the encoding of a stream has Braille characters."""
     try:
         "\u28ff".encode(getattr(out, "encoding", None) or sys.getdefaultencoding())
     except (LookupError, UnicodeEncodeError):

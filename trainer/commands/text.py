@@ -1,4 +1,4 @@
-"""Texts that every command prints: names without control characters, sizes in units, examples in the help."""
+"""Text helpers of all commands: names without control characters, sizes with units, examples in the help."""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ from trainer.checkpoints.plain_values import bytes_to_json, to_plain
 
 
 def human_size(size: int) -> str:
-    """Formats a number of bytes, ``1.5 MiB``."""
+    """Formats a number of bytes, such as ``1.5 MiB``."""
     amount, units = float(size), iter(("B", "KiB", "MiB", "GiB", "TiB"))
     unit = next(units)
     while amount >= 1024 and unit != "TiB":
@@ -18,7 +18,7 @@ def human_size(size: int) -> str:
 
 
 def shown(value: Any) -> str:
-    """Formats a plain value: a text or a number as it is, anything else as JSON."""
+    """Formats a plain value: a string or a number unchanged, anything else as JSON."""
     if isinstance(value, str | int | float):
         return printable(str(value))
     return printable(json.dumps(to_plain(value, "info"), default=bytes_to_json, ensure_ascii=False))

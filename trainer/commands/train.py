@@ -1,4 +1,4 @@
-"""``trainer train``: trains what a configuration describes."""
+"""``trainer train``: runs the training that a configuration describes."""
 
 import argparse
 import contextlib
@@ -11,7 +11,7 @@ from typing import Any, TextIO
 from trainer.commands.text import add_command, printable
 
 LOG = "log.jsonl"
-"""The log in the directory of a run, which has what its history lacks: speeds and texts."""
+"""The log in the directory of a run; it has what the history lacks: speeds and texts."""
 
 _EXAMPLE = """\
   trainer train examples/digits.yaml optimizer.learning_rate=1e-3 num_epochs=20
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace, out: TextIO) -> None:
 
 
 def train_job(job: Any, out: TextIO, *, resume: bool = False, quiet: bool = False) -> dict[str, float]:
-    """Trains a job in its directory, prints what came of it, and returns that."""
+    """Trains a job in its directory, prints the result, and returns it."""
     from trainer.loggers import FileLogger
 
     config = job.config
@@ -76,7 +76,7 @@ def train_job(job: Any, out: TextIO, *, resume: bool = False, quiet: bool = Fals
 
 @contextlib.contextmanager
 def plain_warnings() -> Iterator[None]:
-    """Shows warnings as lines for people during the block, without the place in the code of this command."""
+    """Shows warnings as readable lines during the block, without the location in this command's code."""
 
     def show(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
         del category, filename, lineno, file, line
@@ -88,7 +88,7 @@ def plain_warnings() -> Iterator[None]:
 
 
 def override(text: str) -> str:
-    """Checks a word of the command line that replaces a field; raises `argparse.ArgumentTypeError`."""
+    """Checks a command-line argument that overrides a field; raises `argparse.ArgumentTypeError`."""
     name, equals, _ = text.partition("=")
     if not equals or not all(name.split(".")):
         raise argparse.ArgumentTypeError(f"{text!r} is no KEY=VALUE, such as optimizer.learning_rate=1e-3")

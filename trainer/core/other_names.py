@@ -1,7 +1,7 @@
-"""Names that other trainers have for what this library calls otherwise, and the errors that tell its own.
+"""Names from other training libraries, and the errors that give the equivalent name here.
 
-Keras, Lightning and Hugging Face taught people names. Each that they are likely to type here has a line: what to write
-in its place. A name that is not in the tables is Python's business.
+Users know names from Keras, Lightning and Hugging Face. Each name that they are likely to type here has an entry: what
+to write instead. For any other name, Python raises its usual error.
 """
 
 import functools
@@ -61,7 +61,7 @@ NAMES = {
     "seed_everything": _SEED,
     "set_random_seed": _SEED,
 }
-"""What is imported from other trainers, and what to import or write here."""
+"""Names imported from other libraries, and what to import or write here."""
 
 ATTRIBUTES = {
     "callback_metrics": "`run.average.compute()` of the epoch, and `run.validation.averages`; `history` has all",
@@ -85,7 +85,7 @@ ATTRIBUTES = {
     "train_on_batch": "`train_step(batch)`",
     "validate": "`evaluate(data, batch_size)`",
 }
-"""What is asked of a trainer of others, and of this one."""
+"""Attributes of trainers in other libraries, and what to use here."""
 
 _OF_TRAINER = {
     "accelerator": _DEVICES,
@@ -184,21 +184,21 @@ ARGUMENTS: dict[str, Mapping[str, str]] = {
     "ModelCheckpoint": _OF_MODEL_CHECKPOINT,
     "ReduceLROnPlateau": {"verbose": _SILENT, "min_learning_rate": "`min_lr`", "threshold": "`min_delta`"},
 }
-"""By what is called, the keyword arguments that it has elsewhere, and what to pass here."""
+"""By callable: the keyword arguments that it has in other libraries, and what to pass here."""
 
 PRECISIONS = {
     **dict.fromkeys(("bf16", "bf16-mixed", "bf16-true", "mixed_bfloat16"), "bfloat16"),
     **dict.fromkeys(("fp16", "16", "16-mixed", "16-true", "mixed_float16"), "float16"),
     **dict.fromkeys(("fp32", "32", "32-true"), "float32"),
 }
-"""Names of a precision elsewhere, and the dtype to name here."""
+"""Names of precisions in other libraries, and the dtype to pass here."""
 
 
 def takes_no(owner: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Returns a decorator: keyword arguments that ``owner`` has elsewhere raise, and the error says what to pass.
+    """Returns a decorator: keyword arguments from another library's ``owner`` raise an error that says what to pass.
 
-    The signature stays, and so does every other error. Only names of arguments are looked at, once a call, so it is
-    meant for constructors and for what is called once in a run.
+    The signature and all other errors stay the same. It checks only argument names, once per call, so it is
+    meant for constructors and for functions that are called once in a run.
 
     Args:
         owner: A key of `ARGUMENTS`.
@@ -220,9 +220,9 @@ def takes_no(owner: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 def missing_attribute(owner: Any, name: str) -> Any:
-    """Raises what ``owner.name`` raises, which does not exist; of a name in `ATTRIBUTES` it says what there is.
+    """Raises the AttributeError of ``owner.name``; for a name in `ATTRIBUTES` it gives the equivalent here.
 
-    For ``__getattr__``, which Python calls as well where a property raised AttributeError: that is raised again.
+    For ``__getattr__``. Python also calls that if a property raised AttributeError; that error is raised again.
     """
     if name in ATTRIBUTES:
         kind = type(owner).__name__

@@ -1,1 +1,1 @@
-"""What is composed with a step: averages of params, groups, low-rank adaptation; and what is asked of a model."""
+"""Features composed with a step (averaged params, param groups, LoRA), and tools that inspect a model."""

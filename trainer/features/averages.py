@@ -1,15 +1,15 @@
-"""Averages of params: optax transformations that keep one, and the functions that find it again.
+"""Averaged params: optax transformations that keep an average, and functions that extract it from the state.
 
-Each is the last of a chain. It leaves the updates as they are, and averages the params that come of them::
+Each is the last transformation of a chain. It leaves the updates unchanged, and averages the updated params::
 
     optimizer = optax.chain(optax.adam(1e-3), ema_of_params(0.999))
     evaluate = make_eval_step(loss_fn, eval_params=averaged_params)
 
-which is what ``Trainer(..., params_average=ema_of_params(0.999))`` does. An average is kept in float32 where the params
-have fewer bits, else in their dtype: bfloat16 has steps of 1/256, and would lose a change of 1/1000 altogether.
+``Trainer(..., params_average=ema_of_params(0.999))`` does the same. An average is kept in float32 if the params have
+fewer bits, else in their dtype: bfloat16 has a relative precision of 1/256, so a change of 1/1000 would be lost.
 
-Inside `optax.MultiSteps` an average sees the real updates only. Behind it, also as ``params_average``, it sees every
-micro-batch: the same params once for each, a shorter memory for the same ``decay``.
+Inside `optax.MultiSteps` an average sees only the real updates. After it, also as ``params_average``, it sees every
+micro-batch, with the same params each time: a shorter memory for the same ``decay``.
 """
 
 from typing import Any, NamedTuple
@@ -29,9 +29,9 @@ class EmaOfParamsState(NamedTuple):
     """The state of `ema_of_params`.
 
     Attributes:
-        num_updates: The updates so far, an int32 scalar.
-        weight: The sum of the weights of the params in ``average``, before they are scaled to 1; a float32 scalar.
-        average: The average, corrected for its bias; a tree like the params.
+        num_updates: The number of updates so far, an int32 scalar.
+        weight: The sum of the weights of the params in ``average``, before normalization to 1; a float32 scalar.
+        average: The bias-corrected average; a pytree like the params.
     """
 
     num_updates: jax.Array
@@ -43,8 +43,8 @@ class PolyakAverageState(NamedTuple):
     """The state of `polyak_average`.
 
     Attributes:
-        num_updates: The updates so far, an int32 scalar.
-        average: The average, a tree like the params.
+        num_updates: The number of updates so far, an int32 scalar.
+        average: The average, a pytree like the params.
     """
 
     num_updates: jax.Array
@@ -63,13 +63,13 @@ def ema_of_params(
         average_t = m_t / (1 - Π_{i≤t} β_i)
 
     The division corrects the bias towards m_0 = 0, as in Adam (Kingma and Ba, https://arxiv.org/abs/1412.6980, section
-    3). What is kept is average_t itself, in the form a + (θ - a) · c, which does not move while the params do not.
+    3). The state holds average_t itself, updated as a + (θ - a) · c, which is exactly constant if the params are.
     The warm-up is that of TensorFlow's ``ExponentialMovingAverage`` for ω = 10, where t - 1 is its number of updates.
 
     Args:
-        decay: β, at least 0 and less than 1; 1 / (1 - β) updates are what it remembers.
-        debias: If False, the average starts from the initial params, m_0 = θ_0, and nothing is divided.
-        warmup: ω, at least 0. The decay begins at 1 / ω; 0 and 1 mean that it is β from the start.
+        decay: β, at least 0 and less than 1; the average spans about 1 / (1 - β) updates.
+        debias: If False, the average starts from the initial params, m_0 = θ_0, without the division.
+        warmup: ω, at least 0. The decay starts at 1 / ω; with 0 or 1 it is β from the start.
 
     Returns:
         A transformation whose state is an `EmaOfParamsState`. Before the first update its average is the initial
@@ -77,7 +77,7 @@ def ema_of_params(
 
     Raises:
         ArgumentTypeError: An argument is not a number.
-        ArgumentError: It is out of range. ``update`` raises it if it is not given the params.
+        ArgumentError: It is out of range. ``update`` raises it if ``params`` is missing.
 
     Example:
         >>> optimizer = optax.chain(optax.sgd(1.0), ema_of_params(0.5))
@@ -99,7 +99,7 @@ def ema_of_params(
     def update(updates: Any, state: EmaOfParamsState, params: Any = None, **extra: Any) -> tuple[Any, EmaOfParamsState]:
         del extra
         after = _updated(params, updates, "ema_of_params")
-        # 1 - β_t, not from a β_t in float32, which for β = 0.9999 would be off in the fourth digit.
+        # 1 - β_t, computed without rounding β_t to float32 first: for β = 0.9999 the fourth digit would be wrong.
         start, before = jnp.asarray(warmup, jnp.float32), state.num_updates.astype(jnp.float32)
         gain = jnp.maximum(jnp.asarray(1 - decay, jnp.float32), (start - 1) / jnp.maximum(start + before, 1))
         weight = state.weight + gain * (1 - state.weight)
@@ -120,14 +120,14 @@ def polyak_average(start_step: int = 0) -> optax.GradientTransformationExtraArgs
     a + (θ - a) / (t - s).
 
     Args:
-        start_step: s, the updates at the beginning that are left out, such as those before the loss is flat.
+        start_step: s, the number of initial updates to leave out, such as those before the loss is flat.
 
     Returns:
         A transformation whose state is a `PolyakAverageState`.
 
     Raises:
         ArgumentTypeError: ``start_step`` is not an integer.
-        ArgumentError: It is negative. ``update`` raises it if it is not given the params.
+        ArgumentError: It is negative. ``update`` raises it if ``params`` is missing.
     """
     if isinstance(start_step, bool) or not hasattr(start_step, "__index__"):
         raise ArgumentTypeError(
@@ -153,16 +153,16 @@ def polyak_average(start_step: int = 0) -> optax.GradientTransformationExtraArgs
 
 
 def averaged_params(opt_state: Any, params: Any) -> Any:
-    """Returns the average that an optimizer keeps, to be the ``eval_params`` of a step or of a `Trainer`.
+    """Returns the average that an optimizer keeps, for use as the ``eval_params`` of a step or of a `Trainer`.
 
     Args:
-        opt_state: The state of an optimizer with one `ema_of_params` or `polyak_average`, wherever it is: in a chain,
+        opt_state: The state of an optimizer with one `ema_of_params` or `polyak_average`, at any level: in a chain,
             in `optax.MultiSteps`, `optax.inject_hyperparams`, `trainer.by_group` or another transformation.
-        params: The params. Those that the average leaves out, because it is in a group of others, are returned as
-            they are.
+        params: The params. Params that the average does not cover, because they are in another group, are returned
+            unchanged.
 
     Returns:
-        A tree like ``params``, in their dtypes. With `optax.lookahead` it is the average of the fast params.
+        A pytree like ``params``, in their dtypes. With `optax.lookahead` it is the average of the fast params.
 
     Raises:
         ArgumentError: There is no average, or more than one.
@@ -189,9 +189,9 @@ def with_averaged_params(state: TrainState) -> TrainState:
     """Returns a state whose params are the average that its optimizer keeps, to export or to continue from.
 
     ``save_state("averaged.safetensors", with_averaged_params(trainer.state))`` writes the average, ``save_state(...,
-    trainer.state)`` the params that are trained. Everything else is that of ``state``: batch statistics too, which are
-    those of the trained params. The params are copies, the rest is shared, so a step may consume one of the two states:
-    ``trainer.state = with_averaged_params(trainer.state)`` continues from the average.
+    trainer.state)`` the trained params. Everything else is that of ``state``, including the batch statistics, which
+    belong to the trained params. The params are copies and the rest is shared, so a step may consume only one of the
+    two states: ``trainer.state = with_averaged_params(trainer.state)`` continues from the average.
 
     Raises:
         ArgumentError: The optimizer keeps no average, or more than one.
@@ -216,18 +216,18 @@ def _updated(params: Any, updates: Any, name: str) -> Any:
         raise ArgumentError(
             f"`params` were not given to {name}: it averages them, so pass update(updates, state, params)."
         )
-    if isinstance(params, optax.LookaheadParams):  # updates are such a pair as well
+    if isinstance(params, optax.LookaheadParams):  # updates are such a pair too
         return optax.LookaheadParams(*(optax.apply_updates(*pair) for pair in zip(params, updates, strict=True)))
     return optax.apply_updates(params, updates)
 
 
 def _moved(average: Any, params: Any, rate: jax.Array) -> Any:
-    """Returns the average, moved towards the params; at a rate of one it is the params, without rounding."""
+    """Returns the average, moved towards the params; at a rate of one it equals the params exactly."""
 
     def move(mean: jax.Array, leaf: jax.Array) -> jax.Array:
         if leaf.dtype != mean.dtype:
-            # XLA may skip the rounding of a sum that is widened at once, and the average would be that of other params
-            # than the step returns.
+            # XLA may skip the rounding of a sum that is widened immediately; the average would then be of params that
+            # differ from those the step returns.
             about: Any = jnp.finfo(leaf.dtype)  # type: ignore[no-untyped-call]
             leaf = jax.lax.reduce_precision(leaf, about.nexp, about.nmant).astype(mean.dtype)
         moved: jax.Array = mean + (leaf - mean) * rate.astype(mean.dtype)

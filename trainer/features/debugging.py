@@ -1,4 +1,4 @@
-"""Where a step goes wrong: checks of the caller's own, and the origin of NaN."""
+"""Locates errors in a step: the caller's own checks, and the origin of NaN."""
 
 import contextlib
 import contextvars
@@ -32,24 +32,24 @@ def make_check_step(
     extensions: Mapping[str, ExtensionLike] | None = None,
     precision: str | Precision | None = None,
 ) -> Callable[[TrainState, Batch], None]:
-    """Makes the function that looks for what is wrong in a step, before it is made; ``debug=True`` of a `Trainer`.
+    """Makes a function that checks a step before it is applied; ``debug=True`` of a `Trainer` uses it.
 
     It computes the loss and the gradient of a batch, as a step does, with the checks of ``jax.experimental.checkify``
-    compiled in, waits for them, and changes nothing. A step takes two to three times as long with it, a small
-    one up to five.
+    compiled in. It waits for the result and changes nothing. With it, a step takes two to three times as long, a small
+    step up to five.
 
     Args:
         loss_fn, wrt, extensions, precision: As for `make_train_step`.
 
     Returns:
-        ``check(state, batch)``, to be called as it is and not within ``jit``.
+        ``check(state, batch)``, to be called directly, not inside ``jit``.
 
-        * A failed ``checkify.check`` or ``checkify.debug_check`` of the objective or the model raises the error of
-          checkify, with the number of the step. Without this function ``debug_check`` does nothing and costs nothing.
-          (Index checks of checkify are left out: they also fire where ``mode="fill"`` or ``"drop"`` was meant.)
-        * Where the loss or a gradient is NaN or infinite it raises `NonFiniteError`, which names where that began: a
-          leaf of the batch and its row, a parameter, the path of the module that made it in the forward or in the
-          backward pass, or the objective itself; and for NaN the operation and its line.
+        * A failed ``checkify.check`` or ``checkify.debug_check`` in the objective or the model raises the error of
+          checkify, with the step number. Without this function ``debug_check`` does nothing and costs nothing.
+          (checkify's index checks are left out: they also fire where ``mode="fill"`` or ``"drop"`` is intended.)
+        * If the loss or a gradient is NaN or infinite it raises `NonFiniteError`, which names the origin: a batch leaf
+          and its row, a param, the path of the module that produced it in the forward or backward pass, or the
+          objective itself; and for NaN also the operation and its line.
 
     Example:
         >>> import optax
@@ -83,7 +83,7 @@ def make_check_step(
     def evaluated(objective: Objective, state: TrainState, batch: Batch) -> tuple[jax.Array, Any]:
         rng = jax.random.fold_in(state.rng, state.step)
         (loss, _), grads = jax.value_and_grad(objective, has_aux=True)(state.params, state, batch, rng)
-        # With a loss scale a gradient may overflow: the step is left out then, and the scale adapted.
+        # With a loss scale a gradient may overflow: then the step is skipped and the scale adapted.
         return loss, {} if has_scale else grads
 
     plain = functools.partial(evaluated, made())
@@ -114,7 +114,7 @@ def make_check_step(
 
 
 def make_check_own_step(step_fn: Callable[[TrainState, Batch], Any]) -> Callable[[TrainState, Batch], None]:
-    """Makes the same for a step of the caller's, of which no objective is known: only the operation can be named."""
+    """Makes the same for the caller's own step: its objective is unknown, so only the operation can be named."""
     checked = jax.jit(checkify.checkify(step_fn, errors=_CHECKS))
     nan_checked = jax.jit(checkify.checkify(step_fn, errors=checkify.nan_checks))
 
@@ -138,7 +138,7 @@ def make_check_own_step(step_fn: Callable[[TrainState, Batch], Any]) -> Callable
 
 
 def _throw(error: Any, step: int) -> None:
-    """Raises what a check of checkify found, with the number of the step."""
+    """Raises the error that checkify found, with the step number."""
     try:
         error.throw()
     except Exception as failure:
@@ -148,7 +148,7 @@ def _throw(error: Any, step: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """A call of a module, in the order of their ends."""
+    """A call of a module; calls are ordered by when they end."""
 
     path: str
     kind: str
@@ -157,14 +157,14 @@ class _Call:
 
 
 class _Recording:
-    """What the modules of one forward and backward pass have made."""
+    """The finiteness of module inputs, outputs and cotangents in one forward and backward pass."""
 
     def __init__(self) -> None:
         self.paths: dict[int, str] = {}
         self.forward: list[_Call] = []
         self.backward: dict[int, list[Any]] = {}
-        """By the number of a call: its path, its class, and whether the cotangents of its outputs and of its inputs
-        are finite; those that nobody asked for count as finite."""
+        """By call number: its path, its class, and whether the cotangents of its outputs and of its inputs are finite;
+        cotangents that were never computed count as finite."""
 
 
 _RECORDING: contextvars.ContextVar[_Recording] = contextvars.ContextVar("recording")
@@ -172,7 +172,7 @@ _RECORDING: contextvars.ContextVar[_Recording] = contextvars.ContextVar("recordi
 
 @contextlib.contextmanager
 def _probing(model: Any) -> Iterator[None]:
-    """A view in which every call of a module is recorded."""
+    """A context in which every module call is recorded."""
     modules = modules_of(model)
     recording = _RECORDING.get()
     recording.paths = {id(module): "/".join(map(str, path)) for path, module in modules.items()}
@@ -199,7 +199,7 @@ def _note(recording: _Recording, number: int, place: int, is_finite: bool) -> No
 
 
 def _watched(tree: Any, forward: Callable[[bool], None], backward: Callable[[bool], None]) -> Any:
-    """Returns a tree whose floating arrays tell whether they, and later their cotangents, are finite."""
+    """Returns a pytree whose floating-point arrays report whether they, and later their cotangents, are finite."""
 
     @jax.custom_vjp
     def told(array: jax.Array) -> jax.Array:
@@ -219,7 +219,7 @@ def _watched(tree: Any, forward: Callable[[bool], None], backward: Callable[[boo
 
 
 def _sentence(operation: str) -> str:
-    """Returns what checkify says of an operation, as one sentence: "nan generated by primitive: log."."""
+    """Returns checkify's message about an operation as one sentence: "nan generated by primitive: log."."""
     said = operation.splitlines()[0].strip().rstrip(".")
     return said[:1].upper() + said[1:].replace("primitive:", "the operation") + "."
 
@@ -233,7 +233,7 @@ def _is_floating(leaf: Any) -> bool:
 
 
 def _is_finite(leaf: Any) -> bool:
-    """Tells whether an array is finite; one that is traced, as within `jax.lax.scan`, counts as finite."""
+    """Returns whether an array is finite; a traced one, as inside `jax.lax.scan`, counts as finite."""
     return isinstance(leaf, jax.core.Tracer) or bool(jnp.all(jnp.isfinite(leaf)))
 
 
@@ -242,7 +242,7 @@ def _is_below(path: str, other: str) -> bool:
 
 
 def _origin(state: TrainState, batch: Batch, recording: _Recording) -> str:
-    """Returns in words where the first value that is not finite was made."""
+    """Returns a description of where the first non-finite value was produced."""
     for path, leaf in jax.tree.leaves_with_path(batch):
         if _is_floating(leaf) and not _is_finite(leaf):
             rows = np.argwhere(~np.isfinite(np.asarray(leaf, np.float32)))
@@ -252,7 +252,7 @@ def _origin(state: TrainState, batch: Batch, recording: _Recording) -> str:
         for path, leaf in jax.tree.leaves_with_path(tree):
             if _is_floating(leaf) and not _is_finite(leaf):
                 return f"`{name}/{leaf_path(path)}` was NaN or infinite before"
-    # Calls of inner modules end before the calls that they are a part of, so the first is the innermost.
+    # Calls of inner modules end before the calls that contain them, so the first one is the innermost.
     for call in recording.forward:
         if call.makes_it:
             return f"`{call.path or 'model'}` ({call.kind}) made it of finite inputs"

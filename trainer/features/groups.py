@@ -1,4 +1,4 @@
-"""Groups of params by path: an optimizer, a rate and a decay for each, and a table of them."""
+"""Param groups by path: an optimizer, a learning rate and a weight decay for each, and a table of them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,12 +17,12 @@ _SHOWN = ("learning_rate", "weight_decay")
 
 
 def by_group(groups: Mapping[str, optax.GradientTransformation]) -> optax.GradientTransformationExtraArgs:
-    """Returns an optimizer that updates each group of params by an optimizer of its own.
+    """Returns an optimizer that updates each group of params with its own optimizer.
 
-    A param belongs to the first group whose pattern matches its path, as in `trainer.by_path`. Underneath is
-    `optax.partition`, which optax calls ``multi_transform`` as well: each optimizer sees its own params only, so a
-    norm (of clipping, say) is that of its group. `group_table` shows what is in which group. A rate and a decay for
-    each is::
+    A param belongs to the first group whose pattern matches its path, as in `trainer.by_path`. It uses
+    `optax.partition` (also known as ``multi_transform``): each optimizer sees only its own params, so a
+    norm (for clipping, say) is that of its group. `group_table` shows which group has what. A learning rate and a
+    weight decay per group::
 
         by_group(
             {
@@ -32,18 +32,18 @@ def by_group(groups: Mapping[str, optax.GradientTransformation]) -> optax.Gradie
             }
         )
 
-    A group of ``optax.set_to_zero()`` stands still, and has its gradients computed nevertheless; what ``wrt`` leaves
-    out has none.
+    A group with ``optax.set_to_zero()`` is frozen, but its gradients are still computed; params excluded by ``wrt``
+    have no gradients.
 
     Args:
-        groups: From pattern to optimizer, in the order in which they are tried. ``"*"`` at the end takes the rest.
+        groups: Pattern to optimizer, in the order in which they are tried. ``"*"`` at the end takes the rest.
 
     Returns:
         A transformation whose state has that of each optimizer under its pattern, ``inner_states["encoder/**"]``.
 
-        A rate can be set in a run (`TrainState.with_learning_rate`) where one optimizer keeps it, by
-        `optax.inject_hyperparams`. If several keep one, which is meant is not known: assign to the ``hyperparams`` of
-        each, or keep one rate of which theirs are multiples::
+        A rate can be set during a run (`TrainState.with_learning_rate`) if one optimizer keeps it, through
+        `optax.inject_hyperparams`. If several keep one, it is ambiguous which is meant: assign to the ``hyperparams``
+        of each, or keep one rate and derive the others as multiples::
 
             def make(learning_rate):
                 encoder, rest = optax.adamw(0.1 * learning_rate), optax.adamw(learning_rate)
@@ -52,9 +52,9 @@ def by_group(groups: Mapping[str, optax.GradientTransformation]) -> optax.Gradie
             optimizer = optax.inject_hyperparams(make)(learning_rate=1e-3)
 
     Raises:
-        ArgumentTypeError: ``groups`` is no mapping of patterns to optimizers.
-        ArgumentError: It is empty, or a pattern is no regular expression. ``init`` raises it if a param is in no group,
-            or a group has no param.
+        ArgumentTypeError: ``groups`` is not a mapping of patterns to optimizers.
+        ArgumentError: It is empty, or a pattern is not a valid regular expression. ``init`` raises it if a param is in
+            no group, or a group has no param.
 
     Example:
         >>> params = {"encoder": {"kernel": jnp.zeros((2, 2))}, "head": {"kernel": jnp.zeros((2, 1))}}
@@ -74,17 +74,17 @@ def by_group(groups: Mapping[str, optax.GradientTransformation]) -> optax.Gradie
 
 
 def group_table(params: Any, groups: Mapping[str, optax.GradientTransformation]) -> str:
-    """Returns a table of the groups of `by_group`, to print.
+    """Returns a printable table of the groups of `by_group`.
 
     Args:
         params: A `TrainState`, or its params: nested dicts of arrays or of `jax.ShapeDtypeStruct`.
         groups: As for `by_group`.
 
     Returns:
-        A line for each group, with its number, pattern, arrays, entries and the bytes of its optimizer's state, and a
-        line with the sums. "learning_rate" and "weight_decay" are columns where the optimizer of a group keeps one in
-        its state, by `optax.inject_hyperparams`: the value in the `TrainState`, or the first one where only params are
-        given. A group that keeps none shows "-": ``optax.adamw(1e-3)`` has its rate in a closure, out of reach.
+        A line for each group, with its number, pattern, arrays, entries and the bytes of its optimizer state, and a
+        line with the totals. There are columns "learning_rate" and "weight_decay" if the optimizer of a group keeps
+        them in its state, through `optax.inject_hyperparams`: the value in the `TrainState`, or the initial one if only
+        params are given. Otherwise a group shows "-": ``optax.adamw(1e-3)`` hides its rate in a closure.
 
     Raises:
         ArgumentError: As `by_group` and its ``init``.
@@ -121,7 +121,7 @@ def group_table(params: Any, groups: Mapping[str, optax.GradientTransformation])
 
 
 def _hyperparams(groups: Mapping[str, Any], params: Any, opt_state: Any) -> dict[str, dict[str, str]]:
-    """Returns by pattern and name, as text, the hyperparameters that the optimizers keep in their states."""
+    """Returns the hyperparameters that the optimizers keep in their states, as text, by pattern and name."""
     leaves = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, optax.PartitionState))
     states = [leaf.inner_states for leaf in leaves if isinstance(leaf, optax.PartitionState)]
     inner = next((found for found in states if found.keys() == groups.keys()), None)
@@ -132,7 +132,7 @@ def _hyperparams(groups: Mapping[str, Any], params: Any, opt_state: Any) -> dict
             started = by_group(groups).init(zeros).inner_states
             return {pattern: _kept(state) for pattern, state in started.items()}
 
-        found = jax.jit(begin)()  # XLA leaves out what is not returned, such as the moments
+        found = jax.jit(begin)()  # XLA eliminates what is not returned, such as the moments
     else:
         found = {pattern: _kept(state) for pattern, state in inner.items()}
     return {

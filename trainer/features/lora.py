@@ -28,27 +28,27 @@ def add_lora(
 
         W' = W + α/r · A B,    A: inputs x r,    B: r x outputs
 
-    (Hu et al., https://arxiv.org/abs/2106.09685). B is zero at first, so the model starts equal to the given one, to
-    the bit. ``wrt=nnx.LoRAParam`` trains the factors alone: then W takes neither optimizer memory nor a gradient, as
-    x W + α/r · (x A) B is computed. A convolution computes W' itself, and so the gradient of W', which is as large
+    (Hu et al., https://arxiv.org/abs/2106.09685). B is initially zero, so the model starts bit-identical to the given
+    one. ``wrt=nnx.LoRAParam`` trains only the factors: then W takes neither optimizer memory nor a gradient, since the
+    layer computes x W + α/r · (x A) B. A convolution computes W' itself, and so the gradient of W', which is as large
     as W.
 
-    The layers are `nnx.Linear`, `nnx.LinearGeneral` (the projections of `nnx.MultiHeadAttention`), `nnx.Einsum`,
-    `nnx.Embed` (there A is zero at first), `nnx.Conv`, `nnx.ConvTranspose`, and subclasses that keep their call. The
-    class of the model needs no edit: each layer becomes a subclass of its own class, with `nnx.LoRAParam` ``lora_a``
-    and ``lora_b`` in the dtype of its weights, at least float32. All paths stay what they were.
+    Supported layers are `nnx.Linear`, `nnx.LinearGeneral` (the projections of `nnx.MultiHeadAttention`), `nnx.Einsum`,
+    `nnx.Embed` (there A is initially zero), `nnx.Conv`, `nnx.ConvTranspose`, and subclasses that do not override
+    ``__call__``. The model class needs no edit: each layer becomes an instance of a subclass of its own class, with
+    `nnx.LoRAParam` ``lora_a`` and ``lora_b`` in the dtype of its weights, at least float32. All paths stay the same.
 
     Args:
-        model: The module. It is read, never changed.
+        model: The module. It is not modified.
         rank: r.
-        paths: Patterns of the paths of layers, as in `trainer.by_path`: ``"encoder/**"``, ``["*/query", "*/value"]``.
+        paths: Path patterns of layers, as in `trainer.by_path`: ``"encoder/**"``, ``["*/query", "*/value"]``.
             Every layer by default.
-        alpha: α; ``rank`` if left out, which scales by one.
-        rngs: Where the initial A come from, `nnx.initializers.he_uniform` as in `nnx.LoRA`.
+        alpha: α; ``rank`` if left out, a scale of one.
+        rngs: The source of the initial A, drawn by `nnx.initializers.he_uniform` as in `nnx.LoRA`.
 
     Raises:
-        ArgumentTypeError: An argument is of another type.
-        ArgumentError: One is out of range, a pattern matches no layer, or a layer that it matches has factors already.
+        ArgumentTypeError: An argument has the wrong type.
+        ArgumentError: One is out of range, a pattern matches no layer, or a matching layer already has factors.
 
     Example:
         >>> model = nnx.Sequential(nnx.Linear(8, 16, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(16, 1, rngs=nnx.Rngs(1)))
@@ -87,13 +87,13 @@ def add_lora(
 def merge_lora(model: ModelT) -> ModelT:
     """Returns a copy of a model in its original classes, with W + α/r · A B for the weights of `add_lora`.
 
-    It computes the same within rounding, and exports as the model that `add_lora` was given::
+    It computes the same within rounding, and exports like the original model before `add_lora`::
 
         state = TrainState.create(merge_lora(trainer.model), optax.identity(), rng=jax.random.key(0))
         save_state("merged.safetensors", state)
 
     Raises:
-        ArgumentTypeError: ``model`` is no module.
+        ArgumentTypeError: ``model`` is not a module.
         ArgumentError: No layer has factors of `add_lora`.
     """
     check_model(model)
@@ -107,9 +107,9 @@ def merge_lora(model: ModelT) -> ModelT:
 
 
 class _LowRank(nnx.Module):
-    """What the subclass of a layer has beside the layer.
+    """What the subclass of a layer adds to the layer.
 
-    It is a module itself, since an instance takes another class of the same memory layout only.
+    It is a module itself, since an instance can only change to a class with the same memory layout.
     """
 
     base: ClassVar[type]
@@ -130,7 +130,7 @@ class _LowRank(nnx.Module):
         return self.lora_a[...].astype(dtype), self.lora_b[...].astype(dtype)
 
     def lora_product(self) -> jax.Array:
-        """Returns A B in the shape of the weights; the axes in front are those of stacked layers."""
+        """Returns A B in the shape of the weights; leading axes are those of stacked layers."""
         a, b = self.lora_a[...], self.lora_b[...]
         inputs, outputs = self.lora_axes(self)
         stacked = a.ndim - len(inputs) - 1
@@ -187,7 +187,7 @@ class _LoRAEinsum(_LowRank):
         return tuple(inputs), tuple(axis for axis in range(len(weights)) if axis not in inputs)
 
     def __call__(self, inputs: jax.Array, einsum_str: str | None = None, *args: Any, **kwargs: Any) -> jax.Array:
-        if einsum_str is not None:  # whose letters are others than those by which A and B were made
+        if einsum_str is not None:  # its letters differ from those that A and B were made with
             merged: jax.Array = self.lora_merged()(inputs, einsum_str, *args, **kwargs)
             return merged
         outputs: jax.Array = super().__call__(inputs, None, *args, **kwargs)
@@ -249,10 +249,10 @@ LoRALinear, LoRALinearGeneral, LoRAEinsum, LoRAEmbed, LoRAConv, LoRAConvTranspos
 
 
 def _adaptable(model: nnx.Module) -> dict[str, Any]:
-    """Returns the layers that can be adapted by path, those that have been as well."""
+    """Returns the layers that can be adapted, by path, including those already adapted."""
     layers = {}
     for path, module in nnx.iter_modules(model):
-        if isinstance(module, tuple(_KINDS)) and not isinstance(module, nnx.LoRALinear):  # which has its own factors
+        if isinstance(module, tuple(_KINDS)) and not isinstance(module, nnx.LoRALinear):  # that has its own factors
             layers["/".join(map(str, path))] = module
     return layers
 
@@ -269,7 +269,7 @@ def _adapt(layer: Any, rank: int, scale: float, rngs: nnx.Rngs) -> None:
     dtype = jnp.promote_types(weights.dtype, jnp.float32)
     random = nnx.initializers.he_uniform(batch_axis=tuple(range(lead)))
     shape_a, shape_b = (*stacked, math.prod(sizes_a), rank), (*stacked, rank, math.prod(sizes_b))
-    if isinstance(layer, nnx.Embed):  # an index reads one row, so the inputs are no fan-in
+    if isinstance(layer, nnx.Embed):  # an index reads one row, so the number of inputs is not a fan-in
         a, b = jnp.zeros(shape_a, dtype), nnx.initializers.normal(1.0)(rngs.params(), shape_b, dtype)
     else:
         a, b = random(rngs.params(), shape_a, dtype), jnp.zeros(shape_b, dtype)
@@ -280,7 +280,7 @@ def _adapt(layer: Any, rank: int, scale: float, rngs: nnx.Rngs) -> None:
 
 
 def _merge(layer: Any) -> Any:
-    """Gives a layer the weights W', and its original class back; only its own attributes change."""
+    """Gives a layer the weights W' and restores its original class; only its own attributes change."""
     weights = getattr(layer, layer.weights)
     dtype = jnp.promote_types(weights.dtype, jnp.float32)
     values = weights[...].astype(dtype) + layer.lora_scale * layer.lora_product().astype(dtype)
@@ -292,7 +292,7 @@ def _merge(layer: Any) -> Any:
 
 
 def _letters(equation: str) -> tuple[str, str, str]:
-    """Returns the letters of the inputs, the weights and the outputs of `nnx.Einsum`."""
+    """Returns the index letters of the inputs, the weights and the outputs of `nnx.Einsum`."""
     operands, result = equation.replace(" ", "").split("->")
     operand, weights = operands.split(",")
     return operand, weights, result

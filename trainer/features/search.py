@@ -1,4 +1,4 @@
-"""Finding settings by trying them: the learning rate range test, and the largest batch that fits."""
+"""Searches for settings: the learning rate range test, and the largest batch size that fits."""
 
 import bisect
 import contextlib
@@ -28,13 +28,13 @@ _DIVERGED = 4.0
 
 @dataclasses.dataclass(frozen=True)
 class RateSearch:
-    """What a range test found.
+    """The result of a range test.
 
     Attributes:
-        rates: The learning rates that were tried, ascending.
+        rates: The tested learning rates, ascending.
         losses: The loss of each step, before its update.
-        suggestion: The rate at which the smoothed loss falls fastest, the first tenth of the rates left out, where few
-            batches are averaged; None where it never falls.
+        suggestion: The rate at which the smoothed loss falls fastest, without the first tenth of the rates, where the
+            average covers few batches; None if it never falls.
     """
 
     rates: np.ndarray[Any, Any]
@@ -43,20 +43,20 @@ class RateSearch:
 
     @property
     def smoothed(self) -> np.ndarray[Any, Any]:
-        """The losses, averaged exponentially with bias correction."""
+        """The exponential moving average of the losses, with bias correction."""
         return _smoothed(self.losses)
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         """Draws the loss over the rates, with the suggestion marked.
 
         Args:
-            path: Where to write it, a name in ``.png``, ``.svg`` or ``.pdf``.
+            path: Where to write it: a ``.png``, ``.svg`` or ``.pdf`` file.
 
         Returns:
-            The ``matplotlib.figure.Figure``, which a notebook shows; None where it was written to ``path``.
+            The ``matplotlib.figure.Figure``, which a notebook shows; None if it was written to ``path``.
 
         Raises:
-            ArgumentError: ``path`` has another ending.
+            ArgumentError: ``path`` has another extension.
             ImportError: matplotlib is not installed (the extra ``plot``).
         """
         from trainer.metrics.plots import plot_search
@@ -81,20 +81,20 @@ def find_learning_rate(
     steps: int = 100,
     **options: Any,
 ) -> RateSearch:
-    """Trains a copy of a state for a few steps, each with a larger learning rate than the one before.
+    """Finds a learning rate: trains a copy of a state for a few steps with increasing rates.
 
-    Step i of n has the rate ``low · (high / low)^(i / (n - 1))``. It ends early where the smoothed loss is not finite,
+    Step i of n has the rate ``low · (high / low)^(i / (n - 1))``. It stops early if the smoothed loss is not finite,
     or four times its smallest value so far. This is the range test of Smith 2017, "Cyclical Learning Rates for Training
-    Neural Networks"; as in fastai, the suggestion is where the loss falls fastest by the logarithm of the rate. Take it
-    as the place to start, not as the best.
+    Neural Networks"; as in fastai, the suggestion is where the loss falls fastest over the logarithm of the rate. It is
+    a starting point, not the best rate.
 
     Args:
         loss_fn: The objective.
         make_optimizer: Makes the optimizer, ``make_optimizer(learning_rate=...)``, such as ``optax.adam``.
-        state: The state to start from. It stays as it is; the state of its optimizer is not used.
-        batches: An iterable, which is begun again where it ends.
+        state: The state to start from. It is not modified; its optimizer state is not used.
+        batches: An iterable of batches, restarted when it ends.
         low, high: The first and the last learning rate.
-        steps: How many to try, at least 10.
+        steps: The number of rates to try, at least 10.
         options: Further arguments of `make_train_step`.
 
     Raises:
@@ -118,7 +118,7 @@ def find_learning_rate(
 
 
 def rates_between(low: float, high: float, steps: int) -> np.ndarray[Any, Any]:
-    """Returns the learning rates of a range test, in float64; refused is what cannot be such a test."""
+    """Returns the learning rates of a range test, in float64; invalid arguments are refused."""
     if check_count(steps, "steps") < 10:
         raise ArgumentError(f"`steps` is {steps}; a range test needs at least 10.")
     if not 0 < check_number(low, "low") < check_number(high, "high") < math.inf:
@@ -154,24 +154,24 @@ def find_batch_size(
     high: int = 65536,
     memory: int | None = None,
 ) -> int:
-    """Returns the largest power of two of examples whose step fits into the memory of a device.
+    """Returns the largest power-of-two batch size whose step fits into device memory.
 
-    It compiles the step for some sizes, with its state donated, and runs nothing. What it needs is that of XLA's own
-    analysis: arguments + results - those that reuse the memory of arguments + all in between. What else takes memory
-    beside a step is not known, so leave some.
+    It compiles the step for some sizes, with its state donated, and runs nothing. The required memory comes from XLA's
+    own analysis: arguments + outputs - outputs aliased to arguments + temporaries. Other memory use on the device is
+    unknown, so leave some headroom.
 
     Args:
         step: A pure step, such as `make_train_step` returns.
-        state: A state for it. It stays as it is.
-        example: A batch of any size: arrays, or ``jax.ShapeDtypeStruct``. The shapes behind the first dimension count,
-            the dtypes, and the sharding over a mesh where there is one; the state has its own.
+        state: A state for it. It is not modified.
+        example: A batch of any size: arrays, or ``jax.ShapeDtypeStruct``. Only the shapes after the first dimension,
+            the dtypes, and the sharding over a mesh, if any, are used; the state has its own sharding.
         high: The largest size to try.
-        memory: The bytes that may be used; by default those of the device.
+        memory: The bytes available; by default those of the device.
 
     Raises:
-        ArgumentError: Not even the smallest batch fits that the devices can share.
-        ArgumentTypeError: ``high`` is no integer, or ``memory`` no number.
-        BatchError: ``example`` is no batch, or its arrays have no common first dimension.
+        ArgumentError: Not even the smallest batch that can be split over the devices fits.
+        ArgumentTypeError: ``high`` is not an integer, or ``memory`` is not a number.
+        BatchError: ``example`` is not a batch, or its arrays have no common first dimension.
 
     Example:
         >>> from flax import nnx
@@ -202,7 +202,7 @@ def find_batch_size(
 def largest_that_fits(
     cost: Callable[[int], ProgramCost], can_be_shared: Callable[[int], bool], high: int, memory: int | None
 ) -> int:
-    """Returns the largest power of two up to ``high`` whose step costs no more memory than there is."""
+    """Returns the largest power of two up to ``high`` whose step fits into the available memory."""
     high, limit = check_count(high, "high"), None if memory is None else check_number(memory, "memory")
     sizes = [size for size in (1 << exponent for exponent in range(high.bit_length())) if can_be_shared(size)]
     too_few: dict[int, BatchError] = {}
@@ -216,7 +216,7 @@ def largest_that_fits(
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            return True  # XLA for a GPU refuses to compile what can never fit
+            return True  # XLA for GPUs refuses to compile what can never fit
         room = found.available if limit is None else limit
         return room is not None and found.total > room
 
@@ -230,7 +230,7 @@ def largest_that_fits(
 
 
 def _rows(example: Batch, size: int) -> Any:
-    """Returns the shapes of a batch of so many examples, with the shardings over a mesh that its arrays have."""
+    """Returns the shapes of a batch of this size, with the shardings of the example's arrays over a mesh."""
 
     def rows(leaf: Any) -> jax.ShapeDtypeStruct:
         sharding = getattr(leaf, "sharding", None)
@@ -261,10 +261,10 @@ def _smoothed(losses: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 def _steepest(rates: np.ndarray[Any, Any], losses: np.ndarray[Any, Any]) -> float | None:
     smoothed = _smoothed(losses)
     known = np.isfinite(smoothed)
-    # What comes after the smallest loss is on its way to divergence.
+    # After the smallest loss, the run is diverging.
     end = int(np.argmin(np.where(known, smoothed, np.inf))) + 1
-    # The first averages are of few batches, whose differences look like a steep fall. From one batch to the next the
-    # noise is larger than the fall, so that is measured over a tenth of the rates.
+    # The first averages cover few batches, whose differences look like a steep fall. Between two batches the noise is
+    # larger than the fall, so the fall is measured over a tenth of the rates.
     start, width = len(losses) // 10, max(1, len(losses) // 20)
     if end - start <= 2 * width:
         return None

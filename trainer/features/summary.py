@@ -1,4 +1,4 @@
-"""A table of a model: what its modules hold, what of it is trained, and what that costs beside."""
+"""The model summary: what its modules hold, what is trained, and the optimizer memory."""
 
 import contextlib
 import contextvars
@@ -24,19 +24,19 @@ from trainer.types import Batch, LossFn
 def summarize(
     state: TrainState, depth: int | None = None, *, loss_fn: LossFn | None = None, batch: Batch | None = None
 ) -> str:
-    """Returns a table with a line for each module, to print. Nothing is computed.
+    """Returns a printable table with a line for each module. Nothing is computed.
 
-    A module's line counts what is below it as well. "state" are variables that no optimizer updates: batch statistics,
-    random counts, and params that are frozen by ``wrt``. "optimizer" is what the optimizer keeps beside the params.
+    The line of a module includes its submodules. "state" are variables that no optimizer updates: batch statistics,
+    RNG counts, and params frozen by ``wrt``. "optimizer" is the optimizer state of the module's params.
 
     Args:
         state: The state, of arrays or `jax.ShapeDtypeStruct`.
-        depth: How many levels of attributes to show, the model itself being the first; None for all.
-        loss_fn: With ``batch``: the objective, of whose forward pass the operations in each module are counted.
+        depth: How many levels of attributes to show, counting the model itself; None for all.
+        loss_fn: The objective; with ``batch``, the operations of its forward pass are counted per module.
         batch: Arrays, or `jax.ShapeDtypeStruct`. "flops" counts a multiplication and an addition as two.
 
     Raises:
-        ArgumentError: ``depth`` is not positive, or of ``loss_fn`` and ``batch`` there is one only.
+        ArgumentError: ``depth`` is not positive, or only one of ``loss_fn`` and ``batch`` is given.
 
     Example:
         >>> import optax
@@ -77,7 +77,7 @@ def summarize(
 
 
 def _flops(loss_fn: LossFn, state: TrainState, batch: Any) -> dict[str, float]:
-    """Returns the operations of the forward pass in training mode by the path of the innermost module around them."""
+    """Returns the operations of the forward pass in training mode, by the path of the innermost enclosing module."""
     check_loss_fn(loss_fn)
 
     def forward(state: TrainState, batch: Batch) -> jax.Array:
@@ -95,7 +95,7 @@ def _flops(loss_fn: LossFn, state: TrainState, batch: Any) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _scoped_by_module(model: Any) -> Iterator[None]:
-    """A view in which the operations of a module stand in a scope named for its path."""
+    """A context in which the operations of a module are in a name scope with its path."""
     modules = modules_of(model)
     paths = {id(module): "/".join(map(str, path)) for path, module in modules.items()}
     token = _PATHS.set(paths)

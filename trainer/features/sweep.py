@@ -1,4 +1,4 @@
-"""Sweeps: a `Trainer` that trains many models of one structure at once, in one program."""
+"""Sweeps: a `Trainer` that trains many models of the same structure at once, in one program."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from trainer.state import TrainState
 from trainer.types import BATCH_WEIGHT, SKIPPED, Batch, Metrics, StepFn
 
 MEMBERS = "members"
-"""The name among ``extensions`` under which the state of a sweep holds the counts and the keys of its members."""
+"""The name in ``extensions`` under which the state of a sweep holds the step counts and keys of its members."""
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["metric"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class _Each(PartialMetric):
-    """A metric of each member that merges, stacked."""
+    """A mergeable metric of each member, stacked."""
 
     metric: Any
 
@@ -42,31 +42,31 @@ def make_sweep(
 ) -> tuple[TrainState, Callable[[TrainState, Batch], tuple[TrainState, Metrics]]]:
     """Returns a state and a ``step_fn`` with which a `Trainer` trains many models at once, on the same batches.
 
-    In a loop of your own a sweep is ``jax.vmap(step_fn, in_axes=(0, None))(members, batch)``, and needs no more. A
-    `Trainer` counts steps by one number and has one key, where stacked states have as many as members; the state
-    that is returned has both, and the step is, for each member i::
+    In your own loop, ``jax.vmap(step_fn, in_axes=(0, None))(members, batch)`` is all you need. A `Trainer` has one step
+    count and one key, but stacked states have one per member; the returned state has both, and the step is, for each
+    member i::
 
         member_i', metrics_i = step_fn(member_i, batch)
 
-    so each learns what it would learn alone, within rounding. All that goes with a run holds for the sweep: shuffled
+    so each learns what it would learn alone, within rounding. All features of a run work for the sweep: shuffled
     epochs, fused steps, saves, exact resume, callbacks, and a mesh, over which
-    ``partition_rules={"step": P(), "rng": P(), "**": P("tensor")}`` spreads the members.
+    ``partition_rules={"step": P(), "rng": P(), "**": P("tensor")}`` shards the members.
 
     Args:
         step_fn: A pure step of one member, such as `make_train_step` returns.
         members: Their states, stacked: ``jax.vmap(create)(keys, rates)``, where ``create`` makes a `TrainState`. They
-            may differ in all that is an entry of a state: the key, the params, what `optax.inject_hyperparams` keeps.
+            may differ in any value of a state: the key, the params, what `optax.inject_hyperparams` keeps.
 
     Returns:
-        The state, whose arrays have a leading axis of members but for ``step`` and ``rng``, and the step. Its metrics
-        are arrays by member under their names, averaged as `trainer.vector` is, or merged; but ``loss`` is the least
-        of all, and those of the members are ``losses``. ``skipped`` counts by member.
+        The state, whose arrays have a leading member axis except ``step`` and ``rng``, and the step. Its metrics are
+        arrays with one entry per member, averaged like `trainer.vector`, or merged; but ``loss`` is the smallest one,
+        and ``losses`` are those of the members. ``skipped`` is counted per member.
 
-        A member that diverges keeps the state from being finite, and so from being saved by `Trainer.train`: make the
-        step and the members with ``nonfinite="skip"`` where a rate may be too large.
+        If a member diverges, the state is not finite and `Trainer.train` does not save it: make the step and the
+        members with ``nonfinite="skip"`` if a rate may be too large.
 
     Raises:
-        ArgumentTypeError: ``step_fn`` is not callable, or ``members`` is no `TrainState`.
+        ArgumentTypeError: ``step_fn`` is not callable, or ``members`` is not a `TrainState`.
         ArgumentError: ``members`` is not stacked.
 
     Example:
@@ -98,15 +98,15 @@ def make_sweep(
 
 
 def sweep_members(state: TrainState, index: int | None = None) -> TrainState:
-    """Returns the members that the state of a sweep holds: one as an ordinary state, or all of them, stacked.
+    """Returns members of a sweep from its state: one as an ordinary state, or all of them, stacked.
 
     Args:
-        state: That of `make_sweep`, or of a `Trainer` that was made with it.
-        index: Which one, from 0; all if left out, as for ``jax.vmap(make_eval_step(loss_fn), in_axes=(0, None))``.
+        state: The state from `make_sweep`, or of a `Trainer` made with it.
+        index: The member, from 0; all if left out, as for ``jax.vmap(make_eval_step(loss_fn), in_axes=(0, None))``.
 
     Raises:
-        ArgumentTypeError: ``index`` is no integer.
-        ArgumentError: ``state`` is that of no sweep, or has no such member.
+        ArgumentTypeError: ``index`` is not an integer.
+        ArgumentError: ``state`` is not that of a sweep, or has no such member.
     """
     held = state.extensions.get(MEMBERS)
     if held is None or held.keys() != {"step", "rng"}:
@@ -128,7 +128,7 @@ def _joined(members: TrainState, step: Any, rng: Any) -> TrainState:
 
 
 def _by_member(metrics: dict[str, Any], weights: jax.Array) -> Metrics:
-    """Returns stacked metrics of members as metrics of one step; the weights are those of the batch for each."""
+    """Returns the stacked metrics of members as metrics of one step; ``weights`` has the batch weight of each."""
     del metrics["step"]
     named: Metrics = {}
     if BATCH_WEIGHT in metrics:

@@ -1,4 +1,4 @@
-"""`InBackground`: a logger whose server may be slow or gone, behind a thread and a bounded queue."""
+"""`InBackground`: runs a logger with a slow or unreachable server behind a thread and a bounded queue."""
 
 import atexit
 import collections
@@ -15,37 +15,37 @@ from trainer.errors import ArgumentError, warn
 from trainer.loggers.base import Logger, check_logger
 
 _MAX_TOGETHER = 1000
-"""How many rows `log_rows` gets at most."""
+"""The maximum number of rows for `log_rows`."""
 
 Call = tuple[float, str, tuple[Any, ...]]
 """The time of a call in seconds since 1970, the method, and the arguments."""
 
 
 class InBackground(Logger):
-    """Calls a logger in a thread, in order, so that it never keeps a step waiting::
+    """Calls a logger in a thread, in order, so that it never blocks a step::
 
         with_server = InBackground(MyServerLogger("http://…"))
         trainer = Trainer(model, config, loss_fn=loss_fn, logger=with_server)
         trainer.train(data, num_epochs=5, batch_size=64)
         with_server.close()
 
-    What the logger has not taken yet waits in a queue, arrays as copies. If the queue is full, the oldest call in it is
-    dropped, hyperparameters never: the newest numbers of a run say most. What the logger raises is raised by the next
-    call of any method, the first time. How many calls were dropped or failed is said once, by `close`.
+    Pending calls wait in a queue, with copies of their arrays. If the queue is full, the oldest call is dropped, but
+    never hyperparameters: the newest values matter most. The first exception of the logger is raised by the next call
+    of any method. `close` reports once how many calls were dropped or failed.
 
-    A logger that has ``log_rows(rows)`` gets rows that waited together in one call, as tuples (time, scalars, step).
+    A logger with ``log_rows(rows)`` gets rows that waited together in one call, as tuples (time, scalars, step).
 
     Args:
         logger: The logger. `close` closes it, in the thread.
-        max_calls: How many calls wait at most.
-        max_bytes: How many bytes their arrays have at most; a single one may have more.
-        close_timeout: How many seconds `close` waits for what is not sent yet.
+        max_calls: The maximum number of pending calls.
+        max_bytes: The maximum total size of their arrays; a single array may be larger.
+        close_timeout: How many seconds `close` waits for pending calls.
 
     Attributes:
         logger: The logger.
 
     Raises:
-        ArgumentTypeError: ``logger`` is no logger.
+        ArgumentTypeError: ``logger`` is not a logger.
         ArgumentError: A limit is not positive.
     """
 
@@ -90,8 +90,8 @@ class InBackground(Logger):
     def close(self) -> None:
         """Waits until everything is sent and the logger is closed, but no longer than ``close_timeout``.
 
-        It warns if anything was dropped, failed, or is not sent by then. At the exit of Python it is called if nobody
-        did.
+        It warns if any call was dropped, failed, or is still pending. It is called at Python exit if it was not
+        called before.
         """
         atexit.unregister(self.close)
         with self._changed:
@@ -119,7 +119,7 @@ class InBackground(Logger):
             self._bytes += size
             self._calls += 1
             if self._thread is None:
-                # A daemon: an interpreter that exits does not wait for it, but for `close`, which is bounded.
+                # A daemon: interpreter exit does not wait for the thread, only for `close`, which is bounded.
                 self._thread = threading.Thread(target=self._work, name="logger", daemon=True)
                 self._thread.start()
                 atexit.register(self.close)
@@ -148,7 +148,7 @@ class InBackground(Logger):
             self._failure = self._failure or error
 
     def _take(self) -> list[Call]:
-        """Waits for the next call, or for rows that are sent together; returns none at the end."""
+        """Waits for the next call, or for several rows to send together; returns an empty result at the end."""
         with self._changed:
             self._in_hand = 0
             while not self._waiting and not self._is_closed:

@@ -1,4 +1,4 @@
-"""`ConsoleLogger`: lines of text for people."""
+"""`ConsoleLogger`: human-readable lines of text."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""`CSVLogger`: a table with a row for each step."""
+"""`CSVLogger`: a table with one row per step."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from trainer.loggers.jsonl import FileLogger
 from trainer.metrics.whole_files import named_when_whole
 
 Row = tuple[int | None, dict[str, str]]
-"""The step, and the cells that are not empty, by column."""
+"""The step, and the non-empty cells by column."""
 
 
 class CSVLogger(Logger):
-    """Writes a row for each step, which ``pandas.read_csv`` reads::
+    """Writes a row for each step, readable with ``pandas.read_csv``::
 
         trainer = Trainer(model, config, loss_fn=loss_fn, logger=CSVLogger("runs/mine"))
 
-    writes ``runs/mine/metrics.csv``. Its first column is ``step``; training, validation and averages of an epoch at the
-    same step share a row, and what was not measured there is empty. A column that comes later is added by replacing
-    the file atomically, so at any time it is one table with one header. A row is in the file when the call returns.
+    writes ``runs/mine/metrics.csv``. Its first column is ``step``. Training, validation and epoch averages of the same
+    step share a row; missing values are empty. A new column is added by replacing the file atomically, so the file is
+    always one table with one header. A row is in the file when the call returns.
     Texts, histograms, hyperparameters and images go to ``events.jsonl`` and ``events_images`` beside it, as
     `FileLogger` writes them.
 
-    No step is in the file twice. A run that is resumed drops the rows after its checkpoint, and measures them again; in
-    a loop of your own call `rewind`. Without it, a step that comes again replaces the cells of its row. A run from the
-    start in a directory that has a table keeps that table as ``metrics.1.csv``, with a warning. The format:
+    No step is in the file twice. A resumed run drops the rows after its checkpoint and writes them again; in your own
+    loop call `rewind`. Without it, a repeated step overwrites the cells of its row. A new run in a directory that
+    already has a table keeps the old table as ``metrics.1.csv``, with a warning. The format:
     https://www.rfc-editor.org/rfc/rfc4180.
 
     Attributes:
-        directory: Where the files are.
-        path: The table.
+        directory: The directory of the files.
+        path: The path of the table.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         """Makes a logger that writes into a directory. Nothing is created before the first call.
 
         Raises:
-            ArgumentTypeError: ``directory`` is no path.
+            ArgumentTypeError: ``directory`` is not a path.
             ArgumentError: It is a file, or holds a ``metrics.csv`` that this class did not write, which is not touched.
         """
         self.directory = as_directory(directory, "CSVLogger")
@@ -54,7 +54,7 @@ class CSVLogger(Logger):
         self._table: _Table | None = None
         self._may_be_new = True
         if self.path.exists():
-            # Refuses what is no table of ours. Another process may be writing to it: each makes a logger, one logs.
+            # Refuses a foreign table. Opened for reading only, since every process makes a logger but only one writes.
             _Table(self.path, mode="rb").close()
 
     def log_scalars(self, scalars: Mapping[str, float], step: int | None = None) -> None:
@@ -104,7 +104,7 @@ class CSVLogger(Logger):
         return self._table
 
     def _begin_again(self, table: _Table) -> _Table:
-        """Makes place for a run whose first row is not after the first one of the table, which is of another run."""
+        """Moves aside the table of another run: the first row of this run is not after the table's first row."""
         last = table.last
         self.close()
         number = 1
@@ -119,18 +119,18 @@ class CSVLogger(Logger):
 
 
 class _Table:
-    """A CSV file, of which the last row is kept in memory. It is there from the first row on.
+    """A CSV file whose last row is kept in memory. The file is created with the first row.
 
     Args:
         path: The file.
-        mode: "rb" to read it only. To write to it drops the rest of a row that a killed process began.
+        mode: "rb" opens it for reading only. Opening it for writing drops an incomplete row of a killed process.
 
     Attributes:
-        first: The smallest step of a row, None if there is none.
-        last: The largest.
+        first: The smallest step of a row, or None if the table is empty.
+        last: The largest step.
 
     Raises:
-        ArgumentError: There is a file that is no table of this class; it is not touched.
+        ArgumentError: The file exists and is not a table of this class; it is not touched.
     """
 
     def __init__(self, path: Path, mode: Literal["rb", "r+b"] = "r+b") -> None:
@@ -145,7 +145,7 @@ class _Table:
             self._open()
 
     def write(self, step: int | None, cells: dict[str, str]) -> None:
-        """Writes the cells of a step: into its row if it has one, else into a new one."""
+        """Writes the cells of a step: into its existing row, or into a new one."""
         is_tail = self._tail is not None and step is not None and self._tail[0] == step
         if is_tail:
             assert self._tail is not None
@@ -154,21 +154,21 @@ class _Table:
         is_late = not is_tail and step is not None and self.last is not None and step <= self.last
         start = self._tail_at if is_tail else self._end
         line = self._line(step, cells)
-        # A shorter row in the place of a longer one would leave the rest of it behind, if the process were killed then.
+        # If the process were killed while a shorter row overwrites a longer one, the end of the longer one would stay.
         if missing or is_late or start + len(line) < self._end:
             self._replace(self._merged(step, cells), [*self._columns, *missing])
             return
         try:
             self._put(start, line)
         except OSError:
-            # A full disk: the rows that were complete stay so, and the next one does not continue half a line.
+            # A full disk: complete rows stay intact, and the next row does not continue an incomplete line.
             with contextlib.suppress(OSError):
                 self._put(start, self._line(*self._tail) if is_tail and self._tail else b"")
             raise
         self._count((step, cells), start, start + len(line))
 
     def keep(self, wanted: Callable[[int | None], bool]) -> None:
-        """Keeps the rows whose step is wanted."""
+        """Keeps only the rows whose step is wanted."""
         self._replace((row for row in self._rows() if wanted(row[0])), self._columns)
 
     def close(self) -> None:
@@ -200,7 +200,7 @@ class _Table:
         self._file.truncate(start + len(line))
 
     def _merged(self, step: int | None, cells: dict[str, str]) -> Iterator[Row]:
-        """Yields all rows with the cells of a step among them, in the order of steps."""
+        """Yields all rows, with the cells of a step merged in, ordered by step."""
         is_due = True
         for known, held in self._rows():
             if is_due and step is not None and known is not None and known >= step:
@@ -213,7 +213,7 @@ class _Table:
             yield step, cells
 
     def _replace(self, rows: Iterator[Row], columns: list[str]) -> None:
-        """Writes a new file of rows, which are read from the old one meanwhile, and replaces the old one by it."""
+        """Replaces the file by a new one with the given rows, which may be read from the old file meanwhile."""
         try:
             with named_when_whole(self._path) as temporary:
                 with temporary.open("wb") as file:
@@ -225,7 +225,7 @@ class _Table:
                 self.close()
             self._open()
         except BaseException:
-            # Also after Ctrl-C between two lines: what is open is the file of this name.
+            # Also after Ctrl-C between two lines: the open file is the one with this name.
             self.close()
             if self._path.exists():
                 self._open()
@@ -235,7 +235,7 @@ class _Table:
         return (self._row(entries) for _, entries, start, _ in self._lines() if start > 0)
 
     def _lines(self) -> Iterator[tuple[int, list[str], int, int]]:
-        """Yields number, entries, begin and end of each complete line, the header first."""
+        """Yields number, entries, start and end of each complete line, the header first."""
         if self._file is None:
             return
         self._file.seek(0)

@@ -1,4 +1,4 @@
-"""`MLflowLogger`: runs of MLflow."""
+"""`MLflowLogger`: logs to MLflow."""
 
 import os
 import re
@@ -13,11 +13,11 @@ from trainer.loggers.base import Logger, as_directory, flattened, histogram_of, 
 from trainer.loggers.images import as_pixels
 
 _MAX_METRICS, _MAX_PARAMS, _MAX_VALUE = 1000, 100, 6000
-"""What MLflow takes in one request, and the length of a param."""
+"""The limits of MLflow: the entries of a request, and the length of a param."""
 
 
 class MLflowLogger(InBackground):
-    """Logs to a run of MLflow, in a directory or on a server, from a thread::
+    """Logs to an MLflow run, in a directory or on a server, from a thread::
 
         logger = MLflowLogger("runs/mine", experiment="flows", run_name="baseline")
         trainer = Trainer(model, config, loss_fn=loss_fn, logger=logger)
@@ -25,13 +25,13 @@ class MLflowLogger(InBackground):
         logger.close()
 
     writes ``runs/mine/mlflow.db``, for ``mlflow ui --backend-store-uri sqlite:///runs/mine/mlflow.db``, and files into
-    ``runs/mine/artifacts``. Scalars are metrics (characters that MLflow does not take in names become ``_``),
-    hyperparameters are params, nested ones as ``optimizer/learning_rate``, and the file ``hyperparameters.json``;
-    images are images of their step; texts and histograms are files ``texts/<name>/<step>.txt`` and
-    ``histograms/<name>/<step>.json``. A param of a run cannot change: in a resumed run the file has the current ones.
+    ``runs/mine/artifacts``. Scalars become metrics (characters that MLflow does not allow in names become ``_``);
+    hyperparameters become params, nested ones as ``optimizer/learning_rate``, and the file ``hyperparameters.json``;
+    images become images of their step; texts and histograms become files ``texts/<name>/<step>.txt`` and
+    ``histograms/<name>/<step>.json``. Params of a run cannot change: in a resumed run the file has the current ones.
 
-    The run starts at the first call, in the thread, so neither a start nor a step waits for a server; failures are
-    reported as those of `InBackground`. It needs mlflow (the extra ``mlflow``):
+    The run starts at the first call, in the thread, so neither the start nor a step waits for a server; failures are
+    reported as by `InBackground`. It needs mlflow (the extra ``mlflow``):
     https://mlflow.org/docs/latest/api_reference/python_api/mlflow.client.html.
     """
 
@@ -48,22 +48,22 @@ class MLflowLogger(InBackground):
         max_calls: int = 10_000,
         close_timeout: float = 30.0,
     ) -> None:
-        """Makes a logger. Nothing is created, and no server asked, before the first call.
+        """Makes a logger. Nothing is created, and no server is contacted, before the first call.
 
         Args:
-            directory: Where the store and the files go.
-            tracking_uri: A server or a store in place of it, such as ``http://127.0.0.1:5000``; without either, that of
-                the environment variable ``MLFLOW_TRACKING_URI``.
-            experiment: The experiment, which is made if there is none.
-            run_name: The name of the run, which MLflow draws if it is left out.
-            run_id: A run to continue.
+            directory: The directory for the store and the files.
+            tracking_uri: A server or a store instead, such as ``http://127.0.0.1:5000``; without either, the
+                environment variable ``MLFLOW_TRACKING_URI`` decides.
+            experiment: The experiment; it is created if it does not exist.
+            run_name: The name of the run; MLflow picks one if left out.
+            run_id: The id of a run to continue.
             tags: Tags of the run.
             log_checkpoints: Upload every checkpoint of the trainer, to ``checkpoints/<name>`` of the run.
             max_calls, close_timeout: As for `InBackground`.
 
         Raises:
-            ArgumentTypeError: ``directory`` is no path, or a text is none.
-            ArgumentError: It is a file, or given beside ``tracking_uri``; or mlflow is missing.
+            ArgumentTypeError: ``directory`` is not a path, or a string argument is not a string.
+            ArgumentError: It is a file, or given together with ``tracking_uri``; or mlflow is missing.
         """
         path = None if directory is None else as_directory(directory, "MLflowLogger")
         if path is not None and tracking_uri is not None:
@@ -88,7 +88,7 @@ class MLflowLogger(InBackground):
 
 
 class MLflowRun(Logger):
-    """A run of MLflow, whose methods wait for its store or server; arguments are those of `MLflowLogger`."""
+    """An MLflow run; its methods wait for the store or server. The arguments are those of `MLflowLogger`."""
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class MLflowRun(Logger):
         self.log_rows([(time.time(), scalars, step)])
 
     def log_rows(self, rows: Sequence[tuple[float, Mapping[str, float], int | None]]) -> None:
-        """Records rows, as tuples (time, scalars, step), in as few requests as MLflow takes."""
+        """Logs rows, as tuples (time, scalars, step), in as few requests as MLflow allows."""
         metric = self._mlflow.entities.Metric
         metrics = [
             metric(_named(name), float(value), int(when * 1000), step or 0)
@@ -160,7 +160,7 @@ class MLflowRun(Logger):
             self._client.set_terminated(self.id)
 
     def _started(self) -> Any:
-        """Returns the client, after the run has started."""
+        """Returns the client, and starts the run if necessary."""
         if self._client is None:
             uri, files = self._tracking_uri, None
             if self._directory is not None:
@@ -180,7 +180,7 @@ class MLflowRun(Logger):
 
 
 def _named(name: str) -> str:
-    """Returns a name of the characters that MLflow takes."""
+    """Returns a name with only the characters that MLflow allows."""
     return re.sub(r"[^\w\-./: ]", "_", name)
 
 

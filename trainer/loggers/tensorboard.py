@@ -1,4 +1,4 @@
-"""`TensorBoardLogger`: event files of TensorBoard, without TensorFlow."""
+"""`TensorBoardLogger`: TensorBoard event files, without TensorFlow."""
 
 import atexit
 import contextlib
@@ -15,7 +15,7 @@ from trainer.loggers.base import Logger, as_directory, flattened, histogram_of, 
 from trainer.loggers.images import as_pixels
 
 _FLUSH_SECONDS = 5.0
-"""A row is on the disk after so many seconds, if another one comes."""
+"""The first row after this many seconds flushes the earlier ones to disk."""
 
 
 class TensorBoardLogger(Logger):
@@ -23,24 +23,24 @@ class TensorBoardLogger(Logger):
 
         trainer = Trainer(model, config, loss_fn=loss_fn, logger=TensorBoardLogger("runs/mine"))
 
-    Scalars, images, histograms and texts are under their names, in the tabs of TensorBoard that are called so.
-    Hyperparameters are in the tab HPARAMS, nested ones as ``optimizer/learning_rate``, and as a text. Entries of a
-    histogram that are not finite are left out of it, and counted by the scalar ``<name>/not_finite``. A resumed run
-    writes a new file, in which an event says that earlier ones after its checkpoint do not count; TensorBoard hides
-    them. Rows come to the disk after 5 seconds, at `close` and at the exit of Python.
+    Scalars, images, histograms and texts appear under their names, in the TensorBoard tabs of the same name.
+    Hyperparameters appear in the tab HPARAMS, nested ones as ``optimizer/learning_rate``, and as a text. Non-finite
+    entries of a histogram are left out, and counted by the scalar ``<name>/not_finite``. A resumed run
+    writes a new file, with an event that makes TensorBoard hide earlier events after its checkpoint.
+    Rows are flushed to disk after 5 seconds, at `close` and at Python exit.
 
-    It needs tensorboardX (the extra ``tensorboard``), which builds and writes events; TensorBoard itself is needed to
-    look at them only. The format: https://github.com/tensorflow/tensorboard/blob/master/tensorboard/compat/proto/event.proto.
+    It needs tensorboardX (the extra ``tensorboard``), which builds and writes events; TensorBoard is only needed to
+    view them. The format: https://github.com/tensorflow/tensorboard/blob/master/tensorboard/compat/proto/event.proto.
 
     Attributes:
-        directory: Where the event files are.
+        directory: The directory of the event files.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         """Makes a logger that writes into a directory. Nothing is created before the first call.
 
         Raises:
-            ArgumentTypeError: ``directory`` is no path.
+            ArgumentTypeError: ``directory`` is not a path.
             ArgumentError: It is a file; or tensorboardX is missing.
         """
         self.directory = as_directory(directory, "TensorBoardLogger")
@@ -50,7 +50,7 @@ class TensorBoardLogger(Logger):
             import tensorboardX.summary
         self._summary: Any = tensorboardX.summary
         self._events: Any = tensorboardX.proto.event_pb2
-        # Not its SummaryWriter, which writes in a thread: if that dies, the next calls wait for it for ever.
+        # Not its SummaryWriter, which writes in a thread: if that thread dies, the next calls block forever.
         self._open: Any = tensorboardX.event_file_writer.EventsWriter
         self._writer: Any = None
         self._flushed_at = 0.0
@@ -71,7 +71,7 @@ class TensorBoardLogger(Logger):
         finite, counts, edges, not_finite = histogram_of(values)
         summaries = []
         if finite.size:
-            # TensorBoard knows the right edges only, so an empty bin tells the first left edge.
+            # TensorBoard stores only right edges, so an empty bin encodes the first left edge.
             about = finite.min(), finite.max(), finite.size, finite.sum(), np.square(finite).sum()
             summaries.append(self._summary.histogram_raw(name, *map(float, about), edges, [0, *counts]))
         if not_finite:
@@ -103,7 +103,7 @@ class TensorBoardLogger(Logger):
     def _write_event(self, event: Any) -> None:
         if self._writer is None:
             self.directory.mkdir(parents=True, exist_ok=True)
-            # Its own name has the time in seconds only, and a file of that name would be replaced.
+            # The default name has the time only in seconds, and an existing file of that name would be replaced.
             self._writer = self._open(str(self.directory / "events"), f".{os.getpid()}.{secrets.token_hex(4)}")
             atexit.register(self.close)
         event.wall_time = time.time()
@@ -113,7 +113,7 @@ class TensorBoardLogger(Logger):
                 self._flushed_at = event.wall_time
                 self._writer.flush()
         except BaseException:
-            # No reader gets past half an event, so the next one goes to a new file.
+            # No reader gets past an incomplete event, so the next event goes to a new file.
             with contextlib.suppress(Exception):
                 self.close()
             raise

@@ -1,4 +1,4 @@
-"""`WandbLogger`: runs of Weights & Biases."""
+"""`WandbLogger`: logs to Weights & Biases."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -10,30 +10,30 @@ from trainer.errors import warn
 from trainer.loggers.base import Logger, as_directory, histogram_of, needed
 from trainer.loggers.images import as_pixels
 
-# What errors of wandb say of a server that does not answer; all that a server may do is one class of errors.
+# Texts of wandb errors for an unreachable server; wandb has one error class for all server failures.
 _UNREACHABLE = ("timed out", "deadline exceeded", "connection refused", "no such host")
 
 
 class WandbLogger(Logger):
-    """Logs to a run of Weights & Biases::
+    """Logs to a Weights & Biases run::
 
         logger = WandbLogger("runs/mine", project="flows", tags=["baseline"], mode="offline")
         trainer = Trainer(model, config, loss_fn=loss_fn, logger=logger)
         trainer.train(data, num_epochs=5, batch_size=64)
         logger.close()
 
-    Everything is under its name; files are in ``runs/mine/wandb``, from where ``wandb sync`` uploads a run that was
-    offline. The step is a metric ``step``, over which wandb plots all others. Its own step, the number of the row, must
-    never go back: wandb drops rows of earlier steps, as a resumed run has them, and counts on at every row without a
-    step.
+    Everything appears under its name. Files are in ``runs/mine/wandb``; ``wandb sync`` uploads an offline run from
+    there. The step is logged as a metric ``step``, and wandb plots all others over it. The step of wandb itself, the
+    row number, is not used for it: that must never decrease. wandb drops rows of earlier steps, which a resumed run
+    has, and increments its step at every row without one.
 
-    wandb sends from a process of its own, so a server that stalls keeps no step waiting. A server that does not answer
-    while the run starts, within the seconds of ``WANDB_INIT_TIMEOUT`` (wandb's default is 90), costs a warning, and the
-    run is kept offline. `close` waits until all is sent, for ``WANDB_FINISH_TIMEOUT`` seconds where that is set; what
-    was not sent by then stays in its directory.
+    wandb sends from its own process, so a stalled server never blocks a step. If the server does not answer within
+    ``WANDB_INIT_TIMEOUT`` seconds (wandb's default is 90) while the run starts, a warning is given and the run is
+    kept offline. `close` waits until everything is sent, at most ``WANDB_FINISH_TIMEOUT`` seconds if that is set;
+    unsent data stays in the directory.
 
     It needs wandb (the extra ``wandb``): https://docs.wandb.ai/models/ref/python/functions/init. With several
-    processes, make it in process 0 only, since it starts the run at once.
+    processes, create it in process 0 only, since it starts the run immediately.
     """
 
     def __init__(
@@ -52,22 +52,22 @@ class WandbLogger(Logger):
         """Starts a run.
 
         Args:
-            directory: Where its files go, in a folder ``wandb``; the current directory if left out.
+            directory: The directory for its files, in a subfolder ``wandb``; the current directory if left out.
             project: The project.
-            name: The name of the run, which wandb draws if it is left out.
+            name: The name of the run; wandb picks one if left out.
             entity: The user or team.
             tags: Tags of the run.
-            mode: Whether to send; by default as the environment variable ``WANDB_MODE`` says.
-            resume: Whether to continue the run ``id``, see ``wandb.init``. By default "allow" where an ``id`` is given,
-                since wandb by itself would replace that run.
-            id: The id of the run, which a resumed run needs.
+            mode: Whether to send data; by default the environment variable ``WANDB_MODE`` decides.
+            resume: Whether to continue the run ``id``, see ``wandb.init``. By default "allow" if an ``id`` is given,
+                since wandb itself would replace that run.
+            id: The id of the run; needed to resume it.
             log_checkpoints: Upload every checkpoint of the trainer, as a version of an artifact
-                ``checkpoint-<id>`` of type "model" with the alias ``step-<step>``. wandb copies it first, while the
-                training waits; for large ones put `InBackground` around this logger.
+                ``checkpoint-<id>`` of type "model" with the alias ``step-<step>``. wandb copies it first, while
+                training waits; for large checkpoints wrap this logger in `InBackground`.
 
         Raises:
-            ArgumentError: The package is missing, ``directory`` is a file, or ``mode`` or ``resume`` is none of these.
-            Exception: What ``wandb.init`` raises, such as that nobody is logged in; with ``resume="must"`` also where
+            ArgumentError: The package is missing, ``directory`` is a file, or ``mode`` or ``resume`` is invalid.
+            Exception: Raised by ``wandb.init``, for example if nobody is logged in; with ``resume="must"`` also if
                 the server does not answer.
         """
         if mode is not None:
@@ -95,7 +95,7 @@ class WandbLogger(Logger):
         try:
             self._run = self._wandb.init(mode=mode, **about)
         except Exception as error:
-            # The process of wandb holds the id of the run that failed, and other runs of the caller's.
+            # The wandb process still holds the id of the failed run, and other runs of the caller.
             if not _is_unreachable(error) or resume == "must" or self._wandb.run is not None:
                 raise
             self._wandb.teardown()
@@ -122,7 +122,7 @@ class WandbLogger(Logger):
         self._log(row | ({f"{name}/not_finite": not_finite} if not_finite else {}), step)
 
     def log_hyperparams(self, params: Mapping[str, Any]) -> None:
-        # A resumed run may train for more epochs, and the config tells what it does now.
+        # A resumed run may train for more epochs; the config must describe the current call.
         self._run.config.update(dict(params), allow_val_change=True)
 
     def log_checkpoint(self, path: str | os.PathLike[str], step: int) -> None:
@@ -139,5 +139,5 @@ class WandbLogger(Logger):
 
 
 def _is_unreachable(error: Exception) -> bool:
-    """Tells a server that does not answer from one that refuses, as by an AuthenticationError, a kind of CommError."""
+    """Returns whether the server did not answer; a refusal (AuthenticationError) is a subclass of CommError."""
     return type(error).__name__ == "CommError" and any(text in str(error).lower() for text in _UNREACHABLE)

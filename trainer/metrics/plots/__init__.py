@@ -1,4 +1,4 @@
-"""Pictures of what runs recorded: as a figure of matplotlib, or as text in a terminal."""
+"""Plots of run histories: as a matplotlib figure, or as text in a terminal."""
 
 from trainer.metrics.plots.figure import plot_runs as plot_runs
 from trainer.metrics.plots.figure import plot_search as plot_search

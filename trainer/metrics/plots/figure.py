@@ -1,4 +1,4 @@
-"""Figures of matplotlib, made without pyplot: no backend is chosen, and no figure of the caller is touched."""
+"""matplotlib figures, made without pyplot: no backend is selected, and the caller's figures are not affected."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from trainer.errors import ArgumentError
 from trainer.metrics.plots.panels import Curve, Panel, Rows, panels_of
 from trainer.metrics.whole_files import named_when_whole
 
-# Okabe and Ito 2008, "Color Universal Design", without the yellow, which is too light for a line on white.
+# Okabe and Ito 2008, "Color Universal Design", without yellow, which is too light for a line on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Colours that the colour-blind can tell apart. From the eighth run on they come again, with other dashes."""
+"""Colours that are distinguishable with colour blindness. They repeat from the eighth run on, with other dashes."""
 
 _BAD = "#D55E00"
 _DASHES = ("solid", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))
 _VALIDATION_DASH = (0, (3, 1.5))
 _ENDINGS = (".png", ".svg", ".pdf")
-_FEW = 40  # points that get a marker each
+_FEW = 40  # up to this many points, each gets a marker
 
 
 def plot_runs(
@@ -32,27 +32,27 @@ def plot_runs(
     path: str | os.PathLike[str] | None = None,
     metrics: Collection[str] | None = None,
 ) -> Any:
-    """Draws what runs recorded, over each other: a panel for each metric.
+    """Plots the histories of runs over each other: a panel for each metric.
 
-    One run has its training in blue and its validation in orange; of several, each has a colour, and validations are
-    dashed. Dense curves are pale, with a line of medians. A row that stands alone is a dot beside the line, see
-    `trainer.metrics.plots.panels`; outside of the lines it is a triangle at the edge. A cross below marks what is not
-    finite.
+    For a single run, training is blue and validation orange; for several, each run has a colour, and validation is
+    dashed. Dense curves are pale, with a line of medians. An isolated value is a dot beside the line, see
+    `trainer.metrics.plots.panels`; outside the range of the lines it is a triangle at the edge. A cross below marks a
+    non-finite value.
 
     Args:
         runs: The rows of each run by its label: `trainer.History` objects.
-        path: Where to write it, a name in ``.png``, ``.svg`` or ``.pdf``.
+        path: Where to write it: a ``.png``, ``.svg`` or ``.pdf`` file.
         metrics: Which metrics to show, in this order; all if left out.
 
     Returns:
-        The ``matplotlib.figure.Figure``, which a notebook shows; None where it was written to ``path``.
+        The ``matplotlib.figure.Figure``, which a notebook shows; None if it was written to ``path``.
 
     Raises:
-        ArgumentError: Nothing was recorded, a metric is in no run, or ``path`` has another ending.
+        ArgumentError: Nothing was recorded, a metric is in no run, or ``path`` has another extension.
         ImportError: matplotlib is not installed (the extra ``plot``).
     """
     _check_ending(path)
-    # A `trainer.History` knows more than its rows say.
+    # A `trainer.History` knows more than its rows contain.
     known = {label: rows.to_draw() if hasattr(rows, "to_draw") else rows for label, rows in runs.items()}
     panels = panels_of(known, metrics)
     columns = (1, 1, 2, 3, 2, 3, 3)[min(len(panels), 6)]
@@ -72,7 +72,7 @@ def plot_runs(
 
 
 def plot_search(search: Any, path: str | os.PathLike[str] | None = None) -> Any:
-    """Draws a range test of learning rates with its suggestion; see `trainer.features.search.RateSearch.plot`."""
+    """Plots a learning rate range test with its suggestion; see `trainer.features.search.RateSearch.plot`."""
     _check_ending(path)
     figure = _figure_class()(figsize=(4.6, 3.0), dpi=120, layout="constrained")
     axes = figure.subplots()
@@ -152,7 +152,7 @@ def _dash(run: int) -> Any:
 
 
 def _use_log(axes: Any, *, few: bool) -> None:
-    """Makes the vertical axis logarithmic, with plain numbers; ``few`` decades get the numbers in between."""
+    """Makes the vertical axis logarithmic, with plain numbers; with ``few`` decades also between the decades."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_yscale("log")
@@ -196,7 +196,7 @@ def _add_legend(figure: Any, panels: list[Panel], *, is_one: bool, columns: int)
 
 
 def _text(text: str) -> str:
-    """Returns a text that matplotlib shows as it is: no formula, and not left out of a legend."""
+    """Returns a text that matplotlib shows verbatim: not as a formula, and not hidden from a legend."""
     text = text.replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
 
@@ -207,11 +207,11 @@ def _check_ending(path: str | os.PathLike[str] | None) -> None:
 
 
 def _finished(figure: Any, path: str | os.PathLike[str] | None) -> Any:
-    """Returns the figure, or writes it: as a whole, or a failure leaves the file of before."""
+    """Returns the figure, or writes it atomically: a failure leaves the previous file."""
     if path is None:
         return figure
     path, drawn = Path(path), io.BytesIO()
-    with warnings.catch_warnings():  # of letters in a label that the font lacks
+    with warnings.catch_warnings():  # about characters in a label that the font lacks
         warnings.simplefilter("ignore")
         figure.savefig(drawn, format=path.suffix.lower().removeprefix("."))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -228,14 +228,14 @@ def _figure_class() -> type[Any]:
         raise ImportError("plotting needs matplotlib: pip install 'nnx-trainer[plot]'") from error
 
     class RunFigure(Figure):
-        """A figure that a notebook shows without pyplot."""
+        """A figure that a notebook displays without pyplot."""
 
         def _repr_png_(self) -> bytes:
             drawn = io.BytesIO()
             self.savefig(drawn, format="png")
             return drawn.getvalue()
 
-        def __reduce__(self) -> Any:  # a class within a function has no name that pickle finds
+        def __reduce__(self) -> Any:  # pickle cannot find a class inside a function by name
             return _empty_figure, (), super().__getstate__()
 
     return RunFigure

@@ -1,9 +1,9 @@
-"""What a picture of runs shows: a panel for each metric, in it a curve for each run and for its validation.
+"""The content of a plot of runs: a panel for each metric, with a training and a validation curve for each run.
 
-The last batch of an epoch may be short, and its metrics are those of a few examples. So the rows of batches of less
-than half the usual weight are not joined to the line: they are dots, and the line passes by. Their weight is the
-``batch_weight`` that the objective reports; of data in memory it is known, see `with_weights`. Of a loader it is not,
-so a row that stands alone far off its neighbours is a dot too. Nothing is hidden, and no epoch ends in a dip.
+The last batch of an epoch may be short, so its metrics cover only a few examples. Therefore rows of batches with less
+than half the usual weight are not part of the line, but separate dots. Their weight is the ``batch_weight`` that the
+objective reports; for in-memory data it is known, see `with_weights`. For a loader it is not, so an isolated value far
+from its neighbours is a dot too. Nothing is hidden, and no epoch ends in a dip.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ Rows = Sequence[Mapping[str, Any]]
 Array = np.ndarray[Any, Any]
 
 DENSE = 200
-"""From so many rows on, a curve gets a smoothed line."""
+"""The number of rows from which a curve gets a smoothed line."""
 
 _VALIDATION = "val_"
 _NO_METRICS = {"step", "epoch", BATCH_WEIGHT}
@@ -37,15 +37,15 @@ _LOG_RATIO = {"loss": 10.0, "gradient_norm": 10.0, "learning_rate": 1000.0}
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Curve:
-    """What one run recorded of one metric, in training or in validation.
+    """The history of one metric in one run, in training or in validation.
 
     Attributes:
         label: The name of the run.
-        run: Its number, the first being 0.
+        run: Its number, from 0.
         is_validation: Whether the values are averages of validations.
         steps: The steps, of shape (rows,), as floats.
-        values: The values, of shape (rows,), NaN and infinity among them.
-        is_lone: Which rows stand alone, of shape (rows,).
+        values: The values, of shape (rows,), including NaN and infinity.
+        is_lone: Which values are isolated, of shape (rows,).
     """
 
     label: str
@@ -57,7 +57,7 @@ class Curve:
 
     @property
     def line(self) -> tuple[Array, Array]:
-        """Steps and values of the line: NaN for a gap, where a value is not finite or the steps begin again."""
+        """Steps and values of the line; NaN marks a gap, where a value is not finite or the steps start over."""
         steps, values = self.steps[~self.is_lone], self.values[~self.is_lone]
         values = np.where(np.isfinite(values), values, np.nan)
         back = np.flatnonzero(np.diff(steps) < 0) + 1
@@ -65,7 +65,7 @@ class Curve:
 
     @property
     def dots(self) -> tuple[Array, Array]:
-        """Steps and values of the rows that no line shows: those that stand alone, and those between two gaps."""
+        """Steps and values of the rows outside the line: isolated ones, and those between two gaps."""
         steps, values = self.line
         padded = np.pad(values, 1, constant_values=np.nan)
         between = np.isfinite(values) & np.isnan(padded[:-2]) & np.isnan(padded[2:])
@@ -74,7 +74,7 @@ class Curve:
 
     @property
     def smoothed(self) -> tuple[Array, Array] | None:
-        """Medians of at least five rows each, at most 120 of them; None where the rows are not dense."""
+        """Medians of at least five rows each, at most 120 of them; None if the rows are not dense."""
         steps, values = self.line
         if len(steps) < DENSE:
             return None
@@ -95,7 +95,7 @@ class Panel:
 
     Attributes:
         name: The name of the metric, without ``val_``.
-        curves: Those of all runs, training before validation.
+        curves: The curves of all runs, training before validation.
         is_log: Whether a logarithmic axis shows them better.
     """
 
@@ -105,7 +105,7 @@ class Panel:
 
     @property
     def title(self) -> str:
-        """The name for people, with the number of values that cannot be drawn."""
+        """The display name, with the number of values that cannot be drawn."""
         name = self.name.removeprefix(SPEED)
         known = self.name in (*_LEARNING_RATES, *_GRADIENT_NORMS) or self.name.startswith(SPEED)
         missing = sum(len(curve.not_finite) for curve in self.curves)
@@ -113,7 +113,7 @@ class Panel:
 
     @property
     def limits(self) -> tuple[float, float] | None:
-        """The ends of the vertical axis: the lines, and some room; None where nothing is finite."""
+        """The limits of the vertical axis: the range of the lines, plus a margin; None if nothing is finite."""
         values = np.concatenate([_finite(curve.line[1]) for curve in self.curves])
         if not len(values):
             return None
@@ -122,7 +122,7 @@ class Panel:
             low, high = math.log10(low), math.log10(high)
         room = 0.05 * (high - low) or 0.1 * abs(high) or 0.1
         low, high = low - room, high + room
-        if self.name.startswith(SPEED):  # of which the noise looks large otherwise
+        if self.name.startswith(SPEED):  # otherwise its noise looks large
             low = 0.0
         return (10 ** max(low, -300.0), 10 ** min(high, 300.0)) if self.is_log else (low, high)
 
@@ -131,8 +131,8 @@ def panels_of(runs: Mapping[str, Rows], metrics: Collection[str] | None = None) 
     """Returns the panels of some runs: the loss, other metrics, learning rate, gradient norm, and speeds at the end.
 
     Args:
-        runs: The rows of each run by its label, as a `trainer.History` has them.
-        metrics: Which metrics to show, in this order; all if left out, of the speeds that of steps alone.
+        runs: The rows of each run by its label, as in a `trainer.History`.
+        metrics: Which metrics to show, in this order; by default all, except that steps per second is the only speed.
 
     Raises:
         ArgumentError: Nothing was recorded, or a metric is in no run.
@@ -157,10 +157,10 @@ def with_weights(rows: Rows, first_step: int, num_examples: int, batch_size: int
     """Returns rows with the ``batch_weight`` of each step of a run over data in memory: its number of examples.
 
     Args:
-        rows: The rows. Those of earlier steps, and those that have a weight, stay as they are.
-        first_step: The updates before the run.
-        num_examples: The examples of an epoch.
-        batch_size: Those of a batch; the last of an epoch has the rest.
+        rows: The rows. Rows of earlier steps, and rows that already have a weight, stay unchanged.
+        first_step: The number of updates before the run.
+        num_examples: The number of examples in an epoch.
+        batch_size: The number of examples in a batch; the last batch of an epoch has the rest.
     """
     length, rest = -(-num_examples // batch_size), num_examples % batch_size or batch_size
     return [
@@ -197,14 +197,14 @@ def _panel(name: str, columns: Mapping[str, Mapping[str, tuple[Array, Array]]]) 
 
 
 def stand_alone(values: Array) -> Array:
-    """Tells which values stand alone: far above or far below their neighbours, which stand together.
+    """Returns which values are isolated: far above or far below their neighbours, which are close together.
 
-    Far is six standard deviations off the median of seven, where the deviation is a robust one of the neighbourhood
-    (1.4826 times the median of absolute residuals; Hampel 1974). The first value never stands alone, since runs begin
-    steeply; nor does any where it would be more than a third of all.
+    "Far" is six standard deviations from the median of seven, where the deviation is a robust local estimate
+    (1.4826 times the median of absolute residuals; Hampel 1974). The first value is never isolated, since runs start
+    steeply; and no value is if more than a third of all would be.
 
     Args:
-        values: Of shape (rows,). Those that are not finite never stand alone.
+        values: Of shape (rows,). Non-finite values are never isolated.
     """
     alone = np.zeros(len(values), bool)
     rows = np.flatnonzero(np.isfinite(values))
@@ -233,7 +233,7 @@ def _running_median(values: Array, width: int) -> Array:
 
 
 def _is_short(steps: Array, weighted_steps: Array, weights: Array) -> Array:
-    """Tells which steps had less than half of the usual weight of a batch."""
+    """Returns which steps had less than half of the usual batch weight."""
     usual = np.median(_finite(weights)) if len(_finite(weights)) else 0.0
     return np.isin(steps, weighted_steps[weights < usual / 2])
 
@@ -243,18 +243,18 @@ def _is_log(name: str, values: Array) -> bool:
     finite = _finite(values)
     if ratio is None or not len(finite) or finite.min() <= 0:
         return False
-    # The first value alone may be large, and then shows all others as a flat line.
+    # A single large first value would make all others look like a flat line.
     return bool(finite.max() > ratio * finite.min())
 
 
 def _place(name: str) -> int:
-    """Returns where a metric stands: the loss first, what tells of the training itself last."""
+    """Returns the position of a metric: the loss first, metrics about the training process last."""
     groups = (("loss",), (), _LEARNING_RATES, _GRADIENT_NORMS)
     return next((place for place, names in enumerate(groups) if name in names), 4 if name.startswith(SPEED) else 1)
 
 
 def _columns(rows: Rows) -> dict[str, tuple[Array, Array]]:
-    """Returns steps and values by name, of what is a number."""
+    """Returns the steps and values of all numeric entries, by name."""
     found: dict[str, tuple[list[float], list[float]]] = {}
     for row in rows:
         for name, value in row.items():
@@ -270,7 +270,7 @@ def _number(value: Any) -> float | None:
         return None
     try:
         return float(value)
-    except OverflowError:  # an integer beyond all floats
+    except OverflowError:  # an integer too large for a float
         return math.inf if value > 0 else -math.inf
 
 

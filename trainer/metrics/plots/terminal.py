@@ -1,4 +1,4 @@
-"""Curves as text: dots of Braille letters, or letters where the terminal lacks these."""
+"""Curves as text: Braille dots, or letters if the terminal has no Braille characters."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import numpy as np
 from trainer.metrics.plots.panels import Array, Panel
 
 _BRAILLE = 0x2800
-_BITS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of the dot in a row and a column of a letter
+_BITS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of the dot in a row and a column of a character
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _MARGIN = 10  # columns for the numbers of the vertical axis
 
@@ -16,13 +16,13 @@ _MARGIN = 10  # columns for the numbers of the vertical axis
 def draw_panels(panels: Sequence[Panel], width: int = 80, height: int = 10, *, braille: bool = True) -> str:
     """Returns panels as lines of text, each with its axes.
 
-    Each curve is a letter, which stands at its last point and in the legend above.
+    Each curve has a letter, which is shown at its last point and in the legend above.
 
     Args:
         panels: See `trainer.metrics.plots.panels_of`.
-        width: Columns in all, at least 30.
-        height: Lines of the curves of a panel.
-        braille: Whether the terminal has the letters of Braille; else the letters of the curves draw them.
+        width: The total number of columns, at least 30.
+        height: The number of lines for the curves of a panel.
+        braille: Whether the terminal has Braille characters; else each curve is drawn with its letter.
     """
     return "\n\n".join("\n".join(_drawn(panel, max(width, 30), height, braille)) for panel in panels)
 
@@ -44,7 +44,7 @@ def _drawn(panel: Panel, width: int, height: int, braille: bool) -> list[str]:
         canvas.line(*(curve.smoothed or curve.line), letter)
         canvas.points(*curve.dots, letter)
     for letter, curve in zip(_LETTERS * (1 + len(names) // len(_LETTERS)), panel.curves, strict=False):
-        is_point = np.isfinite(curve.line[1]).sum() == 1  # one dot would be overlooked
+        is_point = np.isfinite(curve.line[1]).sum() == 1  # a single dot is easily overlooked
         canvas.label(*curve.line, letter if len(names) > 1 else "*" if is_point else "")
     middle = math.sqrt(low * high) if panel.is_log else (low + high) / 2
     numbers = {0: high, height // 2: middle, height - 1: low}
@@ -69,7 +69,7 @@ def _span(steps: Array) -> tuple[float, float]:
 
 
 class _Canvas:
-    """A field of dots, two by four for each letter of Braille, or one for each letter."""
+    """A grid of dots, two by four per Braille character, or one per letter."""
 
     def __init__(
         self,
@@ -99,11 +99,11 @@ class _Canvas:
         self._set(x[known], y[known], letter)
 
     def points(self, steps: Array, values: Array, letter: str) -> None:
-        """Draws points; those outside of the axes are at the edge."""
+        """Draws points; those outside the axes are drawn at the edge."""
         self._set(*self._placed(steps, np.clip(values, *self._values)), letter)
 
     def label(self, steps: Array, values: Array, letter: str) -> None:
-        """Writes a letter at the last point of a line, or beside it where another has that place."""
+        """Writes a letter at the last point of a line, or beside it if that place is taken."""
         x, y = self._placed(steps, values)
         if letter and np.isfinite(y).any():
             last = np.flatnonzero(np.isfinite(y))[-1]
@@ -131,7 +131,7 @@ class _Canvas:
         return chr(_BRAILLE + bits) if bits else " "
 
     def _placed(self, steps: Array, values: Array) -> tuple[Array, Array]:
-        """Returns columns and rows of dots, from the upper left."""
+        """Returns the columns and rows of the dots, counted from the upper left."""
         low, high = self._values
         if self._is_log:
             values, low, high = np.log(values), math.log(low), math.log(high)

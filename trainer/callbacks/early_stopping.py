@@ -121,7 +121,7 @@ class EarlyStopping(Checking):
 
     @property
     def state_key(self) -> str:
-        """The name of the callback's state in a checkpoint, the same for every callback of this class, metric and mode."""
+        """The name of its state in a checkpoint, the same for every callback of this class, metric and mode."""
         return f"EarlyStopping({self._monitor.name}{', max' * (self._monitor.mode == 'max')})"
 
     def state_dict(self) -> dict[str, Any]:

@@ -3,12 +3,13 @@
 import functools
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import nnx
 
 from tests.problems import Busy, Counting, config, regression, squared_error
-from trainer import ArgumentError, Trainer
+from trainer import ArgumentError, InMemoryData, Trainer
 from trainer.fit.fingerprint import fingerprint
 
 DATA, HELD_OUT = regression(16), regression(8, seed=1)
@@ -109,6 +110,19 @@ def test_train_epoch_says_it_too(tmp_path):
     changed = config(optimizer={"learning_rate": 1e-3})
     with pytest.warns(UserWarning, match="learning_rate` was 0.01 and is 0.001"):
         build(tmp_path, changed, train_data_loader=[DATA] * 3).train_epoch(resume=True)
+
+
+def test_data_are_compared_by_rows_spread_over_all():
+    rows = np.arange(6400, dtype=np.float32).reshape(6400, 1)
+    known = InMemoryData(rows, 32).fingerprint()
+    assert InMemoryData(rows.copy(), 32).fingerprint() == known
+    assert InMemoryData(rows[:-1], 32).fingerprint() != known
+    noticed = 0
+    for start in range(0, 6400, 100):  # of each hundred rows one is looked at
+        other = rows.copy()
+        other[start : start + 100] += 1
+        noticed += InMemoryData(other, 32).fingerprint() != known
+    assert noticed >= 63
 
 
 class TestFingerprints:

@@ -1,6 +1,6 @@
 """Counting the floating-point operations of a traced program.
 
-`jax.extend.core` and equation parameters are not part of JAX's stable API; checked with 0.10 and 0.11.
+`jax.extend.core` and equation parameters are not part of JAX's stable API; checked with 0.10, 0.11 and 0.12.
 """
 
 import math

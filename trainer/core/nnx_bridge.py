@@ -1,4 +1,7 @@
-"""Conversion between nnx modules, which are mutable graphs, and plain pytrees of arrays, which JAX can transform."""
+"""Conversion between nnx modules, which are mutable graphs, and plain pytrees of arrays, which JAX can transform.
+
+``nnx.graphlib`` and the fields of ``nnx.GraphDef`` are public names that releases of Flax change; seen in 0.12.8.
+"""
 
 from __future__ import annotations
 

@@ -16,10 +16,10 @@ demo: $(READY)
 # file stay together but for a few cuts, and no long file is left over at the end.
 PARALLEL := --numprocesses auto --dist worksteal
 
-# Most of a test was XLA compiling a small program as if it were to run for days. These flags make it six times as quick.
-# What is then computed is rounded otherwise in places, so .ci/run leaves them out: `make test-all QUICK=` tests everything
-# as users compile it, in twice the time, and `make test-optimized` what is about bits. They are flags of the jaxlib in requirements-dev.txt: XLA ends
-# the process at one that it does not know, as jaxlib 0.11.2 does not know the last of them.
+# Most of a test's time went into optimizing small programs. These flags compile them six times as fast, and round a few
+# results differently: `make test-optimized` runs what is about bits, cost and learned numbers without them, and
+# `QUICK=` everything, in twice the time. They are flags of the jaxlib in requirements-dev.txt: XLA ends the process at
+# one that it does not know, as jaxlib 0.11.2 does not know the last of them.
 QUICK := --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 \
 	--xla_cpu_use_fusion_emitters=false
 test test-all: export XLA_FLAGS := $(strip $(QUICK) $(XLA_FLAGS))
@@ -40,7 +40,7 @@ OPTIMIZED := tests/compile tests/config/test_schedules.py tests/core tests/data/
 	tests/fit/test_resume.py tests/metrics tests/sharding tests/test_examples.py tests/test_loop.py tests/test_steps.py \
 	tests/test_transforms.py
 test-optimized: $(READY)
-	$(RUN) -m pytest $(PARALLEL) -m $(ALL) $(OPTIMIZED) $(ARGS)
+	$(RUN) -m pytest $(PARALLEL) $(OPTIMIZED) $(ARGS)
 
 # Models and loggers of packages that nothing else needs. They go to a folder of their own, and not into the environment.
 # Of what the packages of loggers ask for, what a run that is offline imports. TensorBoard 2.21 wants another protobuf.

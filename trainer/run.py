@@ -249,11 +249,7 @@ class Run:
         return self.replace(**changes, _given=[state, jax.tree.leaves(state)], _consumed=replaced, _cached=[])
 
     def with_arrays(self, state: TrainState) -> TrainState:
-        """Returns a state whose Python numbers, as in ``state.replace(step=0)``, are arrays of the dtypes held here.
-
-        Raises:
-            StateError: A number replaces an array that is no scalar.
-        """
+        """Returns a state with Python numbers as scalars, ``state.replace(step=0)``; `StateError` where no scalar is."""
         if jax.tree.structure(state) != self._layout.treedef:
             return state
 

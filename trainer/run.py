@@ -249,7 +249,7 @@ class Run:
         return self.replace(**changes, _given=[state, jax.tree.leaves(state)], _consumed=replaced, _cached=[])
 
     def with_arrays(self, state: TrainState) -> TrainState:
-        """Returns a state with numbers as scalars, ``replace(step=0)``; raises `StateError` for those of other arrays."""
+        """Returns a state with numbers as scalars, ``replace(step=0)``; `StateError` for those in place of others."""
         if jax.tree.structure(state) != self._layout.treedef:
             return state
 

@@ -429,6 +429,19 @@ class TestColumnsInAList:
             trainer.evaluate([inputs, inputs], 4)
         assert trainer.evaluate(iter([inputs, inputs]), 4) == pytest.approx(trainer.evaluate(inputs, 4))
 
+    def test_a_list_of_pairs_is_a_loader(self, tmp_path):
+        data = regression(32)
+
+        def loss_fn(model, batch, rng, step):
+            return squared_error(model, {"input": batch[0], "target": batch[1]}, rng, step)
+
+        trainer = make(tmp_path, loss_fn=loss_fn)
+        pairs = [(data["input"][i : i + 8], data["target"][i : i + 8]) for i in range(0, 32, 8)]
+        found = trainer.evaluate(pairs, 8)
+        assert found == trainer.evaluate((data["input"], data["target"]), 8)
+        trainer.train(pairs, 2, 8, pairs)
+        assert trainer.step == 8
+
     def test_batches_that_are_arrays_are_one(self, tmp_path):
         rows = regression(32)["input"]
 

@@ -226,6 +226,12 @@ class TestStates:
             build([best := Best("b", 4)]).load_state_dict(saved)
         assert best.state == 1
 
+    @pytest.mark.parametrize("made", ["0123456789abcdef", None, {}])
+    def test_a_checkpoint_without_the_arguments_goes_by_list_order(self, made):
+        saved = [{"callback": "Stateful", "state": number, "made": made} for number in (1, 2)]
+        build([first := Stateful(8), second := Stateful(9)]).load_state_dict(saved)
+        assert (first.state, second.state) == (1, 2)
+
     def test_what_is_no_argument_tells_nothing(self):
         class Timed(Stateful):
             def __init__(self):

@@ -121,7 +121,7 @@ class CallbackDispatcher:
         left, kept = list(owners), [dict(entry) for entry in entries]
         for alike in (_equal, _of_equal_arguments):
             for entry in list(kept):
-                made = entry.get("made", {})
+                made = _made_in(entry)
                 owner = next((one for one in left if alike(one, self._made_of(one), made)), None)
                 if owner is not None:
                     _load(owner, entry["state"])
@@ -132,7 +132,7 @@ class CallbackDispatcher:
             _load(owner, entry["state"])
             if hasattr(owner, "state_key"):  # the caller has said whose it is
                 return []
-            now, then = _arguments_in(owner, self._made_of(owner)), entry.get("made", {})
+            now, then = _arguments_in(owner, self._made_of(owner)), _made_in(entry)
             others = [f"`{argument.lstrip('_')}`" for argument in now if now[argument] != then.get(argument)]
             return [f"a state of {name!r} from one with another {', '.join(others)}, which gets it all the same"]
         return []
@@ -182,10 +182,15 @@ def _without(members: list[Any], removed: Any) -> list[Any]:
     return [one for one in members if one is not removed]
 
 
+def _made_in(entry: Mapping[str, Any]) -> Mapping[str, str]:
+    made = entry.get("made")
+    return made if isinstance(made, Mapping) else {}
+
+
 def _is_named(entry: Any) -> bool:
     if not isinstance(entry, Mapping) or entry.keys() - {"made"} != {"callback", "state"}:
         return False
-    return isinstance(entry["callback"], str) and isinstance(entry.get("made", {}), Mapping)
+    return isinstance(entry["callback"], str)
 
 
 def _load(callback: Any, state: Any) -> None:

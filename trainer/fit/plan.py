@@ -185,7 +185,7 @@ def plan_evaluation(setup: Setup, run: Run, data: Any, batch_size: int) -> Itera
     Raises:
         ArgumentTypeError: The data are a list of arrays of one length: columns of a data set, or batches.
     """
-    arrays = isinstance(data, list) and all(np.ndim(one) and hasattr(one, "__array__") for one in data)
+    arrays = isinstance(data, list) and all(hasattr(one, "__array__") and np.ndim(one) for one in data)
     if arrays and len(data) > 1 and len(set(map(len, data))) == 1:
         raise ArgumentTypeError(
             f"`data` is a list of {len(data)} arrays of one length; pass a tuple if they are the columns of a data "

@@ -128,14 +128,15 @@ class CallbackDispatcher:
                     left, kept = _without(left, owner), _without(kept, entry)
         if len(left) > 1:
             return [f"{len(kept)} of {name!r} from callbacks with other arguments, which none of the {len(left)} gets"]
-        for owner, entry in zip(left, kept, strict=True):
-            _load(owner, entry["state"])
-            if hasattr(owner, "state_key"):  # the caller has said whose it is
-                return []
-            now, then = _arguments_in(owner, self._made_of(owner)), _made_in(entry)
-            others = [f"`{argument.lstrip('_')}`" for argument in now if now[argument] != then.get(argument)]
-            return [f"a state of {name!r} from one with another {', '.join(others)}, which gets it all the same"]
-        return []
+        if not left:
+            return []
+        (owner,), (entry,) = left, kept
+        _load(owner, entry["state"])
+        if hasattr(owner, "state_key"):  # the caller has said whose it is
+            return []
+        now, then = _arguments_in(owner, self._made_of(owner)), _made_in(entry)
+        others = [f"`{argument.lstrip('_')}`" for argument in now if now[argument] != then.get(argument)]
+        return [f"a state of {name!r} from one with another {', '.join(others)}, which gets it all the same"]
 
     def _made_of(self, callback: Any) -> dict[str, str]:
         return next((digests for one, digests in self._made if one is callback), {})

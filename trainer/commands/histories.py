@@ -43,7 +43,7 @@ def read_rows(path: Path) -> list[Row]:
     run = ""
     for entry in reversed(entries_in(path)):
         try:
-            rows, run = _rows_of_checkpoint(path / entry.name), _run_of(path / entry.name)
+            rows, run = _rows_of_checkpoint(path / entry.name), entry.run or ""
         except CheckpointError as error:
             problems.append(str(error))
         else:
@@ -84,12 +84,6 @@ def labelled(paths: Sequence[Path]) -> dict[str, Path]:
         if len(set(labels)) == len(labels):
             break
     return dict(zip(labels, paths, strict=True))
-
-
-def _run_of(path: Path) -> str:
-    """Returns the id of the run that wrote a checkpoint; empty if the checkpoint has none."""
-    with open_source(path) as source:
-        return str(source.info.get("run", ""))
 
 
 def _rows_of_checkpoint(path: Path) -> list[Row]:

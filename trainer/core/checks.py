@@ -10,16 +10,16 @@ from typing import Any
 from trainer.errors import ArgumentError, ArgumentTypeError
 
 
-def check_count(value: Any, name: str, *, least: int = 1) -> int:
+def check_count(value: Any, name: str, *, least: int = 1, otherwise: str = "") -> int:
     """Returns ``value`` as a positive int, or with ``least=0`` a non-negative one.
 
-    Any type with ``__index__`` is accepted, except bool.
+    Any type with ``__index__`` is accepted, except bool. The message says what to pass ``otherwise``.
 
     Raises:
         ArgumentTypeError: ``value`` is not an integer.
         ArgumentError: ``value`` is less than ``least``.
     """
-    wanted = "a positive integer" if least else "an integer of at least 0"
+    wanted = ("a positive integer" if least else "an integer of at least 0") + otherwise
     shape = getattr(value, "shape", ())
     if shape:  # `train(x, y, 1, 64)`
         raise ArgumentTypeError(
@@ -41,12 +41,7 @@ def check_interval(value: Any, name: str) -> int | None:
     Raises:
         ArgumentTypeError, ArgumentError: As for `check_count`.
     """
-    if value is None:
-        return None
-    try:
-        return check_count(value, name)
-    except ArgumentError as error:
-        raise type(error)(f"{str(error).removesuffix('.')}, or None for never.") from None
+    return None if value is None else check_count(value, name, otherwise=", or None for never")
 
 
 def check_call(function: Callable[..., Any], name: str, call: str, *args: Any, **kwargs: Any) -> None:

@@ -45,11 +45,7 @@ def call_objective(
         )
     loss, metrics = result
     loss = check_loss(loss, "`loss_fn` returned a loss that")
-    metrics = {} if metrics is None else metrics
-    if not isinstance(metrics, Mapping):
-        raise ObjectiveError(
-            f"`loss_fn` returned metrics of type {type(metrics).__name__}; they must be a mapping of names to scalars."
-        )
+    metrics = as_metrics(metrics, "loss_fn")
     if "step" in metrics:
         raise ObjectiveError(
             "`loss_fn` returned a metric `step`, which is the name of the number of updates finished; use another name."
@@ -144,6 +140,21 @@ def check_loss(loss: Any, subject: str) -> jax.Array:
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise ObjectiveError(f"{subject} has dtype {array.dtype}; it must be floating to be differentiated.")
     return array
+
+
+def as_metrics(metrics: Any, source: str) -> Mapping[Any, Any]:
+    """Returns what ``source`` returned as metrics; None is none.
+
+    Raises:
+        ObjectiveError: They are not a mapping.
+    """
+    if metrics is None:
+        return {}
+    if not isinstance(metrics, Mapping):
+        raise ObjectiveError(
+            f"`{source}` returned metrics of type {type(metrics).__name__}; they must be a mapping of names to scalars."
+        )
+    return metrics
 
 
 def flat_metrics(metrics: Mapping[Any, Any]) -> Iterator[tuple[Any, Any]]:

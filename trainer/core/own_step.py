@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from trainer.core.objective import check_loss_fn, check_metrics
+from trainer.core.objective import as_metrics, check_loss_fn, check_metrics
 from trainer.core.tree_paths import leaf_path
 from trainer.errors import ArgumentError, ArgumentTypeError, ObjectiveError
 from trainer.state import TrainState
@@ -22,13 +22,7 @@ def own_step(step_fn: StepFn) -> Callable[[TrainState, Batch], tuple[TrainState,
                 f"`step_fn` returned {_described(result)}; it must return a pair (state, metrics), with the state as "
                 f"state.replace(…) makes it."
             )
-        after, metrics = result
-        metrics = {} if metrics is None else metrics
-        if not isinstance(metrics, Mapping):
-            raise ObjectiveError(
-                f"`step_fn` returned metrics of type {type(metrics).__name__}; they must be a mapping of names to "
-                f"scalars."
-            )
+        after, metrics = result[0], as_metrics(result[1], "step_fn")
         after = _as_before(state, after)
         named = {name: value for name, value in metrics.items() if name != "step"}
         return after, {**check_metrics(named, "step_fn"), "step": after.step}

@@ -322,8 +322,8 @@ def _is_to_be_saved(setup: Setup, plan: FitPlan, run: Run) -> bool:
 
 
 def _is_end(setup: Setup, plan: FitPlan, run: Run) -> bool:
-    """Returns whether the end of a call is the end of the run: more calls to ``train_epoch`` may follow."""
-    return plan.caller == "train" or run.epoch >= setup.config.num_epochs or setup.events.should_stop
+    """Returns whether the end of a call is the end of the run, by its length or because a callback stopped it."""
+    return plan.ends_run(setup.config, run.epoch) or setup.events.should_stop
 
 
 def _resumed(plan: FitPlan, position: Position) -> Planned:

@@ -71,7 +71,11 @@ class FitPlan:
         every = config.epochs_per_validation
         if every is not None and finished % every == 0:
             return True
-        return is_last and (self.caller == "train" or finished >= config.num_epochs)
+        return is_last and self.ends_run(config, finished)
+
+    def ends_run(self, config: TrainingConfig, finished: int) -> bool:
+        """Returns whether the call's end ends the run, by its length: more calls to ``train_epoch`` may follow."""
+        return self.caller == "train" or finished >= config.num_epochs
 
 
 def plan_run(

@@ -29,7 +29,7 @@ def detach(run: Run) -> Run:
     if isinstance(position, FromLoader) and isinstance(position.loader, LoaderPass):
         position = dataclasses.replace(position, loader=position.loader.position(position.batch))
     return run.replace(
-        _leaves=_copies(run),
+        leaves=_copies(run),
         _given=None,
         _consumed=None,
         _cached=[],

@@ -245,11 +245,12 @@ def _after_call(trainer: Trainer, metrics: Metrics, count: int | None, *, defer:
     react_if_not_finite(trainer, run.average)
     step, first = run.step, run.step - (count or 1) + 1
     logged, due = steps_due(setup, run, count or 1)
-    rows = [(number, metrics if count is None else metrics_at(metrics, number - first)) for number in sorted(due)]
-    trainer.hold(trainer.run.recorded_rows(rows, logged=max(logged, default=run.logged_step)))
-    for number, row in rows:
-        if number in logged:
-            (setup.fanout.defer if defer else setup.fanout.report)("train", number, row)
+    if due:
+        rows = [(number, metrics if count is None else metrics_at(metrics, number - first)) for number in sorted(due)]
+        trainer.hold(trainer.run.recorded_rows(rows, logged=max(logged, default=run.logged_step)))
+        for number, row in rows:
+            if number in logged:
+                (setup.fanout.defer if defer else setup.fanout.report)("train", number, row)
     if count is None:
         setup.events.emit("on_batch_end", trainer, step, metrics)
     setup.events.emit("on_call_end", trainer, step, metrics if count is None else metrics_at(metrics, count - 1))

@@ -87,7 +87,7 @@ class MetricFanout:
         An epoch average after them stays deferred: the device may not have finished the epoch. It will have once it
         finishes a step of the next epoch.
         """
-        while any(prefix != "epoch" for prefix, *_ in self._deferred):
+        while self._deferred and any(prefix != "epoch" for prefix, *_ in self._deferred):
             self._send(*self._deferred.popleft())
 
     def report(self, prefix: str, step: int, metrics: Mapping[str, Any]) -> None:

@@ -64,10 +64,10 @@ class WeightedAverage:
 
     The weight of a batch is its number of examples, or the metric ``batch_weight`` if the objective reports it;
     ``batch_weight`` itself is reported as a sum. Batches of weight zero are ignored, and so are steps that were
-    skipped (``nonfinite``); ``skipped`` is their number. Metrics that are not averages of scalars, such as an
-    accuracy with its own merge, are merged in order. Sums are float64 on the host. ``not_finite`` is the step and
-    value of the first loss read that was not finite, or None. The metrics of the latest calls stay on the device
-    until `compute`; those of older calls are read as new ones are added.
+    skipped (``nonfinite``); ``skipped`` is the number of those read so far. Metrics that are not averages of scalars,
+    such as an accuracy with its own merge, are merged in order. Sums are float64 on the host. ``not_finite`` is the
+    step and value of the first loss read that was not finite, or None. The metrics of the latest calls stay on the
+    device until `compute`; those of older calls are read as new ones are added.
 
     A copy costs nothing: the two share their parts, which are replaced and never mutated.
 
@@ -79,7 +79,7 @@ class WeightedAverage:
         {'loss': 2.0}
     """
 
-    __slots__ = ("_merged", "_pending", "_read_at_once", "_sums", "_weights", "not_finite")
+    __slots__ = ("_merged", "_pending", "_read_at_once", "_sums", "_weights", "not_finite", "skipped")
 
     def __init__(self) -> None:
         # (metrics, examples per batch, number of batches or None for a single one) for each call.
@@ -89,6 +89,7 @@ class WeightedAverage:
         self._merged: dict[str, Any] = {}
         self._read_at_once: int | None = None
         self.not_finite: tuple[int, float] | None = None
+        self.skipped = 0
 
     def add(self, metrics: Mapping[str, Any], examples: int, count: int | None = None) -> None:
         """Adds the metrics of a batch, or of several.
@@ -116,17 +117,12 @@ class WeightedAverage:
         averages = {name: total / self._weights[name] for name, total in self._sums.items() if self._weights[name]}
         return averages | {name: _computed(metric) for name, metric in self._merged.items()}
 
-    @property
-    def skipped(self) -> int:
-        """The number of skipped steps among those read so far."""
-        return int(self._sums.get(SKIPPED, 0))
-
     def copy(self) -> Self:
         """Returns an equal, independent average."""
         copied = type(self)()
         copied._pending, copied._sums, copied._weights = self._pending, self._sums, self._weights
         copied._read_at_once, copied.not_finite = self._read_at_once, self.not_finite
-        copied._merged = self._merged
+        copied._merged, copied.skipped = self._merged, self.skipped
         return copied
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
@@ -142,6 +138,7 @@ class WeightedAverage:
         """Returns the average from the result of `to_dict`."""
         average = cls()
         average._sums, average._weights = dict(plain["sums"]), dict(plain["weights"])
+        average.skipped = int(average._sums.get(SKIPPED, 0))
         average._merged = {name: _Restored(**held) for name, held in plain.get("merged", {}).items()}
         return average
 
@@ -170,6 +167,7 @@ class WeightedAverage:
                     self._sum(name, column, weights)
             for name, metric in found.items():
                 self._merge(name, jax.device_get(metric), batches, weights)
+        self.skipped = int(self._sums.get(SKIPPED, 0))
 
     def _merge(self, name: str, metric: PartialMetric, batches: int | None, weights: Sequence[float]) -> None:
         """Adds one or several batches to a metric that is not an average of scalars."""

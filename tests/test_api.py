@@ -21,6 +21,7 @@ from trainer import (
     ConfigError,
     ExtensionConfig,
     InMemoryData,
+    LambdaCallback,
     MetricsLogger,
     ObjectiveError,
     OptimizerConfig,
@@ -457,6 +458,55 @@ class TestHooks:
             *[("begin", "train_step"), ("end", "train_step"), (3, losses[2])],
             *[(5, losses[4]), (6, losses[5])],
         ]
+
+    def test_a_validation_that_compiles_says_so_and_an_evaluation_does_not(self):
+        events, texts = [], []
+
+        class Watching(Callback):
+            def on_validation_begin(self, trainer):
+                events.append("validation")
+
+            def on_validation_end(self, trainer, logs):
+                events.append("validated")
+
+            def on_compile_begin(self, trainer, what):
+                events.append(f"begin {what}")
+
+            def on_compile_end(self, trainer, what, seconds):
+                events.append(f"end {what}")
+                assert 0 < seconds < 600
+
+        class Texts(Logger):
+            def log_scalars(self, scalars, step=None):
+                pass
+
+            def log_text(self, name, text, step=None):
+                if name == "compilation":
+                    texts.append((text.split()[0], step))
+
+        trainer = build(callbacks=[Watching()], logger=Texts())
+        training = ["begin train_steps", "end train_steps"]
+        validation = ["validation", "begin eval_step", "end eval_step", "validated"]
+        trainer.train(regression(16), 2, 8, regression(8))
+        assert events == [*training, *validation, "validation", "validated"]
+        assert texts == [("train_steps", 0), ("eval_step", 2)]
+        # A short batch is another program, and what an evaluation compiled is there for a validation.
+        events.clear()
+        trainer.train(regression(16), 1, 8, regression(11))
+        assert events == ["validation", "end eval_step", "validated"]
+        events.clear()
+        for size in (5, 6, 7):  # nor does it warn of its three shapes
+            trainer.evaluate(regression(8), size)
+        trainer.train(regression(16), 1, 8, regression(5))
+        assert events == ["validation", "validated"]
+
+    def test_a_validation_after_an_evaluation_compiles_nothing(self):
+        compiled = []
+        watching = LambdaCallback(on_compile_begin=lambda trainer, what: compiled.append(what))
+        trainer = build(callbacks=[watching])
+        trainer.evaluate(regression(8), 8)
+        trainer.train(regression(16), 1, 8, regression(8))
+        assert compiled == ["train_steps"]
 
     def test_batch_logs_are_what_train_step_returns(self):
         recorder = Recorder()

@@ -17,7 +17,17 @@ import numpy as np
 import pytest
 
 from tests.problems import Linear, config, regression, squared_error
-from trainer import ArgumentTypeError, Callback, CallbackList, EarlyStopping, ModelCheckpoint, Progress, Trainer
+from trainer import (
+    ArgumentTypeError,
+    Callback,
+    CallbackList,
+    EarlyStopping,
+    LambdaCallback,
+    ModelCheckpoint,
+    Progress,
+    ReduceLROnPlateau,
+    Trainer,
+)
 from trainer.fit.setup import Planned
 
 
@@ -159,13 +169,14 @@ class TestFile:
         lines = err.splitlines()
         assert lines[0] == "compiling train_steps, once ..."
         assert re.fullmatch(r"compiled train_steps in \d+\.\d s", lines[1])
+        assert re.fullmatch(r"compiled eval_step in \d+\.\d s", lines[2])
         rows = [line for line in lines if line.startswith("epoch")]
         pattern = r"epoch {0}/5  step {1}/20  loss \S+  mean_error \S+  val_loss \S+  val_mean_error \S+  \d+\.\d s"
         assert all(re.fullmatch(pattern.format(i, 4 * i), row) for i, row in enumerate(rows, 1))
         assert len(rows) == 5
-        assert re.fullmatch(r"finished after 5 epochs, step 20, \d+\.\d s", lines[7])
-        assert re.fullmatch(r"best val_loss \S+ at step 20", lines[8])
-        assert len(lines) == 9
+        assert re.fullmatch(r"finished after 5 epochs, step 20, \d+\.\d s", lines[8])
+        assert re.fullmatch(r"best val_loss \S+ at step 20", lines[9])
+        assert len(lines) == 10
         assert all(line.isprintable() for line in lines)
 
     @pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE", "CLICOLOR_FORCE"])
@@ -307,9 +318,40 @@ class TestTerminal:
 
     def test_it_says_that_it_compiles_and_how_long_that_took(self):
         stream = Terminal()
-        build(callbacks=[Progress(stream)]).train(regression(16), 1, 8)
+        build(callbacks=[Progress(stream)]).train(regression(16), 1, 8, regression(8))
         assert "compiling train_steps, once ..." in stream.getvalue()
-        assert re.fullmatch(r"compiled train_steps in \d+\.\d s", stream.screen[0])
+        assert "compiling eval_step, once ..." in stream.getvalue()
+        for name, line in zip(("train_steps", "eval_step"), stream.screen, strict=False):
+            assert re.fullmatch(rf"compiled {name} in \d+\.\d s", line)
+
+    def test_the_line_goes_back_to_the_validation_that_compiled(self):
+        stream = Terminal()
+        build(callbacks=[Progress(stream)]).train(regression(16), 1, 8, regression(8))
+        shown = re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", stream.getvalue())
+        assert shown.rindex("validating ...") > shown.index("compiled eval_step")
+
+    def test_what_a_validation_compiles_counts_neither_as_validation_nor_as_training(self):
+        """Of 10 steps of a second each, the fifth is followed by a validation of 3 s of which 2 s are compilation."""
+        stream = Terminal()
+        played = Played(stream, epochs=1, batches=10)
+        follow = played.progress.on_call_end
+
+        def on_call_end(trainer, step, logs):
+            follow(trainer, step, logs)
+            if step == 5:
+                played.progress.on_validation_begin(played)
+                played.progress.on_compile_begin(played, "eval_step")
+                played.clock.now += 2
+                played.progress.on_compile_end(played, "eval_step", 2.0)
+                played.clock.now += 1
+                played.progress.on_validation_end(played, {"loss": 0.25})
+
+        played.progress.on_call_end = on_call_end
+        played.play()
+        assert (played.progress._paused, played.progress._compiled) == (1.0, 2.0)
+        (line,) = [line for line in stream.draws if "step 6/10" in line]
+        # Four more steps at a second, and the sixth of that for validations to come.
+        assert "  1 steps/s  eta 4.7 s" in line
 
     def test_a_dumb_terminal_gets_what_a_file_gets(self, monkeypatch):
         monkeypatch.setenv("TERM", "dumb")
@@ -478,6 +520,67 @@ class TestEnd:
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("best")]
         assert line.startswith("best val_mean_error ")
         assert line.endswith(f", kept in {best.best_model_path}")
+
+    @pytest.mark.parametrize(("monitor", "mode"), [("loss", "max"), ("mean_error", "min")])
+    def test_the_best_of_a_metric_of_training_is_told_and_where_it_is_kept(self, monitor, mode, tmp_path, capsys):
+        best, logged = ModelCheckpoint(tmp_path / "best", monitor=monitor, mode=mode), []
+        # At this rate the loss rises and falls.
+        trainer = build(
+            settings=config(optimizer={"learning_rate": 3.0}),
+            callbacks=[best, LambdaCallback(on_epoch_end=lambda trainer, epoch, logs: logged.append(logs[monitor]))],
+        )
+        trainer.train(regression(32), 5, 8)
+        at = int(np.argmax(logged) if mode == "max" else np.argmin(logged))
+        assert at < 4
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("best")]
+        kept = tmp_path / "best" / str(4 * (at + 1))
+        assert line == f"best {monitor} {logged[at]:.4g} at step {4 * (at + 1)}, kept in {kept}"
+
+    def test_a_value_that_another_callback_adds_to_the_logs_counts(self, capsys):
+        class Adds(Callback):
+            def on_epoch_end(self, trainer, epoch, logs):
+                logs["accuracy"] = (0.25, 0.75, 0.5)[epoch]
+
+        build(callbacks=[Adds(), EarlyStopping("accuracy", "max")]).train(regression(32), 3, 8)
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("best")]
+        assert line == "best accuracy 0.75 at step 8"
+
+    def test_each_monitored_metric_has_a_line_and_only_that_of_the_checkpoints_a_path(self, tmp_path, capsys):
+        kept = ModelCheckpoint(tmp_path / "best", monitor="val_mean_error", mode="max")
+        callbacks = [EarlyStopping("val_loss"), ReduceLROnPlateau("loss"), EarlyStopping("val_loss"), kept]
+        build(callbacks=callbacks).train(regression(32), 3, 8, regression(8))
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("best")]
+        assert [line.split()[1] for line in lines] == ["val_loss", "loss", "val_mean_error"]
+        assert [line.partition(", kept in ")[2] for line in lines] == ["", "", str(kept.best_model_path)]
+
+    def test_beside_a_metric_of_training_the_validation_loss_is_told(self, capsys):
+        build(callbacks=[EarlyStopping("loss")]).train(regression(32), 3, 8, regression(8))
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("best")]
+        assert [line.split()[1] for line in lines] == ["loss", "val_loss"]
+
+    def test_without_a_monitor_no_loss_of_training_is_called_the_best(self, capsys):
+        build().train(regression(32), 3, 8)
+        assert "best" not in capsys.readouterr().err
+
+    @pytest.mark.parametrize("keeps", [False, True])
+    def test_a_resumed_run_knows_the_best_epoch_before(self, keeps, tmp_path, capsys):
+        def make(*callbacks):
+            monitoring = ModelCheckpoint(tmp_path / "best", "loss") if keeps else EarlyStopping("loss")
+            return build(tmp_path / "run", callbacks=[*callbacks, monitoring], save_interval=6)
+
+        def adds(trainer, epoch, logs):
+            logs["loss"] = (0.25, 0.5, 0.75, 1.0)[epoch]
+
+        adding = LambdaCallback(on_epoch_end=adds)
+        with pytest.raises(KeyboardInterrupt):
+            make(adding, Fails(KeyboardInterrupt(), 12)).train(regression(32), 4, 8)
+        capsys.readouterr()
+        # The best epoch is the first, and the run goes on in the second.
+        make(adding).train(regression(32), 4, 8, resume=True)
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[0] == "resumed at step 6, after 1 epoch"
+        (line,) = [line for line in lines if line.startswith("best")]
+        assert line == "best loss 0.25 at step 4" + (f", kept in {tmp_path / 'best' / '4'}" if keeps else "")
 
     @pytest.mark.parametrize(
         ("error", "why"), [(KeyboardInterrupt(), "interrupted"), (ZeroDivisionError(), "failed (ZeroDivisionError)")]

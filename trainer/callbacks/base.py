@@ -14,8 +14,11 @@
       on_epoch_end(trainer, epoch, logs)
     on_train_end(trainer)                      also when anything above raised
 
-    on_compile_begin(trainer, what)            around the first call of a compiled program, inside
-    on_compile_end(trainer, what, seconds)     the events of the step that makes this call
+    on_compile_begin(trainer, what)            around the first call of a compiled program, inside the events
+    on_compile_end(trainer, what, seconds)     of the step or the validation that makes this call
+
+What is compiled is ``train_step``, ``train_steps`` (fused) or ``eval_step``. A batch of another shape has an
+``on_compile_end`` of its own. `evaluate` and `predict` emit no events.
 
 A step is counted before the events that follow it: the state, ``trainer.step``, the position in
 the data and the averages agree, so a checkpoint that a callback saves at any event is complete.

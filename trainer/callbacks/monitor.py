@@ -22,6 +22,7 @@ class Monitor:
 
     Attributes:
         of_validation: Whether the metric is a validation average.
+        latest: The value read last in this run; None before the first.
 
     Raises:
         ArgumentError: ``mode`` is invalid.
@@ -33,6 +34,7 @@ class Monitor:
         self.name = name
         self.mode = mode
         self.of_validation = name.startswith("val_")
+        self.latest: float | None = None
         self._is_known = self.of_validation
 
     def check_run(self, trainer: Any) -> None:
@@ -41,6 +43,7 @@ class Monitor:
         Raises:
             ArgumentError: The metric comes from validation, but the run has no validation data.
         """
+        self.latest = None
         if self.of_validation and not getattr(trainer, "validates", True):
             raise ArgumentError(
                 f"`monitor` is {self.name!r}, but this run validates on nothing; pass `val_data`, or watch "
@@ -70,7 +73,8 @@ class Monitor:
             raise self._unknown(known)
         if isinstance(known[self.name], list):
             raise ArgumentError(f"`monitor` is {self.name!r}, which is an array; watch a metric that is a number.")
-        return float(known[self.name])
+        self.latest = float(known[self.name])
+        return self.latest
 
     def rank(self, value: float) -> float:
         """Returns a number that is larger for a better value, and smallest for NaN."""

@@ -48,7 +48,8 @@ class Progress(Callback):
 
     On a terminal the status line is redrawn in place, below the rows; in a notebook both are one output that is
     replaced. A file or a pipe gets a plain line per epoch, another every 30 seconds within an epoch, and no control
-    characters. At the end it prints why the run ended, its best validation, and where the checkpoint is.
+    characters. At the end it prints why the run ended, the best value of each metric that a callback monitors and of
+    the validation loss, and where the checkpoints are.
 
     It costs the loop next to nothing: steps stay fused, no thread runs, and the status line is drawn at most five
     times a second, from the metrics of the previous call, which are finished by then. The learning rate is computed
@@ -72,14 +73,14 @@ class Progress(Callback):
     _rate_known: float | None
     _ask_at: float
     _validation: Mapping[str, float]  # the latest
-    _monitor: Monitor
-    _best: tuple[float, int] | None  # the value and its step
+    _monitors: list[Monitor]
+    _best: dict[tuple[str, str], tuple[float, int]]  # by the name and mode of a monitor: the value and its step
     _rows: int
     _row_at: float  # when the latest of them became due
     _shown_at: float  # when rows were shown
     _has_compiled: bool
     _began: float
-    _validating: float
+    _validating: float | None  # when the validation in progress began, without its compilations
     _validations: int
     _paused: float  # the seconds of all validations
     _compiled: float  # the seconds of all compilations
@@ -110,11 +111,11 @@ class Progress(Callback):
         if trainer.is_new_run or self._reached != trainer.step:
             self._start()
             self._began = now
-            self._monitor = _watched(trainer.callbacks)
+            self._monitors = _monitors(trainer.callbacks)
             if not trainer.is_new_run:
                 self._say(f"resumed at step {trainer.step}, after {_epochs(trainer.epoch)}")
-                self._best = self._best_in(trainer.history)
-        self._ask_at = now + 2 * ASK_EVERY
+                self._note_earlier(trainer)
+        self._validating, self._ask_at = None, now + 2 * ASK_EVERY
         # Time between two calls of `train_epoch` does not count for this run.
         self._next_line, self._samples = now + self._display.line_every, collections.deque(maxlen=_SAMPLES)
 
@@ -156,10 +157,17 @@ class Progress(Callback):
         self._has_compiled = True
 
     def on_compile_end(self, trainer: Any, what: str, seconds: float) -> None:
-        if self._display is not None:
-            self._say(f"compiled {what} in {seconds:.1f} s")
+        if self._display is None:
+            return
+        self._say(f"compiled {what} in {seconds:.1f} s")
+        self._compiled += seconds
+        if self._validating is None:
             self._samples.clear()
-            self._compiled += seconds
+            return
+        self._validating += seconds
+        self._pause(seconds)
+        if self._display.has_table:
+            self._draw(trainer, trainer.step, self._clock(), doing="validating ...")
 
     def on_call_end(self, trainer: Any, step: int, logs: Mapping[str, Any]) -> None:
         if self._display is None or self._epoch is None:
@@ -177,41 +185,66 @@ class Progress(Callback):
         self._epoch.average, self._epoch.step = trainer.run.average, step
 
     def on_validation_begin(self, trainer: Any) -> None:
-        self._validating = self._clock()
+        now = self._validating = self._clock()
         is_long = self._validations == 0 or self._paused > 0.2 * self._validations
         if self._display is not None and self._display.has_table and is_long:
-            self._draw(trainer, trainer.step, self._validating, doing="validating ...")
+            self._draw(trainer, trainer.step, now, doing="validating ...")
 
     def on_validation_end(self, trainer: Any, logs: dict[str, float]) -> None:
         if self._display is None:
             return
-        paused = self._clock() - self._validating
+        now = self._clock()
+        paused = now - (now if self._validating is None else self._validating)
+        self._validating, self._validation = None, logs
         self._paused, self._validations = self._paused + paused, self._validations + 1
-        self._samples = collections.deque(((when + paused, step) for when, step in self._samples), maxlen=_SAMPLES)
-        self._validation = logs
+        self._pause(paused)
         if self._epoch is not None:
             self._epoch.validation = logs
-        if self._monitor.of_validation and (value := logs.get(self._monitor.name.removeprefix("val_"))) is not None:
-            best = self._best
-            if best is None or self._monitor.rank(value) > self._monitor.rank(best[0]):
-                self._best = (float(value), trainer.step)
+        for monitor in self._monitors:
+            if monitor.of_validation:
+                self._note(monitor, logs.get(monitor.name.removeprefix("val_")), trainer.step)
 
     def _start(self) -> None:
         self._table = EpochTable()
-        self._epoch = self._best = None
+        self._epoch = None
         self._pending, self._metrics, self._validation = [], {}, {}
         self._rate_asked = self._rate_known = None
         self._ask_at = 0.0
-        self._monitor = Monitor("val_loss", "min")
+        self._monitors, self._best = [], {}
         self._rows, self._row_at, self._shown_at = 0, 0.0, 0.0
         self._has_compiled = False
-        self._began = self._validating = self._next_line = self._paused = self._compiled = 0.0
-        self._validations = 0
+        self._began = self._next_line = self._paused = self._compiled = 0.0
+        self._validating, self._validations = None, 0
         self._samples = collections.deque(maxlen=_SAMPLES)
 
-    def _best_in(self, history: Any) -> tuple[float, int] | None:
-        rows = [(float(row[self._monitor.name]), row["step"]) for row in history if self._monitor.name in row]
-        return max(rows, key=lambda row: self._monitor.rank(row[0]), default=None)
+    def _pause(self, seconds: float) -> None:
+        """Leaves out seconds that have just passed from the speed of the steps."""
+        self._samples = collections.deque(((when + seconds, step) for when, step in self._samples), maxlen=_SAMPLES)
+
+    def _note(self, monitor: Monitor, value: Any, step: int) -> None:
+        """Remembers a value of a monitored metric if it is the best so far."""
+        if not isinstance(value, int | float):  # not measured, or an array
+            return
+        key = (monitor.name, monitor.mode)
+        if key not in self._best or monitor.rank(value) > monitor.rank(self._best[key][0]):
+            self._best[key] = (float(value), step)
+
+    def _note_earlier(self, trainer: Any) -> None:
+        """Remembers the best values from before a run was resumed.
+
+        Those of validations are in the history. It does not hold averages of epochs, but callbacks know their best.
+        """
+        for monitor in self._monitors:
+            if monitor.of_validation:
+                for row in trainer.history:
+                    self._note(monitor, row.get(monitor.name), row["step"])
+                continue
+            for one in _members(trainer.callbacks):
+                if _is_same(monitor, getattr(one, "_monitor", None)):
+                    self._note(monitor, getattr(one, "best_score", None), getattr(one, "best_step", None) or 0)
+                    path = getattr(one, "best_model_path", None)
+                    if path is not None:
+                        self._note(monitor, one.best_model_score, int(path.name))
 
     def _open(self) -> Display | None:
         display = open_display(self._stream)
@@ -228,6 +261,9 @@ class Progress(Callback):
         if epoch is None or trainer.epoch <= epoch.index:
             return
         self._epoch = None
+        for monitor in self._monitors:
+            if not monitor.of_validation:
+                self._note(monitor, monitor.latest, trainer.step)
         epoch.seconds = now - epoch.began
         if is_last or self._rows < FEW_EPOCHS or now - self._row_at >= ROW_EVERY:
             self._pending, self._row_at = [*self._pending, epoch], now
@@ -308,7 +344,7 @@ class Progress(Callback):
         return (step - first) / (now - began)
 
     def _ending(self, trainer: Any, failure: str) -> Iterable[str]:
-        """Yields why the run ended, its best validation, where the checkpoint is, and how to resume."""
+        """Yields why the run ended, its best values, where the checkpoint is, and how to resume."""
         epochs, took = trainer.epoch, duration(self._clock() - self._began)
         reasons = "; ".join(trainer.setup.events.stop_reasons())
         is_early = trainer.planned.last_epoch is None or epochs < trainer.planned.last_epoch
@@ -317,10 +353,12 @@ class Progress(Callback):
             yield f"{failure} {at}"
         else:
             yield f"stopped {at}: {reasons}" if reasons and is_early else f"finished {at}"
-        if self._best is not None:
-            value, step = self._best
-            kept = next((one.best_model_path for one in _members(trainer.callbacks) if _keeps_best(one)), None)
-            yield f"best {self._monitor.name} {number(value)} at step {step}" + (f", kept in {kept}" if kept else "")
+        for monitor in self._monitors:
+            best = self._best.get((monitor.name, monitor.mode))
+            if best is not None:
+                kept = [one.best_by(monitor) for one in _members(trainer.callbacks) if hasattr(one, "best_by")]
+                path = next(filter(None, kept), None)
+                yield f"best {monitor.name} {number(best[0])} at step {best[1]}" + (f", kept in {path}" if path else "")
         path = trainer.setup.checkpointer.saved_path(trainer.run)
         if path is not None:
             yield f"checkpoint {path}"
@@ -355,21 +393,22 @@ def progress_for(given: Any, callbacks: Any) -> Progress | None:
     return Progress() if given is True else given
 
 
-def _watched(callbacks: Any) -> Monitor:
-    """Returns the monitor of the first callback that monitors a validation metric, else the loss."""
+def _monitors(callbacks: Any) -> list[Monitor]:
+    """Returns the monitors of callbacks, one for each metric and mode; with none of validation also the loss there."""
+    found: list[Monitor] = []
     for one in _members(callbacks):
         monitor = getattr(one, "_monitor", None)
-        if isinstance(monitor, Monitor) and monitor.of_validation:
-            return monitor
-    return Monitor("val_loss", "min")
+        if isinstance(monitor, Monitor) and not any(_is_same(monitor, other) for other in found):
+            found.append(monitor)
+    return found if any(monitor.of_validation for monitor in found) else [*found, Monitor("val_loss", "min")]
+
+
+def _is_same(monitor: Monitor, other: Any) -> bool:
+    return isinstance(other, Monitor) and (other.name, other.mode) == (monitor.name, monitor.mode)
 
 
 def _epochs(count: int) -> str:
     return f"{count} epoch{'s' * (count != 1)}"
-
-
-def _keeps_best(callback: Any) -> bool:
-    return getattr(callback, "best_model_path", None) is not None
 
 
 def _members(callbacks: Any) -> Iterable[Any]:

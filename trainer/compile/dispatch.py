@@ -28,7 +28,7 @@ class CompileReport:
     """A compilation caused by a call of a program.
 
     Attributes:
-        name: The compiled function, ``train_step`` or ``train_steps``.
+        name: The compiled function: ``train_step``, ``train_steps`` or ``eval_step``.
         seconds: The time for tracing, compiling and dispatching.
         warning: The warning to show if it was compiled too often; usually None.
     """
@@ -64,15 +64,18 @@ class DispatchPlan:
 
 
 class Program:
-    """A jitted function that donates its first argument and reports its compilations.
+    """A jitted function that reports its compilations.
 
     Args:
-        function: Takes the leaves of a state, a batch (or stacked batches and their number), and further arguments.
+        function: Takes a state or its leaves, a batch (or stacked batches and their number), and further arguments.
         name: Its name in compilation reports.
         out_shardings: Shardings of the results; None leaves them to JAX.
+        donates: Whether a call consumes its first argument.
     """
 
-    def __init__(self, function: Callable[..., Any], name: str, out_shardings: Any = None) -> None:
+    def __init__(
+        self, function: Callable[..., Any], name: str, out_shardings: Any = None, *, donates: bool = True
+    ) -> None:
         # The closure holds this list rather than the program, to avoid a reference cycle: the program's arrays would
         # then live until the garbage collector runs.
         traces = [0]
@@ -83,7 +86,8 @@ class Program:
 
         counted.__name__ = name
         self.name = name
-        self._jitted = jax.jit(counted, donate_argnums=0, out_shardings=out_shardings)
+        donated = (0,) if donates else ()
+        self._jitted = jax.jit(counted, donate_argnums=donated, out_shardings=out_shardings)
         self._traces, self._reported = traces, 0
         self._seconds = 0.0
         self._batch = self._previous = ""
@@ -94,10 +98,10 @@ class Program:
         """Whether the program has not been called yet, so that the next call compiles."""
         return not self._reported
 
-    def __call__(self, leaves: list[Any], *args: Any) -> Any:
-        """Runs the function; the leaves are donated."""
+    def __call__(self, state: Any, *args: Any) -> Any:
+        """Runs the function."""
         start = time.perf_counter()
-        result = self._jitted(leaves, *args)
+        result = self._jitted(state, *args)
         if self._traces[0] != self._reported:
             self._seconds = time.perf_counter() - start
             self._previous, self._batch = self._batch, describe(args[0])

@@ -17,7 +17,7 @@ from trainer.callbacks.base import as_callback_list, asked_by, check_handlers, w
 from trainer.callbacks.dispatch import CallbackDispatcher
 from trainer.callbacks.progress import progress_for
 from trainer.checkpoints.checkpointer import Checkpointer
-from trainer.compile.dispatch import CompiledStep
+from trainer.compile.dispatch import CompiledStep, Program
 from trainer.config import TrainingConfig, make_optimizer, make_schedule
 from trainer.config.schedules import check_horizon, needs_horizon
 from trainer.core.averaged_params import resolve_eval_params
@@ -222,7 +222,9 @@ def assemble(
         prefetch=prefetch,
         step=compiled(remat),
         step_without_remat=None if remat is None else compiled(None),
-        eval_step=jax.jit(names_checked(make_eval_step(objective, **evaluating)), out_shardings=placement.replicated),
+        eval_step=Program(
+            names_checked(make_eval_step(objective, **evaluating)), "eval_step", placement.replicated, donates=False
+        ),
         # Cached, so that the same function is not compiled again.
         predict_step=functools.lru_cache(maxsize=8)(
             lambda fn: jax.jit(make_predict_step(fn, **evaluating), out_shardings=placement.replicated)

@@ -12,10 +12,11 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainer.checkpoints.run_record import Restored
 from trainer.compile.cost import ProgramCost, cost_of
+from trainer.compile.dispatch import CompileReport
 from trainer.distributed.signals import Signals
 from trainer.errors import ObjectiveError, warn
 from trainer.fit.cadence import steps_due
@@ -31,6 +32,7 @@ from trainer.loop import evaluate, open_pass, plan_dispatch, rare_collections, r
 from trainer.metrics.average import metrics_at
 from trainer.metrics.throughput import Meter
 from trainer.run import Position, Run
+from trainer.state import TrainState
 from trainer.types import Batch, Metrics
 
 if TYPE_CHECKING:
@@ -94,10 +96,27 @@ def validate(trainer: Trainer, held_out: Callable[[], Iterator[Batch]], check: C
     setup.events.emit("on_validation_begin", trainer)
     state = trainer.run.state_with_edits()
     with setup.ahead(held_out(), may_be_short=True) as batches:
-        averages = evaluate(setup.eval_step, state, batches, placement=setup.placement, check=check)
+        averages = evaluate(_telling(trainer), state, batches, placement=setup.placement, check=check)
     trainer.hold(trainer.run.validated(averages))
     setup.fanout.report("val", trainer.run.step, averages)
     setup.events.emit("on_validation_end", trainer, averages)
+
+
+def _telling(trainer: Trainer) -> Callable[..., Metrics]:
+    """Returns the evaluation step, which reports its compilations to callbacks and loggers."""
+    setup, program = trainer.setup, trainer.setup.eval_step
+    program.report()  # what `Trainer.evaluate` compiled belongs to no run
+
+    def eval_step(state: TrainState, batch: Batch, index: Any) -> Metrics:
+        if program.is_new:
+            setup.events.emit("on_compile_begin", trainer, program.name)
+        metrics: Metrics = program(state, batch, index)
+        if (report := program.report()) is not None:
+            # Without its warning: evaluations of other data or batch sizes are no mistake.
+            tell_compilation(trainer, dataclasses.replace(report, warning=None), trainer.run.step)
+        return metrics
+
+    return eval_step
 
 
 def _run_epochs(
@@ -239,7 +258,7 @@ def _after_call(trainer: Trainer, metrics: Metrics, count: int | None, *, defer:
     report = setup.step.report()
     if report is not None:
         # Logged at the step before the call: rows of fused steps follow, and some loggers drop rows of earlier steps.
-        tell_compilation(trainer, report.name, report.seconds, report.warning, run.step - (count or 1))
+        tell_compilation(trainer, report, run.step - (count or 1), setup.live.meter)
         _check_counted(trainer)
     setup.fanout.flush_rows()
     react_if_not_finite(trainer, run.average)
@@ -291,7 +310,7 @@ def compile_step(trainer: Trainer, batch: Batch, without_remat: bool) -> Program
         start = time.perf_counter()
         compared = cost_of(program.compile(traced), run.leaves, time.perf_counter() - start)
         cost = dataclasses.replace(cost, without_remat=compared)
-    tell_compilation(trainer, program.name, seconds, None, run.step)
+    tell_compilation(trainer, CompileReport(program.name, seconds, None), run.step, setup.live.meter)
     if not cost.fits:
         warn(
             f"a step needs {cost.total:,} bytes and the device has {cost.available:,}: it will not "
@@ -300,15 +319,15 @@ def compile_step(trainer: Trainer, batch: Batch, without_remat: bool) -> Program
     return cost
 
 
-def tell_compilation(trainer: Trainer, name: str, seconds: float, warning: str | None, step: int) -> None:
-    """Reports a compilation at ``step`` to callbacks and loggers; ``warning`` is set after too many compilations."""
+def tell_compilation(trainer: Trainer, report: CompileReport, step: int, meter: Meter | None = None) -> None:
+    """Reports a compilation at ``step`` to callbacks, loggers, and the meter of the epoch if its steps waited."""
     setup = trainer.setup
-    if setup.live.meter is not None:
-        setup.live.meter.compiled(seconds)
-    setup.events.emit("on_compile_end", trainer, name, seconds)
-    setup.fanout.log_text("compilation", f"{name} took {seconds:.1f} s to compile", step)
-    if warning is not None:
-        warn(warning)
+    if meter is not None:
+        meter.compiled(report.seconds)
+    setup.events.emit("on_compile_end", trainer, report.name, report.seconds)
+    setup.fanout.log_text("compilation", f"{report.name} took {report.seconds:.1f} s to compile", step)
+    if report.warning is not None:
+        warn(report.warning)
 
 
 def _is_to_be_saved(setup: Setup, plan: FitPlan, run: Run) -> bool:

@@ -14,7 +14,7 @@ from flax import nnx
 
 from trainer.callbacks.dispatch import CallbackDispatcher
 from trainer.checkpoints.checkpointer import Checkpointer
-from trainer.compile.dispatch import CompiledStep
+from trainer.compile.dispatch import CompiledStep, Program
 from trainer.config import TrainingConfig, make_schedule
 from trainer.config.schedules import check_horizon, needs_horizon
 from trainer.core.objective import check_weight, with_losses
@@ -33,7 +33,7 @@ from trainer.metrics.throughput import Meter, Throughput
 from trainer.run import FromLoader, Run
 from trainer.sharding.placement import Placement
 from trainer.state import TrainState
-from trainer.types import Batch, EvalParams, ExtensionLike, LogCallback, LossFn, Metrics, NonFinite, StepFn
+from trainer.types import Batch, EvalParams, ExtensionLike, LogCallback, LossFn, NonFinite, StepFn
 
 _BYTES_COMPARED = 256 * 2**20
 """How much data in memory the processes compare, in a quarter of a second. Of larger data, evenly spread rows."""
@@ -140,7 +140,7 @@ class Setup:
     prefetch: int
     step: CompiledStep
     step_without_remat: CompiledStep | None
-    eval_step: Callable[..., Metrics]
+    eval_step: Program
     predict_step: Callable[[Any], Callable[..., Any]]
     live: Live
     rate: RateInForce

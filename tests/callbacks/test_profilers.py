@@ -2,11 +2,14 @@
 
 import gzip
 import json
+from types import SimpleNamespace
 
+import jax
 import pytest
 
 from tests.problems import Linear, config, regression, squared_error
 from trainer import ArgumentError, JAXProfiler, MemoryProfiler, Trainer
+from trainer.loggers.base import Logger
 
 
 def trained(callback, steps=8, **options):
@@ -15,15 +18,30 @@ def trained(callback, steps=8, **options):
     return trainer
 
 
-@pytest.mark.parametrize("steps_per_call", [1, 4])
-def test_a_trace_of_some_steps_that_perfetto_and_xprof_open(steps_per_call, tmp_path):
-    trained(JAXProfiler(tmp_path / "trace", first_step=3, num_steps=2), steps_per_call=steps_per_call)
-    (path,) = (tmp_path / "trace").rglob("perfetto_trace.json.gz")
+def calls_in(directory, name):
+    """Returns how many calls of a program a trace holds; each has several events, one inside the other."""
+    (path,) = directory.rglob("perfetto_trace.json.gz")
     events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
-    calls = [event for event in events if "PjitFunction" in event.get("name", "")]
-    assert calls
-    (plane,) = (tmp_path / "trace").rglob("*.xplane.pb")
+    times = sorted((one["ts"], one["ts"] + one["dur"]) for one in events if one.get("name") == f"PjitFunction({name})")
+    count, end = 0, 0.0
+    for start, stop in times:
+        count, end = count + (start >= end), max(end, stop)
+    return count
+
+
+@pytest.mark.parametrize(("first_step", "num_steps"), [(3, 2), (2, 5), (8, 1)])
+def test_a_trace_of_some_steps_that_perfetto_and_xprof_open(first_step, num_steps, tmp_path):
+    trained(JAXProfiler(tmp_path, first_step=first_step, num_steps=num_steps), steps_per_call=1)
+    assert calls_in(tmp_path, "train_step") == num_steps
+    (plane,) = tmp_path.rglob("*.xplane.pb")
     assert b"/host:CPU" in plane.read_bytes()
+
+
+@pytest.mark.parametrize(("num_steps", "calls"), [(1, 1), (4, 1), (8, 2)])
+def test_fused_steps_are_traced_in_whole_calls(num_steps, calls, tmp_path):
+    """Of four steps each: the call that holds step 3 began before it."""
+    trained(JAXProfiler(tmp_path, first_step=3, num_steps=num_steps), steps=16, steps_per_call=4)
+    assert calls_in(tmp_path, "train_steps") == calls
 
 
 def test_a_run_that_ends_before_it(tmp_path):
@@ -67,3 +85,51 @@ def test_the_memory_of_the_devices_every_so_many_epochs(tmp_path):
     files = sorted((tmp_path / "memory").iterdir())
     assert [path.name for path in files] == ["memory_4.prof", "memory_8.prof"]
     assert all(gzip.decompress(path.read_bytes()) for path in files)
+
+
+class Scalars(Logger):
+    def __init__(self):
+        self.rows = []
+
+    def log_scalars(self, scalars, step=None):
+        self.rows.append((step, dict(scalars)))
+
+    def log_text(self, name, text, step=None):
+        pass
+
+
+USED = {"bytes_in_use": 100, "peak_bytes_in_use": 250, "bytes_limit": 1000}
+
+
+@pytest.mark.parametrize(
+    ("stats", "logged"),
+    [
+        ([USED], {"memory/bytes_in_use": 100.0, "memory/peak_bytes": 250.0}),
+        # The largest over the devices, each number by itself.
+        (
+            [USED, {"bytes_in_use": 300, "peak_bytes_in_use": 200}],
+            {"memory/bytes_in_use": 300.0, "memory/peak_bytes": 250.0},
+        ),
+        ([USED, {"bytes_in_use": 7}], {"memory/bytes_in_use": 100.0}),
+        ([USED, None], None),
+        ([None], None),
+    ],
+)
+def test_the_loggers_get_the_memory_in_use(stats, logged, tmp_path, monkeypatch):
+    spy, profiler = Scalars(), MemoryProfiler(tmp_path)
+    trainer = Trainer(Linear(4), config(), loss_fn=squared_error, logger=spy)
+    trainer.train(regression(16), 1, 8)
+    spy.rows.clear()
+    devices = [SimpleNamespace(memory_stats=lambda one=one: one) for one in stats]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    profiler.on_epoch_end(trainer, 0, {})
+    assert spy.rows == ([] if logged is None else [(2, logged)])
+    assert (tmp_path / "memory_2.prof").exists()
+
+
+def test_each_process_has_a_file_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for process in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        MemoryProfiler(tmp_path).on_epoch_end(SimpleNamespace(step=4), 0, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["memory_4_0.prof", "memory_4_1.prof"]

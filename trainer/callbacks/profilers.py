@@ -17,7 +17,8 @@ class JAXProfiler(Callback):
 
     The files are in ``directory/plugins/profile``: ``*.xplane.pb`` for ``xprof --logdir directory`` (or TensorBoard
     with its profile plugin), and ``perfetto_trace.json.gz`` for https://ui.perfetto.dev. Fused steps are traced in
-    whole calls, so there may be more of them. With several processes, each records its own devices.
+    whole calls: the trace starts with the first call that has no step before ``first_step``, and may hold more steps;
+    ``steps_per_call=1`` of the trainer gives exactly these. With several processes, each records its own devices.
 
     Args:
         directory: Where to write. It is created when the trace starts.
@@ -66,8 +67,9 @@ class MemoryProfiler(Callback):
     """Writes profiles of device memory by the line that allocated it, and logs how much is in use.
 
     ``directory/memory_<step>.prof`` is written at the end of every ``every``-th epoch, for ``pprof -http : FILE``
-    (https://docs.jax.dev/en/latest/device_memory_profiling.html). The trainer's loggers get ``memory/bytes_in_use`` and
-    ``memory/peak_bytes``, the maximum over devices, if the platform reports them; the CPU does not.
+    (https://docs.jax.dev/en/latest/device_memory_profiling.html); with several processes each writes
+    ``memory_<step>_<process>.prof``. The trainer's loggers get ``memory/bytes_in_use`` and ``memory/peak_bytes``, the
+    maximum over the devices of the primary process, if the platform reports them; the CPU does not.
 
     Args:
         directory: Where to write. It is created on first use.
@@ -94,4 +96,5 @@ class MemoryProfiler(Callback):
         if used:
             trainer.loggers.log_scalars(used)
         self.directory.mkdir(parents=True, exist_ok=True)
-        jax.profiler.save_device_memory_profile(os.fspath(self.directory / f"memory_{trainer.step}.prof"))
+        process = f"_{jax.process_index()}" if jax.process_count() > 1 else ""
+        jax.profiler.save_device_memory_profile(os.fspath(self.directory / f"memory_{trainer.step}{process}.prof"))

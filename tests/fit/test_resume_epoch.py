@@ -116,8 +116,12 @@ class Rows(grain.sources.RandomAccessDataSource):
         return "Rows()"
 
 
+def grain_map():
+    return grain.MapDataset.source(Rows()).shuffle(seed=3).batch(BATCH)
+
+
 def grain_dataset():
-    return grain.MapDataset.source(Rows()).shuffle(seed=3).batch(BATCH).to_iter_dataset()
+    return grain_map().to_iter_dataset()
 
 
 def grain_endless():
@@ -155,6 +159,7 @@ KNOWING = {
     "goes on from pass to pass": Shuffled,
     "starts again": Plain,
     "a callable that makes one": lambda: Shuffled,
+    "grain map": grain_map,
     "grain dataset": grain_dataset,
     "grain endless": grain_endless,
     "grain loader": grain_loader,

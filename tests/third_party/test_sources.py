@@ -3,6 +3,8 @@
 `make third-party` installs Hugging Face's datasets; `make heavy` torch, on the CPU (880 MB); nothing TensorFlow.
 """
 
+import warnings
+
 import chex
 import pytest
 
@@ -26,6 +28,16 @@ def batches():
 def assert_trained_alike(trainer):
     chex.assert_trees_all_equal(trainer.state.params, trained(batches()).state.params)
     assert trainer.step == 6
+
+
+class Examples:
+    """Examples by their index, at the top of a module, from which worker processes import it."""
+
+    def __len__(self):
+        return len(DATA["target"])
+
+    def __getitem__(self, index):
+        return {name: column[index] for name, column in DATA.items()}
 
 
 @pytest.mark.third_party
@@ -92,6 +104,25 @@ class TestTorch:
         pairs = torch.utils.data.TensorDataset(*(torch.from_numpy(DATA[name]) for name in ("input", "target")))
         loader = torch.utils.data.DataLoader(pairs, 8)
         assert_trained_alike(trained(loader, loss_fn=loss_fn, prefetch=prefetch))
+
+    @pytest.mark.parametrize("prefetch", [0, 2])
+    @pytest.mark.parametrize("context", ["spawn", "forkserver"])
+    def test_workers_that_are_started_anew_train(self, torch, context, prefetch):
+        loader = torch.utils.data.DataLoader(
+            Examples(), 8, num_workers=2, multiprocessing_context=context, persistent_workers=True, timeout=60
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)
+            assert_trained_alike(trained(loader, prefetch=prefetch))
+
+    @pytest.mark.parametrize("prefetch", [0, 2])
+    def test_of_forked_workers_jax_warns_and_they_train(self, torch, prefetch):
+        """They touch no JAX: what is copied into them is not used."""
+        loader = torch.utils.data.DataLoader(
+            Examples(), 8, num_workers=2, multiprocessing_context="fork", persistent_workers=True, timeout=60
+        )
+        with pytest.warns(RuntimeWarning, match=r"os\.fork\(\) is incompatible with multithreaded code"):
+            assert_trained_alike(trained(loader, prefetch=prefetch))
 
     def test_a_data_set_without_a_loader_is_refused(self, dataset):
         with pytest.raises(BatchError, match="gives examples by their index; pass a loader of batches"):

@@ -1,8 +1,8 @@
-"""The baselines: what one writes by hand without a library, as fast as we know how.
+"""The baselines: training code written by hand without a library, as fast as we know how.
 
-The state is plain dicts, the graph of the module is merged while tracing and never again, everything
-is donated. Like any objective of this library's, the one here gets a key and the number of the step; the
-key is folded from that number, which costs nothing where nobody draws from it.
+The state is plain dicts, the graph of the module is merged only while tracing, and everything is donated. Like any
+objective of this library, the one here gets a key and the step number. The key is folded from that number, which costs
+nothing if the key is not used.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -30,9 +30,9 @@ def make_step(
     Args:
         model: The module, which is copied.
         loss_fn: The objective.
-        optimizer: What updates the params.
+        optimizer: The optax optimizer.
         wrt: Which variables are params; the others stay as they are.
-        report: From gradients, updates and params to further metrics.
+        report: Computes further metrics from gradients, updates and params.
     """
     graphdef, variables, others = nnx.split(model, wrt, ...)
     params, frozen = jax.tree.map(jnp.copy, (nnx.to_pure_dict(variables), nnx.to_pure_dict(others)))
@@ -77,7 +77,7 @@ def with_lora(model: nnx.Module, rank: int) -> nnx.Module:
 
 
 class Checkpointed(nnx.Module):
-    """A module whose activations the backward pass computes again."""
+    """A module whose activations are recomputed in the backward pass."""
 
     def __init__(self, inner: nnx.Module):
         self.inner = inner
@@ -98,7 +98,7 @@ def with_checkpoints(model: nnx.Module) -> nnx.Module:
 
 
 def batches(data: Mapping[str, np.ndarray], batch_size: int, draws: np.random.Generator) -> Iterator[dict[str, Any]]:
-    """Yields a shuffled epoch, the last batch may be short."""
+    """Yields the batches of a shuffled epoch; the last one may be short."""
     num_examples = len(next(iter(data.values())))
     order = draws.permutation(num_examples)
     for start in range(0, num_examples, batch_size):
@@ -107,7 +107,7 @@ def batches(data: Mapping[str, np.ndarray], batch_size: int, draws: np.random.Ge
 
 
 def loop(workload: Workload) -> Callable[..., float]:
-    """Returns a function that trains for so many epochs, one call a step, and returns the last loss.
+    """Returns a function that trains for a number of epochs, one call per step, and returns the last loss.
 
     It trains on the workload's data, unless it is given other data of the same form.
     """
@@ -126,7 +126,7 @@ def loop(workload: Workload) -> Callable[..., float]:
 
 
 def scan(workload: Workload, *, gather_first: bool, keep: bool = True) -> Callable[[int], float]:
-    """Returns the same, but with the data on the device and one call an epoch.
+    """Returns the same, but with the data on the device and one call per epoch.
 
     Args:
         workload: What to train.

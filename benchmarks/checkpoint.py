@@ -1,9 +1,8 @@
 """How fast a state is saved and loaded, beside writing and reading the same bytes raw.
 
-Rates are of all the bytes of the state; "x raw" says how many times as fast as the raw ones it is. Files are
-read from the page cache, raw ones into fresh memory as any loader must. "Memory" is how far the resident
-memory rises above where it was while saving, and while loading beyond what is loaded (Linux only).
-Run it with ``python benchmarks/checkpoint.py --mebibytes 256 1024``.
+Rates count all bytes of the state; "x raw" is the ratio to the raw rate. Files are read from the page cache, raw ones
+into fresh memory as in any loader. "Memory" is the rise of the resident memory during a save, and during a load beyond
+what is loaded (Linux only). Run it with ``python benchmarks/checkpoint.py --mebibytes 256 1024``.
 """
 
 import ctypes
@@ -41,7 +40,7 @@ class Wide(nnx.Module):
 
 
 def on_disk(path, write):
-    """Calls ``write(file)`` and flushes, as the contenders do that say so."""
+    """Calls ``write(file)`` and flushes to disk, for the contenders whose names say so."""
     with open(path, "wb") as file:
         write(file)
         file.flush()
@@ -49,7 +48,7 @@ def on_disk(path, write):
 
 
 def contenders(state, directory):
-    """Pairs of a function that saves and one that loads; each with what it promises."""
+    """Returns the bytes of the state, and by name pairs of a save and a load function."""
     host = jax.tree.map(np.asarray, state.params)
     leaves = jax.tree.leaves(host)
     size = sum(leaf.nbytes for leaf in leaves)
@@ -101,7 +100,7 @@ def contenders(state, directory):
 
 
 def memory(function):
-    """Returns by how many bytes the resident memory rose at most while ``function`` ran, beyond what it returned."""
+    """Returns the largest rise of the resident memory in bytes while ``function`` ran, beyond its result."""
     status = Path("/proc/self/status")
     if not os.access("/proc/self/clear_refs", os.W_OK):
         return float("nan")
@@ -110,15 +109,15 @@ def memory(function):
         return int(re.search(rf"{name}:\s+(\d+)", status.read_text())[1])
 
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # memory that was freed and not given back would hide a rise
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory that the process still holds would hide a rise
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = kibibytes("VmRSS")
     kept = sum(leaf.nbytes for leaf in jax.tree.leaves(function()) if hasattr(leaf, "nbytes"))
     return (kibibytes("VmHWM") - before) * 1024 - kept
 
 
 def held_up(state, directory):
-    """Returns contenders: a copy to the host, and what training waits for when it saves in the background."""
+    """Returns contenders: a copy to the host, and the part of a background save that blocks training."""
     config = TrainingConfig(optimizer=OptimizerConfig(optimizer_type="sgd", learning_rate=0.1))
     trainer = Trainer(nnx.Linear(1, 1, rngs=nnx.Rngs(0)), config, loss_fn=lambda *_: None, workdir=directory)
     trainer.state = state

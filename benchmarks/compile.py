@@ -1,8 +1,8 @@
-"""How long it is to the first finished step, and how often XLA is called, in a process that starts anew.
+"""The time to the first finished step, and the number of XLA compilations, in a new process.
 
-The clock starts when JAX, Flax and optax are imported; the import of this library (and of datarax, by `Trainer.train`),
-making the model, tracing and compiling are within. "Again" is a second process that finds JAX's cache on the disk,
-which is then asked for every program. "A run" goes on from there: two epochs with a short last batch.
+The clock starts once JAX, Flax and optax are imported. It includes importing this library (and datarax, which
+`Trainer.train` imports), creating the model, tracing and compiling. "Again" is a second process that looks up every
+program in JAX's cache on disk. "A run" continues from there: two epochs with a short last batch.
 Run it with ``python benchmarks/compile.py``.
 """
 
@@ -31,7 +31,7 @@ def hand_written(workload, directory):
 
 
 def beside_datarax(workload, directory):
-    """The same, with the import that is asked of `Trainer.train`; it brings Grain and Orbax along."""
+    """The same, with the import that `Trainer.train` needs, which imports Grain and Orbax too."""
     import datarax.sources  # noqa: F401
 
     return hand_written(workload, directory)
@@ -46,7 +46,7 @@ CONTENDERS = {BASELINE: hand_written, "  importing datarax": beside_datarax, "Tr
 
 
 def measure(contender, rows, directory):
-    """Prints as JSON what the start of a run in this very process takes."""
+    """Prints the cost of starting a run in this process, as JSON."""
     counts = {COMPILED: 0, FOUND: 0}
 
     def count(event, *_, **about):
@@ -65,7 +65,7 @@ def measure(contender, rows, directory):
 
 
 def in_a_process(contender, rows, cache):
-    """Measures in a process of its own whose compilations are kept in ``cache``."""
+    """Measures in a separate process that keeps its compilations in ``cache``."""
     settings = {
         "JAX_COMPILATION_CACHE_DIR": cache,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -1,4 +1,4 @@
-"""Ways to make an update, ours and by hand, that a benchmark times against each other."""
+"""Contenders: ways to make an update, ours and by hand, that a benchmark compares."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +27,7 @@ class Contender:
 
     @property
     def scratch(self) -> int | None:
-        """Bytes that XLA plans for a call, beside arguments and results; None where that is not known."""
+        """Bytes that XLA plans for a call, besides arguments and results; None if unknown."""
         return self.step.lower(self.state, self.batches[0]).compile().memory_analysis().temp_size_in_bytes
 
 
@@ -47,7 +47,7 @@ class OneByOne(Contender):
 
 @dataclasses.dataclass
 class Checked(Contender):
-    """Steps that each wait for a check before them; a check holds programs of its own."""
+    """Steps with a check before each of them; the check has its own compiled programs."""
 
     check: Callable[[Any, Any], None]
     scratch = None
@@ -82,7 +82,7 @@ def hand_written(
     model: Any = None,
     **options: Any,
 ) -> Contender:
-    """The step by hand with keywords of `by_hand.make_step`, called on so many parts of the batch."""
+    """The step by hand with keywords of `by_hand.make_step`, called on each of several parts of the batch."""
     optimizer = workload.optimizer() if optimizer is None else optimizer
     model = workload.make_model() if model is None else model
     state, step = by_hand.make_step(model, workload.loss_fn, optimizer, **options)

@@ -1,9 +1,9 @@
-"""What a step costs that has next to nothing to compute: a call from Python, over states of 12 to 3,000 arrays.
+"""The cost of a step that computes almost nothing: a call from Python, over states of 12 to 3,000 arrays.
 
 The model is a stack of layers of width 32, at batch 8, trained by Adam; the arrays are parameters and both moments.
-Everybody trains the same model on the same batch. Whoever is made first in a process is faster by some percent at 300
-arrays, a loop by hand too, so the first one made is another loop by hand with which nothing is compared. Run it
-with ``python benchmarks/dispatch.py``; ``benchmarks/peers.py`` has Equinox in the same place.
+All contenders train the same model on the same batch. The first contender made in a process is a few percent faster at
+300 arrays, even if it is a loop by hand. So the first one is a second loop by hand, with which nothing is compared. Run
+it with ``python benchmarks/dispatch.py``; ``benchmarks/peers.py`` compares Equinox in the same way.
 """
 
 import flax.linen
@@ -20,7 +20,7 @@ from workloads import Mlp, Workload, squared_error
 
 
 class Ignored:
-    """A stream that takes words and keeps none, so that a logger costs what it does and no terminal."""
+    """A stream that discards its text, so that the cost of a logger excludes a terminal."""
 
     def write(self, text):
         pass
@@ -35,7 +35,7 @@ class Watching(Callback):
 
 
 def stepping(compiled, state):
-    """Returns a function that advances a state of its own by a batch."""
+    """Returns a function that trains its own state on a batch."""
 
     def step(batch):
         nonlocal state
@@ -51,7 +51,7 @@ def plain(workload):
 
 
 def carrying_a_key(make_key):
-    """By hand with a key in the state, as every state of this library has one."""
+    """By hand with a key in the state, like every state of this library."""
 
     def make(workload):
         state, step = by_hand.make_step(workload.make_model(), workload.loss_fn, workload.optimizer())
@@ -130,7 +130,7 @@ def linen_train_state(workload):
     return stepping(jax.jit(step, donate_argnums=0), state)
 
 
-# Makes a function of a batch from a workload; and how many times fewer steps it is given, because it takes so long.
+# Makes a function of a batch from a workload; and the factor by which a slow contender gets fewer steps.
 CONTENDERS = {
     "by hand, made first": (plain, 1),
     "by hand": (plain, 1),
@@ -149,18 +149,18 @@ CONTENDERS = {
     "nnx.jit and nnx.Optimizer": (nnx_jit, 10),
 }
 
-# With 3,000 arrays a contender compiles for a quarter of a minute, and these would show nothing more.
+# With 3,000 arrays a contender compiles for 15 seconds, and these would show nothing more.
 SMALL_ONLY = ("  log_callback, every 100 steps", "  metrics_logger, every step")
 
 
 def stack(layers):
-    """So many layers of width 32, and one batch."""
+    """A number of layers of width 32, and one batch."""
     data = {name: np.ones((8, 32), np.float32) for name in ("input", "target")}
     return Workload(f"{layers} layers", lambda: Mlp(*[32] * (layers + 1)), squared_error, data, 8)
 
 
 def contender(make, workload, steps):
-    """Makes a contender that takes so many steps and waits for the last."""
+    """Makes a contender that takes a number of steps and waits for the last."""
     step, batch = make(workload), workload.batch
 
     def run():
@@ -172,7 +172,7 @@ def contender(make, workload, steps):
 
 
 def run(report, contenders, sizes):
-    """Prints a table for every size of the state, given in layers and steps of a turn."""
+    """Prints a table for each size of the state, given as layers and steps per turn."""
     for layers, steps in sizes:
         workload = stack(layers)
         runs = {name: contender(make, workload, max(2, steps // fewer)) for name, (make, fewer) in contenders.items()}

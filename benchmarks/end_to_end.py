@@ -1,10 +1,10 @@
-"""What a whole epoch of `Trainer.train` costs, with nothing but defaults, beside the loops that one writes by hand.
+"""The cost of a whole epoch of `Trainer.train` with all defaults, beside loops written by hand.
 
-"A loop" is a compiled and donated step, called from Python on batches indexed out of NumPy arrays; "scan" is one
-call an epoch with the data on the device, shuffled within or before it. "Best" is the fastest of these three on the
-workload at hand. What the copy of the data on the device costs is not counted in them, and shown apart: a call
-of `train` would pay it every time. By default `train` saves a checkpoint every 1,000 steps, which no hand-written loop
-does here; it is shown with and without. Run it with ``python benchmarks/end_to_end.py``.
+"A loop" is a compiled and donated step, called from Python on batches indexed from NumPy arrays; "scan" is one call per
+epoch with the data on the device, shuffled within the scan or before it. "Best" is the fastest of these three on the
+workload. Their times do not include copying the data to the device, which is shown separately: each call of `train`
+would pay for it. By default `train` saves a checkpoint every 1,000 steps, which no loop by hand does here; times are
+shown with and without. Run it with ``python benchmarks/end_to_end.py``.
 """
 
 import tempfile
@@ -19,7 +19,7 @@ COPYING = "by hand, copy and scan"
 
 
 def contenders(workload, epochs, directory):
-    """By name, functions that train for so many epochs and return when the last step is done."""
+    """Functions by name that train for a number of epochs and return when the last step is done."""
     runs = {
         BY_HAND[0]: by_hand.loop(workload),
         BY_HAND[1]: by_hand.scan(workload, gather_first=False),
@@ -33,7 +33,7 @@ def contenders(workload, epochs, directory):
 
 
 def workloads_of(report):
-    """What to train, and for how many epochs at a turn."""
+    """What to train, and the number of epochs per turn."""
     if report.quick:
         small = workloads.dispatch_bound(400), workloads.digits(1000), workloads.images(256), workloads.text(128)
         return [(workload, 1) for workload in small]

@@ -1,12 +1,13 @@
-"""What a feature of the step costs, beside the step without it and beside the same written by hand.
+"""The cost of a feature of the step, beside the step without it and beside the same feature written by hand.
 
 To add a feature, write a function from the workload to its contenders, and list it in ``FEATURES``. A contender is a
-state, a compiled ``(state, batch) -> (state, metrics)`` that donates it, and the batches of one update. Times are of
-one update; "scratch" is what XLA plans beside arguments and results. Run it with ``python benchmarks/features.py``, and
-on an accelerator with ``--wide``, which trains a transformer in place of the small dense network.
+state, a compiled ``(state, batch) -> (state, metrics)`` that donates it, and the batches of one update. Times are per
+update; "scratch" is the memory that XLA plans besides arguments and results. Run it with
+``python benchmarks/features.py``, and on an accelerator with ``--wide``, which trains a transformer instead of the
+small dense network.
 
 `find_learning_rate`, `find_batch_size`, `summary`, ``fast_dev_run`` and ``overfit_batches`` have no row: they run once
-before the training or choose its data, and leave the step as it is.
+before the training or choose its data, and do not change the step.
 """
 
 import dataclasses
@@ -114,7 +115,7 @@ def precision(workload: Workload) -> dict[str, Contender]:
         return workload.loss_fn(lambda inputs: model(inputs).astype(jnp.float32), *args)
 
     in_half, model = dataclasses.replace(workload, loss_fn=loss_fn), by_hand.in_bfloat16(workload.make_model())
-    # XLA has no products of float16 on a CPU that sum in float32, as attention asks for.
+    # On a CPU, XLA has no products of float16 that sum in float32, which attention needs.
     has_float16 = jax.default_backend() != "cpu" or not hasattr(model, "blocks")
     names = ("bfloat16", "float16") if has_float16 else ("bfloat16",)
     return {
@@ -176,7 +177,7 @@ def groups(workload: Workload) -> dict[str, Contender]:
 
 
 def merged_metrics(workload: Workload) -> dict[str, Contender]:
-    """An accuracy that is merged over 4 micro-batches; by hand it is the mean of means."""
+    """An accuracy merged over 4 micro-batches; by hand it is the mean of means."""
 
     def reporting(accuracy: Callable[[Any, Any], Any]) -> Workload:
         def loss_fn(model: Any, batch: Any, rng: Any, step: Any) -> Any:
@@ -269,7 +270,7 @@ def schedule_free(workload: Workload) -> dict[str, Contender]:
 
 
 def debugging(workload: Workload) -> dict[str, Contender]:
-    """A check beside each step; nobody writes by hand what tells the module where NaN begins."""
+    """A check beside each step; finding the module in which NaN begins has no version by hand."""
     plain = ours(workload)
     check = make_check_step(workload.loss_fn)
     return {"plain": plain, "debug=True": Checked(ours(workload).state, plain.step, plain.batches, check)}
@@ -333,7 +334,7 @@ def compare(report: Report, feature: Feature, workload: Workload, updates: int) 
 
 
 def equality_of_sweep(report: Report, workload: Workload) -> None:
-    """Prints how far members trained in one program are from the same trained one by one, after an epoch."""
+    """Prints how much members trained in one program differ from the same ones trained singly, after an epoch."""
     size = workload.batch_size
     starts = range(0, workload.num_examples - size + 1, size)
     batches = [{name: column[start : start + size] for name, column in workload.data.items()} for start in starts]
@@ -351,7 +352,7 @@ def equality_of_sweep(report: Report, workload: Workload) -> None:
 
 
 def memory_of_accumulation(report: Report, workload: Workload) -> None:
-    """Prints what memory a step takes: flat in the micro-batches of one size, falling in those of one batch."""
+    """Prints the memory of a step: flat in the number of micro-batches of one size, falling in that of one batch."""
     size, rows = workload.batch_size // STEPS, []
     for steps in (1, 4, STEPS):
         growing = {name: column[: size * steps] for name, column in workload.batch.items()}

@@ -1,6 +1,6 @@
-"""What a shuffled batch out of memory costs beside indexing the same arrays with a permutation of NumPy.
+"""The cost of a shuffled batch from memory, beside indexing the same arrays with a NumPy permutation.
 
-A turn is an epoch in batches of 128, the last of which is short. Run it with ``python benchmarks/input.py``.
+A turn is an epoch in batches of 128; the last one is short. Run it with ``python benchmarks/input.py``.
 """
 
 import numpy as np

@@ -1,7 +1,7 @@
-"""What memory a step and a run take: what XLA plans for the compiled step, and the peak of a process that trains.
+"""The memory of a step and of a run: what XLA plans for the compiled step, and the peak of a process that trains.
 
-"Planned" is arguments, outputs and scratch, less what is reused; every byte of the state should be reused
-(donated) by its successor. Each contender has a process of its own. Run it with ``python benchmarks/memory.py``.
+"Planned" is arguments, outputs and scratch, less the reused memory; the successor of the state should reuse every byte
+of it (donation). Each contender has its own process. Run it with ``python benchmarks/memory.py``.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ def state_and_step(workload, contender):
 
 
 def measure(workload, contender):
-    """Trains for an epoch in this process, which must be a fresh one, and prints what was found as JSON."""
+    """Trains for an epoch in this process, which must be new, and prints the measurements as JSON."""
     if contender == "by hand":
         by_hand.loop(workload)(1)
     else:

@@ -1,4 +1,4 @@
-"""What it costs to write the metrics to a file, every step or every 100, on a step that has something to compute.
+"""The cost of writing metrics to a file, at every step or every 100, beside a step with real computation.
 
 Run it with ``python benchmarks/metrics.py``.
 """

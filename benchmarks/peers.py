@@ -1,11 +1,10 @@
-"""Equinox, Keras and the reference implementation, in one process with a loop written by hand and with this library.
+"""Equinox, Keras and the reference implementation, in one process with a loop by hand and with this library.
 
-They are installed into a virtual environment of their own, ``.bench/peers``, which also sees what
-the one that runs this has, so that everybody computes with the same JAX. Nothing of the project depends on them.
-Run it with ``python benchmarks/peers.py``; the first time it needs a package index.
+They are installed into a separate virtual environment, ``.bench/peers``, which also sees the packages of the current
+one, so that all contenders use the same JAX. Nothing in the project depends on them.
+Run it with ``python benchmarks/peers.py``; the first run needs a package index.
 
-The reference runs each step uncompiled, so it is given a few steps of an epoch rather than all of them. No one saves
-checkpoints here.
+The reference runs each step uncompiled, so it gets only a few steps of an epoch. No contender saves checkpoints here.
 """
 
 import os
@@ -32,13 +31,13 @@ PINS = (
     "keras==3.15.1",
     *("h5py==3.16.0", "namex==0.1.0", "optree==0.20.0"),  # for Keras
     "avitai-artifex==0.1.3",
-    *("calibrax==0.1.1", "dacite==1.9.2"),  # for artifex, of whose dependencies its trainer needs no others
+    *("calibrax==0.1.1", "dacite==1.9.2"),  # for artifex, whose trainer needs no other dependencies
 )
 DIRECTORY = Path(__file__).resolve().parent.parent / ".bench" / "peers"
 
 
 def make_environment():
-    """Returns the interpreter of the environment, made if it is not there or not of these pins."""
+    """Returns the interpreter of the environment, which is created if missing or of other pins."""
     python = DIRECTORY / "bin" / "python"
     ready = DIRECTORY / "pins.txt"
     if not ready.exists() or ready.read_text(encoding="utf-8").split() != list(PINS):
@@ -113,7 +112,7 @@ def keras_model(workload):
 
 
 def keras_fit(workload, steps_per_execution):
-    """Returns a function that trains for so many epochs."""
+    """Returns a function that trains for a number of epochs."""
     import keras
 
     model = keras_model(workload)
@@ -131,7 +130,7 @@ def keras_fit(workload, steps_per_execution):
 
 
 class Timed:
-    """Ends a run of the reference after some steps, of which the first are not counted."""
+    """Ends a run of the reference after some steps; the first ones are not counted."""
 
     def __init__(self, steps, uncounted=2):
         self.first, self.last = uncounted, uncounted + steps
@@ -150,7 +149,7 @@ class Timed:
 
 
 def reference(workload, steps, directory):
-    """Returns a contender that takes so many steps of an epoch and times them, the making of batches included."""
+    """Returns a contender that takes some steps of an epoch and times them, including making the batches."""
     from artifex.generative_models.core.configuration import OptimizerConfig, TrainingConfig
     from artifex.generative_models.training.trainer import Trainer
 
@@ -191,7 +190,7 @@ DISPATCH = {
 
 
 def main():
-    report = Report(__doc__, repeats=5)  # here, so that a wrong command line makes no environment
+    report = Report(__doc__, repeats=5)  # here, so that a wrong command line creates no environment
     if Path(sys.prefix).resolve() != DIRECTORY.resolve():
         surroundings = {**os.environ, "KERAS_BACKEND": "jax"}
         sys.exit(subprocess.run([make_environment(), __file__, *sys.argv[1:]], env=surroundings).returncode)

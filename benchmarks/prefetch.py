@@ -1,9 +1,9 @@
-"""What drawing ahead (`trainer.prefetched`) gains where a loader takes as long as a step.
+"""The gain of prefetching (`trainer.prefetched`) with a loader that takes as long as a step.
 
-The loader sleeps (it waits for a disk), computes (it needs the processor too), or sleeps eight times as long for every
+The loader sleeps (as if it waited for a disk), computes (it needs the CPU too), or sleeps eight times as long at every
 eighth batch. The loop runs ahead of the device, as `Trainer.train` does, or reads the loss after every step. A turn is
-a pass of `run_epoch`, or of `evaluate`: on one device, and over the devices of a mesh, where the host waits for every
-step of an evaluation on the CPU. Run it with ``python benchmarks/prefetch.py``.
+a pass of `run_epoch` or of `evaluate`: on one device, and on a mesh, where the host waits for every step of an
+evaluation on the CPU. Run it with ``python benchmarks/prefetch.py``.
 """
 
 import functools
@@ -94,7 +94,7 @@ def slow_loaders(width, steps):
 
 
 def slow_evaluations(width, steps):
-    """Yields the name of a table, and its contenders: evaluations, as `slow_loaders` has training."""
+    """Yields the name of a table, and its contenders: evaluations, where `slow_loaders` has training."""
     model = nnx.Sequential(*[nnx.Linear(width, width, rngs=nnx.Rngs(layer)) for layer in range(8)])
     state = TrainState.create(model, optax.sgd(1e-3), rng=jax.random.key(0))
     batch = {"x": np.random.default_rng(0).standard_normal((BATCH_SIZE, width), np.float32)}

@@ -1,8 +1,8 @@
-"""What processes pay to agree: a call of `Trainer.train` in two processes, with and without comparing the state.
+"""The cost of agreement: a call of `Trainer.train` in two processes, with and without comparing the state.
 
-Before a run trains, `check_replicas` computes checksums of what processes hold together, on the devices, and exchanges
-eight bytes. The states are the stack of ``benchmarks/dispatch.py`` and one of 50 MiB; both processes share the cores
-here, and collectives go by Gloo over 127.0.0.1. Run it with ``python benchmarks/processes.py``.
+Before a run trains, `check_replicas` computes checksums of the arrays that processes share, on the devices, and
+exchanges eight bytes. The states are the stack of ``benchmarks/dispatch.py`` and one of 50 MiB. Both processes share
+the cores, and collectives use Gloo over 127.0.0.1. Run it with ``python benchmarks/processes.py``.
 """
 
 import os
@@ -15,7 +15,7 @@ PROCESSES = 2
 
 
 def contenders(workload, steps):
-    """By name, functions that train an epoch, and one that only compares."""
+    """Functions by name that train an epoch, and one that only compares the state."""
     from timing import per
     from trainer import make_mesh
     from trainer.distributed import check_replicas
@@ -39,7 +39,7 @@ def contenders(workload, steps):
 
 
 def work():
-    """What each of the processes does; the first one prints."""
+    """The program of each process; the first process prints."""
     import jax
 
     jax.config.update("jax_platforms", "cpu")

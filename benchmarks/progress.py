@@ -1,8 +1,8 @@
-"""What the display of progress costs a run, beside the same run without it: redirected, and on a pseudo-terminal.
+"""The cost of the progress display, beside the same run without it: redirected, and on a pseudo-terminal.
 
-The model is the smallest one, so that the display has next to nothing to hide behind. Runs are of one long epoch, of a
-thousand tiny ones, and of five tiny ones, where opening the display counts too. The terminal is read by a process of
-its own, as a real one is. Run it with ``python benchmarks/progress.py``.
+The model is the smallest one, so that computation hides almost nothing of the display. Runs have one long epoch, a
+thousand tiny ones, or five tiny ones, where opening the display counts too. A separate process reads the terminal, as
+with a real one. Run it with ``python benchmarks/progress.py``.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ SILENT = "progress=False"
 
 @contextlib.contextmanager
 def pseudo_terminal():
-    """Yields a terminal to write to, of 80 columns, and somebody who reads it."""
+    """Yields a terminal of 80 columns to write to, with a process that reads it."""
     reading, writing = os.openpty()
     with (
         os.fdopen(reading, "rb") as screen,
@@ -31,7 +31,7 @@ def pseudo_terminal():
 
 
 def contenders(workload, epochs, displays):
-    """By name, functions that train for so many epochs and return when the last step is done."""
+    """Functions by name that train for a number of epochs and return when the last step is done."""
     runs = {}
     for name, progress in displays.items():
         trainer = workload.trainer(progress=progress, save_interval=10**9)
@@ -40,7 +40,7 @@ def contenders(workload, epochs, displays):
 
 
 def workloads_of(report):
-    """What to train, and for how many epochs."""
+    """What to train, and the number of epochs."""
     long, tiny = workloads.dispatch_bound(400 if report.quick else 20_000), workloads.dispatch_bound(64)
     return [(long, 1), (tiny, 5), (tiny, 10 if report.quick else 1000)]
 

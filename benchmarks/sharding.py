@@ -1,8 +1,8 @@
-"""What the sharded path costs: on a mesh of one device beside the plain step, on eight beside GSPMD by hand.
+"""The cost of the sharded path: on a mesh of one device beside the plain step, on eight beside GSPMD by hand.
 
-The model and the batch are those of ``benchmarks/dispatch.py``, next to no computation, so that what a call costs
-shows. The eight devices are pretended ones of the CPU, whatever else the machine has: they share its cores, and their
-times say nothing of eight real ones. Run it with ``python benchmarks/sharding.py``.
+The model and the batch are those of ``benchmarks/dispatch.py``, with almost no computation, so that the cost of a call
+shows. The eight devices are simulated on the CPU, whatever else the machine has: they share its cores, and their times
+say nothing about eight real ones. Run it with ``python benchmarks/sharding.py``.
 """
 
 import jax
@@ -43,7 +43,7 @@ def on_mesh(mesh, rules=None):
 
 
 def gspmd(axis):
-    """What one writes by hand: a spec for each leaf and for the batch, and the compiler does the rest."""
+    """By hand: a spec for each leaf and for the batch, and the compiler does the rest."""
 
     def make(workload):
         mesh = Mesh(np.array(jax.devices("cpu")), (axis,), axis_types=(AxisType.Auto,))
@@ -66,14 +66,14 @@ def gspmd(axis):
 
 
 def contender(make, workload, steps, *, waits):
-    """Makes a contender that takes so many steps.
+    """Makes a contender that takes a number of steps.
 
     Args:
         make: Makes a function of a batch from the workload.
         workload: What to train.
-        steps: How many a turn has.
-        waits: Whether for every step, not only for the last. On pretended devices collectives of two steps
-            under way would wait for each other.
+        steps: The number of steps per turn.
+        waits: Whether to wait for every step, not only for the last. On simulated devices, collectives of two steps
+            in flight would wait for each other.
     """
     step, batch = make(workload), workload.batch
 
@@ -88,7 +88,7 @@ def contender(make, workload, steps, *, waits):
 
 
 def compare(report, title, contenders, baseline, sizes, *, waits):
-    """Prints a table for every size of the state, given in layers and steps of a turn."""
+    """Prints a table for each size of the state, given as layers and steps per turn."""
     for layers, steps in sizes:
         workload = stack(layers)
         runs = {name: contender(make, workload, steps, waits=waits) for name, make in contenders.items()}

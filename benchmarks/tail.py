@@ -1,7 +1,7 @@
 """How long the slowest of 10,000 steps take: percentiles of the time from the end of one step to the end of the next.
 
-Everyone waits for every step, as one who times it must, and the garbage collector is left as it is. Beginnings of
-epochs are among the steps. Run it with ``python benchmarks/tail.py``.
+Every contender waits for each step, as timing a step requires, and the garbage collector keeps its settings. The first
+steps of epochs are included. Run it with ``python benchmarks/tail.py``.
 """
 
 import time
@@ -18,7 +18,7 @@ PERCENTILES = (50, 99, 99.9)
 
 
 class Ends(Callback):
-    """Notes when each step is finished."""
+    """Records when each step is finished."""
 
     def __init__(self):
         self.times = []

@@ -1,8 +1,8 @@
 """Turns, medians and tables: how every benchmark here measures and reports.
 
-Contenders run in one process and in turns, every other turn backwards, so that whatever else the machine does meets
-all of them alike. A time is the median over the turns. A ratio is the median over the turns of the quotients within
-a turn, and it is what counts: times are those of one machine on one day.
+Contenders run in one process and in turns, every other turn in reverse order, so that other load on the machine affects
+all of them alike. A time is the median over the turns. A ratio is the median over the turns of the quotients within a
+turn. The ratios are what counts: times are those of one machine on one day.
 """
 
 import argparse
@@ -20,7 +20,7 @@ Contender = Callable[[], float]
 
 
 def per(units: int, work: Callable[[], object]) -> Contender:
-    """Makes a contender of ``work``, which does so many units and returns when they are done."""
+    """Makes a contender of ``work``, which does a number of units and returns when they are done."""
 
     def seconds() -> float:
         start = time.perf_counter()
@@ -31,7 +31,7 @@ def per(units: int, work: Callable[[], object]) -> Contender:
 
 
 def in_turns(contenders: Mapping[str, Contender], repeats: int) -> dict[str, list[float]]:
-    """Returns the seconds of every contender at every turn, after one turn that is not counted: it compiles."""
+    """Returns the seconds of each contender in each turn, after one turn that compiles and is not counted."""
     for contender in contenders.values():
         contender()
     times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -42,7 +42,7 @@ def in_turns(contenders: Mapping[str, Contender], repeats: int) -> dict[str, lis
 
 
 def ratio(times: Sequence[float], baseline: Sequence[float]) -> float:
-    """Returns how many times as long as the baseline it took."""
+    """Returns the time as a multiple of that of the baseline."""
     return statistics.median(a / b for a, b in zip(times, baseline, strict=True))
 
 
@@ -59,8 +59,8 @@ def compared(
     Args:
         times: What `in_turns` returned.
         unit: The heading of the column of times.
-        scale: How many of that unit a second has.
-        baselines: By the heading of a column, whose times its ratios are to.
+        scale: The number of these units in a second.
+        baselines: The contender that a column of ratios refers to, by the heading of the column.
     """
     return [
         {
@@ -77,8 +77,8 @@ class Report:
     """The command line of a benchmark, the tables that it prints, and the file that holds them.
 
     Attributes:
-        quick: Whether only to show that everything runs, on little work; the figures mean nothing then.
-        repeats: How many turns to take.
+        quick: Whether to do little work, as a check that everything runs; the figures then mean nothing.
+        repeats: The number of turns.
         options: All of the parsed command line.
     """
 
@@ -109,7 +109,7 @@ class Report:
             print("  ".join(["", first, *rest]), flush=True)
 
     def close(self) -> None:
-        """Says what machine it was, and writes the file if one was asked for."""
+        """Describes the machine, and writes the file if one was requested."""
         about = machine()
         print("\n" + ", ".join(f"{name} {value}" for name, value in about.items()))
         if self.options.json is not None:
@@ -119,7 +119,7 @@ class Report:
 
 
 def machine() -> dict[str, object]:
-    """Describes in general words what this runs on."""
+    """Describes the machine in general words."""
     import jax
 
     devices = jax.devices()

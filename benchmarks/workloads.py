@@ -30,7 +30,7 @@ class Workload:
 
     @property
     def steps(self) -> int:
-        """How many batches an epoch has, a short last one included."""
+        """The number of batches in an epoch, including a short last one."""
         return -(-self.num_examples // self.batch_size)
 
     @property
@@ -43,7 +43,7 @@ class Workload:
 
     def trainer(self, log_frequency: int | None = None, **options: Any) -> Any:
         """Makes a `trainer.Trainer` with nothing but defaults, except for ``options``, and shows no progress."""
-        # A process in which a loop is written by hand has nothing of this library in it.
+        # Imported here, since a process that runs a loop by hand must not import this library.
         from trainer import OptimizerConfig, Trainer, TrainingConfig
 
         optimizer = OptimizerConfig(optimizer_type="adam", learning_rate=LEARNING_RATE)
@@ -138,7 +138,7 @@ def dispatch_bound(rows: int = 4096) -> Workload:
 
 
 def digits(rows: int = 60_000) -> Workload:
-    """A dense network on as many made-up digits as MNIST has, at batch 128; the last batch is short."""
+    """A dense network on as many random digits as MNIST has, at batch 128; the last batch is short."""
     draws = np.random.default_rng(0)
     labels = draws.integers(0, 10, rows).astype(np.int32)
     images = draws.standard_normal((rows, 784), np.float32)
@@ -156,7 +156,7 @@ def dense(batch_size: int) -> Workload:
 
 
 def scanned_digits() -> Workload:
-    """A dense network on the 1,797 real digits of 8x8 pixels that scikit-learn brings, at batch 64."""
+    """A dense network on the 1,797 real digits of 8x8 pixels of scikit-learn, at batch 64."""
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
@@ -173,7 +173,7 @@ def images(rows: int = 768) -> Workload:
 
 
 def text(rows: int = 512) -> Workload:
-    """A transformer on the manual that Python brings along, at batch 32."""
+    """A transformer on the manual that comes with Python, at batch 32."""
     return Workload("transformer", Transformer, cross_entropy, _windows(rows, 64), 32)
 
 
@@ -187,7 +187,7 @@ def wide_text(rows: int = 64, context: int = 512, width: int = 512, blocks: int 
 
 
 def _windows(rows: int, context: int) -> dict[str, np.ndarray]:
-    """Cuts that many pieces of text, and for each position the next byte."""
+    """Cuts pieces of text, with the next byte for each position."""
     from pydoc_data.topics import topics
 
     manual = np.frombuffer("".join(topics[name] for name in sorted(topics)).encode(), np.uint8).astype(np.int32)

@@ -1,9 +1,9 @@
 """Reinforcement learning from a replay buffer: a contextual bandit on real handwritten digits.
 
-The agent sees an image, names a digit, and hears only whether it was right. What it did and heard goes into a buffer,
-which is a part of the training state: saved, resumed, donated and moved to devices with it. Each step acts on a batch,
-and learns the values of actions from a draw of the buffer (Q-learning of one step). By the pure core, and with the same
-function as ``step_fn`` of a `Trainer`. Run it with ``python examples/bandit.py``.
+The agent sees an image, names a digit, and learns only whether it was right. Images, actions and rewards go into a
+buffer, which is part of the training state: saved, resumed, donated and moved to devices with it. Each step acts on a
+batch, and learns the values of actions from a sample of the buffer (one-step Q-learning). It runs in the pure core, and
+as the ``step_fn`` of a `Trainer`. Run it with ``python examples/bandit.py``.
 """
 
 import tempfile
@@ -33,7 +33,7 @@ class Values(nnx.Module):
 
 
 def td_error(model, batch, rng, step):
-    """The squared error of the value of what was done; the reward is all that comes, so it is the target."""
+    """The squared error of the value of the chosen action. No state follows, so the target is the reward."""
     value = jnp.take_along_axis(model(batch["image"]), batch["action"][:, None], axis=1)[:, 0]
     return jnp.mean((value - batch["reward"]) ** 2), {}
 
@@ -42,7 +42,7 @@ learn = make_train_step(td_error, OPTIMIZER)
 
 
 def accuracy(model, batch, rng, step):
-    """How often the action of the highest value is the right one."""
+    """How often the action with the highest value is right."""
     right = jnp.mean(model(batch["image"]).argmax(-1) == batch["label"])
     return 1 - right, {"accuracy": right}
 
@@ -55,13 +55,13 @@ def initial_state(rngs, rng):
 
 
 def step_fn(state, batch):
-    """Acts on a batch, remembers, and learns from what it remembers."""
+    """Acts on a batch, stores the outcome in the buffer, and learns from a sample of the buffer."""
     exploring, choosing, drawing = jax.random.split(jax.random.fold_in(state.rng, state.step), 3)
     size, buffer = len(batch["label"]), state.extensions["buffer"]
     greedy = state.model()(batch["image"]).argmax(-1)
     at_random = jax.random.randint(choosing, (size,), 0, 10)
     action = jnp.where(jax.random.uniform(exploring, (size,)) < EXPLORED, at_random, greedy)
-    reward = (action == batch["label"]).astype(jnp.float32)  # the label is the world's, and is not kept
+    reward = (action == batch["label"]).astype(jnp.float32)  # the label belongs to the environment, and is not stored
 
     where = (buffer["written"] + jnp.arange(size)) % CAPACITY
     seen = {"image": batch["image"], "action": action, "reward": reward}
@@ -76,7 +76,7 @@ def step_fn(state, batch):
 
 
 def data():
-    """The digits: to act on, and for the test."""
+    """The digits to act on, and those for the test."""
     digits = load_digits()
     image, label = (digits.data / 16).astype(np.float32), digits.target.astype(np.int32)
     order = np.random.default_rng(0).permutation(len(label))
@@ -84,9 +84,9 @@ def data():
 
 
 def main(workdir, epochs=150):
-    """Returns the accuracy on digits that it never saw, and that of the pure loop after as many steps."""
+    """Returns the accuracy on unseen digits, and that of the pure loop after the same number of steps."""
     training, test = data()
-    config = TrainingConfig(optimizer=OptimizerConfig(optimizer_type="adam", learning_rate=1e-3))  # of no effect here
+    config = TrainingConfig(optimizer=OptimizerConfig(optimizer_type="adam", learning_rate=1e-3))  # has no effect here
     start = initial_state(nnx.Rngs(0), jax.random.key(1))
     trainer = Trainer(start, config, loss_fn=accuracy, step_fn=step_fn, workdir=workdir)
     trainer.train(training, epochs, 64)

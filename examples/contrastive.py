@@ -1,9 +1,9 @@
-"""Learning without labels: the upper and the lower half of a real handwritten digit find each other among all others.
+"""Learning without labels: find the lower half of a real handwritten digit that belongs to an upper half.
 
-The loss (InfoNCE, van den Oord et al. 2018; both ways, as CLIP has it) compares each example with the whole batch, so
-over several devices it needs the examples of all. Over a mesh a `Trainer` has them: its program is that of one device.
-In a loop of one's own, here under ``shard_map``, a device gathers them over the mapped axis. Both give the same loss.
-Run it with ``python examples/contrastive.py``, over eight devices of the CPU with
+The loss (InfoNCE, van den Oord et al. 2018; in both directions, as in CLIP) compares each example with the whole batch,
+so it needs the examples of all devices. On a mesh, the program of a `Trainer` is that of one device and has them all.
+In a custom loop, here under ``shard_map``, a device gathers them over the mapped axis. Both give the same loss.
+Run it with ``python examples/contrastive.py``, on eight CPU devices with
 ``XLA_FLAGS=--xla_force_host_platform_device_count=8``.
 """
 
@@ -37,7 +37,7 @@ class Halves(nnx.Module):
 
 
 def info_nce(model, batch, rng, step, axis_name=None):
-    """The cross entropy of finding the own other half, among those of all devices."""
+    """The cross entropy of finding the matching half among those of all devices."""
     upper, lower = model(batch["image"])
     own, everyone = jnp.arange(len(upper)), (upper, lower)
     if axis_name is not None:
@@ -49,7 +49,7 @@ def info_nce(model, batch, rng, step, axis_name=None):
 
 
 def data():
-    """The digits without their labels: for training, and for the test."""
+    """The digits without their labels, for training and for the test."""
     image = (load_digits().data / 16).astype(np.float32)
     order = np.random.default_rng(0).permutation(len(image))
     return {"image": image[order[384:]]}, {"image": image[order[:384]]}
@@ -71,7 +71,7 @@ def loss_of_each_way(batch):
 
 
 def trained_by_hand(training, epochs):
-    """The state after so many epochs of the pure core; what is left of an epoch is fewer rows than a batch."""
+    """The state after some epochs in the pure core. Rows that do not fill a batch are left out."""
     optimizer = optax.adamw(2e-3)
     state, step = (
         TrainState.create(Halves(nnx.Rngs(0)), optimizer, rng=jax.random.key(0)),
@@ -82,14 +82,12 @@ def trained_by_hand(training, epochs):
         order = draws.permutation(len(training["image"]))
         for start in range(0, len(order) - 127, 128):
             state, metrics = step(state, {"image": training["image"][order[start : start + 128]]})
-            jax.block_until_ready(
-                metrics
-            )  # devices of a CPU share threads: gathers of two calls may wait for each other
+            jax.block_until_ready(metrics)  # CPU devices share threads, so gathers of two calls may wait for each other
     return state
 
 
 def main(workdir, epochs=60):
-    """Returns how often the right half is found among 384, by either loop, and the loss of a batch by both ways."""
+    """Returns how often each loop finds the right half among 384, and the loss of a batch computed in both ways."""
     training, test = data()
     config = TrainingConfig(optimizer=OptimizerConfig(optimizer_type="adamw", learning_rate=2e-3))
     trainer = Trainer(Halves(nnx.Rngs(0)), config, loss_fn=info_nce, mesh=make_mesh({"data": -1}), workdir=workdir)

@@ -1,6 +1,6 @@
 """Trains a small convolutional network on 1,797 real handwritten digits, in well under a minute.
 
-Run it with ``make demo``, or with ``python examples/digits.py`` where the extra ``demo`` is installed.
+Run it with ``make demo``, or with ``python examples/digits.py`` if the extra ``demo`` is installed.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def main(argv=None):
 
     train_data, val_data = digits()
     steps_per_epoch = -(-len(train_data["label"]) // 128)
-    for earlier in arguments.workdir.glob("checkpoint_*.msgpack"):  # of which the trainer would warn
+    for earlier in arguments.workdir.glob("checkpoint_*.msgpack"):  # the trainer would warn of them
         earlier.unlink()
     trainer = make_trainer(arguments.workdir)
     result = trainer.train(train_data, arguments.epochs, 128, val_data, val_interval=steps_per_epoch)

@@ -1,7 +1,7 @@
-"""A small network learns what a large one knows: distillation (Hinton et al. 2015) on real handwritten digits.
+"""A small network learns from a large one: distillation (Hinton et al. 2015) on real handwritten digits.
 
-Teacher and student are parts of one module, and ``wrt="student/**"`` trains the one and freezes the other: it takes no
-gradient and no memory of the optimizer. Run it with ``python examples/distillation.py``.
+Teacher and student are parts of one module. ``wrt="student/**"`` trains the student and freezes the teacher, which
+takes no gradient and no optimizer memory. Run it with ``python examples/distillation.py``.
 """
 
 import tempfile
@@ -41,7 +41,7 @@ def supervised(model, batch, rng, step):
 
 
 def distillation(pair, batch, rng, step):
-    """T² · KL(teacher ‖ student) of the softened outputs; no label is read but for the accuracy."""
+    """T² · KL(teacher ‖ student) of the softened outputs; labels serve only for the accuracy."""
     logits = pair.student(batch["image"])
     soft = jax.nn.softmax(pair.teacher(batch["image"]) / TEMPERATURE)
     loss = TEMPERATURE**2 * optax.kl_divergence(jax.nn.log_softmax(logits / TEMPERATURE), soft).mean()
@@ -49,7 +49,7 @@ def distillation(pair, batch, rng, step):
 
 
 def data():
-    """The digits: for training, and for the test."""
+    """The digits for training and for the test."""
     digits = load_digits()
     image, label = (digits.data / 16).astype(np.float32), digits.target.astype(np.int32)
     order = np.random.default_rng(0).permutation(len(label))
@@ -57,7 +57,7 @@ def data():
 
 
 def main(workdir):
-    """Returns the accuracy of the teacher and of the student, by the trainer and by the pure core."""
+    """Returns the accuracy of the teacher and of the student, trained by a `Trainer` and by the pure core."""
     training, test = data()
     config = TrainingConfig(optimizer=OptimizerConfig(optimizer_type="adam", learning_rate=3e-3))
     teacher = Trainer(Mlp(256, nnx.Rngs(0)), config, loss_fn=supervised, workdir=Path(workdir, "teacher"))

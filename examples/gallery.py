@@ -1,6 +1,6 @@
 """Runs the other examples, prints their figures, and draws the pictures of ``docs/gallery.md``.
 
-``make gallery`` runs all, which takes minutes; ``python examples/gallery.py gan bandit`` runs these.
+``make gallery`` runs all of them, which takes minutes; ``python examples/gallery.py gan bandit`` runs two.
 """
 
 import argparse
@@ -24,7 +24,7 @@ IMAGES = Path(__file__).parent.parent / "docs" / "images"
 
 
 def curves(path, metrics, *runs):
-    """Draws what runs recorded, as ``trainer plot RUN ... -o FILE --metric NAME`` does."""
+    """Plots recorded runs, as ``trainer plot RUN ... -o FILE --metric NAME`` does."""
     chosen = [word for metric in metrics for word in ("--metric", metric)]
     if command(["plot", *map(str, runs), "-o", str(path), *chosen]):
         raise SystemExit(f"{path} was not drawn")
@@ -61,7 +61,7 @@ def bandit(directory, path):
 
 
 def gan(directory, path):
-    """Below generated digits, above real ones."""
+    """Draws real digits, with generated ones below."""
     example = importlib.import_module("gan")
     result = example.main(directory)
     config = TrainingConfig(optimizer=OptimizerConfig(optimizer_type="adam", learning_rate=1e-3))
@@ -81,7 +81,7 @@ def gan(directory, path):
 
 
 def transformer(directory, path):
-    """What it prints: the average of a batch that it has not seen before, every fifty steps."""
+    """Its printed metrics: the averages over a new batch, every fifty steps."""
     del directory
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         result = importlib.import_module("transformer").main([])

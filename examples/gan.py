@@ -1,8 +1,8 @@
 """A generative adversarial network on real handwritten digits: two networks, two optimizers, one step.
 
-The step is an ordinary pure function. A loop of one's own compiles it and calls it; a `Trainer` runs it as ``step_fn``,
-with saves, resuming and callbacks. A classifier that was trained on real digits says how sure it is of the generated
-ones, and how varied they are. Run it with ``python examples/gan.py``.
+The step is an ordinary pure function. A custom loop compiles it and calls it; a `Trainer` runs it as ``step_fn``, with
+saves, resuming and callbacks. A classifier trained on real digits measures how recognizable the generated ones are, and
+how varied. Run it with ``python examples/gan.py``.
 """
 
 import itertools
@@ -39,13 +39,13 @@ class Gan(nnx.Module):
 
 
 def initial_state(rngs, rng):
-    """A state whose two parts have optimizers of their own."""
+    """A state whose two parts have their own optimizers."""
     state = TrainState.create(Gan(rngs), optax.identity(), rng=rng)
     return state.replace(opt_state={name: opt.init(state.params[name]) for name, opt in OPTIMIZERS.items()})
 
 
 def step_fn(state, batch):
-    """One update of the critic, then one of the generator against the critic that it has become."""
+    """One update of the critic, then one of the generator against the updated critic."""
     real = batch["image"]
     draws = jax.random.split(jax.random.fold_in(state.rng, state.step))
 
@@ -68,7 +68,7 @@ def step_fn(state, batch):
 
 
 def judged(gan, classifier, count=1000):
-    """How sure the classifier is of generated digits, and the entropy of the classes that it finds, of 2.30 at most."""
+    """The classifier's confidence in generated digits, and the entropy of the classes that it finds (at most 2.30)."""
     images = np.asarray(gan.generate(jax.random.normal(jax.random.key(7), (count, LATENT))))
     found = classifier.predict_proba(images)
     share = np.bincount(found.argmax(-1), minlength=10) / count
@@ -76,11 +76,11 @@ def judged(gan, classifier, count=1000):
 
 
 def main(workdir, epochs=300):
-    """Returns what the classifier says of generated digits, before the training and after it, by either loop."""
+    """Returns the classifier's judgement of generated digits before and after training, for either loop."""
     digits = load_digits()
     image = (digits.data / 16).astype(np.float32)
     classifier = LogisticRegression(max_iter=2000).fit(image, digits.target)
-    config = TrainingConfig(optimizer=OptimizerConfig(optimizer_type="adam", learning_rate=1e-3))  # of no effect here
+    config = TrainingConfig(optimizer=OptimizerConfig(optimizer_type="adam", learning_rate=1e-3))  # has no effect here
     start = initial_state(nnx.Rngs(0), jax.random.key(1))
     trainer = Trainer(start, config, loss_fn=None, step_fn=step_fn, workdir=workdir)
     trainer.train({"image": image}, epochs, 128)

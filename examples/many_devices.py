@@ -1,8 +1,8 @@
-"""Trains the network of ``digits.py`` on all devices of all processes, and goes on where it was if it is started again.
+"""Trains the network of ``digits.py`` on all devices of all processes, and resumes if it is started again.
 
-``python examples/many_devices.py`` takes whatever devices there are, or eight pretended ones on a CPU, and ends within
-a minute. ``slurm.sh`` and ``kubernetes.yaml``, beside this file, start it as many processes: what is interrupted there
-is saved, and goes on at its next batch when it starts again, with as many processes as there are then.
+``python examples/many_devices.py`` uses all devices, or eight simulated ones on a CPU, and ends within a minute.
+``slurm.sh`` and ``kubernetes.yaml``, beside this file, start it as several processes. An interrupted run is saved, and
+resumes at its next batch when it is started again, with any number of processes.
 """
 
 import argparse

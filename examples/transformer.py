@@ -1,21 +1,21 @@
 """Trains a small transformer to reverse sequences, over data, sequence and tensor axes, by rules alone.
 
-Nothing in the model and nothing in the step knows of devices. ``python examples/transformer.py`` takes
-whatever devices there are, or eight pretended ones on a CPU, and ends in about half a minute. What a mesh
-can have, in any product, each size dividing what it splits:
+Neither the model nor the step mentions devices. ``python examples/transformer.py`` uses all devices, or
+eight simulated ones on a CPU, and ends in about half a minute. A mesh can have these axes, in any
+combination, if each size divides what it splits:
 
     data      the examples of a batch
     fsdp      the examples, and the state
     tensor    heads and hidden units, by the rules below                  (4 heads)
     sequence  the tokens of every sequence, by the sharding of the batch  (16 tokens)
 
-so ``--mesh data=2,sequence=2,tensor=2`` uses eight devices. Along ``sequence`` each device computes on its
-part of every sequence, and the compiler gathers keys and values where attention looks at all of them: the
-memory of activations is divided, so that sequences can be longer. Pipeline parallelism, layers on devices
-of their own, is out of scope: it takes a schedule in the step, which no rule can say.
+For example, ``--mesh data=2,sequence=2,tensor=2`` uses eight devices. Along ``sequence`` each device
+computes its part of every sequence, and the compiler gathers keys and values where attention needs all of
+them. This divides the memory of activations, so that sequences can be longer. Pipeline parallelism (layers on
+separate devices) is out of scope: it needs a schedule in the step, which no rule can express.
 
-``--plan 64`` tells what a step would need on 64 devices instead, and ``--distributed`` makes it one of several
-processes, as `many_devices.py` is started by ``slurm.sh`` and ``kubernetes.yaml``.
+``--plan 64`` prints what a step would need on 64 devices and runs nothing. ``--distributed`` makes this
+process one of several, started as for `many_devices.py` by ``slurm.sh`` and ``kubernetes.yaml``.
 """
 
 import argparse
@@ -44,7 +44,7 @@ VOCABULARY, LENGTH, FEATURES, HEADS, LAYERS = 16, 8, 64, 4, 2
 SEPARATOR = VOCABULARY - 1
 
 # Heads and hidden units are split over `tensor`: the first product of each pair needs no communication,
-# the second one sums. What no rule names is small here, or split over `fsdp` if the mesh has that.
+# the second one sums. Leaves without a rule are small, or split over `fsdp` if the mesh has that axis.
 RULES = {
     "params/blocks/.*/attention/(query|key|value)/kernel": P(None, "tensor", None),
     "params/blocks/.*/attention/(query|key|value)/bias": P("tensor", None),
@@ -56,7 +56,7 @@ RULES = {
 
 
 class Block(nnx.Module):
-    """Attention to what came before, and a perceptron, each added to its normalized input."""
+    """Causal attention and a perceptron, each with a normalized input and a residual connection."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.attention_norm = nnx.LayerNorm(FEATURES, rngs=rngs)
@@ -71,7 +71,7 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Predicts at each place the token that comes next."""
+    """Predicts the next token at each position."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.embed = nnx.Embed(VOCABULARY, FEATURES, rngs=rngs)
@@ -106,14 +106,14 @@ def sequences(seed, batch_size):
 
 
 def place(batch, sharding):
-    """Puts on each device of each process the examples that belong there."""
+    """Places a batch: each process places the examples of its own devices."""
     return {
         name: jax.make_array_from_callback(column.shape, sharding, column.__getitem__) for name, column in batch.items()
     }
 
 
 def sharding_of_batches(mesh):
-    """Splits the examples over data axes, and the tokens of each over ``sequence``, where the mesh has them."""
+    """Splits the examples over data axes, and the tokens of each over ``sequence``, if the mesh has these axes."""
     return batch_sharding(mesh, BATCH_AXES, "sequence")
 
 
@@ -126,10 +126,10 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mesh", type=axes, default={"data": -1, "tensor": 2}, help="data=-1,tensor=2")
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch-size", type=int, default=128, help="of all devices together")
-    parser.add_argument("--cpu-devices", type=int, default=8, help="how many this process pretends to have on a CPU")
+    parser.add_argument("--batch-size", type=int, default=128, help="over all devices")
+    parser.add_argument("--cpu-devices", type=int, default=8, help="how many this process simulates on a CPU")
     parser.add_argument("--distributed", action="store_true", help="this is one of several processes")
-    parser.add_argument("--plan", type=int, metavar="DEVICES", help="run nothing; tell what so many devices would need")
+    parser.add_argument("--plan", type=int, metavar="DEVICES", help="run nothing; print what a step needs on this many")
     arguments = parser.parse_args(argv)
 
     jax.config.update("jax_num_cpu_devices", arguments.plan or arguments.cpu_devices)
@@ -160,7 +160,7 @@ def main(argv=None):
     for number in range(1, arguments.steps + 1):
         state, metrics = train_step(state, place(sequences(number, arguments.batch_size), split))
         if jax.default_backend() == "cpu":
-            # Where a process has several devices on a CPU, collectives of two steps under way wait for each other.
+            # With several CPU devices in a process, collectives of two steps in flight wait for each other.
             jax.block_until_ready(metrics)
         if number % 50 == 0 and is_primary_process:
             print(f"step {number:4}  loss {metrics['loss']:.4f}  accuracy {metrics['accuracy']:.3f}", flush=True)

@@ -3,6 +3,10 @@
 A file is written under a temporary name in the same directory, flushed to disk, and renamed; then the directory is
 flushed. A directory is written and renamed in the same way. The writer holds an ``flock`` on the temporary, so that
 the next writer in that directory can recognize and remove what a killed process left behind.
+
+Replacing a directory takes two renames, between which its path is missing. An exchange of two names in one call
+(``renameat2``) is not portable, and Python does not offer it; refusing to replace is no way out, since a resumed run
+saves a step again.
 """
 
 import contextlib

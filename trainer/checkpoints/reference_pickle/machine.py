@@ -6,7 +6,8 @@ file, and stand-ins for everything else.
 
 ``pickle.Unpickler`` with a ``find_class`` that returns stand-ins would not do. It hashes any value as a dict key,
 recursively in C, so that a deep tuple of less than a megabyte crashes the interpreter. It copies every array, and
-it cannot refuse a string before the string takes four times the memory of its bytes.
+it cannot refuse a string before the string takes four times the memory of its bytes. `pickletools.genops` before an
+``Unpickler``, tried in its place, failed 15 of 221 tests, 9 of them only by other words.
 """
 
 import dataclasses

@@ -203,11 +203,11 @@ class TestStates:
             callback.state = best
         saved = dispatcher.state_dict()
         after = [Best("rate"), Best("norm"), Best("accuracy")]
-        with pytest.warns(UserWarning, match="2 of 'Best' from callbacks with other arguments, which none"):
+        with pytest.warns(UserWarning, match="2 of 'Best' from callbacks with other arguments, so the 2 start"):
             build(after).load_state_dict(saved)
         assert [one.state for one in after] == [0, 0, 0.9]
         after = [Best("norm"), Best("loss"), Best("accuracy")]
-        with pytest.warns(UserWarning, match="a state of 'Best' from one with another `monitor`, which gets it all"):
+        with pytest.warns(UserWarning, match="a state of 'Best' saved with another `monitor`, restored nevertheless"):
             build(after).load_state_dict(saved)
         assert [one.state for one in after] == [0.2, 0.1, 0.9]
 
@@ -222,7 +222,7 @@ class TestStates:
         saved = dispatcher.state_dict()
         build([best := Best("a", 3)]).load_state_dict(saved)
         assert best.state == 1
-        with pytest.warns(UserWarning, match="from one with another `patience`, `monitor`, which gets it all"):
+        with pytest.warns(UserWarning, match="saved with another `patience`, `monitor`, restored nevertheless"):
             build([best := Best("b", 4)]).load_state_dict(saved)
         assert best.state == 1
 
@@ -254,7 +254,7 @@ class TestStates:
     def test_which_of_several_was_meant_is_not_guessed(self, before, after):
         saved = build([*map(Stateful, before), Last(0)]).state_dict()
         callbacks = [*map(Stateful, after), Last(9)]
-        with pytest.warns(UserWarning, match=rf"{len(before)} for the {len(after)} callbacks named 'Stateful', none"):
+        with pytest.warns(UserWarning, match=rf"{len(before)} for the {len(after)} callbacks named 'Stateful', so th"):
             build(callbacks).load_state_dict(saved)
         assert [one.state for one in callbacks] == [*after, 0]
 

@@ -256,6 +256,6 @@ def test_a_hundred_thousand_rows_and_many_pairs_are_no_bomb(tmp_path):
     run = run.replace(history=History.from_rows([{"step": step} for step in range(100_000)]))
     pairs = [[index, (index, 1)] for index in range(30_000)]
     path = tmp_path / "s.msgpack"
-    write_snapshot(path, snapshot_run(run, listeners=lambda: [pairs]))
+    write_snapshot(path, snapshot_run(run, callback_states=lambda: [pairs]))
     assert load_with_progress(path, state()).progress["listeners"] == [pairs]
     assert len(load_run(path, Run.start(state())).history) == 100_000

@@ -447,12 +447,12 @@ class TestTwoProcesses:
         broken(0, pathlib.Path, "mkdir")
         for failing in (0, 1):
             states = [object() if process == failing else {"best": 1.0}]
-            attempt(lambda: write_snapshot(path, snapshot_run(run, listeners=lambda: states)))
+            attempt(lambda: write_snapshot(path, snapshot_run(run, callback_states=lambda: states)))
             def broken_callback():
                 if process == failing:
                     raise CheckpointError("the callback has no state")
                 return []
-            attempt(lambda: write_snapshot(path, snapshot_run(run, listeners=broken_callback)))
+            attempt(lambda: write_snapshot(path, snapshot_run(run, callback_states=broken_callback)))
         # They still agree on which save is which.
         save_run(path, run)
         said["same"] = words(load_state(path, sharded(mesh, seed=1))) == words(state)

@@ -47,9 +47,9 @@ def resident():
 
 def work(numbers):
     for number in numbers:
-        votes = AllOrNone(f"save checkpoint_{number}")
+        agreement = AllOrNone(f"save checkpoint_{number}")
         for _ in range(3):
-            votes.sync(None, "x" * 100)
+            agreement.sync(None, "x" * 100)
 
 work(range(200))  # buffers of gRPC and of the allocator, which stop growing
 barrier("warm")
@@ -87,9 +87,9 @@ barrier("both")
 said["next"] = gathered(process, name="work")
 """,
     "test_a_save_that_one_process_never_began_or_did_not_finish": """
-votes = AllOrNone("save 7", timeout_seconds=0.5)
+agreement = AllOrNone("save 7", timeout_seconds=0.5)
 if process == 0:
-    said["never began"] = refused(lambda: votes.sync(None, "where"))
+    said["never began"] = refused(lambda: agreement.sync(None, "where"))
 barrier("gave up")
 again = AllOrNone("save 7")
 said["where"] = again.sync(None, f"from {process}")
@@ -125,12 +125,12 @@ while any(key.startswith("work/") for key in rounds_in_store()):
 found, threads = {}, []
 
 def save(name, delay):
-    votes = AllOrNone(f"save {name}")
+    agreement = AllOrNone(f"save {name}")
     for point in range(3):
         time.sleep(delay)
-        found[f"{name} {point}"] = votes.sync(None, f"{name} {point} of {process}")
+        found[f"{name} {point}"] = agreement.sync(None, f"{name} {point} of {process}")
     time.sleep(delay)
-    found[f"{name} end"] = refused(lambda: votes.sync(CheckpointError(name) if name == "one" else None))
+    found[f"{name} end"] = refused(lambda: agreement.sync(CheckpointError(name) if name == "one" else None))
 
 # The processes begin them in another order, and each is the faster one in one of the processes.
 for turn in range(5):
@@ -152,7 +152,7 @@ two.sync(None)
 held = {}
 order = [("one", one), ("two", two)] if process == 0 else [("two", two), ("one", one)]
 threads = [
-    threading.Thread(target=lambda n=name, v=votes: held.update({n: v.sync(None, n)})) for name, votes in order
+    threading.Thread(target=lambda n=name, v=agreement: held.update({n: v.sync(None, n)})) for name, agreement in order
 ]
 for thread in threads:
     thread.start()

@@ -100,8 +100,8 @@ class CallbackDispatcher:
                 problems.append(f"a state of {name!r}, which this trainer does not have")
             elif len(owners) != len(found):
                 problems.append(
-                    f"{len(found)} for the {len(owners)} callbacks named {name!r}, none of which gets one (give each "
-                    f"callback a `state_key` of its own)"
+                    f"{len(found)} for the {len(owners)} callbacks named {name!r}, so these start without states (give "
+                    f"each callback a `state_key` of its own)"
                 )
             else:
                 problems += self._load_matched(name, owners, entries)
@@ -124,7 +124,9 @@ class CallbackDispatcher:
                     _load(owner, entry["state"])
                     left, kept = _without(left, owner), _without(kept, entry)
         if len(left) > 1:
-            return [f"{len(kept)} of {name!r} from callbacks with other arguments, which none of the {len(left)} gets"]
+            return [
+                f"{len(kept)} of {name!r} from callbacks with other arguments, so the {len(left)} start without states"
+            ]
         if not left:
             return []
         (owner,), (entry,) = left, kept
@@ -133,7 +135,7 @@ class CallbackDispatcher:
             return []
         now, then = _arguments_in(owner, self._made_of(owner)), _made_in(entry)
         others = [f"`{argument.lstrip('_')}`" for argument in now if now[argument] != then.get(argument)]
-        return [f"a state of {name!r} from one with another {', '.join(others)}, which gets it all the same"]
+        return [f"a state of {name!r} saved with another {', '.join(others)}, restored nevertheless"]
 
     def _made_of(self, callback: Any) -> dict[str, str]:
         return next((digests for one, digests in self._made if one is callback), {})

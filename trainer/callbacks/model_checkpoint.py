@@ -302,8 +302,8 @@ class ModelCheckpoint(Checking):
 
     def _list(self) -> list[Any]:
         # Process 0 decides what exists: on a shared file system, the others may see changes later.
-        votes = AllOrNone(f"list {self.dirpath.name}")
-        found: list[Any] = votes.sync(None, self._on_disk() if jax.process_index() == 0 else None)
+        agreement = AllOrNone(f"list {self.dirpath.name}")
+        found: list[Any] = agreement.sync(None, self._on_disk() if jax.process_index() == 0 else None)
         return found
 
     def _on_disk(self) -> list[tuple[int, str, float | None, str | None]]:

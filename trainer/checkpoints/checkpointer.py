@@ -53,7 +53,7 @@ class Checkpointer:
         *,
         background: bool | Literal["if_finite"] = False,
         info: Mapping[str, Any] | None = None,
-        listeners: Callable[[], Sequence[Any]] = list,
+        callback_states: Callable[[], Sequence[Any]] = list,
         loaders: Sequence[Any] | None = None,
     ) -> Path:
         """Writes a run and returns the path.
@@ -65,7 +65,7 @@ class Checkpointer:
                 in host memory, the call does not block on steps in flight. "if_finite" skips the write if the state
                 is not finite (`TrainState.is_finite`); the next `check`, `wait` or save then warns. A pickle or a
                 ``.safetensors`` file is always written synchronously.
-            info, listeners, loaders: As for `snapshot_run`.
+            info, callback_states, loaders: As for `snapshot_run`.
 
         Raises:
             ArgumentError: The suffix is that of another program's format.
@@ -75,7 +75,7 @@ class Checkpointer:
         run = run.with_edits()
         target = self.directory / default_name(run.step, run.leaves) if path is None else Path(path)
         only_finite = background == "if_finite"
-        beside: dict[str, Any] = {"info": info, "listeners": listeners, "loaders": loaders}
+        beside: dict[str, Any] = {"info": info, "callback_states": callback_states, "loaders": loaders}
         write = functools.partial(self._write, target, run.step, run.id if path is None else None)
         refuse_foreign(target)  # raise here, not in the background
         suffix = suffix_of(target)
@@ -91,11 +91,11 @@ class Checkpointer:
             else:
                 self._saver.start(functools.partial(write, snapshot_run(run, **beside).begin(target)))
         else:
-            states = list(listeners())
+            states = list(callback_states())
             for name, values in {"info": info or {}, "callbacks": states}.items():
                 to_plain(values, name)  # raises here, not during the write
             states = copy.deepcopy(states)
-            beside["listeners"] = lambda: states
+            beside["callback_states"] = lambda: states
             # On an accelerator, dispatch the check before `detach` copies the arrays to the host.
             finite = run.peek().is_finite() if only_finite and not is_in_host_memory(run.leaves[0]) else None
             detached = detach(run)

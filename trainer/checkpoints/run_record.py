@@ -35,13 +35,13 @@ class Restored:
     Attributes:
         path: The checkpoint.
         run: The saved run. Its position is None if it was saved outside a run.
-        listeners: The states of callbacks and extensions; None if the checkpoint has none.
+        callback_states: The states of callbacks and extensions; None if the checkpoint has none.
         loaders: The positions of the loaders of all processes if there were several; else None.
     """
 
     path: Path
     run: Run
-    listeners: list[Any] | None
+    callback_states: list[Any] | None
     loaders: list[Any] | None
 
 
@@ -68,7 +68,7 @@ def snapshot_run(
     run: Run,
     info: Mapping[str, Any] | None = None,
     *,
-    listeners: Callable[[], Sequence[Any]] = list,
+    callback_states: Callable[[], Sequence[Any]] = list,
     loaders: Sequence[Any] | None = None,
 ) -> Snapshot:
     """Describes a run for `write_snapshot`. Copies no array, so write or copy the snapshot before the next step.
@@ -76,7 +76,7 @@ def snapshot_run(
     Args:
         run: The run.
         info: Plain values for people.
-        listeners: Returns the states of callbacks and extensions.
+        callback_states: Returns the states of callbacks and extensions.
         loaders: The positions of the loaders of all processes, if there are several.
 
     Raises:
@@ -84,7 +84,7 @@ def snapshot_run(
     """
     run = run.with_edits()
     about = {"run": run.id, "epoch": run.epoch, "metrics": run.history[-1] if run.history else {}, **(info or {})}
-    return take_snapshot(run.peek(), about, progress=lambda: _packed(run, listeners, loaders))
+    return take_snapshot(run.peek(), about, progress=lambda: _packed(run, callback_states, loaders))
 
 
 def load_run(path: str | os.PathLike[str], like: Run) -> Run:
@@ -108,7 +108,7 @@ def restore(loaded: Loaded, current: Run) -> Restored:
     """
     path, state, progress = loaded.path, loaded.state, loaded.progress or {}
     try:
-        epoch, rows, listeners, loaders, horizon = _checked(progress)
+        epoch, rows, callback_states, loaders, horizon = _checked(progress)
     except ValueError as error:
         raise CheckpointError(f"`{path}` holds a progress that cannot be used: {error}.") from error
     step = int(state.step)
@@ -134,10 +134,10 @@ def restore(loaded: Loaded, current: Run) -> Restored:
             run = _with_record(run, progress["run"], epoch)
         except ValueError as error:
             raise CheckpointError(f"`{path}` holds a run that cannot be understood: {error}.") from error
-    return Restored(path, run, listeners, loaders)
+    return Restored(path, run, callback_states, loaders)
 
 
-def _packed(run: Run, listeners: Callable[[], Sequence[Any]], loaders: Sequence[Any] | None) -> bytes:
+def _packed(run: Run, callback_states: Callable[[], Sequence[Any]], loaders: Sequence[Any] | None) -> bytes:
     record = to_plain(_record(run), "run")
     if record is not None:
         try:
@@ -148,7 +148,7 @@ def _packed(run: Run, listeners: Callable[[], Sequence[Any]], loaders: Sequence[
         "epoch": pack(run.epoch, "epoch"),
         "run": msgpack.packb(record),
         "loaders": pack(loaders, "loaders"),
-        "listeners": pack(list(listeners()), "callbacks"),
+        "listeners": pack(list(callback_states()), "callbacks"),
         "horizon": pack(run.horizon, "horizon"),
     }
     try:
@@ -251,11 +251,11 @@ def _checked(
 ) -> tuple[int | None, list[dict[str, Any]] | None, list[Any] | None, list[Any] | None, int | None]:
     """Returns the parts beside the run, None for each that the checkpoint lacks; ignores unknown names."""
     epoch, rows, horizon = (plain.get(name) for name in ("epoch", "history", "horizon"))
-    listeners, loaders = plain.get("listeners"), plain.get("loaders")
+    callback_states, loaders = plain.get("listeners"), plain.get("loaders")
     for name, value in (("epoch", epoch), ("horizon", horizon)):
         if value is not None:
             _check_count(name, value)
-    for name, value in (("listeners", listeners), ("loaders", loaders)):
+    for name, value in (("listeners", callback_states), ("loaders", loaders)):
         if value is not None and not isinstance(value, list):
             raise ValueError(f"`{name}` is of type {type(value).__name__}, not a list")
     if rows is not None:
@@ -264,7 +264,7 @@ def _checked(
         for index, row in enumerate(rows):
             _check_values(f"history/{index}", row)
             _check_count(f"history/{index}/step", row.get("step"))
-    return epoch, rows, listeners, loaders, horizon
+    return epoch, rows, callback_states, loaders, horizon
 
 
 def _check_count(name: str, value: Any, least: int = 0) -> None:

@@ -44,11 +44,11 @@ class Prefetched(Iterator[Batch]):
             # In addition to those drawn ahead: one in training, and one with the caller.
             self._pass.remember(count + 2)
         self._drawn: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
-        self._room, self._stop = threading.Semaphore(count), threading.Event()
+        self._capacity, self._stop = threading.Semaphore(count), threading.Event()
         self._last: tuple[Any, BaseException | None] | None = None
         settings = jax.config.read("jax_enable_x64"), jax.config.jax_default_device  # type: ignore[attr-defined]
         # The thread holds no reference to this object, so dropping this object ends the thread.
-        arguments = iterator, place, self._drawn, self._room, self._stop, settings
+        arguments = iterator, place, self._drawn, self._capacity, self._stop, settings
         self._thread = threading.Thread(target=_draw_ahead, args=arguments, name="prefetch", daemon=True)
         self._thread.start()
 
@@ -59,7 +59,7 @@ class Prefetched(Iterator[Batch]):
         if self._last is None:
             batch, error = self._drawn.get()
             if batch is not _END:
-                self._room.release()
+                self._capacity.release()
                 return batch
             self._last = batch, error
             self._thread.join()
@@ -73,7 +73,7 @@ class Prefetched(Iterator[Batch]):
         """Stops the thread after the batch it is drawing; batches drawn ahead are dropped."""
         self._last = self._last or (_END, None)
         self._stop.set()
-        self._room.release()
+        self._capacity.release()
         self._thread.join(_PATIENCE_SECONDS)
 
     def __enter__(self) -> Self:
@@ -85,20 +85,20 @@ class Prefetched(Iterator[Batch]):
     def __del__(self) -> None:
         if hasattr(self, "_thread"):
             self._stop.set()
-            self._room.release()
+            self._capacity.release()
 
 
 def _draw_ahead(
     iterator: Iterator[Batch],
     place: Callable[[Batch], Batch],
     drawn: queue.SimpleQueue[tuple[Any, BaseException | None]],
-    room: threading.Semaphore,
+    capacity: threading.Semaphore,
     stop: threading.Event,
     settings: tuple[bool, Any],
 ) -> None:
     try:
         with jax.enable_x64(settings[0]), jax.default_device(settings[1]):
-            while room.acquire() and not stop.is_set():
+            while capacity.acquire() and not stop.is_set():
                 batch = next(iterator, _END)
                 if batch is _END:
                     break

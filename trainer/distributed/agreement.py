@@ -110,8 +110,8 @@ class AllOrNone:
         """
         if error is not None and getattr(error, "is_synced", False):
             raise error
-        vote = {"broadcast": broadcast, "kind": error and type(error).__name__, "text": str(error)[:2000]}
-        held = self._exchange(vote, self._timeout_seconds if timeout_seconds is None else timeout_seconds)
+        own = {"broadcast": broadcast, "kind": error and type(error).__name__, "text": str(error)[:2000]}
+        held = self._exchange(own, self._timeout_seconds if timeout_seconds is None else timeout_seconds)
         failed = [process for process in held if held[process]["kind"] is not None]
         if failed and error is None:
             first = held[failed[0]]
@@ -121,16 +121,16 @@ class AllOrNone:
             raise error
         return held[0]["broadcast"]
 
-    def _exchange(self, vote: Any, timeout_seconds: float) -> Mapping[int, Any]:
+    def _exchange(self, own: Any, timeout_seconds: float) -> Mapping[int, Any]:
         if jax.process_count() == 1:
-            return {0: vote}
+            return {0: own}
         point, self._points = self._points, self._points + 1
         if point == 0:
-            found = exchange(self._name, vote, timeout_seconds)
+            found = exchange(self._name, own, timeout_seconds)
             self._identity = found.identity
             return found.values
         name = f"{self._identity} {point}"
-        return exchange(name, vote, timeout_seconds, once=True, label=repr(self._name)).values
+        return exchange(name, own, timeout_seconds, once=True, label=repr(self._name)).values
 
 
 def gathered(value: Any, *, name: str = "gathered", timeout_seconds: float = 300.0) -> list[Any]:

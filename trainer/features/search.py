@@ -217,8 +217,8 @@ def largest_that_fits(
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             return True  # XLA for GPUs refuses to compile what can never fit
-        room = found.available if limit is None else limit
-        return room is not None and found.total > room
+        available = found.available if limit is None else limit
+        return available is not None and found.total > available
 
     count = bisect.bisect_left(sizes, True, key=is_too_large)
     if not count:

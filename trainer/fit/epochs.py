@@ -56,17 +56,17 @@ def fit(trainer: Trainer, plan: FitPlan, resume: bool | str | os.PathLike[str]) 
         run = checked(setup, plan, restored)
         setup.live.planned = _resumed(plan, _position(run))
         setup.agree_on_state(run)
-        listeners = copy.deepcopy(setup.events.state_dict())
-        with put_back(trainer, before, listeners):
-            if restored.listeners is not None:
-                setup.events.load_state_dict(restored.listeners)
+        callback_states = copy.deepcopy(setup.events.state_dict())
+        with put_back(trainer, before, callback_states):
+            if restored.callback_states is not None:
+                setup.events.load_state_dict(restored.callback_states)
         trainer.hold(run)
         finished = _is_finished(plan, run)
         if finished and plan.caller == "train_epoch":
             return trainer.run
         if not finished and plan.loader is not None:
             # The loader may reject its position when it is opened.
-            opening = put_back(trainer, before, listeners)
+            opening = put_back(trainer, before, callback_states)
     try:
         return _run_epochs(trainer, plan, restored, opening)
     except BaseException:

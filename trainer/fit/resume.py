@@ -28,9 +28,9 @@ def load(trainer: Trainer, path: str | os.PathLike[str]) -> None:
     setup = trainer.setup
     restored = setup.checkpointer.load(path, trainer.run)
     # A trainer without callbacks, used for evaluation, needs no callback states.
-    if restored.listeners is not None and setup.events.has_states:
+    if restored.callback_states is not None and setup.events.has_states:
         with put_back(trainer, trainer.run, copy.deepcopy(setup.events.state_dict())):
-            setup.events.load_state_dict(restored.listeners)
+            setup.events.load_state_dict(restored.callback_states)
     own = trainer.run  # which keeps its identity, wherever the state is from
     run = restored.run.replace(
         id=own.id, position=None, validation=None, logged_step=0, average=own.average, arguments=None
@@ -85,14 +85,14 @@ def planned_end(first_step: int, plan: FitPlan) -> int | None:
 
 
 @contextlib.contextmanager
-def put_back(trainer: Trainer, run: Run, listeners: list[Any]) -> Iterator[None]:
+def put_back(trainer: Trainer, run: Run, callback_states: list[Any]) -> Iterator[None]:
     """Restores the trainer's run and the callbacks' states if the block raises."""
     try:
         yield
     except BaseException:
         trainer.hold(run)
         with contextlib.suppress(CheckpointError):  # from a callback that rejects its own state
-            trainer.setup.events.load_state_dict(listeners)
+            trainer.setup.events.load_state_dict(callback_states)
         raise
 
 

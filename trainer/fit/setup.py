@@ -306,7 +306,7 @@ class Setup:
     def beside(self, run: Run) -> tuple[Run, dict[str, Any]]:
         """Returns the run with its loader's position, and what is saved with it: see `snapshot_run`."""
         run, loaders = self._with_positions(run)
-        return run, {"info": self._info, "listeners": self.events.state_dict, "loaders": loaders}
+        return run, {"info": self._info, "callback_states": self.events.state_dict, "loaders": loaders}
 
     def tell_saving(self, path: Path, step: int) -> None:
         """Tells the loggers about a save that was written, or started in the background."""

@@ -332,6 +332,7 @@ class Progress(Callback):
     def _learning_rate(self) -> str | None:
         """Returns the learning rate of the latest update for which it is already computed, without waiting."""
         asked = self._rate_asked
+        # `is_ready` is not in the documented `jax.Array`; seen in jax 0.10.2.
         if asked is not None and (isinstance(asked, float) or asked.is_ready()):
             self._rate_known, self._rate_asked = float(asked), None
         return None if self._rate_known is None else number(self._rate_known)

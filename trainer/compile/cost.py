@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from trainer.compile.hlo import Traffic, collectives
+from trainer.core.private_api import memory_limit, operations_and_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,13 +80,14 @@ def cost_of(compiled: Any, state: Any, seconds: float) -> ProgramCost:
         state: The state, or its leaves; arrays or `jax.ShapeDtypeStruct` with shardings.
         seconds: The time for tracing and compiling.
     """
-    cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
+    operations, accessed = operations_and_bytes(compiled)
+    memory = compiled.memory_analysis()  # the names of its attributes are not documented; seen in jax 0.10.2
     leaves = jax.tree.leaves(state)
     sharding = leaves[0].sharding
     return ProgramCost(
         seconds=seconds,
-        flops=cost.get("flops"),
-        bytes_accessed=cost.get("bytes accessed"),
+        flops=operations,
+        bytes_accessed=accessed,
         mesh=dict(sharding.mesh.shape) if isinstance(sharding, jax.sharding.NamedSharding) else {},
         state=sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * int(leaf.dtype.itemsize) for leaf in leaves),
         arguments=memory.argument_size_in_bytes,
@@ -99,9 +101,8 @@ def cost_of(compiled: Any, state: Any, seconds: float) -> ProgramCost:
 
 
 def _memory_of(device: jax.Device) -> int | None:
-    statistics = device.memory_stats() or {}
-    if "bytes_limit" in statistics:
-        return int(statistics["bytes_limit"])
+    if (limit := memory_limit(device)) is not None:
+        return limit
     if device.platform == "cpu" and hasattr(os, "sysconf"):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return None

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trainer.core.checks import did_you_mean
 from trainer.core.path_patterns import check_pattern, matches, matches_nothing
+from trainer.core.private_api import axes_by_name, names_of_dimensions
 from trainer.core.tree_paths import leaf_path
 from trainer.errors import ArgumentError, ArgumentTypeError
 from trainer.sharding.mesh import Axes, as_tuple, with_auto_axes
@@ -223,13 +224,13 @@ def _named_specs(
     leaves = {_keys(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
     specs: dict[Keys, PartitionSpec] = {}
     for path, variable in nnx.to_flat_state(nnx.state(tree.model())):
-        names = variable.get_metadata().get("out_sharding") if isinstance(variable, nnx.Variable) else None
+        names = names_of_dimensions(variable) if isinstance(variable, nnx.Variable) else None
         if not names:
             continue
         if isinstance(names, NamedSharding):
             names = names.spec
-        local = dict(variable.get_metadata().get("sharding_rules") or ())
-        meaning = {**local, **dict(spmd.get_logical_axis_rules()), **logical_axes}
+        # `spmd`, of Linen, holds the rules that NNX uses too; seen in Flax 0.12.8.
+        meaning = {**axes_by_name(variable), **dict(spmd.get_logical_axis_rules()), **logical_axes}
         spec = PartitionSpec(*(meaning.get(name, name) if isinstance(name, str) else name for name in names))
         for where in ("params", "model_state"):
             keys = (where, *map(str, path))

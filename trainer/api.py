@@ -13,6 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 from trainer.callbacks.base import CallbackList
 from trainer.callbacks.progress import Progress
 from trainer.compile.cost import ProgramCost
+from trainer.compile.fusion import FusionPolicy
 from trainer.config import TrainingConfig
 from trainer.core.checks import check_count
 from trainer.core.other_names import takes_no
@@ -61,7 +62,7 @@ class Trainer(Inspection):
         wrt: Which variables of the model are trained: an nnx filter, or path patterns (`trainer.by_path`).
         eval_params: Maps ``(opt_state, params)`` to the params for evaluation and prediction, see `make_eval_step`.
         handle_signals: Whether SIGTERM and Ctrl-C end a run cleanly, with a save.
-        steps_per_call: How many steps to fuse into a call. "auto" fuses small steps (`FusionPolicy`); 1 fuses none.
+        steps_per_call: How many steps to fuse into a call; "auto" or a `FusionPolicy` fuses small steps, 1 fuses none.
         mesh: The devices to train on, see `trainer.make_mesh`; JAX's default device if left out. Results equal those
             of one device, within rounding. With several processes, each makes the same calls; in-memory data is the
             same in all, a loader's batch is the local part, and only process 0 logs.
@@ -116,7 +117,7 @@ class Trainer(Inspection):
         wrt: nnx.filterlib.Filter = nnx.Param,
         eval_params: EvalParams | None = None,
         handle_signals: bool = True,
-        steps_per_call: int | Literal["auto"] = "auto",
+        steps_per_call: int | Literal["auto"] | FusionPolicy = "auto",
         mesh: Mesh | None = None,
         partition_rules: Mapping[str, PartitionSpec] | None = None,
         step_fn: StepFn | None = None,

@@ -120,8 +120,10 @@ def run_epoch(
     batches = _iterator(batches)
     if plan is None:
         plan = plan_dispatch(step, run, batches, sync_every=sync_every, placement=placement, fuse=each is None)
-    meter = Meter(plan.flops) if meter is None else meter
+    meter = Meter(plan.flops, plan.product_dtype) if meter is None else meter
     in_flight = InFlight()
+    # A fused plan has counted the operations; `each` may give the step other batches than these.
+    is_counted = plan.flops is not None or plan.program is not None or each is not None
     while True:
         with meter.preparing():
             drawn = _draw(batches, run, plan, placement, at_once=each is not None)
@@ -145,6 +147,9 @@ def run_epoch(
         tick = Tick(after, metrics, count, examples)
         yield tick
         run = tick.run
+        if not is_counted:  # the shape of a loader's batches is known only now; the call has traced the step
+            meter.count(*step.work(run, batch))
+            is_counted = True
         if not step.is_current(plan):  # an extension was switched on or off
             plan = plan_dispatch(step, run, batches, sync_every=sync_every, placement=placement)
 

@@ -10,13 +10,15 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.experimental import pallas
+from jax.sharding import PartitionSpec
 
 from tests.problems import Busy, Counting, config, regression, squared_error
 from tests.test_api import Spy, assert_same_bits
 from trainer import ArgumentError, ArgumentTypeError, Callback, Trainer, TrainState, make_train_step
 from trainer.compile.dispatch import Program
 from trainer.compile.fusion import FusionPolicy, as_function
-from trainer.core.flops import flops
+from trainer.core.flops import flops, known_flops, product_dtype
 from trainer.loop import rare_collections
 
 
@@ -82,6 +84,65 @@ class TestFlops:
         step = jax.jit(make_train_step(objective, optimizer)).trace(state, {"x": jnp.ones((64, 128))})
         # Of the first layer no gradient towards the input is needed: two products instead of three.
         assert flops(step.jaxpr.jaxpr) == pytest.approx(2 * 2 * 64 * 128 * 128, rel=0.05)
+
+    @pytest.mark.parametrize("manual", [{"data", "model"}, {"data"}, {"model"}])
+    def test_the_body_of_a_shard_map_is_counted_for_all_devices(self, manual):
+        mesh = jax.make_mesh((4, 2), ("data", "model"))
+        split = PartitionSpec(tuple(sorted(manual)))
+        product = jax.shard_map(
+            lambda x, w: x @ w,
+            mesh=mesh,
+            in_specs=(split, PartitionSpec()),
+            out_specs=split,
+            axis_names=manual,
+            check_vma=False,  # with it, there are casts too
+        )
+        assert flops(traced(product, (16, 8), (8, 3)).jaxpr) == 2 * 16 * 8 * 3
+
+    def test_what_every_device_repeats_in_a_shard_map_counts_for_each(self):
+        mesh, whole = jax.make_mesh((4,), ("data",)), PartitionSpec()
+        product = jax.shard_map(lambda x, w: x @ w, mesh=mesh, in_specs=(whole, whole), out_specs=whole)
+        assert flops(traced(product, (16, 8), (8, 3)).jaxpr) == 4 * 2 * 16 * 8 * 3
+
+    def test_a_kernel_hides_what_it_computes(self):
+        def double(source, result):
+            result[...] = 2 * source[...]
+
+        def kernel(x):
+            return pallas.pallas_call(double, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype), interpret=True)(x)
+
+        foreign = jax.ffi.ffi_call("foreign", jax.ShapeDtypeStruct((8,), jnp.float32))
+        for hidden in (kernel, foreign, lambda x: jax.lax.cond(x[0] > 0, kernel, lambda x: x, x)):
+            assert known_flops(traced(hidden, (8,)).jaxpr) is None
+        assert known_flops(traced(lambda x: 2 * x, (8,)).jaxpr) == 8
+
+    @pytest.mark.parametrize(
+        ("left", "right", "expected"),
+        [
+            ("bfloat16", "bfloat16", "bfloat16"),
+            ("float32", "float32", "float32"),
+            ("bfloat16", "float32", "float32"),
+            ("int8", "int8", "int8"),
+        ],
+    )
+    def test_the_dtype_of_products(self, left, right, expected):
+        shapes = jax.ShapeDtypeStruct((16, 16), left), jax.ShapeDtypeStruct((16, 16), right)
+
+        def inside(a, b):
+            product = jax.jit(lambda a, b: jax.lax.dot_general(a, b, (((1,), (0,)), ((), ()))))
+            return jax.lax.scan(lambda total, _: (total + jnp.sum(product(a, b)), None), 0.0, length=3)[0]
+
+        assert product_dtype(jax.make_jaxpr(inside)(*shapes).jaxpr) == expected
+
+    def test_a_product_too_small_to_matter_does_not_mix_the_dtype_and_a_large_one_does(self):
+        def step(x, y):
+            return x.astype(jnp.bfloat16) @ x.astype(jnp.bfloat16), y @ y, y + 1
+
+        assert product_dtype(traced(step, (64, 64), (4, 4)).jaxpr) == jnp.bfloat16
+        assert product_dtype(traced(step, (64, 64), (32, 32)).jaxpr) is None
+        assert product_dtype(traced(lambda x: x + 1, (4,)).jaxpr) is None
+        images = traced(lambda x, k: convolve(x.astype("bfloat16"), k.astype("bfloat16")), (1, 8, 8, 3), (3, 3, 3, 4))
+        assert product_dtype(images.jaxpr) == jnp.bfloat16
 
 
 class TestHowMany:
@@ -207,10 +268,93 @@ class TestInTrain:
 
         assert_same_bits(run(1), run(3))
 
-    @pytest.mark.parametrize(("value", "error"), [(0, ArgumentError), (-1, ArgumentError), (1.5, ArgumentTypeError)])
+    @pytest.mark.parametrize(
+        ("value", "error"),
+        [
+            (0, ArgumentError),
+            (-1, ArgumentError),
+            (1.5, ArgumentTypeError),
+            ("all", ArgumentTypeError),
+            (None, ArgumentTypeError),
+            (FusionPolicy, ArgumentTypeError),
+        ],
+    )
     def test_refusals(self, value, error):
-        with pytest.raises(error, match=r"`steps_per_call` is .*; it must be a positive integer"):
+        wanted = r'it must be a positive integer, "auto", or a trainer\.compile\.FusionPolicy'
+        with pytest.raises(error, match=rf"`steps_per_call` is .*; {wanted}"):
             build(steps_per_call=value)
+
+    @pytest.mark.parametrize(
+        ("limits", "calls"),
+        [
+            ({}, [10]),
+            ({"max_steps": 4}, [4, 8, 10]),
+            ({"max_bytes": 3 * 4 * 5 * 4}, [3, 6, 9, 10]),  # three batches of four rows of five float32
+            ({"flops_per_call": {"cpu": 1.0}}, list(range(1, 11))),
+            ({"slow_in_loops": {"cpu": frozenset({"dot_general"})}}, list(range(1, 11))),
+            ({"slow_in_loops": {"gpu": frozenset({"dot_general"})}}, [10]),
+        ],
+    )
+    def test_a_policy_limits_the_steps_of_a_call(self, limits, calls):
+        seen = []
+
+        class Watching(Callback):
+            def on_call_end(self, trainer, step, logs):
+                seen.append(step)
+
+        trainer = build(callbacks=[Watching()], steps_per_call=FusionPolicy(**limits))
+        trainer.train(regression(40), 1, 4)
+        assert seen == calls
+
+    def test_a_policy_changes_no_result_of_train_or_train_epoch(self):
+        states = []
+        for steps_per_call in (1, FusionPolicy(max_steps=3)):
+            loader = [regression(4, seed=seed) for seed in range(5)]
+            trainer = build(train_data_loader=loader, steps_per_call=steps_per_call)
+            trainer.train_epoch()
+            trainer.train(regression(40), 1, 4)
+            states.append(trainer.state)
+        assert_same_bits(*states)
+
+    @pytest.mark.parametrize(
+        ("limits", "error", "message"),
+        [
+            ({"max_steps": 0}, ArgumentError, "`max_steps` is 0; it must be a positive integer"),
+            (
+                {"max_bytes": "8 MB"},
+                ArgumentTypeError,
+                "`max_bytes` is '8 MB' of type str; it must be a positive integer",
+            ),
+            (
+                {"flops_per_call": 1e9},
+                ArgumentTypeError,
+                "`flops_per_call` is 1000000000.0; it must be a mapping from pl",
+            ),
+        ],
+    )
+    def test_limits_that_cannot_be(self, limits, error, message):
+        with pytest.raises(error, match=message):
+            FusionPolicy(**limits)
+
+    def test_the_platform_is_that_of_the_state_and_not_the_default(self, monkeypatch):
+        class Convolutional(nnx.Module):
+            def __init__(self, rngs):
+                self.inner = nnx.Conv(1, 2, (3,), rngs=rngs)
+
+            def __call__(self, x):
+                return jnp.mean(self.inner(x[..., None]), axis=(1, 2))
+
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        seen = []
+
+        class Watching(Callback):
+            def on_call_end(self, trainer, step, logs):
+                seen.append(step)
+
+        for model, calls in ((Convolutional(nnx.Rngs(0)), [1, 2, 3, 4, 5]), (Busy(), [5])):
+            Trainer(model, config(), loss_fn=squared_error, callbacks=[Watching()]).train(regression(20), 1, 4)
+            assert seen == calls
+            seen.clear()
 
     @pytest.mark.parametrize("steps_per_call", [1, "auto"])
     @pytest.mark.parametrize("options", [{}, {"nonfinite": "skip"}, {"nonfinite": "raise"}, {"precision": "float16"}])

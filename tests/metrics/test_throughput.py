@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas
 
 from tests.problems import Busy, config, regression, squared_error
-from trainer import Throughput, Trainer
+from trainer import Throughput, Trainer, make_mesh
 from trainer.metrics.throughput import PEAK_FLOPS, Meter
 
 
@@ -97,3 +98,61 @@ def test_a_trainer_measures_its_epochs():
     trainer.train(regression(40), 1, 4)
     assert trainer.throughput.examples_per_second == pytest.approx(4 * trainer.throughput.steps_per_second)
     assert trainer.throughput.flops_per_second > 0
+    assert trainer.throughput.utilization is None  # the peak of a CPU is not known
+
+
+def kernel_error(model, batch, rng, step):
+    """`squared_error` in which a kernel squares."""
+
+    def square(source, result):
+        result[...] = source[...] ** 2
+
+    error = model(batch["input"]) - batch["target"]
+    squared = pallas.pallas_call(square, out_shape=jax.ShapeDtypeStruct(error.shape, error.dtype), interpret=True)
+    return jnp.mean(error**2) + jnp.mean(jax.lax.stop_gradient(squared(jax.lax.stop_gradient(error)))), {}
+
+
+@pytest.mark.parametrize("train", ["train", "train_epoch"])
+@pytest.mark.parametrize("devices", [1, 4])
+def test_a_trainer_relates_its_operations_to_the_peak_of_all_its_devices(train, devices, monkeypatch):
+    monkeypatch.setitem(PEAK_FLOPS, jax.devices()[0].device_kind, 1e9)
+    loader = [regression(8, seed=number) for number in range(5)]
+    trainer = Trainer(
+        Busy(),
+        config(batch_size=8),
+        loss_fn=squared_error,
+        precision="bfloat16",
+        mesh=None if devices == 1 else make_mesh({"data": devices}, devices=jax.devices()[:devices]),
+        train_data_loader=loader,
+    )
+    trainer.train(regression(40), 1, 8) if train == "train" else trainer.train_epoch()
+    speed = trainer.throughput
+    assert speed.utilization == pytest.approx(speed.flops_per_second / (devices * 1e9))
+    assert "of the bfloat16 peak" in str(speed)
+
+
+def test_counting_the_operations_of_a_loaders_batches_traces_the_step_no_second_time():
+    traces = []
+
+    def objective(*arguments):
+        traces.append(1)
+        return squared_error(*arguments)
+
+    trainer = Trainer(Busy(), config(), loss_fn=objective, train_data_loader=[regression(8)] * 3)
+    trainer.train_epoch()
+    assert trainer.throughput.flops_per_second > 0
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize(
+    ("precision", "objective", "is_counted"),
+    [("bfloat16", squared_error, True), (None, squared_error, True), ("bfloat16", kernel_error, False)],
+)
+def test_a_trainer_knows_its_utilization_if_products_are_in_bfloat16_and_all_is_counted(
+    precision, objective, is_counted, monkeypatch
+):
+    monkeypatch.setitem(PEAK_FLOPS, jax.devices()[0].device_kind, 1e9)
+    trainer = Trainer(Busy(), config(), loss_fn=objective, precision=precision)
+    trainer.train(regression(40), 1, 8)
+    assert (trainer.throughput.flops_per_second is not None) == is_counted
+    assert (trainer.throughput.utilization is not None) == (is_counted and precision == "bfloat16")

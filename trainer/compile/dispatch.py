@@ -12,7 +12,8 @@ import jax
 from trainer.batches import describe
 from trainer.compile.fusion import FusionPolicy, as_function
 from trainer.core.checks import check_count
-from trainer.core.flops import flops
+from trainer.core.flops import known_flops, product_dtype
+from trainer.core.private_api import is_about_lost_array
 from trainer.errors import ArgumentError, StateError
 from trainer.run import Layout, Run, flatten_state
 from trainer.state import TrainState
@@ -45,7 +46,8 @@ class DispatchPlan:
     Attributes:
         program: The fused program, which takes ``(leaves, batches, count)``; None if every step is its own call.
         capacity: The maximum number of steps in one call.
-        flops: The floating-point operations of one step, None if unknown.
+        flops: The floating-point operations of one step over all devices, None if unknown.
+        product_dtype: The dtype of the operands of its matrix products, None if unknown or mixed.
         sync_every: The host needs the state at multiples of these steps; no call crosses one.
         fusable_steps: The number of steps per call if the host never needed the state.
         variant: The step variant that the program was traced for; see `CompiledStep`.
@@ -54,6 +56,7 @@ class DispatchPlan:
     program: Program | None = None
     capacity: int = 1
     flops: float | None = None
+    product_dtype: Any = None
     sync_every: tuple[int, ...] = ()
     fusable_steps: int = 1
     variant: Hashable = None
@@ -149,8 +152,8 @@ class CompiledStep:
     Args:
         step: ``(state, batch) -> (state, metrics)``, not jitted: see `trainer.make_train_step`.
         steps_per_call: How many steps to fuse if the host does not need the state in between. "auto" fuses
-            steps that compute little, judged from the traced step and never by timing; 1 never fuses.
-        policy: The limits of "auto".
+            steps that compute little, judged from the traced step and never by timing; a `FusionPolicy` does so with
+            limits of your own; 1 never fuses.
         variant: Returns what the traced step depends on besides its arguments, such as which extensions are
             enabled. Each new value compiles its own program.
         arguments: More traced arguments of the step, computed from the run.
@@ -169,18 +172,18 @@ class CompiledStep:
         self,
         step: Step,
         *,
-        steps_per_call: int | Literal["auto"] = "auto",
-        policy: FusionPolicy | None = None,
+        steps_per_call: int | Literal["auto"] | FusionPolicy = "auto",
         variant: Callable[[], Hashable] | None = None,
         arguments: Callable[[Run], tuple[Any, ...]] | None = None,
         replicated: Any = None,
         one_call_at_a_time: bool = False,
         before_compile: Callable[[str, Callable[[], str]], None] | None = None,
     ) -> None:
-        if steps_per_call != "auto":
-            steps_per_call = check_count(steps_per_call, "steps_per_call")
-        self._step, self._steps_per_call = step, steps_per_call
-        self.policy = FusionPolicy() if policy is None else policy
+        self.policy = steps_per_call if isinstance(steps_per_call, FusionPolicy) else FusionPolicy()
+        self._step, self._count = step, None
+        if not isinstance(steps_per_call, FusionPolicy) and steps_per_call != "auto":
+            otherwise = ', "auto", or a trainer.compile.FusionPolicy'
+            self._count = check_count(steps_per_call, "steps_per_call", otherwise=otherwise)
         self._variant, self._arguments = variant, arguments
         self._replicated, self._one_call_at_a_time = replicated, one_call_at_a_time
         self._before_compile = before_compile
@@ -189,6 +192,7 @@ class CompiledStep:
         self._single: dict[Hashable, Program] = {}
         self._fused: dict[Any, Program] = {}
         self._traced: dict[Any, Any] = {}
+        self._work: dict[Any, tuple[float | None, Any]] = {}
         self._plans: dict[Any, DispatchPlan] = {}
         self._latest: Program | None = None
 
@@ -256,6 +260,14 @@ class CompiledStep:
             self._traced[key] = program.trace(run.leaves, batch, *self._more(run))
         return program, self._traced[key]
 
+    def work(self, run: Run, batch: Any) -> tuple[float | None, Any]:
+        """Returns ``flops`` and ``product_dtype`` of a step over batches of this shape; see `DispatchPlan`."""
+        key = self._key(run, batch)
+        if key not in self._work:
+            jaxpr = self.trace(run, batch)[1].jaxpr.jaxpr
+            self._work[key] = known_flops(jaxpr), product_dtype(jaxpr)
+        return self._work[key]
+
     def _call(
         self, program: Program, run: Run, arguments: tuple[Any, ...], examples: int | None, count: int | None
     ) -> tuple[Run, Metrics]:
@@ -295,27 +307,27 @@ class CompiledStep:
         if self._replicated is not None:
             shardings = ([leaf.sharding for leaf in run.leaves], self._replicated)
         if (run.layout, shardings) != (self._layout, self._shardings):
-            for programs in (self._single, self._fused, self._traced, self._plans):
+            for programs in (self._single, self._fused, self._traced, self._work, self._plans):
                 programs.clear()
         self._layout, self._shardings = run.layout, shardings
 
     def _decide(self, run: Run, batch: Any, most: int, sync_every: tuple[int, ...]) -> DispatchPlan:
         _, traced = self.trace(run, batch)
-        work = flops(traced.jaxpr.jaxpr)
-        fusable = self._steps_per_call
-        if fusable == "auto":
+        work, dtype = self.work(run, batch)
+        fusable = self._count
+        if fusable is None:
             # Ask the state's devices: a mesh of CPU devices on a machine with a GPU is still a CPU.
             platform = next(iter(run.leaves[0].devices())).platform
             size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
             fusable = self.policy.fusable_steps(traced.jaxpr, size, platform)
         capacity = min(fusable, most)
         if capacity <= 1:
-            return DispatchPlan(None, 1, work, sync_every, fusable, self._current_variant())
+            return DispatchPlan(None, 1, work, dtype, sync_every, fusable, self._current_variant())
         key = *self._key(run, batch), capacity
         if key not in self._fused:
             function = _fused_on_leaves(as_function(traced), capacity)
             self._fused[key] = Program(function, "train_steps", self._shardings)
-        return DispatchPlan(self._fused[key], capacity, work, sync_every, fusable, self._current_variant())
+        return DispatchPlan(self._fused[key], capacity, work, dtype, sync_every, fusable, self._current_variant())
 
     def _key(self, run: Run, batch: Any) -> tuple[Any, ...]:
         if run.layout is not self._layout:
@@ -332,7 +344,7 @@ def explain_lost_state(state: TrainState, error: Exception) -> None:
     try:
         state.check_alive()
     except StateError as lost:
-        if "deleted" in str(error) or "donated" in str(error):
+        if is_about_lost_array(error):
             raise lost from error
         error.add_note("the state was donated to the step that failed and is gone; load a checkpoint to continue")
 

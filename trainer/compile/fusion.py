@@ -15,12 +15,14 @@ from typing import Any
 import jax
 from jax.extend import core
 
+from trainer.core.checks import check_count
 from trainer.core.flops import flops, primitives
+from trainer.errors import ArgumentTypeError
 
 
 @dataclasses.dataclass(frozen=True)
 class FusionPolicy:
-    """The limits of ``steps_per_call="auto"``.
+    """The limits of ``steps_per_call="auto"``; pass one in its place to change them: ``FusionPolicy(max_steps=16)``.
 
     Attributes:
         flops_per_call: By platform, the floating-point operations of one call, which take less than a second, so
@@ -41,6 +43,15 @@ class FusionPolicy:
         default_factory=lambda: {"cpu": frozenset({"conv_general_dilated"})}
     )
     advise_at: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "max_bytes", "advise_at"):
+            check_count(getattr(self, name), name)
+        for name in ("flops_per_call", "slow_in_loops"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ArgumentTypeError(
+                    f"`{name}` is {getattr(self, name)!r}; it must be a mapping from platforms, such as 'cpu' or 'gpu'."
+                )
 
     def fusable_steps(self, step: core.ClosedJaxpr, batch_bytes: int, platform: str) -> int:
         """Returns the number of steps one call should run if nothing else limits it.

@@ -18,6 +18,7 @@ from trainer.callbacks.dispatch import CallbackDispatcher
 from trainer.callbacks.progress import progress_for
 from trainer.checkpoints.checkpointer import Checkpointer
 from trainer.compile.dispatch import CompiledStep, Program
+from trainer.compile.fusion import FusionPolicy
 from trainer.config import TrainingConfig, make_optimizer, make_schedule
 from trainer.config.schedules import check_horizon, needs_horizon
 from trainer.core.averaged_params import resolve_eval_params
@@ -76,7 +77,7 @@ def assemble(
     extensions: Mapping[str, ExtensionLike] | None,
     wrt: nnx.filterlib.Filter,
     handle_signals: bool,
-    steps_per_call: int | Literal["auto"],
+    steps_per_call: int | Literal["auto"] | FusionPolicy,
     mesh: Mesh | None,
     partition_rules: Mapping[str, PartitionSpec] | None,
     step_fn: StepFn | None,
@@ -365,7 +366,7 @@ def _compiled_step(
     arguments: Callable[[Run], tuple[Any, ...]] | None,
     extensions: dict[str, ExtensionLike],
     placement: Placement,
-    steps_per_call: int | Literal["auto"],
+    steps_per_call: int | Literal["auto"] | FusionPolicy,
     events: CallbackDispatcher,
     live: Live,
 ) -> CompiledStep:

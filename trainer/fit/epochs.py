@@ -192,7 +192,7 @@ def _run_epoch(trainer: Trainer, plan: FitPlan, signals: Signals, batches: Itera
         metrics = trainer.train_step(batch)
         return trainer.run, metrics
 
-    setup.live.meter = meter = Meter(dispatch.flops)
+    setup.live.meter = meter = Meter(dispatch.flops, dispatch.product_dtype)
     ticks = run_epoch(
         setup.step,
         run,

@@ -46,10 +46,12 @@ class Throughput:
         waiting_for_data: The fraction of time in which the devices were idle because the next batch was not
             ready.
         flops_per_second: Floating-point operations per second of the step as traced, including the
-            optimizer and recomputation by `jax.checkpoint`. None if they cannot be counted.
+            optimizer and recomputation by `jax.checkpoint`. None if they cannot be counted: if the step calls a Pallas
+            or foreign kernel, or if a hook for every batch sees the batches of a loader.
         utilization: ``flops_per_second`` as a fraction of the devices' bfloat16 peak. Because of what it includes, it
             is the hardware FLOPs utilization (HFU), not the model FLOPs utilization (MFU) of papers, which is lower.
-            None unless the matrix products are known to be in bfloat16 and the device's peak is known.
+            None unless the operands of the matrix products are in bfloat16 (at least 99 % of their operations) and
+            the device's peak is known.
     """
 
     steps_per_second: float
@@ -70,19 +72,23 @@ class Meter:
     """Measures the throughput of an epoch. It never waits for a device.
 
     Args:
-        flops: The floating-point operations of a step over all devices. None if they cannot be counted, as with
-            ``pallas_call``, or ``shard_map``, whose body is per device.
+        flops: The floating-point operations of a step over all devices. None if they cannot be counted.
         dtype: The dtype of the operands of the step's matrix products. None if unknown or mixed.
         clock: Returns the time in seconds.
     """
 
     def __init__(self, flops: float | None, dtype: Any = None, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._flops, self._clock = flops, clock
-        self._is_bfloat16 = dtype is not None and jnp.dtype(dtype) == jnp.bfloat16
+        self._clock = clock
+        self.count(flops, dtype)
         self._started = clock()
         self._steps = self._examples = 0
         self._waited = self._paused = self._compiled = 0.0
         self._latest: jax.Array | None = None
+
+    def count(self, flops: float | None, dtype: Any) -> None:
+        """Sets the operations of a step, of the earlier ones too, once they are known; arguments as of the class."""
+        self._flops = flops
+        self._is_bfloat16 = dtype is not None and jnp.dtype(dtype) == jnp.bfloat16
 
     @contextlib.contextmanager
     def preparing(self) -> Iterator[None]:
@@ -93,8 +99,8 @@ class Meter:
         """
         started = self._clock()
         yield
-        # `is_ready` is a method of JAX's arrays, but not of the documented `jax.Array`. It does not wait;
-        # block_until_ready would stall the dispatch of the next call.
+        # `is_ready` is a method of JAX's arrays (seen in jax 0.10.2), not of the documented `jax.Array`. It does not
+        # wait; block_until_ready would stall the dispatch of the next call.
         if self._latest is not None and self._latest.is_ready():  # type: ignore[attr-defined]
             self._waited += self._clock() - started
 

@@ -470,6 +470,54 @@ class TestTwoProcesses:
                 assert wanted in text
                 assert (f"process {failed} failed: " in text) == (process != failed)
 
+    def test_checksums_that_one_process_cannot_begin_fail_in_both_before_any_collective(self, tmp_path):
+        body = """
+        import time
+        from trainer.core import checksums
+
+        # Three arrays above 1 MiB, which the devices hash together. One process fails at the second, in its local part.
+        spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+        state = sharded(mesh)
+        large = {name: spread(np.full((2**17, 4), number, np.float32), spec) for number, name in enumerate("abc")}
+        state = state.replace(model_state={**state.model_state, "large": large})
+        path = directory / "s.orbax"
+        save_state(path, state)
+        held = words(state)
+        said["refused"], said["seconds"] = [], []
+        whole = checksums._digest_over
+
+        class Failing:
+            left = 1
+            def __call__(self, mesh):
+                if self.left == 0:
+                    raise MemoryError("no memory to compile")
+                self.left -= 1
+                return whole(mesh)
+
+        for call in (lambda: save_state(path, state), lambda: load_state(path, state)):
+            for failing in (0, 1):
+                if process == failing:
+                    checksums._digest_over = Failing()
+                start = time.monotonic()
+                try:
+                    call()
+                except (CheckpointError, DistributedError, MemoryError) as error:
+                    said["refused"].append(f"{type(error).__name__}: {error}")
+                said["seconds"].append(time.monotonic() - start)
+                checksums._digest_over = whole
+        said["same"] = words(load_state(path, state)) == held
+        barrier("done")
+        said["left"] = sorted(path.name for path in directory.iterdir())
+        """
+        said = together("from trainer import DistributedError\n" + body_of(body), tmp_path)
+        for process, found in enumerate(said):
+            assert found["same"]
+            assert found["left"] == ["s.orbax"]
+            assert max(found["seconds"]) < 30, found
+            for failing, text in zip((0, 1, 0, 1), found["refused"], strict=True):
+                assert "no memory to compile" in text
+                assert (f"process {failing} failed: " in text) == (process != failing)
+
     @pytest.mark.slow
     def test_they_keep_the_same_best_and_newest(self, tmp_path):
         body = """

@@ -59,6 +59,40 @@ def test_every_difference_of_what_they_share_is_told_by_all():
     assert "checksums): `key` is " in first["key"]
 
 
+FAILING = """
+import time
+from trainer.distributed import replicas
+
+def broken(*_):
+    raise MemoryError("no room for a copy")
+
+found, whole = [], replicas.digests_as_text
+start = time.monotonic()
+for failing in (0, 1):
+    if process == failing:
+        replicas.digests_as_text = broken
+    try:
+        check_replicas({"whole": spread(table)})
+    except (DistributedError, MemoryError) as error:
+        found.append(f"{type(error).__name__}: {error}")
+    replicas.digests_as_text = whole
+print(json.dumps({"found": found, "after": told(table, table, table), "seconds": time.monotonic() - start}))
+"""
+
+
+def test_checksums_that_one_process_cannot_compute_fail_in_all_at_once():
+    setup, _, _ = CHECK.partition("print(")
+    results = run(setup + FAILING, 2, devices=2)
+    assert [status for status, _, _ in results] == [0, 0], results
+    for process, (_, out, _) in enumerate(results):
+        said = json.loads(out.splitlines()[-1])
+        expected = ["MemoryError: no room for a copy", "DistributedError: process 1 failed: no room for a copy"]
+        other = ["DistributedError: process 0 failed: no room for a copy", "MemoryError: no room for a copy"]
+        assert said["found"] == (expected if process == 0 else other)
+        assert said["after"] is None
+        assert said["seconds"] < 30  # the timeout is 300
+
+
 def test_one_process_has_nothing_to_compare():
     check_replicas({"a": np.zeros(3)})
 

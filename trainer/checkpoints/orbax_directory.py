@@ -9,6 +9,10 @@ With several processes, all call at the same point. Orbax writes in each process
 process 0 writes the rest, and renames the directory once all have finished. A failure in one process
 is raised in all (`trainer.distributed.AllOrNone`).
 
+Orbax's handlers are driven by hand, since its checkpointers wait at barriers that a failed process never reaches:
+``PyTreeCheckpointHandler`` with ``async_save``, ``finalize`` and ``restore``, in the layout that it writes with
+``use_zarr3=False``; seen in orbax-checkpoint 0.12.8.
+
 Some arrays Orbax cannot store: arrays without entries are stored only as descriptions, keys as key data, and
 dtypes of less than two bytes, other than the plain integers, as bits (uint8).
 """
@@ -35,7 +39,7 @@ from trainer.checkpoints.atomic import NewDirectory
 from trainer.checkpoints.file_format import DTYPES, Leaf, leaf_from_record, leaf_to_record
 from trainer.checkpoints.orbax_checks import check_files, check_stored
 from trainer.checkpoints.plain_values import bytes_to_json, from_plain, to_plain
-from trainer.core.checksums import bits, digests_as_text, from_bits
+from trainer.core.checksums import bits, from_bits, prepare_digests
 from trainer.core.tree_paths import LeafPath
 from trainer.distributed.agreement import AllOrNone
 from trainer.errors import CheckpointError, UnreadableError
@@ -70,24 +74,24 @@ def begin_directory(path: Path, info: Mapping[str, Any], leaves: Sequence[tuple[
         CheckpointError: Something failed, in this or another process. The returned function raises it
             too; ``path`` is then unchanged.
     """
-    votes = AllOrNone(f"save {path.name}")  # one per save, since it may finish in another thread
+    agreement = AllOrNone(f"save {path.name}")  # one per save, since it may finish in another thread
     writing = _Writing(path.absolute(), info, leaves)
     try:
-        temporary = votes.sync(*_attempted(writing.prepare, path))
+        temporary = agreement.sync(*_attempted(writing.prepare, path))
         # The devices of all processes compute the checksums together, in collectives that never time out. So whatever
-        # can fail in a single process comes before, and no process enters the collectives unless all do.
+        # can fail in a single process is part of `prepare`, and no process enters the collectives unless all do.
         failure, _ = _attempted(writing.compute_checksums, path)
         if failure is None:
             failure, _ = _attempted(functools.partial(writing.begin, Path(temporary)), path)
-        votes.sync(failure)
+        agreement.sync(failure)
     except BaseException:
         writing.discard()
         raise
 
     def finish() -> None:
         try:
-            votes.sync(*_attempted(writing.wait, path), timeout_seconds=_SAVE_TIMEOUT_SECONDS)
-            votes.sync(*_attempted(writing.commit, path), timeout_seconds=_SAVE_TIMEOUT_SECONDS)
+            agreement.sync(*_attempted(writing.wait, path), timeout_seconds=_SAVE_TIMEOUT_SECONDS)
+            agreement.sync(*_attempted(writing.commit, path), timeout_seconds=_SAVE_TIMEOUT_SECONDS)
         except BaseException:
             writing.discard()
             raise
@@ -108,6 +112,7 @@ class _Writing:
         self._info = info
         self._leaves = leaves
         self._tree: dict[str, Any] = {}
+        self._digests: Callable[[], list[str]] = list
         self._checksums: list[str] = []
         self._handler: Any = None
         self._new: NewDirectory | None = None
@@ -115,7 +120,10 @@ class _Writing:
         self._futures: Sequence[Any] = ()
 
     def prepare(self) -> str | None:
-        """Converts the arrays to what Orbax can store; process 0 also creates the temporary directory."""
+        """Converts the arrays to what Orbax can store, and does the local part of their checksums.
+
+        Process 0 also creates the temporary directory.
+        """
         import orbax.checkpoint as ocp
 
         self._info = to_plain(self._info, "info")
@@ -123,6 +131,7 @@ class _Writing:
             leaf_from_record(leaf_to_record(leaf))  # raises before anything is written if no reader would accept it
         self._handler = ocp.PyTreeCheckpointHandler(use_zarr3=False)  # the layout that `check_stored` reads
         self._tree = _tree_of(self._leaves)
+        self._digests = prepare_digests([array for _, array in self._leaves])
         if jax.process_index() != 0:
             return None
         if self._path.is_dir() and any(self._path.iterdir()) and not (self._path / "about" / "metadata").exists():
@@ -133,7 +142,8 @@ class _Writing:
         return str(self._new.temporary)
 
     def compute_checksums(self) -> None:
-        self._checksums = digests_as_text([array for _, array in self._leaves])
+        """Dispatches the programs that compute checksums over the devices of all processes."""
+        self._checksums, self._digests = self._digests(), list
 
     def begin(self, temporary: Path) -> None:
         """Copies the arrays to the host, for Orbax to write in the background."""
@@ -264,20 +274,22 @@ class OrbaxDirectory:
         """
         if not wanted:
             return {}
-        arrays, failure = {}, None
+        arrays: dict[LeafPath, Any] = {}
+        failure: Exception | None = None
         try:
             arrays = self._restore({path: like for path, like in wanted.items() if 0 not in self.leaves[path].shape})
-        except UnreadableError as error:
+            for path in wanted.keys() - arrays.keys():
+                arrays[path] = np.empty(self.leaves[path].shape, DTYPES[self.leaves[path].dtype])
+            # In file order, which is the same in all processes.
+            paths = [path for path in self.leaves if path in arrays]
+            digests = prepare_digests([arrays[path] for path in paths])
+        except Exception as error:
             failure = error
         if self._agreement is not None and any(map(is_multiprocess, wanted.values())):
             self._agreement.sync(failure)  # before all processes compute the digests together
         if failure is not None:
             raise failure
-        for path in wanted.keys() - arrays.keys():
-            arrays[path] = np.empty(self.leaves[path].shape, DTYPES[self.leaves[path].dtype])
-        # In file order, which is the same in all processes.
-        paths = [path for path in self.leaves if path in arrays]
-        for path, found in zip(paths, digests_as_text([arrays[path] for path in paths]), strict=True):
+        for path, found in zip(paths, digests(), strict=True):
             if found != self._digests[path]:
                 raise self._damaged(f"the checksum of `{self.leaves[path].name}` does not agree")
         return {path: _placed(arrays[path], like) for path, like in wanted.items()}
@@ -357,7 +369,6 @@ class OrbaxDirectory:
                 ".".join(_names(path)): (self.leaves[path].shape, _stored_dtype(self.leaves[path])) for path in wanted
             }
             check_stored(state, stored, check_files(state))
-            # Not through Orbax's Checkpointer: a process that fails would never reach its barrier.
             tree = ocp.PyTreeCheckpointHandler().restore(_state_in(self.path), args=restore)
         except Exception as error:  # a damaged directory makes Orbax and TensorStore raise many types
             reason = " ".join(str(error).split())[:300]

@@ -12,7 +12,7 @@ of up to 1 MiB unless they are sharded over processes.
 
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -36,6 +36,17 @@ def digests_as_text(arrays: Sequence[jax.Array | np.ndarray[Any, Any]]) -> list[
 
     The digest of an array sharded over processes is the same in all of them; every process must call this.
     """
+    return prepare_digests(arrays)()
+
+
+def prepare_digests(arrays: Sequence[jax.Array | np.ndarray[Any, Any]]) -> Callable[[], list[str]]:
+    """Does everything of `digests_as_text` in which processes do not wait for each other: copies, hashes, compiles.
+
+    Returns:
+        A function that does the rest, with the digests of the arrays sharded over several devices, which it computes
+        in collectives. If they are devices of several processes, let all of these agree that none has failed before
+        they call it: a process that calls it alone waits forever.
+    """
     found: list[Any] = []
     for array in arrays:
         if not isinstance(array, jax.Array):
@@ -46,12 +57,21 @@ def digests_as_text(arrays: Sequence[jax.Array | np.ndarray[Any, Any]]) -> list[
             found.append(digest(array))
         else:
             mesh = array.sharding.mesh if isinstance(array.sharding, NamedSharding) else None
-            found.append(_digest_over(mesh)(array))
-            # CPU devices share threads. With several communicating programs in flight, two devices may start different
-            # ones first, and deadlock.
-            if _is_on_cpu(array):
-                jax.block_until_ready(found[-1])
-    return [as_text(one) for one in found]
+            program = _digest_over(mesh)
+            program.lower(array).compile()  # JAX keeps it for the call, and for the next save
+            found.append(functools.partial(program, array))
+
+    def compute() -> list[str]:
+        for index, computed in enumerate(found):
+            if isinstance(computed, functools.partial):
+                found[index] = computed()
+                # CPU devices share threads. With several communicating programs in flight, two devices may start
+                # different ones first, and deadlock.
+                if _is_on_cpu(found[index]):
+                    jax.block_until_ready(found[index])
+        return [as_text(one) for one in found]
+
+    return compute
 
 
 def digest_on_host(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from trainer.core.checksums import digests_as_text
 from trainer.core.tree_paths import leaf_path
-from trainer.distributed.agreement import who_holds_what
+from trainer.distributed.agreement import AllOrNone, who_holds_what
 from trainer.distributed.rounds import exchange
 from trainer.errors import DistributedError
 
@@ -32,11 +32,17 @@ def check_replicas(tree: Any, *, timeout_seconds: float = 300.0) -> None:
 
     Raises:
         DistributedError: Arrays differ; it names up to five, and which processes hold which values. Or not all
-            processes called this in time.
+            processes called this in time, or one failed to compute its checksums.
     """
     if jax.process_count() == 1:
         return
-    mine = _shared_parts(tree)
+    mine: dict[str, dict[str, str]] = {}
+    failure: Exception | None = None
+    try:
+        mine = _shared_parts(tree)
+    except Exception as error:
+        failure = error
+    AllOrNone("checksums of replicas", timeout_seconds=timeout_seconds).sync(failure)
     sums = {members: _digest_of_all(parts) for members, parts in mine.items()}
     held = exchange("replicas", sums, timeout_seconds).values
     groups = sorted(members for members in set().union(*held.values()) if _differences(held, members, [members]))

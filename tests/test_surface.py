@@ -1,6 +1,7 @@
 """The outside of the package: what imports what, how light the import is, and that the README is true."""
 
 import ast
+import dataclasses
 import importlib
 import inspect
 import itertools
@@ -16,6 +17,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import trainer
+from trainer.fit.setup import Live
 
 ROOT = Path(__file__).parent.parent
 
@@ -152,6 +154,52 @@ def test_a_trainer_assigns_one_attribute_at_one_place():
 )
 def test_every_spelling_of_an_assignment_counts(statement):
     assert list(assigned_attributes(ast.parse(f"def method(self):\n    {statement}")))
+
+
+def assigned_through(tree, roots=("trainer", "setup", "live")):
+    """Dotted names that a file assigns, deletes or sets by `setattr` and that begin at a trainer or its parts."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del):
+            name = ast.unparse(node)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in (
+            *("setattr", "__setattr__", "delattr", "__delattr__"),
+        ):
+            name = f"{ast.unparse(node.args[0])}.{getattr(node.args[1], 'value', '?')}" if len(node.args) > 1 else "?"
+        else:
+            continue
+        if name.split(".")[0] in roots or name.startswith("self.setup."):
+            yield name
+
+
+def test_of_a_trainers_parts_only_the_fields_of_live_are_assigned():
+    found = {
+        (path.relative_to(ROOT / "trainer").as_posix(), name)
+        for path in (ROOT / "trainer").rglob("*.py")
+        for name in assigned_through(ast.parse(path.read_text(encoding="utf-8")))
+    }
+    others = {(path, name) for path, name in found if "live" not in name.split(".")}
+    # The property that makes a new run of another state.
+    assert others == {("callbacks/early_stopping.py", "trainer.state"), ("callbacks/plateau.py", "trainer.state")}
+    fields = {field.name for field in dataclasses.fields(Live)}
+    assert {name.rpartition(".")[::2] for _, name in found - others} <= {
+        (owner, field) for owner in ("live", "setup.live", "trainer.setup.live") for field in fields
+    }
+    assert {path.split("/")[0] for path, _ in found - others} == {"fit"}
+
+
+@pytest.mark.parametrize(
+    ("statement", "name"),
+    [
+        ("trainer.setup.step = 1", "trainer.setup.step"),
+        ("setup.live.planned, y = 1, 2", "setup.live.planned"),
+        ("del setup.step", "setup.step"),
+        ("self.setup.step += 1", "self.setup.step"),
+        ("object.__setattr__(setup, 'step', 1)", "setup.step"),
+        ("setattr(trainer.setup, name, 1)", "trainer.setup.?"),
+    ],
+)
+def test_every_spelling_of_an_assignment_to_the_parts_of_a_trainer_counts(statement, name):
+    assert list(assigned_through(ast.parse(statement))) == [name]
 
 
 def test_files_are_short():

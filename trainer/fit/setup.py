@@ -1,4 +1,4 @@
-"""`Setup`: the immutable parts of a trainer, checked once."""
+"""`Setup`: the parts of a trainer that are checked once and never change, with one exception, `Live`."""
 
 import contextlib
 import dataclasses
@@ -102,7 +102,11 @@ class Live:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Setup:
-    """The parts of a trainer, built by `trainer.fit.assemble`; attributes named like the arguments of `Trainer`."""
+    """The parts of a trainer, built by `trainer.fit.assemble`; attributes named like the arguments of `Trainer`.
+
+    No attribute is ever rebound, and of what they hold, ``live`` is the one object whose fields are
+    (``trainer.setup.live.meter = meter``); `trainer.fit` does so while a call runs.
+    """
 
     config: TrainingConfig
     loss_fn: LossFn | None

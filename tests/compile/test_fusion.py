@@ -87,7 +87,7 @@ class TestFlops:
 
     @pytest.mark.parametrize("manual", [{"data", "model"}, {"data"}, {"model"}])
     def test_the_body_of_a_shard_map_is_counted_for_all_devices(self, manual):
-        mesh = jax.make_mesh((4, 2), ("data", "model"))
+        mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
         split = PartitionSpec(tuple(sorted(manual)))
         product = jax.shard_map(
             lambda x, w: x @ w,

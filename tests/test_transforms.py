@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tests.problems import Busy, Linear, regression, squared_error
-from trainer import Extension, TrainState, make_eval_step, make_train_step
+from trainer import Extension, TrainState, fuse_steps, make_eval_step, make_train_step
 
 ADAM = optax.adam(1e-2)
 
@@ -74,6 +74,92 @@ class TestWeightZero:
         chex.assert_trees_all_equal(jax.tree.map(lambda leaf: leaf[0], params), before)
         assert metrics["loss"].tolist() == evaluated["loss"].tolist() == [0] * 4
         assert metrics["batch_weight"].tolist() == [0] * 4
+
+
+class TestNothingCountsOnOneDevice:
+    """As over an axis, a batch of which nothing counts is an update of zero gradients."""
+
+    def stepped(self, optimizer, masks, model=None):
+        state = create(model or Linear(4), optimizer)
+        batches = [{**masked(), "mask": np.full(16, mask, np.float32)} for mask in masks]
+        step = make_train_step(masked_error, optimizer)
+        return state, *jax.jit(fuse_steps(step, len(masks)))(state, jax.tree.map(lambda *x: np.stack(x), *batches))
+
+    def test_params_stay_and_no_metric_is_nan(self):
+        before, after, metrics = self.stepped(optax.sgd(0.1), [0])
+        chex.assert_trees_all_equal(after.params, before.params)
+        assert metrics["loss"].tolist() == metrics["batch_weight"].tolist() == metrics["count"].tolist() == [0]
+        evaluated = jax.jit(make_eval_step(masked_error))(before, {**masked(), "mask": np.zeros(16, np.float32)})
+        assert float(evaluated["loss"]) == float(evaluated["batch_weight"]) == 0
+
+    def test_momentum_goes_on_as_over_an_axis(self):
+        _, after, _ = self.stepped(ADAM, [1, 0, 1])
+        state = create(Linear(4))
+        step = jax.jit(jax.vmap(make_train_step(masked_error, ADAM, axis_name="one"), (None, 0), axis_name="one"))
+        for mask in (1, 0, 1):
+            batch = {**masked(), "mask": np.full(16, mask, np.float32)}
+            states, _ = step(state, jax.tree.map(lambda leaf: leaf[None], batch))
+            state = jax.tree.map(lambda leaf: leaf[0], states)
+        chex.assert_trees_all_close(after.params, state.params, rtol=1e-5)
+        chex.assert_trees_all_close(after.opt_state, state.opt_state, rtol=1e-5)
+
+    def test_the_statistics_of_a_model_are_those_of_its_forward_pass_as_over_an_axis(self):
+        before, after, _ = self.stepped(optax.sgd(0.1), [0], Normalizing())
+        step = make_train_step(masked_error, optax.sgd(0.1), axis_name="data")
+        batch = {**masked(), "mask": np.zeros(16, np.float32)}
+        mapped, _ = by_shard_map(step, create(Normalizing("data"), optax.sgd(0.1)), [batch])
+        chex.assert_trees_all_equal(on_host(after.params), on_host(before.params))
+        assert np.any(on_host(after.model_state["norm"]["mean"] != before.model_state["norm"]["mean"]))
+        chex.assert_trees_all_close(on_host(after.model_state), on_host(mapped.model_state), rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize(
+        "options",
+        [{"nonfinite": "skip"}, {"precision": "float16"}, {"accumulate_steps": 4}, {"report": ["gradient_norm"]}],
+        ids=str,
+    )
+    @pytest.mark.few(2)
+    def test_beside_other_features(self, options):
+        held = {name: value for name, value in options.items() if name in ("nonfinite", "precision")}
+        state = TrainState.create(Linear(4), optax.sgd(0.1), rng=jax.random.key(0), **held)
+        step = jax.jit(make_train_step(masked_error, optax.sgd(0.1), **options))
+        after, metrics = step(state, {**masked(), "mask": np.zeros(16, np.float32)})
+        chex.assert_trees_all_equal(after.params, state.params)
+        assert {metrics.get(name, 0.0).item() for name in ("skipped", "gradient_norm") if name in metrics} <= {0.0}
+        if "precision" in options:
+            assert after.extensions["loss_scale"]["good_steps"] == 1
+
+    @pytest.mark.parametrize(
+        "optimizer",
+        [optax.lbfgs(), optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.01), sync_period=2, opaque_mode=True)],
+        ids=["lbfgs", "sam"],
+    )
+    @pytest.mark.few(1)
+    def test_functions_that_an_optimizer_is_given_are_finite_too(self, optimizer):
+        _, after, _ = self.stepped(optimizer, [1, 0, 1])
+        assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(after.params))
+
+    def test_both_modes_of_differentiation_give_zeros(self):
+        def derivatives(updates, opt_state, params, *, value_fn, **extra):
+            ones = jax.tree.map(jnp.ones_like, params)
+            value, forward = jax.jvp(value_fn, (params,), (ones,))
+            backward = jax.grad(value_fn)(params)
+            return jax.tree.map(lambda leaf: leaf + value + forward, backward), opt_state
+
+        optimizer = optax.GradientTransformationExtraArgs(lambda params: (), derivatives)
+        before, after, _ = self.stepped(optimizer, [0])
+        chex.assert_trees_all_equal(after.params, before.params)
+        before, after, _ = self.stepped(optimizer, [1])
+        assert np.any(on_host(after.params)["layer"]["kernel"] != on_host(before.params)["layer"]["kernel"])
+
+    def test_without_a_weight_there_is_nothing_to_select(self):
+        def unweighted(model, batch, rng, step):
+            return masked_error(model, batch, rng, step)[0], {}
+
+        sgd, counts = optax.sgd(0.1), []
+        for loss_fn in (unweighted, masked_error):
+            lowered = jax.jit(make_train_step(loss_fn, sgd)).lower(create(Linear(4), sgd), masked())
+            counts.append(lowered.as_text().count("stablehlo.select"))
+        assert counts[0] == 0 < counts[1]
 
 
 class TestJit:

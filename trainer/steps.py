@@ -159,7 +159,7 @@ def make_train_step(
         def at(params: Any) -> tuple[jax.Array, tuple[Metrics, TrainState]]:
             return objective(params, state, batch, rng)
 
-        extra = extra_arguments(at, metrics["loss"], grads, axis_name)
+        extra = extra_arguments(at, metrics, grads, axis_name)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **extra)
         params = optax.apply_updates(state.params, updates)
         next_state = after.replace(params=params, opt_state=opt_state, step=state.step + 1)

@@ -1,4 +1,4 @@
-"""Averages over the mapped axis of `pmap`, `vmap` and `shard_map`.
+"""Averages over the mapped axis of `pmap`, `vmap` and `shard_map`, and what a batch that counts nothing becomes.
 
 `typeof(...).manual_axis_type`, `pcast` and `manual_axes` are recent additions to JAX, checked with 0.10 and 0.11.
 """
@@ -44,12 +44,15 @@ def average_over_axis(grads: Any, metrics: Metrics, axis_name: AxisName | None) 
     """Averages over the mapped axis, weighted by ``batch_weight`` if there is one, which itself is summed.
 
     A device of weight zero adds nothing, even if its gradients are not finite. If all weights are zero there is no
-    average: gradients, metrics and ``batch_weight`` are zero.
+    average: gradients, metrics and ``batch_weight`` are zero. Without an axis the batch itself is all there is.
     """
-    if axis_name is None:
-        return grads, metrics
     weight = metrics.get(BATCH_WEIGHT)
+    if axis_name is None and weight is None:
+        return grads, metrics
     metrics, partials = scalars_and_partials(metrics)
+    if axis_name is None:
+        grads, metrics = zero_unless(weight, (grads, metrics))
+        return grads, metrics | partials
     partials = {name: merged_over_axis(metric, axis_name, weight) for name, metric in partials.items()}
     metrics = jax.tree.map(_floating, metrics)
     if weight is None:
@@ -58,12 +61,14 @@ def average_over_axis(grads: Any, metrics: Metrics, axis_name: AxisName | None) 
     total = jax.lax.psum(weight, axis_name)
     share = weight / jnp.where(total == 0, 1, total)
 
-    def weighted(leaf: jax.Array) -> jax.Array:
-        # `where`, because 0 * nan is nan.
-        return jnp.where(weight == 0, jnp.zeros_like(leaf), leaf * share.astype(leaf.dtype))
-
-    grads, metrics = jax.lax.psum(jax.tree.map(weighted, (grads, metrics)), axis_name)
+    scaled = jax.tree.map(lambda leaf: leaf * share.astype(leaf.dtype), (grads, metrics))
+    grads, metrics = jax.lax.psum(zero_unless(weight, scaled), axis_name)
     return grads, metrics | partials | {BATCH_WEIGHT: total}
+
+
+def zero_unless(weight: Any, tree: Any) -> Any:
+    """Returns the tree, or zeros if ``weight`` is zero: a mean over nothing is 0 / 0, and 0 * nan is nan."""
+    return jax.tree.map(lambda leaf: jnp.where(weight == 0, jnp.zeros_like(leaf), leaf), tree)
 
 
 def average_if_changed(axis_name: AxisName | None) -> Callable[[Any, Any], Any]:

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from trainer.core.mapped_axes import AxisName, average_over_axis, per_device
+from trainer.core.mapped_axes import AxisName, average_over_axis, per_device, zero_unless
 from trainer.errors import ArgumentError
+from trainer.types import BATCH_WEIGHT, Metrics
 
 if TYPE_CHECKING:  # importing chex takes a tenth of the time of `import trainer`
     import chex
@@ -32,7 +34,7 @@ class LookaheadOptState(NamedTuple):
 
 def extra_arguments(
     objective: Callable[[chex.ArrayTree], tuple[jax.Array, Any]],
-    value: jax.Array,
+    metrics: Metrics,
     grads: chex.ArrayTree,
     axis_name: AxisName | None,
 ) -> dict[str, Any]:
@@ -41,8 +43,8 @@ def extra_arguments(
     Args:
         objective: Maps params to the total loss and a pair of metrics and other values, with the batch, key and model
             state of the step.
-        value: The loss of the step, averaged over the axis.
-        grads: Its gradient, averaged over the axis.
+        metrics: The metrics of the step, averaged over the axis, with its ``loss``.
+        grads: The gradient of the loss, averaged over the axis.
         axis_name: The mapped axis. The functions average over it as the step does.
 
     Returns:
@@ -59,8 +61,8 @@ def extra_arguments(
         del index
         return jax.grad(value_at)(params)
 
-    value_at = _averaged(objective, axis_name)
-    return {"value": value, "grad": grads, "value_fn": value_fn, "obj_fn": value_at, "grad_fn": grad_fn}
+    value_at = _averaged(objective, axis_name, metrics.get(BATCH_WEIGHT))
+    return {"value": metrics["loss"], "grad": grads, "value_fn": value_fn, "obj_fn": value_at, "grad_fn": grad_fn}
 
 
 def adapt_optimizer(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -143,11 +145,24 @@ def _has_lookahead(opt_state: Any) -> bool:
 
 
 def _averaged(
-    objective: Callable[[chex.ArrayTree], tuple[jax.Array, Any]], axis_name: AxisName | None
+    objective: Callable[[chex.ArrayTree], tuple[jax.Array, Any]], axis_name: AxisName | None, weight: jax.Array | None
 ) -> Callable[[chex.ArrayTree], jax.Array]:
-    """Returns the loss as a function of params, with loss and gradient averaged over the mapped axis."""
-    if axis_name is None:
+    """Returns the loss as a function of params, with loss and gradient averaged over the mapped axis.
+
+    Both are zero for a batch of weight zero, as those of the step are.
+    """
+    if axis_name is None and weight is None:
         return lambda params: objective(params)[0]
+    if axis_name is None:
+
+        def counted(params: chex.ArrayTree) -> jax.Array:
+            # Derivatives of 0 / 0 are not finite: the loss passes none in forward mode, the params none in backward.
+            fixed = jax.lax.stop_gradient(params)
+            params = jax.tree.map(lambda leaf, held: jnp.where(weight == 0, held, leaf), params, fixed)
+            loss: jax.Array = zero_unless(weight, objective(params)[0])
+            return loss
+
+        return counted
 
     def forward(params: chex.ArrayTree) -> tuple[jax.Array, chex.ArrayTree]:
         (loss, (metrics, *_)), grads = jax.value_and_grad(objective, has_aux=True)(per_device(params, axis_name))

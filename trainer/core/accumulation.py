@@ -9,7 +9,7 @@ micro-batch averages is not (huggingface/transformers#34191, google/tunix#1744).
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -89,13 +89,20 @@ def accumulated(
     return accumulated_objective, accumulated_gradient
 
 
+def micro_batches(batch: Batch, steps: int) -> Iterator[tuple[Batch, range]]:
+    """Yields the micro-batches that `accumulated` forms of a concrete batch, each with the indices of its rows."""
+    rows, size, count = _split_of(batch, steps)
+    for index in range(count):
+        yield _strided(batch, rows, size, count, jnp.int32(index)), range(index, count * size, count)
+    if count * size < rows:
+        yield _split(batch, rows, lambda leaf: leaf[count * size :]), range(count * size, rows)
+
+
 def _over_micro_batches(
     evaluate: GradientFn, state: TrainState, batch: Batch, rng: jax.Array, steps: int, zeros: Any
 ) -> Gradient:
     """Returns the weighted average of the results of ``evaluate``; ``zeros`` initializes the sums of gradients."""
-    rows = _rows(batch, steps)
-    size = -(-rows // steps)
-    count = rows // size
+    rows, size, count = _split_of(batch, steps)
     carried = state.model_state, state.extensions
 
     def add(carry: Any, index: Any, micro_batch: Batch, examples: int) -> tuple[Any, tuple[jax.Array, Metrics]]:
@@ -136,6 +143,13 @@ def _over_micro_batches(
 def _as_objective(found: Gradient) -> tuple[jax.Array, tuple[Metrics, TrainState]]:
     metrics = dict(found.metrics)
     return metrics.pop("loss"), (metrics, found.state)
+
+
+def _split_of(batch: Batch, steps: int) -> tuple[int, int, int]:
+    """Returns the number of rows, of rows in a micro-batch, and of micro-batches of that size."""
+    rows = _rows(batch, steps)
+    size = -(-rows // steps)
+    return rows, size, rows // size
 
 
 def _rows(batch: Batch, steps: int) -> int:

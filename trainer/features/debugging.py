@@ -4,7 +4,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,14 +13,18 @@ import numpy as np
 from flax import nnx
 from jax.experimental import checkify
 
-from trainer.core.gradient import Objective, make_objective
+from trainer.core.accumulation import accumulated, micro_batches
+from trainer.core.checks import check_count
+from trainer.core.gradient import GradientFn, Objective, gradient_of, make_objective
+from trainer.core.mapped_axes import average_over_axis
 from trainer.core.module_views import called_through, combined, modules_of
 from trainer.core.objective import check_extensions, check_loss_fn, with_losses
 from trainer.core.precision import Precision, as_precision, in_precision, objective_in
+from trainer.core.remat import in_parts, plan_of, rematerialized
 from trainer.core.tree_paths import leaf_path
 from trainer.errors import NonFiniteError
 from trainer.state import TrainState
-from trainer.types import Batch, ExtensionLike, LossFn
+from trainer.types import Batch, ExtensionLike, LossFn, Remat
 
 _CHECKS = checkify.user_checks
 
@@ -31,15 +35,18 @@ def make_check_step(
     wrt: nnx.filterlib.Filter = nnx.Param,
     extensions: Mapping[str, ExtensionLike] | None = None,
     precision: str | Precision | None = None,
+    accumulate_steps: int = 1,
+    remat: Remat = None,
 ) -> Callable[[TrainState, Batch], None]:
     """Makes a function that checks a step before it is applied; ``debug=True`` of a `Trainer` uses it.
 
     It computes the loss and the gradient of a batch, as a step does, with the checks of ``jax.experimental.checkify``
     compiled in. It waits for the result and changes nothing. With it, a step takes two to three times as long, a small
-    step up to five.
+    step up to five. It needs the memory of a step; to name the origin it runs the micro-batch that is not finite again,
+    one operation at a time and without ``remat``.
 
     Args:
-        loss_fn, wrt, extensions, precision: As for `make_train_step`.
+        loss_fn, wrt, extensions, precision, accumulate_steps, remat: As for `make_train_step`.
 
     Returns:
         ``check(state, batch)``, to be called directly, not inside ``jit``.
@@ -49,7 +56,7 @@ def make_check_step(
           (checkify's index checks are left out: they also fire where ``mode="fill"`` or ``"drop"`` is intended.)
         * If the loss or a gradient is NaN or infinite it raises `NonFiniteError`, which names the origin: a batch leaf
           and its row, a param, the path of the module that produced it in the forward or backward pass, or the
-          objective itself; and for NaN also the operation and its line.
+          objective itself; the micro-batch; and for NaN also the operation and its line.
 
     Example:
         >>> import optax
@@ -72,7 +79,8 @@ def make_check_step(
         trainer.errors.NonFiniteError: step 1 is not finite: `head` (Head) made it of finite inputs. ...
     """
     check_loss_fn(loss_fn)
-    precision = as_precision(precision)
+    precision, plan = as_precision(precision), plan_of(remat)
+    steps = check_count(accumulate_steps, "accumulate_steps")
     losses = with_losses(check_extensions(extensions))
     loss_fn = objective_in(precision, loss_fn)
     has_scale = precision is not None and precision.has_loss_scale
@@ -80,35 +88,54 @@ def make_check_step(
     def made(*views: Any) -> Objective:
         return make_objective(loss_fn, wrt, losses, None, combined(in_precision(precision), *views))
 
-    def evaluated(objective: Objective, state: TrainState, batch: Batch) -> tuple[jax.Array, Any]:
-        rng = jax.random.fold_in(state.rng, state.step)
-        (loss, _), grads = jax.value_and_grad(objective, has_aux=True)(state.params, state, batch, rng)
+    def evaluated(
+        gradient: GradientFn, state: TrainState, batch: Batch, rng: jax.Array
+    ) -> tuple[dict[str, jax.Array], TrainState]:
+        """Returns what has to be finite, by name, and the state after the forward pass."""
+        found = gradient(state, batch, rng)
+        grads, metrics = average_over_axis(found.grads, found.metrics, None)
         # With a loss scale a gradient may overflow: then the step is skipped and the scale adapted.
-        return loss, {} if has_scale else grads
+        named = [] if has_scale else jax.tree.leaves_with_path(grads)
+        return {"loss": metrics["loss"], **{f"grads/{leaf_path(path)}": leaf for path, leaf in named}}, found.state
 
-    plain = functools.partial(evaluated, made())
-    checked = jax.jit(checkify.checkify(plain, errors=_CHECKS))
+    objective = rematerialized(plan, made(in_parts(plan)))
+    _, of_the_step = accumulated(objective, gradient_of(objective, None), steps)
+
+    @jax.jit
+    @functools.partial(checkify.checkify, errors=_CHECKS)
+    def checked(state: TrainState, batch: Batch) -> dict[str, jax.Array]:
+        return evaluated(of_the_step, state, batch, jax.random.fold_in(state.rng, state.step))[0]
+
+    plain = functools.partial(evaluated, gradient_of(made(), None))
     nan_checked = jax.jit(checkify.checkify(plain, errors=checkify.nan_checks))
+
+    def located(state: TrainState, batch: Batch) -> str:
+        """Returns where the step is not finite: in which micro-batch, and its origin, as sentences."""
+        key = jax.random.fold_in(state.rng, state.step)
+        parts = [(batch, None)] if steps == 1 else micro_batches(batch, steps)
+        for index, (part, rows) in enumerate(parts):
+            rng = key if rows is None else jax.random.fold_in(key, index)
+            recording = _Recording()
+            token = _RECORDING.set(recording)
+            try:
+                named, after = evaluated(gradient_of(made(_probing), None), state, part, rng)
+            finally:
+                _RECORDING.reset(token)
+            if rows is None or not all(map(_is_finite, named.values())):
+                operation = nan_checked(state, part, rng)[0].get()
+                which = "" if rows is None else f" in micro-batch {index + 1}"
+                said = "" if operation is None else f" {_sentence(operation)}"
+                return f"{which}: {_origin(state, batch, part, rows, recording)}.{said}"
+            state = state.replace(model_state=after.model_state, extensions=after.extensions)
+        return ": the sum over the micro-batches overflows; each of them is finite."
 
     def check(state: TrainState, batch: Batch) -> None:
         step = int(state.step) + 1
-        error, (loss, grads) = checked(state, batch)
+        error, named = checked(state, batch)
         _throw(error, step)
-        named = {"loss": loss, **{f"grads/{leaf_path(path)}": leaf for path, leaf in jax.tree.leaves_with_path(grads)}}
-        leaves = tuple(name for name, leaf in named.items() if not _is_finite(leaf))
-        if not leaves:
-            return
-        recording = _Recording()
-        token = _RECORDING.set(recording)
-        try:
-            evaluated(made(_probing), state, batch)
-        finally:
-            _RECORDING.reset(token)
-        operation = nan_checked(state, batch)[0].get()
-        said = "" if operation is None else f" {_sentence(operation)}"
-        raise NonFiniteError(
-            f"step {step} is not finite: {_origin(state, batch, recording)}.{said}", step, leaves, state
-        )
+        leaves = tuple(name for name in sorted(named, key="loss".__ne__) if not _is_finite(named[name]))
+        if leaves:
+            raise NonFiniteError(f"step {step} is not finite{located(state, batch)}", step, leaves, state)
 
     return check
 
@@ -241,12 +268,22 @@ def _is_below(path: str, other: str) -> bool:
     return path != other and (not other or path.startswith(f"{other}/"))
 
 
-def _origin(state: TrainState, batch: Batch, recording: _Recording) -> str:
-    """Returns a description of where the first non-finite value was produced."""
-    for path, leaf in jax.tree.leaves_with_path(batch):
+def _origin(state: TrainState, batch: Batch, part: Batch, rows: Sequence[int] | None, recording: _Recording) -> str:
+    """Returns a description of where the first non-finite value was produced.
+
+    Args:
+        state: The state before the micro-batch.
+        batch: The whole batch.
+        part: The micro-batch.
+        rows: Its rows in the batch; None if it is the whole batch.
+        recording: The calls of modules on the micro-batch.
+    """
+    for (path, whole), leaf in zip(jax.tree.leaves_with_path(batch), jax.tree.leaves(part), strict=True):
         if _is_floating(leaf) and not _is_finite(leaf):
-            rows = np.argwhere(~np.isfinite(np.asarray(leaf, np.float32)))
-            row = f", first in row {rows[0][0]}" if rows.shape[1] else ""
+            first = np.argwhere(~np.isfinite(np.asarray(leaf, np.float32)))[0].tolist()
+            if rows is not None and np.shape(leaf) != np.shape(whole):
+                first = [rows[first[0]]]
+            row = f", first in row {first[0]}" if len(first) else ""
             return f"`{leaf_path(path) or 'the batch'}` of the batch holds NaN or infinity{row}"
     for name, tree in {"params": state.params, "model_state": state.model_state}.items():
         for path, leaf in jax.tree.leaves_with_path(tree):

@@ -167,6 +167,11 @@ def assemble(
     live = Live(weakref.ref(trainer), validates=val_data_loader is not None)
     make = functools.partial(make_train_step, objective, wrt=wrt, extensions=losses, precision=precision, **settings)
 
+    check_step = functools.partial(
+        _check_step, loss_fn, step_fn, wrt=wrt, extensions=losses, precision=precision, remat=remat,
+        accumulate_steps=accumulate_steps,
+    )  # fmt: skip
+
     def compiled(remat: Remat) -> CompiledStep:
         step, arguments = (
             _made_step(
@@ -218,7 +223,7 @@ def assemble(
         accumulate_steps=accumulate_steps,
         fast_dev_run=dry,
         overfit_batches=overfit_batches,
-        debug=_check_step(loss_fn, step_fn, wrt, losses, precision) if check_bool(debug, "debug") else None,
+        debug=check_step() if check_bool(debug, "debug") else None,
         pad_to=pad_to,
         prefetch=prefetch,
         step=compiled(remat),
@@ -348,9 +353,7 @@ def _made_step(
 def _check_step(
     loss_fn: LossFn | None,
     step_fn: StepFn | None,
-    wrt: nnx.filterlib.Filter,
-    losses: dict[str, ExtensionLike],
-    precision: Precision | None,
+    **options: Any,
 ) -> Callable[[TrainState, Batch], None]:
     """Returns the function that checks each step before it runs, for ``debug``."""
     from trainer.features.debugging import make_check_own_step, make_check_step  # few runs need it
@@ -358,7 +361,7 @@ def _check_step(
     if step_fn is not None:
         return make_check_own_step(own_step(step_fn))
     assert loss_fn is not None
-    return make_check_step(loss_fn, wrt=wrt, extensions=losses, precision=precision)
+    return make_check_step(loss_fn, **options)
 
 
 def _compiled_step(

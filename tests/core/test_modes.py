@@ -7,6 +7,7 @@ import optax
 import pytest
 from flax import nnx
 
+from tests.fit.test_resume import StoppedError, Watching
 from tests.problems import Busy, Linear, config, regression, squared_error
 from tests.test_api import assert_same_bits, build
 from trainer import Trainer, TrainState, make_eval_step, make_mesh, make_train_step
@@ -128,9 +129,15 @@ class TestTraining:
         trainer = build(tmp_path, model=frozen(), steps_per_call=4, save_interval=3)
         before = jax.device_get(trainer.state.model_state["backbone"]["norm"])
         trainer.train(data, 2, 8)
-        resumed = build(tmp_path, model=frozen(), save_interval=3)
+        whole, cut = build(tmp_path / "whole", model=frozen(), callbacks=[Watching()]), tmp_path / "cut"
+        whole.train(data, 2, 8)
+        with pytest.raises(StoppedError):
+            build(cut, model=frozen(), save_interval=3, callbacks=[Watching(7)]).train(data, 2, 8)
+        assert (cut / "checkpoint_6.msgpack").exists()
+        resumed = build(cut, model=frozen(), save_interval=3, callbacks=[Watching()])
         resumed.train(data, 2, 8, resume=True)
-        assert_same_bits(resumed.state, trainer.state)
+        assert_same_bits(resumed.state, whole.state)
+        assert_same_bits(resumed.state.model_state["backbone"]["norm"], before)
         assert_same_bits(trainer.state.model_state["backbone"]["norm"], before)
 
 

@@ -232,6 +232,25 @@ def test_on_a_mesh(tmp_path):
 
 
 @pytest.mark.parametrize("axes", [{"data": 8}, {"data": 4, "fsdp": 2}])
+@pytest.mark.parametrize("accumulate_steps", [1, 2])
+@pytest.mark.few(2)
+def test_on_a_mesh_a_skipped_step_leaves_every_bit(axes, accumulate_steps, tmp_path):
+    """NaN comes from one row, so from one device and one micro-batch."""
+    options = {"mesh": make_mesh(axes), "accumulate_steps": accumulate_steps}
+    trainer = build(tmp_path, "skip", squared_error, **options)
+    spoiled = regression(16)
+    spoiled["target"][5] = np.nan
+    trainer.train_step(regression(16))
+    before = jax.device_get(learned(trainer.state))
+    assert trainer.train_step(spoiled)["skipped"] == 1
+    assert_same_bits(jax.device_get(learned(trainer.state)), before)
+    assert (trainer.step, int(trainer.state.step)) == (2, 2)
+    assert trainer.train_step(regression(16))["skipped"] == 0
+    after = jax.device_get(learned(trainer.state))
+    assert any(np.any(one != other) for one, other in zip(*map(jax.tree.leaves, (after, before)), strict=True))
+
+
+@pytest.mark.parametrize("axes", [{"data": 8}, {"data": 4, "fsdp": 2}])
 @pytest.mark.few(1)
 def test_on_a_mesh_a_raise_holds_the_state_of_before(axes, tmp_path):
     states = []
@@ -245,36 +264,46 @@ def test_on_a_mesh_a_raise_holds_the_state_of_before(axes, tmp_path):
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5), *states)
 
 
-def test_a_resumed_run_raises_at_the_same_step_with_the_same_state(tmp_path):
-    class Stops(Callback):
-        def on_batch_end(self, trainer, step, logs):
-            if step == 4:
-                raise KeyboardInterrupt
+class Stops(Callback):
+    """Keeps the number of finished steps before each step, and stops the run at one of them."""
 
-    whole = build(tmp_path / "whole", "raise", spoiled_at(6))
+    def __init__(self, at=None):
+        self.at, self.steps = at, []
+
+    def on_batch_begin(self, trainer, step):
+        if step == self.at:
+            raise KeyboardInterrupt
+        self.steps.append(step)
+
+
+def cut_at_five(directory, policy, loss_fn):
+    """Stops a run after step 5, and returns a new trainer for it, and what will keep the steps that it resumes with."""
+    with pytest.raises(KeyboardInterrupt):
+        build(directory, policy, loss_fn, callbacks=[Stops(5)], save_interval=2).train(regression(40), 2, 8)
+    saved = sorted(path.name for path in (directory / "files").glob("checkpoint*"))
+    assert saved == ["checkpoint_2.msgpack", "checkpoint_4.msgpack"]
+    seen = Stops()
+    return build(directory, policy, loss_fn, callbacks=[seen], save_interval=2), seen
+
+
+def test_a_resumed_run_raises_at_the_same_step_with_the_same_state(tmp_path):
+    whole = build(tmp_path / "whole", "raise", spoiled_at(6), callbacks=[Stops()])
     with pytest.raises(NonFiniteError, match="step 7 is not finite"):
         whole.train(regression(40), 2, 8)
-    with pytest.raises(KeyboardInterrupt):
-        build(tmp_path / "cut", "raise", spoiled_at(6), callbacks=[Stops()]).train(regression(40), 2, 8)
-    resumed = build(tmp_path / "cut", "raise", spoiled_at(6))
+    resumed, seen = cut_at_five(tmp_path / "cut", "raise", spoiled_at(6))
     with pytest.raises(NonFiniteError, match="step 7 is not finite"):
         resumed.train(regression(40), 2, 8, resume=True)
+    assert seen.steps[0] == 4
     assert_same_bits(resumed.state, whole.state)
 
 
 @pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path):
-    class Stops(Callback):
-        def on_batch_end(self, trainer, step, logs):
-            if step == 4:
-                raise KeyboardInterrupt
-
-    whole = build(tmp_path / "whole", "skip", spoiled_at(2, 6))
+    whole = build(tmp_path / "whole", "skip", spoiled_at(2, 6), callbacks=[Stops()])
     whole.train(regression(40), 2, 8)
-    with pytest.raises(KeyboardInterrupt):
-        build(tmp_path, "skip", spoiled_at(2, 6), callbacks=[Stops()], save_interval=4).train(regression(40), 2, 8)
-    resumed = build(tmp_path, "skip", spoiled_at(2, 6), save_interval=4)
+    resumed, seen = cut_at_five(tmp_path / "cut", "skip", spoiled_at(2, 6))
     resumed.train(regression(40), 2, 8, resume=True)
+    assert seen.steps[0] == 4
     assert_same_bits(resumed.state, whole.state)
     assert resumed.state.extensions["nonfinite"]["skipped"] == 2
 

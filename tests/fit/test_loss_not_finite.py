@@ -72,6 +72,21 @@ def test_a_long_epoch_says_it_before_its_end(tmp_path):
     assert 64 <= trainer.step <= 80
 
 
+@pytest.mark.parametrize("steps_per_call", [1, "auto"])
+def test_after_a_batch_of_padding_the_step_is_the_right_one(steps_per_call, tmp_path):
+    """Whose mean is 0 / 0 on one device as well."""
+
+    def weighted(model, batch, rng, step):
+        weight = batch["mask"].sum()
+        loss = (optax.squared_error(model(batch["input"]), batch["target"]) * batch["mask"]).sum() / weight
+        return jnp.where(step >= 3, jnp.nan, loss), {"batch_weight": weight}
+
+    batches = [{**regression(4, seed=seed), "mask": jnp.full(4, float(seed != 1))} for seed in range(10)]
+    trainer = Trainer(Linear(4), config(), loss_fn=weighted, workdir=tmp_path, steps_per_call=steps_per_call)
+    with pytest.warns(UserWarning, match=MESSAGE):
+        trainer.train(batches, 1, 4)
+
+
 def test_a_batch_of_padding_is_no_news():
     average = WeightedAverage()
     average.add({"loss": jnp.nan, "step": 1, "batch_weight": 0.0}, 4)

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from tests.problems import Busy, Linear, config, regression, squared_error
+from tests.test_transforms import by_pmap, by_shard_map, masked, masked_error
 from trainer import (
     ArgumentError,
     ArgumentTypeError,
@@ -121,6 +123,47 @@ def test_fused_and_on_a_mesh(tmp_path):
     one, other = (trainer.train_step(regression(8)) for trainer in trainers)
     for name in ALL[:2]:
         assert other[name] == pytest.approx(float(one[name]), rel=1e-5)
+
+
+RATED = optax.inject_hyperparams(optax.adam)(lambda count: 0.1 / (1 + count))
+
+
+def by_vmap(step, state, batches):
+    """Runs a step with ``axis_name`` "data" on eight parts of a batch; what is returned is that of the last part."""
+    mapped = jax.jit(jax.vmap(step, in_axes=(None, 0), axis_name="data"))
+    for batch in batches:
+        states, metrics = mapped(state, jax.tree.map(lambda leaf: leaf.reshape(8, -1, *leaf.shape[1:]), batch))
+        state, metrics = jax.tree.map(lambda leaf: leaf[7], (states, metrics))
+    return state, metrics
+
+
+@pytest.mark.parametrize("run", [by_vmap, by_pmap, by_shard_map])
+@pytest.mark.parametrize(("loss_fn", "data"), [(squared_error, regression), (masked_error, masked)])
+@pytest.mark.parametrize("accumulate_steps", [1, 2])
+@pytest.mark.few(6)
+def test_over_a_mapped_axis_they_are_those_of_the_whole_batch(run, loss_fn, data, accumulate_steps):
+    options = {"report": ALL, "nonfinite": "skip"}
+    state = TrainState.create(Linear(4), RATED, rng=jax.random.key(0), nonfinite="skip")
+    batches, alone = [data(32), {**data(32), **regression(32, seed=1)}], state
+    for batch in batches:
+        alone, wanted = jax.jit(make_train_step(loss_fn, RATED, **options))(alone, batch)
+    step = make_train_step(loss_fn, RATED, axis_name="data", accumulate_steps=accumulate_steps, **options)
+    _, metrics = run(step, state, batches)
+    assert metrics["learning_rate"] == pytest.approx(0.05)
+    for name in ALL:
+        assert float(metrics[name]) == pytest.approx(float(wanted[name]), rel=1e-4)
+
+
+def test_members_of_an_ensemble_report_their_own():
+    members = [TrainState.create(Linear(4, rngs=nnx.Rngs(seed)), RATED, rng=jax.random.key(seed)) for seed in range(3)]
+    step = make_train_step(squared_error, RATED, report=ALL)
+    together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+    _, metrics = jax.jit(jax.vmap(step, in_axes=(0, None)))(together, regression(8))
+    for index, member in enumerate(members):
+        _, wanted = jax.jit(step)(member, regression(8))
+        for name in ALL:
+            assert float(metrics[name][index]) == pytest.approx(float(wanted[name]), rel=1e-5)
+    assert len(set(metrics["gradient_norm"].tolist())) == 3
 
 
 def test_killed_and_resumed_the_rows_are_the_same(tmp_path):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import linen, nnx
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import PartitionSpec
 
@@ -123,7 +123,59 @@ class Recurrent(nnx.Module):
         return self.head(self.rnn(x[..., None])[:, -1])[:, 0]
 
 
+class OfLinen(nnx.Module):
+    """A module of Linen, whose layers have no dtype, with statistics."""
+
+    def __init__(self, rngs):
+        self.linen = nnx.bridge.ToNNX(LinenNet(), rngs=rngs).lazy_init(jnp.ones((1, 4)))
+
+    def __call__(self, x):
+        return self.linen(x, mutable=["batch_stats"])
+
+
+class LinenNet(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        x = linen.relu(linen.BatchNorm(use_running_average=False)(linen.Dense(8)(x)))
+        x = linen.LayerNorm()(linen.Conv(4, (3,))(x[..., None]).reshape(x.shape[0], -1))
+        own = self.param("own", linen.initializers.lecun_normal(), (x.shape[1], 1))
+        return (x @ own)[:, 0]
+
+
+class Layer(nnx.Module):
+    """A layer of Flax and a product of arrays, with statistics."""
+
+    def __init__(self, rngs):
+        self.linear = nnx.Linear(8, 8, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, rngs=rngs)
+        self.weights = nnx.Param(jax.random.normal(rngs(), (8, 8)) / 8)
+
+    def __call__(self, x):
+        return x + jax.nn.gelu(self.norm(self.linear(x))) @ self.weights[...]
+
+
+class Stacked(nnx.Module):
+    """Layers that `nnx.vmap` makes and `nnx.scan` calls, with `nnx.remat` where asked."""
+
+    def __init__(self, rngs, remat=False):
+        self.embed = nnx.Linear(4, 8, rngs=rngs)
+        self.layers = nnx.vmap(Layer, in_axes=0, out_axes=0)(rngs.fork(split=3))
+        self.head = nnx.Linear(8, 1, rngs=rngs)
+        self.remat = remat
+
+    def __call__(self, x):
+        def call(layer, x):
+            return layer(x)
+
+        called = nnx.remat(call) if self.remat else call
+        scanned = nnx.scan(called, in_axes=(nnx.StateAxes({...: 0}), nnx.Carry), out_axes=nnx.Carry)
+        return self.head(scanned(self.layers, self.embed(x)))[:, 0]
+
+
 MODELS = {
+    "linen": lambda: OfLinen(nnx.Rngs(0)),
+    "stacked": lambda: Stacked(nnx.Rngs(0)),
+    "stacked, remat": lambda: Stacked(nnx.Rngs(0), remat=True),
     "mlp": lambda: Mlp(),
     "busy": Busy,
     "convolutional": lambda: Convolutional(nnx.Rngs(0)),
@@ -181,6 +233,31 @@ def test_every_product_is_computed_in_it_and_the_state_stays_float32(name, preci
     after, metrics = jax.eval_shape(step, state, batch)  # XLA on the CPU has no such attention in float16
     assert dtypes(after) == dtypes(state)
     assert metrics["loss"].dtype == metrics["mean_error"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("name", ["linen", "stacked", "stacked, remat"])
+@pytest.mark.parametrize("options", [{}, {"remat": {"layers": "nothing_saveable"}}, {"accumulate_steps": 2}], ids=str)
+@pytest.mark.few(3)
+def test_models_of_others_learn_in_it_what_they_learn_in_float32(name, options):
+    if name == "linen" and "remat" in options:
+        options = {"remat": {"linen": "nothing_saveable"}}
+    optimizer, results = optax.sgd(0.05), []
+    for precision in (None, "bfloat16"):
+        step = jax.jit(step_of(precision, optimizer=optimizer, **options))
+        state = create(MODELS[name](), optimizer=optimizer)
+        traced = {("bfloat16",) * 2} if precision else {("float32",) * 2}
+        assert products(step, state, regression(32)) == traced
+        for _ in range(5):
+            state, metrics = step(state, regression(32))
+        results.append((metrics["loss"], state.params, state.model_state))
+    (exact, _, statistics), (loss, params, rounded) = results
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    assert float(loss) == pytest.approx(float(exact), rel=0.05)
+    floating = [leaf for leaf in jax.tree.leaves(statistics) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    others = [leaf for leaf in jax.tree.leaves(rounded) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    for one, other in zip(floating, others, strict=True):
+        np.testing.assert_allclose(other, one, rtol=0.1, atol=0.02)
+    assert any(np.any(leaf != leaf.astype(jnp.bfloat16).astype(jnp.float32)) for leaf in others)
 
 
 def test_the_step_by_hand_to_the_bit():

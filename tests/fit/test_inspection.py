@@ -53,6 +53,23 @@ def unchanged(trainer, ask):
     return answer
 
 
+class Counted:
+    """An endless iterator that reports its position under the names of Grain or of torchdata."""
+
+    def __init__(self, names):
+        self.position = 0
+        get, put = names
+        setattr(self, get, lambda: {"position": self.position})
+        setattr(self, put, lambda state: vars(self).update(state))
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.position += 1
+        return regression(8, seed=self.position)
+
+
 class TestSummary:
     def test_it_adds_up(self):
         trainer = build(wrt="outer/**")
@@ -120,6 +137,71 @@ class TestLearningRate:
         found = find_learning_rate(squared_error, optax.sgd, state, [regression(32)], low=1e-3, high=1e6)
         assert len(found.losses) < 100
         assert found.suggestion < 10
+
+    @pytest.mark.parametrize("layout", [None, {"data": 4, "fsdp": 2}])
+    def test_of_its_own_loader_it_takes_passes_until_there_are_enough(self, layout):
+        calls, batches = [], [regression(16, seed=seed) for seed in range(4)]
+
+        def loader(batch_size):
+            calls.append(batch_size)
+            return iter(batches)
+
+        options = {} if layout is None else {"mesh": make_mesh(layout)}
+        trainer = build(train_data_loader=loader, **options)
+        found = unchanged(trainer, lambda trainer: trainer.find_learning_rate(high=10.0, steps=10))
+        assert calls == [trainer.training_config.batch_size] * 3
+        given = build(**options).find_learning_rate(lambda size: batches, 16, high=10.0, steps=10)
+        np.testing.assert_array_equal(found.losses, given.losses)
+        rows = jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches)
+        in_memory = build(**options).find_learning_rate(rows, 16, high=10.0, steps=10)
+        assert len(in_memory.losses) == len(found.losses) == 10
+
+    def test_every_step_gets_the_next_batch(self):
+        seen = []
+
+        def loss_fn(model, batch, rng, step):
+            jax.debug.callback(lambda number: seen.append(int(number)), batch["number"][0])
+            return squared_error(model, batch, rng, step)
+
+        batches = [{**regression(8), "number": np.full(8, number)} for number in range(4)]
+        settings = config(steps_per_epoch=3)
+        Trainer(Busy(), settings, loss_fn=loss_fn).find_learning_rate(lambda: batches, high=1e-4, steps=10)
+        jax.effects_barrier()
+        assert seen == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0]
+
+    @pytest.mark.parametrize("names", [("get_state", "set_state"), ("state_dict", "load_state_dict")])
+    def test_an_iterator_that_reports_its_position_is_put_back(self, names):
+        trainer = build(train_data_loader=Counted(names))
+        unchanged(trainer, lambda trainer: trainer.find_learning_rate(steps=10))
+        assert trainer.train_data_loader.position == 0
+        trainer.train_data_loader.position = 7
+        with pytest.raises(ArgumentError, match="`low` is 2"):
+            trainer.find_learning_rate(low=2.0)
+        unchanged(trainer, lambda trainer: trainer.find_learning_rate(steps=10))
+        assert trainer.train_data_loader.position == 7
+
+    def test_what_is_drawn_from_an_iterator_is_gone_and_that_is_said(self):
+        batches = (regression(8) for _ in range(12))
+        with pytest.warns(UserWarning, match="`train_data` is an iterator of type generator, which cannot be taken"):
+            build().find_learning_rate(batches, 8, high=1e-4, steps=10)
+        assert len(list(batches)) == 2
+        with pytest.warns(UserWarning, match="cannot"), pytest.raises(ArgumentError, match="`train_data` yielded"):
+            build().find_learning_rate(iter([regression(8)]), 8, steps=10)
+
+    def test_without_data_there_is_nothing_to_search(self):
+        with pytest.raises(ArgumentError, match="`train_data` is missing, and the Trainer has no `train_data_loader`"):
+            build().find_learning_rate()
+
+    def test_short_batches_of_a_loader_are_padded(self):
+        def masked(model, batch, rng, step):
+            assert batch["input"].shape == (8, 4)
+            error = jnp.square(model(batch["input"]) - batch["target"])
+            weight = batch["mask"].sum()
+            return (error * batch["mask"]).sum() / weight, {"batch_weight": weight}
+
+        trainer = Trainer(Busy(), config(), loss_fn=masked, pad_to="batch")
+        found = trainer.find_learning_rate([regression(8), regression(5)], 8, steps=10)
+        assert np.isfinite(found.losses).all()
 
     def test_an_optimizer_of_the_callers_keeps_its_rate(self):
         trainer = build(optax.inject_hyperparams(optax.sgd)(learning_rate=0.1))

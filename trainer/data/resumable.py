@@ -6,6 +6,8 @@ are drawn again and dropped.
 """
 
 import collections
+import contextlib
+import copy
 import dataclasses
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
@@ -66,6 +68,27 @@ class LoaderPosition:
         if plain["state"] is not None:
             decode(plain["state"])
         return cls(**plain)
+
+
+@contextlib.contextmanager
+def left_in_place(loader: Any, name: str) -> Iterator[None]:
+    """Leaves a loader where it was, after batches were drawn for something other than training.
+
+    An object that reports its position is set to it again. A callable makes other iterators, and an iterable without a
+    position starts over. An iterator without one is used up as far as it was drawn: this causes a warning.
+    """
+    protocol = next((protocol for protocol in (_STATE_DICT, _STATE) if _supports(loader, protocol)), None)
+    if protocol is None and isinstance(loader, Iterator):
+        warn(
+            f"`{name}` is an iterator of type {type(loader).__name__}, which cannot be taken back: batches that are "
+            f"drawn from it now are not trained on later. Pass a callable that makes one, or an iterable."
+        )
+    before = None if protocol is None else copy.deepcopy(getattr(loader, protocol.get)())
+    try:
+        yield
+    finally:
+        if protocol is not None:
+            getattr(loader, protocol.set)(before)
 
 
 class LoaderPass:

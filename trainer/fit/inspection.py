@@ -18,7 +18,7 @@ from trainer.core.checks import check_count
 from trainer.core.optimizer import adapt_optimizer
 from trainer.core.other_names import missing_attribute
 from trainer.errors import ArgumentError
-from trainer.fit.plan import plan_prediction
+from trainer.fit.plan import plan_prediction, search_batches
 from trainer.fit.read_only import ReadOnly
 from trainer.loop import predict
 from trainer.sharding.placement import next_batch_from
@@ -85,15 +85,23 @@ class Inspection(ReadOnly):
         return export_prediction(path, step, state, example, batch_size=batch_size, platforms=platforms)
 
     def find_learning_rate(
-        self, train_data: Any, batch_size: int, *, low: float = 1e-6, high: float = 1.0, steps: int = 100
+        self,
+        train_data: Any = None,
+        batch_size: int | None = None,
+        *,
+        low: float = 1e-6,
+        high: float = 1.0,
+        steps: int = 100,
     ) -> RateSearch:
         """Trains a copy for a few steps with increasing learning rates, and reports where the loss falls fastest.
 
-        It is `trainer.find_learning_rate` with the trainer's step and state, on data in the order of a run.
+        It is `trainer.find_learning_rate` with the trainer's step and state, on data in the order of a run. The trainer
+        is unchanged, and so is a loader: one that reports its position is put back, a callable or an iterable starts
+        over. Batches drawn from an iterator that cannot be put back are lost, with a warning.
 
         Args:
-            train_data: Data in memory, as for `train`.
-            batch_size: Examples per batch.
+            train_data: Data in memory or a loader, as for `train`; by default the trainer's ``train_data_loader``.
+            batch_size: Examples per batch; by default that of the configuration.
             low, high, steps: As for `trainer.find_learning_rate`.
 
         Raises:
@@ -107,7 +115,6 @@ class Inspection(ReadOnly):
             raise ArgumentError("the learning rate of a `step_fn` is its own, and cannot be searched.")
         rates = rates_between(low, high, steps)
         first = float(rates[0])
-        data = setup.in_memory(train_data, check_count(batch_size, "batch_size"), "train_data")
         state = self.run.state_with_edits().copy()
         optimizer = self.optimizer if setup.given_optimizer is not None else self._optimizer_at(first)
         if setup.given_optimizer is None:
@@ -115,13 +122,14 @@ class Inspection(ReadOnly):
             state = setup.placement.adopt(state.replace(opt_state=opt_state))
         state.with_learning_rate(first)  # raises here, before anything is compiled
 
-        def batches() -> Iterator[Batch]:
+        def batches(opened: Callable[[int], Iterator[Batch]]) -> Iterator[Batch]:
             for epoch in range(len(rates)):
-                drawn = data.shuffled(setup.seed, epoch)
+                drawn = opened(epoch)
                 while (taken := next_batch_from(setup.placement, drawn)) is not None:
                     yield taken[0]
 
-        return try_rates(setup.make_step(optimizer), state, batches(), rates)
+        with search_batches(setup, train_data, batch_size) as opened:
+            return try_rates(setup.make_step(optimizer), state, batches(opened), rates)
 
     def find_batch_size(self, example: Batch, *, high: int = 65536, memory: int | None = None) -> int:
         """Returns the largest power of two as batch size whose step fits into the memory of a device.

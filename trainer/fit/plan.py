@@ -1,5 +1,6 @@
 """`FitPlan`: what one call to ``Trainer.train`` or ``Trainer.train_epoch`` does, decided before anything changes."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -11,6 +12,7 @@ from trainer.config import TrainingConfig
 from trainer.core.checks import check_count, check_interval
 from trainer.data.loaders import check_loader, one_pass, takes_batch_size
 from trainer.data.memory import InMemoryData
+from trainer.data.resumable import left_in_place
 from trainer.errors import ArgumentError, ArgumentTypeError, warn
 from trainer.fit.identity import describe_call
 from trainer.fit.setup import Planned, Setup
@@ -211,6 +213,30 @@ def plan_prediction(setup: Setup, run: Run, data: Any, batch_size: int) -> Itera
     held = setup.in_memory(data, batch_size, "data", mask=False)
     setup.agree_on_run("predict", run, {"batch_size": batch_size}, data=held)
     return held.in_order()
+
+
+@contextlib.contextmanager
+def search_batches(setup: Setup, data: Any, batch_size: int | None) -> Iterator[Callable[[int], Iterator[Batch]]]:
+    """A context with a function that opens a pass, by its number, over data in the order of a run.
+
+    Args:
+        setup: The parts of the trainer.
+        data: Data in memory or a loader; None for ``train_data_loader``, which is put back at the end of the context.
+        batch_size: The number of examples in a batch; None for that of the configuration.
+    """
+    name = "train_data_loader" if data is None else "train_data"
+    data = setup.train_data_loader if data is None else data
+    if data is None:
+        raise ArgumentError("`train_data` is missing, and the Trainer has no `train_data_loader`; pass either.")
+    size = setup.config.batch_size if batch_size is None else check_count(batch_size, "batch_size")
+    if not _is_loader(data):
+        held = setup.in_memory(data, size, name)
+        yield lambda number: held.shuffled(setup.seed, number)
+        return
+    check_loader(data, name)
+    limit = setup.config.steps_per_epoch
+    with left_in_place(data, name):
+        yield lambda number: setup.padded(one_pass(data, size, name, limit, bound=""), size)
 
 
 def first_batch(setup: Setup, plan: FitPlan) -> Batch:

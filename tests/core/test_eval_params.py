@@ -1,5 +1,7 @@
 """Params for evaluation that an optimizer keeps: schedule-free, a moving average; slow params are in the table."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,8 +21,10 @@ from trainer import (
     averaged_params,
     ema_of_params,
     evaluate,
+    load_weights,
     make_eval_step,
     make_mesh,
+    save_state,
 )
 
 CASES = {
@@ -53,6 +57,28 @@ def test_everything_that_evaluates_uses_them(name, clip, tmp_path):
     assert float(trainer.validate_step(held_out)["loss"]) == pytest.approx(wanted["loss"])
     np.testing.assert_allclose(trainer.predict(held_out, 3), state.model()(held_out["input"]), 1e-5, 1e-6)
     jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(trainer.model, nnx.Param)), averaged)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "orbax", "msgpack"])
+@pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.few(3)
+def test_weights_are_exported_with_and_without_the_average(name, clip, suffix, tmp_path):
+    make, eval_params = CASES[name]
+    trainer = build(tmp_path, make(), eval_params, gradient_clip_norm=clip)
+    trainer.train(regression(40), 2, 8)
+    said = pytest.warns(UserWarning, match="nothing to continue a run with")
+    with said if suffix == "safetensors" else contextlib.nullcontext():
+        save_state(tmp_path / f"evaluated.{suffix}", TrainState.create(trainer.model, optax.identity(), rng=0))
+        save_state(tmp_path / f"trained.{suffix}", trainer.state)
+    evaluated, trained = (
+        load_weights(tmp_path / f"{which}.{suffix}", Linear(4, rngs=nnx.Rngs(1))) for which in ("evaluated", "trained")
+    )
+    rows = regression(8, seed=1)
+    np.testing.assert_array_equal(evaluated.layer.kernel[...], trainer.model.layer.kernel[...])
+    np.testing.assert_allclose(evaluated(rows["input"]), trainer.predict(rows, 8), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(trained.layer.kernel[...], trainer.state.params["layer"]["kernel"])
+    assert np.any(trained.layer.kernel[...] != evaluated.layer.kernel[...])
 
 
 def run(tmp_path, name, resume=False, **options):

@@ -235,6 +235,30 @@ class TestMetrics:
         with pytest.raises(ObjectiveError, match="`loss_fn` " + message):
             one_step(objective)
 
+    @pytest.mark.parametrize("precision", [None, "bfloat16"])
+    def test_another_metric_named_loss_is_dropped_with_a_warning(self, precision):
+        def regularized(model, batch, rng, step):
+            data_loss, _ = squared_error(model, batch, rng, step)
+            return data_loss + 1.0, {"loss": data_loss}
+
+        step = make_train_step(regularized, SGD, precision=precision)
+        with pytest.warns(UserWarning, match=r"a metric `loss` that is not the loss itself.*another name, such as `da"):
+            _, metrics = jax.jit(step)(create(Linear(4)), regression())
+        bare = make_train_step(squared_error, SGD, precision=precision)(create(Linear(4)), regression())[1]
+        np.testing.assert_allclose(metrics["loss"], bare["loss"] + 1, rtol=1e-3)
+
+    @pytest.mark.parametrize("precision", [None, "bfloat16"])
+    def test_the_loss_itself_among_the_metrics_is_no_news(self, precision):
+        def twice(model, batch, rng, step):
+            loss, _ = squared_error(model, batch, rng, step)
+            loss = loss.astype(jnp.bfloat16) if precision else loss
+            return loss, {"loss": loss}
+
+        for options in ({}, {"accumulate_steps": 2}, {"remat": "dots_saveable"}):
+            step = make_train_step(twice, SGD, precision=precision, **options)
+            assert jax.jit(step)(create(Linear(4)), regression())[1]["loss"].dtype == jnp.float32
+        make_eval_step(twice, precision=precision)(create(Linear(4)), regression())
+
     def test_an_error_in_the_objective_is_the_users_with_the_batch_beside_it(self):
         def failing(model, batch, rng, step):
             raise KeyError("label")

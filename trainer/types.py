@@ -38,10 +38,12 @@ class LossFn(Protocol):
 
             * ``batch_weight``: the weight of this batch in averages, such as the number of tokens that are not
               padding. By default a batch is weighted by its number of examples, or as 1 if its arrays have no
-              common leading dimension. A batch of weight zero is ignored, whatever its metrics are.
+              common leading dimension. A batch of weight zero is ignored, whatever its metrics are: gradient, loss and
+              metrics are zero. It is still an update, so momentum and weight decay act.
             * ``model_outputs``: any tree, passed to the extensions and not reported. Without it, an enabled
               extension costs a second call of the model.
-            * ``loss`` is replaced by the total, extensions included; ``step`` raises an error.
+            * ``loss`` is replaced by the total, extensions included, with a warning if it was another value; ``step``
+              raises an error.
         """
         ...
 

@@ -164,7 +164,8 @@ def objective_in(precision: Precision | None, loss_fn: Any) -> Any:
         loss, metrics = result
         # Extensions get the model outputs uncast.
         wide = {name: value if name == MODEL_OUTPUTS else _widened(value) for name, value in metrics.items()}
-        return _widened(loss), wide
+        total = _widened(loss)
+        return total, {**wide, "loss": total} if metrics.get("loss") is loss else wide
 
     return objective
 

@@ -1,4 +1,4 @@
-"""Recipes are shorter than the same by hand, and learn the same; the table of `docs/recipes.md` counts them."""
+"""Recipes are shorter than the same by hand, and learn the same; tables of README and `docs/recipes.md` count them."""
 
 import inspect
 import re
@@ -11,7 +11,7 @@ from flax import nnx
 
 from tests.recipes import RECIPES, Net
 
-PAGE = Path(__file__).parent.parent / "docs" / "recipes.md"
+ROOT = Path(__file__).parent.parent
 
 
 def data(steps=6, rows=64):
@@ -38,8 +38,9 @@ def test_both_learn_the_same(name):
     assert max(jax.tree.leaves(moved)) > 1e-3
 
 
-def test_the_table_counts_their_lines():
-    rows = re.findall(r"^\| (.+) \| (\d+) \| (\d+) \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+@pytest.mark.parametrize("page", ["docs/recipes.md", "README.md"])
+def test_the_table_counts_their_lines(page):
+    rows = re.findall(r"^\| (.+) \| (\d+) \| (\d+) \|$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
     counted = {name: (lines_of(recipe.ours), lines_of(recipe.by_hand)) for name, recipe in RECIPES.items()}
     assert {name: (int(ours), int(by_hand)) for name, ours, by_hand in rows} == counted
     assert all(ours < by_hand for ours, by_hand in counted.values())

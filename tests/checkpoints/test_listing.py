@@ -4,12 +4,15 @@ import os
 import shutil
 import warnings
 
+import jax
+import optax
 import pytest
 
 from tests.problems import Busy, Linear, config, regression, squared_error
-from trainer import CheckpointError, Trainer, latest_checkpoint, load_run
+from trainer import ArgumentError, Checkpointer, CheckpointError, Trainer, TrainState, latest_checkpoint, load_run
 from trainer.checkpoints.file_format import Bundle
 from trainer.checkpoints.listing import Written, entries_in, names_in
+from trainer.run import Run
 
 LATER = "holds checkpoints up to step .*, later than this run's step"
 
@@ -83,6 +86,18 @@ class TestPruning:
         first.save_checkpoint()
         assert run_in(mine) == second.run.id
         assert list(names_in(tmp_path).values()) == [0, 1]
+
+    def test_none_keeps_all(self, tmp_path):
+        train(build(tmp_path, keep=None), 3)
+        assert list(names_in(tmp_path).values()) == [2, 4, 6, 8, 10, 12]
+        checkpoints = Checkpointer(tmp_path / "own", max_checkpoints=None)
+        run = Run.start(TrainState.create(Linear(), optax.sgd(0.1), rng=jax.random.key(0)))
+        assert checkpoints.save(run).exists()
+
+    @pytest.mark.parametrize("wrong", [-1, 0, True, 1.5, "5"])
+    def test_a_number_that_would_remove_what_was_just_written_is_refused(self, wrong, tmp_path):
+        with pytest.raises(ArgumentError, match=r"`max_checkpoints` is .* a positive integer, or None for all"):
+            Checkpointer(tmp_path, max_checkpoints=wrong)
 
     def test_no_file_is_opened_for_it(self, tmp_path, monkeypatch):
         trainer = build(tmp_path, keep=2)

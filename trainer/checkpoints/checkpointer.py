@@ -16,6 +16,7 @@ from trainer.checkpoints.plain_values import to_plain
 from trainer.checkpoints.run_record import Restored, restore, snapshot_run
 from trainer.checkpoints.saving import Snapshot, is_in_host_memory, write_snapshot
 from trainer.checkpoints.state_io import Loaded, default_name, load_latest, load_with_progress
+from trainer.core.checks import check_count
 from trainer.distributed.agreement import AllOrNone
 from trainer.errors import CheckpointError, warn
 from trainer.run import Run
@@ -34,12 +35,17 @@ class Checkpointer:
 
     Args:
         directory: Where checkpoints without an explicit path go. It is created at the first save.
-        max_checkpoints: How many checkpoints with default names to keep per run: the last ones written.
+        max_checkpoints: How many checkpoints with default names to keep per run: the last ones written; None keeps all.
+
+    Raises:
+        ArgumentError: ``max_checkpoints`` is neither None nor a positive integer.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], max_checkpoints: int = 5) -> None:
+    def __init__(self, directory: str | os.PathLike[str], max_checkpoints: int | None = 5) -> None:
         self.directory = Path(directory)
-        self._max_checkpoints = max_checkpoints
+        self._max_checkpoints = None
+        if max_checkpoints is not None:
+            self._max_checkpoints = check_count(max_checkpoints, "max_checkpoints", otherwise=", or None for all")
         self._saver = BackgroundSaver()
         self._written = Written(self.directory)
         self._saved: tuple[str, int, Path] | None = None
@@ -205,7 +211,8 @@ class Checkpointer:
         write_snapshot(target, snapshot)
         if run is not None:
             self._written.add(target.name, run)
-            self._written.prune(self._max_checkpoints)
+            if self._max_checkpoints is not None:
+                self._written.prune(self._max_checkpoints)
         self.add_complete(target, step)
 
     def _check_name(self, target: Path, run: Run) -> None:

@@ -27,7 +27,7 @@ class TrainingConfig(Config):
             an optimizer passed by the caller.
         checkpoint_dir: The checkpoint directory, if the Trainer is not given one.
         save_frequency: ``train_epoch`` saves every ``save_frequency`` steps.
-        max_checkpoints: How many checkpoints with default names to keep per run: the last ones written.
+        max_checkpoints: How many checkpoints with default names to keep per run: the last ones written; None keeps all.
         log_frequency: Loggers get the training metrics of the first step, every ``log_frequency``-th step, and the
             last. The history has these rows and more: at least a hundred, or all if the run has fewer steps;
             see `trainer.fit.cadence`.
@@ -47,7 +47,7 @@ class TrainingConfig(Config):
     gradient_clip_norm: float | None = None
     checkpoint_dir: str | Path = "./checkpoints"
     save_frequency: int = 1000
-    max_checkpoints: int = 5
+    max_checkpoints: int | None = 5
     log_frequency: int = 100
     steps_per_epoch: int | None = None
     validation_steps: int | None = None

@@ -70,9 +70,50 @@ def test_they_come_back_equal(value, through):
 
 
 @pytest.mark.parametrize("through", [through_msgpack, through_json])
-def test_arrays_become_numbers(through):
-    arrays = [np.float32(0.1), np.arange(3), jnp.ones((1, 2)), np.bool_(True), jnp.bfloat16(2), np.array("a")]
-    assert through(arrays) == [float(np.float32(0.1)), [0, 1, 2], [[1.0, 1.0]], True, 2.0, "a"]
+def test_numbers_of_numpy_come_back_equal(through):
+    numbers = [np.float32(0.1), np.int8(-3), jnp.ones(()), np.bool_(True), jnp.bfloat16(2), np.array("a"), np.array(3)]
+    assert through(numbers) == numbers
+    assert list(map(type, through(numbers))) == [float, int, float, bool, float, str, int]
+
+
+ARRAYS = {
+    **{dtype: np.arange(6).reshape(2, 3).astype(dtype) for dtype in ("?", "i1", "<i8", ">i2", "<u4", "f2", "<f8")},
+    "complex": np.array([1j, complex(np.nan, -0.0)]),
+    "texts": np.array([["a", "\u00fc\n"], ["", "long"]]),
+    "bytes": np.array([b"\x00", b"ab"]),
+    "dates": np.array(["2026-11-02", "NaT"], "datetime64[s]"),
+    "bfloat16": np.arange(4).astype(jnp.bfloat16),
+    "float8": np.arange(4).astype(jnp.float8_e5m2),
+    "int4": np.arange(4).astype(jnp.int4),
+    "empty": np.zeros((0, 3), np.float32),
+    "in columns": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+    "of one": np.array([2.5]),
+}
+
+
+@pytest.mark.parametrize("through", [through_msgpack, through_json])
+@pytest.mark.parametrize("array", ARRAYS.values(), ids=ARRAYS)
+def test_arrays_come_back_equal(array, through):
+    found = through({"a": [array, (array[:1],)]})["a"]
+    for now, was in zip((found[0], found[1][0]), (array, array[:1]), strict=True):
+        assert type(now) is np.ndarray
+        assert (now.dtype, now.shape, now.tobytes()) == (was.dtype, was.shape, was.tobytes())
+    found[0][:] = found[0][::-1]  # it can be written to
+
+
+def test_an_array_on_a_device_comes_back_as_one_of_numpy():
+    found = through_msgpack(jnp.arange(3))
+    assert type(found) is np.ndarray
+    assert found.dtype == np.int32
+    assert found.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("dtype", ["O", "|O", "<f9", "|V4", "i4,i4", "float33_x", "<U0", 3, None, "f8"])
+@pytest.mark.parametrize("shape", [[1], [2], [2**62, 2**62], [-1], [0, 2**70], ["a"], [], 1, [[1]]])
+def test_a_forged_array_is_no_array(dtype, shape):
+    forged = {"$array": [dtype, shape, b"12345678"]}
+    found = from_plain(forged)
+    assert found is forged or (type(found) is np.ndarray and found.nbytes == 8)
 
 
 def test_a_person_can_read_them():
@@ -106,6 +147,9 @@ def cyclic():
         ({"n": 2**64}, r"`callbacks.n` is an integer of more than 64 bits"),
         ({"s": "\ud800"}, r"`callbacks.s` is a string that UTF-8 lacks"),
         ({"o": np.array([object()])}, r"`callbacks.o` is an array of dtype object"),
+        ({"o": np.zeros(2, "i4,f4")}, r"`callbacks.o` is an array of dtype \[\('f0'"),
+        ({"o": np.longdouble(1)}, r"`callbacks.o` is an array of dtype (longdouble|float)"),
+        ({"m": np.ma.array([1, 2], mask=[0, 1])}, r"`callbacks.m` is an object of type MaskedArray"),
         ({"k": jax.random.key(0)}, r"`callbacks.k` is an object of type PRNGKeyArray"),
         (cyclic(), r"`callbacks\[0\]\[0\].*…` is nested more than 100 deep"),
     ],
@@ -181,6 +225,30 @@ class Counter(Callback):
 
     def load_state_dict(self, state):
         self.seen = state["seen"]
+
+
+class Summing(Callback):
+    total = np.zeros(2)
+
+    def on_epoch_end(self, trainer, epoch, logs):
+        self.total = self.total + np.array([1.0, 10.0])
+
+    def state_dict(self):
+        return {"total": self.total}
+
+    def load_state_dict(self, state):
+        self.total = state["total"]
+
+
+@pytest.mark.parametrize("name", ["s.msgpack", "s.orbax"])
+def test_a_sum_of_arrays_goes_on_after_a_resume(name, tmp_path):
+    for epochs in (2, 3):
+        summing = Summing()
+        trainer = Trainer(Linear(4), config(), loss_fn=squared_error, callbacks=[summing])
+        resume = tmp_path / name if epochs == 3 else False
+        trainer.train(regression(8), epochs, 4, resume=resume)
+        trainer.save_checkpoint(tmp_path / name)
+    assert summing.total.tolist() == [3.0, 30.0]
 
 
 def test_states_of_callbacks_come_back_with_their_keys(tmp_path):

@@ -8,17 +8,20 @@ readable mapping with a single key that begins with ``$``::
     date(2026, 11, 2)         {"$date": "2026-11-02"}      a datetime likewise, as "$datetime"
     Path("runs")              {"$path": "runs"}
     b"\\x00"                   {"$bytes": "AA=="}           in JSON only
+    np.ones(2, np.int8)       {"$array": ["|i1", [2], b"\\x01\\x01"]}
 
-Arrays and their scalars become numbers, in nested lists. Any other type is refused on saving.
+An array without dimensions, or a NumPy scalar, becomes an equal number. Any other type is refused on saving.
 """
 
 import base64
 import datetime
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import ml_dtypes
 import msgpack
 import numpy as np
 
@@ -28,9 +31,14 @@ _MAX_DEPTH = 100
 _FREE_CONTAINERS = 2**18
 _BYTES_OF_CONTAINER = 16
 
+# The dtypes of arrays: NumPy's by their `str`, those of ml_dtypes by name. No other name is looked up.
+_DTYPE = re.compile(r"[<>|][biufcmMSU][1-9]\d*(\[\w+\])?|bfloat16|float\d+_\w+|u?int\d")
+
 
 def to_plain(value: Any, name: str) -> Any:
     """Returns a value in a form that MessagePack can hold, and JSON too with `bytes_to_json`.
+
+    Everything comes back equal. Arrays, also those on a device, come back as NumPy arrays in memory of their own.
 
     Args:
         value: Numbers, strings, bytes, dates, paths, None, arrays, and lists, tuples and mappings of these.
@@ -92,7 +100,7 @@ def from_plain(mapping: dict[Any, Any]) -> Any:
         if tag in _READERS:
             try:
                 return _READERS[tag](content)
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, OverflowError):
                 return mapping
     return mapping
 
@@ -111,6 +119,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "$date": datetime.date.fromisoformat,
     "$datetime": datetime.datetime.fromisoformat,
     "$bytes": lambda content: base64.b64decode(content, validate=True),
+    "$array": lambda content: _array(*content),
 }
 
 
@@ -125,7 +134,7 @@ def _to_plain(value: Any, name: str, depth: int) -> Any:
         case None | bool():
             return value
         case np.generic() | np.ndarray() | jax.Array():
-            return _numbers(value, name)
+            return _array_to_plain(value, name, depth)
         case int():
             if not -(2**63) <= value < 2**64:
                 raise CheckpointError(f"`{name}` is an integer of more than 64 bits, which no checkpoint holds.")
@@ -161,14 +170,29 @@ def _key_to_plain(key: Any, name: str, depth: int) -> Any:
     return _to_plain(key, f"{name}, key {str(key)[:80]!r}", depth + 1)
 
 
-def _numbers(value: Any, name: str) -> Any:
+def _array_to_plain(value: Any, name: str, depth: int) -> Any:
     try:
         array = np.asarray(value)
     except TypeError:  # keys
         raise _refused(value, name) from None
-    if array.dtype.kind not in "biufSUV" or (array.dtype.kind == "V" and array.dtype.names):
-        raise CheckpointError(f"`{name}` is an array of dtype {array.dtype}, which no checkpoint holds.")
-    return array.tolist()
+    if isinstance(value, np.ma.MaskedArray):  # `asarray` drops the mask
+        raise _refused(value, name)
+    dtype = array.dtype.name if hasattr(ml_dtypes, array.dtype.name) else array.dtype.str
+    if _DTYPE.fullmatch(dtype):
+        if array.ndim:
+            return {"$array": [dtype, list(array.shape), array.tobytes()]}
+        number = array.tolist()
+        if isinstance(number, bool | int | float | str | bytes) and not isinstance(number, np.generic):
+            return _to_plain(number, name, depth)
+    raise CheckpointError(f"`{name}` is an array of dtype {array.dtype}, which no checkpoint holds.")
+
+
+def _array(dtype: str, shape: list[int], data: bytes) -> np.ndarray[Any, Any]:
+    if type(dtype) is not str or not _DTYPE.fullmatch(dtype) or type(shape) is not list or type(data) is not bytes:
+        _refuse()
+    # `bytearray`, so that the array can be written to.
+    array = np.frombuffer(bytearray(data), getattr(ml_dtypes, dtype, dtype)).reshape(shape)
+    return array if shape else _refuse()
 
 
 def _refused(value: Any, name: str) -> CheckpointError:

@@ -4,6 +4,8 @@ import argparse
 import json
 from typing import Any
 
+import numpy as np
+
 from trainer.callbacks.display import printable as printable
 from trainer.checkpoints.plain_values import bytes_to_json, to_plain
 
@@ -21,7 +23,16 @@ def shown(value: Any) -> str:
     """Formats a plain value: a string or a number unchanged, anything else as JSON."""
     if isinstance(value, str | int | float):
         return printable(str(value))
-    return printable(json.dumps(to_plain(value, "info"), default=bytes_to_json, ensure_ascii=False))
+    return printable(json.dumps(to_plain(_listed(value), "info"), default=bytes_to_json, ensure_ascii=False))
+
+
+def _listed(value: Any) -> Any:
+    """Returns a value with lists in place of its arrays."""
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {key: _listed(held) for key, held in value.items()}
+    return type(value)(map(_listed, value)) if type(value) in (list, tuple) else value
 
 
 def add_command(commands: Any, name: str, run: Any, about: str, example: str) -> argparse.ArgumentParser:

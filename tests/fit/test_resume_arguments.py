@@ -1,7 +1,10 @@
 """What resume does where a call differs from the interrupted one: other data are refused, anything else is said."""
 
+import argparse
+import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -9,8 +12,8 @@ import pytest
 from flax import nnx
 
 from tests.problems import Busy, Counting, config, regression, squared_error
-from trainer import ArgumentError, InMemoryData, Trainer
-from trainer.fit.fingerprint import fingerprint
+from trainer import ArgumentError, Callback, Extension, ExtensionConfig, InMemoryData, Trainer
+from trainer.core.fingerprint import fingerprint
 
 DATA, HELD_OUT = regression(16), regression(8, seed=1)
 
@@ -39,6 +42,48 @@ class Scaled:
         return self.scale * loss, metrics
 
 
+class Penalty(Extension):
+    def __init__(self, weight=1.0, power=2.0):
+        super().__init__(ExtensionConfig(weight=weight))
+        self.power, self.epochs = power, 0
+
+    def loss_fn(self, batch, model_outputs, **kwargs):
+        return jnp.mean(jnp.abs(model_outputs) ** self.power)
+
+    def on_epoch_end(self, trainer, epoch, logs):
+        self.weight *= 0.5
+        self.epochs += 1
+
+
+class OtherForward(Busy):
+    def __call__(self, x):
+        self.calls[...] += 1
+        return self.outer(self.dropout(jax.nn.gelu(self.norm(self.inner(x)))))[:, 0]
+
+
+@dataclasses.dataclass
+class Settings:
+    scale: float = 1.0
+    resume: bool = False
+
+
+def scaled_by(settings):
+    def loss_fn(model, batch, rng, step):
+        loss, metrics = squared_error(model, batch, rng, step)
+        return settings.scale * loss, metrics
+
+    return loss_fn
+
+
+class Configured(Busy):
+    def __init__(self, scale):
+        super().__init__()
+        self.config = Settings(scale)
+
+    def __call__(self, x):
+        return self.config.scale * super().__call__(x)
+
+
 def other_dropout():
     model = Busy()
     model.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
@@ -64,10 +109,28 @@ def other_dropout():
         ({}, {"loss_fn": absolute_error}, {}, "`loss_fn` differs"),
         ({"loss_fn": Scaled(1.0)}, {"loss_fn": Scaled(2.0)}, {}, "`loss_fn` differs"),
         ({}, {"model": other_dropout()}, {}, "`model` differs"),
+        ({}, {"model": OtherForward()}, {}, "`model` differs"),
+        ({"model": Configured(1.0)}, {"model": Configured(2.0)}, {}, "`model` differs"),
+        ({"loss_fn": scaled_by(Settings(1.0))}, {"loss_fn": scaled_by(Settings(2.0))}, {}, "`loss_fn` differs"),
+        (
+            {"extensions": {"size": Penalty(1.0)}},
+            {"extensions": {"size": Penalty(0.25)}},
+            {},
+            "`extensions.size.weight` was 1.0 and is 0.25",
+        ),
+        (
+            {"extensions": {"size": Penalty(power=2.0)}},
+            {"extensions": {"size": Penalty(power=3.0)}},
+            {},
+            "`extensions.size` differs",
+        ),
         ({}, {}, {"val_interval": 3}, "`val_interval` was 2 and is 3"),
         ({}, {}, {"held_out": regression(8, seed=2)}, "`val_data` differs"),
     ],
-    ids=["rate", "clip", "optax", "objective", "scale", "dropout", "interval", "val_data"],
+    ids=[
+        *("rate", "clip", "optax", "objective", "scale", "dropout", "forward", "config", "settings", "weight", "power"),
+        *("interval", "val_data"),
+    ],
 )
 @pytest.mark.few(2)
 def test_what_differs_is_said(first, second, call, said, tmp_path):
@@ -95,6 +158,95 @@ def test_the_same_call_says_nothing(tmp_path):
     longer = build(tmp_path, renamed, loss_fn=functools.partial(squared_error), **options)
     train(longer, epochs=2, resume=True)
     assert longer.epoch == 2
+
+
+@pytest.mark.parametrize("reuse", [False, True], ids=["another process", "the same objects"])
+def test_the_same_program_run_twice_says_nothing(reuse, tmp_path):
+    weights, seen = jnp.array([0.3, 0.7]), []
+
+    def program(resume, penalty):
+        args = argparse.Namespace(scale=2.0, resume=resume, epochs=3 if resume else 1)
+
+        def loss_fn(model, batch, rng, step):
+            seen.append(step)
+            loss, metrics = squared_error(model, batch, rng, step)
+            return args.scale * weights[1] * loss, metrics
+
+        trainer = build(tmp_path, model=Configured(1.0), loss_fn=loss_fn, extensions={"size": penalty})
+        train(trainer, epochs=args.epochs, resume=args.resume)
+        return trainer
+
+    penalty = Penalty()
+    program(False, penalty)
+    assert penalty.weight == 0.5
+    assert program(True, penalty if reuse else Penalty()).epoch == 3
+
+
+def test_hashes_of_other_versions_say_nothing(tmp_path, monkeypatch):
+    train(build(tmp_path))
+    monkeypatch.setattr(jax, "__version__", "9.9")
+    train(build(tmp_path, loss_fn=absolute_error), epochs=2, resume=True)
+
+
+class Batches:
+    def __init__(self, batches):
+        self._batches = batches
+
+    def __len__(self):
+        return len(self._batches)
+
+    def __iter__(self):
+        return iter(self._batches)
+
+
+@pytest.mark.parametrize("kind", [list, Batches])
+def test_of_a_loader_the_length_and_the_first_batch_count(kind, tmp_path):
+    batches = [regression(4, seed=seed) for seed in range(4)]
+    train(build(tmp_path), kind(batches))
+    train(build(tmp_path), kind(batches), epochs=2, resume=True)
+    with pytest.warns(UserWarning, match="differ from .*: `train_data.batches` was 4 and is 3"):
+        train(build(tmp_path), kind(batches[:3]), epochs=3, resume=True)
+    if kind is list:
+        with pytest.warns(UserWarning, match=r"differ from .*: `train_data.first_batch` was .* with hash .* and is "):
+            train(build(tmp_path), batches[1:], epochs=4, resume=True)
+
+
+def test_train_epoch_compares_its_loaders(tmp_path):
+    first = build(tmp_path, train_data_loader=[DATA] * 3, val_data_loader=[HELD_OUT])
+    first.train_epoch()
+    build(tmp_path, train_data_loader=[DATA] * 3, val_data_loader=[HELD_OUT]).train_epoch(resume=True)
+    with pytest.warns(
+        UserWarning, match="`train_data_loader.batches` was 3 and is 2; `val_data_loader.first_batch` was"
+    ):
+        build(tmp_path, train_data_loader=[DATA] * 2, val_data_loader=[DATA]).train_epoch(resume=True)
+
+
+class Failing(Callback):
+    def on_batch_end(self, trainer, step, logs):
+        if step == 3:
+            raise RuntimeError("on purpose")
+
+
+def test_another_order_by_another_numpy_is_refused_within_an_epoch(tmp_path, monkeypatch):
+    with pytest.raises(RuntimeError, match="on purpose"):
+        train(build(tmp_path, callbacks=[Failing()], save_interval=2))
+
+    def other(seed):
+        return np.random.Generator(np.random.MT19937(seed))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(np.random, "default_rng", other)
+        trainer = build(tmp_path)
+        before = trainer.run
+        with pytest.raises(
+            ArgumentError, match=r"NumPy .* shuffles `train_data` into another order than the NumPy of the"
+        ):
+            train(trainer, resume=True)
+        assert trainer.run is before
+    train(build(tmp_path), resume=True)
+    monkeypatch.setattr(np.random, "default_rng", other)
+    with pytest.warns(UserWarning, match="NumPy shuffles `train_data` into another order"):
+        train(build(tmp_path), epochs=2, resume=True)
 
 
 def test_a_call_is_compared_with_the_one_that_saved_last(tmp_path):

@@ -179,7 +179,7 @@ def is_in_host_memory(array: jax.Array) -> bool:
 
 def versions() -> dict[str, str]:
     """Returns the versions of this library and its dependencies."""
-    return {name: _version(name) for name in ("nnx-trainer", "jax", "flax", "optax")}
+    return {name: _version(name) for name in ("nnx-trainer", "jax", "flax", "optax", "numpy")}
 
 
 @functools.cache  # each lookup parses a file

@@ -93,8 +93,7 @@ class InMemoryData:
             epoch: The epoch number.
             skip: The number of batches to skip at the start.
         """
-        order = np.random.default_rng([*seed, epoch]).permutation(self.num_examples)
-        return Epoch(self, order, skip)
+        return Epoch(self, order_of(seed, epoch, self.num_examples), skip)
 
     def fingerprint(self, most_bytes: int = 0) -> str:
         """Returns a line that identifies the data: shapes, dtypes, and a hash of rows spread over all of it.
@@ -163,6 +162,11 @@ class InMemoryData:
         """
         if self._source is not None:
             wait([self._source])
+
+
+def order_of(seed: tuple[int, ...], epoch: int, count: int) -> np.ndarray[Any, Any]:
+    """Returns the order of ``count`` examples in an epoch, of shape ``(count,)``; see `InMemoryData.shuffled`."""
+    return np.random.default_rng([*seed, epoch]).permutation(count)
 
 
 class Epoch(Iterator[Batch]):

@@ -1,25 +1,16 @@
-"""Hashes of functions and plain values, comparable across processes, to detect a changed objective or optimizer."""
+"""Hashes of the functions of a trainer, compared on resume to detect what has changed in the program."""
 
+import contextlib
 import functools
-import hashlib
-import sys
-import types
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import optax
 
+from trainer.core.fingerprint import MethodsOf, fingerprint, fingerprint_and_reads
 from trainer.run import Run
 from trainer.types import ExtensionLike, LossFn, StepFn
-
-_DEEPEST = 12
-
-
-def fingerprint(value: Any) -> str:
-    """Returns a hash of a value's bytecode and plain values, the same in every process of one Python release."""
-    text = "\n".join(_parts(value, {}, 0))
-    return f"python {sys.version_info[0]}.{sys.version_info[1]} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def fingerprints_of(
@@ -31,78 +22,40 @@ def fingerprints_of(
     params_average: optax.GradientTransformation | None,
 ) -> dict[str, str]:
     """Returns hashes by which resume detects another objective, optimizer, extension or model."""
+    graphdef = run.peek().graphdef
+    told, called = {}, {"__call__"}
+    for name, function in (("loss_fn", loss_fn), ("step_fn", step_fn)):
+        if function is not None or name == "loss_fn":
+            told[name], reads = fingerprint_and_reads(function)
+            called |= reads
     # Dropout rates and activations are static attributes of the model.
-    attributes = run.peek().graphdef.attributes
-    told = {
-        "loss_fn": fingerprint(loss_fn),
-        "model": fingerprint([(name, getattr(attribute, "value", None)) for name, attribute in attributes]),
-    }
-    if step_fn is not None:
-        told["step_fn"] = fingerprint(step_fn)
+    attributes = [{name: getattr(attribute, "value", None)} for name, attribute in graphdef.attributes]
+    kinds = {kind for node in graphdef.nodes if isinstance(kind := getattr(node, "type", None), type)}
+    methods = [MethodsOf(kind) for kind in sorted(kinds, key=lambda kind: (kind.__module__, kind.__qualname__))]
+    told["model"] = fingerprint([attributes, methods], called)
     for name, transformation in (("optimizer", optimizer), ("params_average", params_average)):
         if transformation is not None:
             told[name] = fingerprint((transformation.init, transformation.update))
-    return told | {
-        f"extensions.{name}": fingerprint(getattr(type(one), "loss_fn", None)) for name, one in extensions.items()
-    }
+    for name, one in extensions.items():
+        told |= {f"extensions.{name}{more}": text for more, text in _as_constructed(one).items()}
+    return told
 
 
-def _parts(value: Any, seen: dict[int, Any], depth: int) -> Iterator[str]:
-    """Yields strings that identify a value, independent of the process."""
-    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
-        yield repr(value)
-        return
-    if depth > _DEEPEST or id(value) in seen:
-        return
-    seen[id(value)] = value  # kept, so that no other object gets its address
-    deeper = functools.partial(_parts, seen=seen, depth=depth + 1)
-    yield type(value).__qualname__
-    if isinstance(value, types.CodeType):
-        yield value.co_code.hex()
-        yield " ".join(value.co_names)
-        yield from deeper(value.co_consts)
-    elif isinstance(value, types.FunctionType):
-        yield from deeper(value.__code__)
-        yield from deeper(value.__defaults__)
-        yield from deeper(value.__kwdefaults__)
-        for cell in value.__closure__ or ():
-            try:
-                yield from deeper(cell.cell_contents)
-            except ValueError:  # empty
-                yield "empty"
-        names = [name for name in value.__code__.co_names if name in value.__globals__]
-        for name in names:
-            used = value.__globals__[name]
-            # Only global constants and functions of the same module are hashed; others count by name.
-            if isinstance(used, bool | int | float | str) or getattr(used, "__module__", None) == value.__module__:
-                yield from deeper(used)
-    elif isinstance(value, types.MethodType):
-        yield from deeper(value.__func__)
-        yield from deeper(_read_in(value.__func__, value.__self__))
-    elif isinstance(value, functools.partial):
-        yield from deeper((value.func, value.args, value.keywords))
-    elif isinstance(value, type):
-        yield f"{value.__module__}.{value.__qualname__}"
-    elif isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield repr(name) if isinstance(name, str | int) else type(name).__qualname__
-            yield from deeper(inner)
-    elif isinstance(value, set | frozenset):
-        yield from sorted("\n".join(_parts(one, seen, depth + 1)) for one in value)
-    elif isinstance(value, list | tuple):
-        for one in value:
-            yield from deeper(one)
-    elif isinstance(value, np.ndarray | np.generic):
-        yield f"{value.dtype} {value.shape}"
-    elif callable(value) and hasattr(value, "__wrapped__"):
-        yield from deeper(value.__wrapped__)
-    elif callable(value) and isinstance(call := vars(type(value)).get("__call__"), types.FunctionType):
-        yield from deeper(call)
-        yield from deeper(_read_in(call, value))
+_constructed: dict[int, tuple[weakref.ref[Any], dict[str, str]]] = {}
+"""The hashes of extensions by id: a run changes weights and attributes, and another trainer may get the same object."""
 
 
-def _read_in(function: Any, owner: Any) -> dict[str, Any]:
-    """Returns the plain attributes that an object's method reads; others, such as counters, may change in a run."""
-    names = getattr(getattr(function, "__code__", None), "co_names", ())
-    held = getattr(owner, "__dict__", {})
-    return {name: held[name] for name in names if isinstance(held.get(name), bool | int | float | str)}
+def _as_constructed(extension: Any) -> dict[str, str]:
+    """Returns what identifies an extension, as it was when a trainer first got it."""
+    known = _constructed.get(id(extension))
+    if known is not None and known[0]() is extension:
+        return known[1]
+    told = {"": fingerprint(extension, ["loss_fn"]), ".weight": repr(float(extension.weight))}
+    with contextlib.suppress(TypeError):  # a class without weak references
+        _constructed[id(extension)] = weakref.ref(extension, functools.partial(_forget, id(extension))), told
+    return told
+
+
+def _forget(key: int, reference: Any) -> None:
+    if key in _constructed and _constructed[key][0] is reference:
+        del _constructed[key]

@@ -112,8 +112,10 @@ def plan_run(
         warn_of_overridden(setup.config, setup.save_interval, num_epochs, batch_size)
     counts["resume"] = str(resume)
     told = {"val_interval": common["validate_every"]}
+    given = {"train_data": train_data, "val_data": val_data}
+    loaders = {name: one for name, one in given.items() if _is_loader(one)}
     if not in_memory:
-        common["arguments"] = describe_call(setup, told, val_data=val_in_memory)
+        common["arguments"] = describe_call(setup, told, val_data=val_in_memory, loaders=loaders)
         setup.agree_on_run("train", run, counts, val_data=val_in_memory)
         horizon = setup.horizon_of(train_data, num_epochs) or None
         common["planned"] = Planned(run.step, horizon, setup.horizon_of(train_data, 1), run.epoch, num_epochs)
@@ -129,7 +131,7 @@ def plan_run(
             f"one batch of {data.num_examples}."
         )
     setup.agree_on_run("train", run, counts, train_data=data, val_data=val_in_memory)
-    common["arguments"] = describe_call(setup, told, data, val_in_memory)
+    common["arguments"] = describe_call(setup, told, data, val_in_memory, loaders)
     return FitPlan(
         position=InMemory(setup.seed, data.examples_per_epoch, batch_size, run.epoch, run.step),
         data=data,
@@ -181,7 +183,7 @@ def plan_epoch(setup: Setup, run: Run, resume: Any) -> FitPlan:
         save_every=setup.config.save_frequency,
         validate_every=None,
         held_out=held_out,
-        arguments=describe_call(setup, {}),
+        arguments=describe_call(setup, {}, loaders={"train_data_loader": training, "val_data_loader": loader}),
     )
 
 

@@ -71,7 +71,7 @@ def checked(setup: Setup, plan: FitPlan, restored: Restored) -> Run:
             f"load_checkpoint() and train on."
         )
     run.check_same_run(plan.position)
-    check_same_call(run.arguments, plan.arguments)
+    check_same_call(run.arguments, plan.arguments, in_epoch=run.position.batch > 0)
     position, run = run.position, run.replace(arguments=plan.arguments)
     if isinstance(position, FromLoader):
         position = dataclasses.replace(position, loader=_own_position(setup, restored, position))

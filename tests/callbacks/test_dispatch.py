@@ -1,12 +1,14 @@
 """`CallbackDispatcher`: the events and the states of callbacks and extensions together."""
 
 import dataclasses
+import functools
 import gc
 import itertools
 import time
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.callbacks.test_base import OnEpochEnd, Recorder
@@ -190,6 +192,83 @@ class TestStates:
             after = made()
             build([after[index] for index in order]).load_state_dict(saved)
             assert [callback.state for callback in after] == [1, 2, 3]
+
+    @pytest.mark.parametrize(
+        ("first", "second"),
+        [
+            (["a"], ["b"]),
+            (("a", 1), ("a", 2)),
+            ({"a": 1}, {"a": 2}),
+            ({"a"}, {"b"}),
+            (lambda logs: logs["a"], lambda logs: logs["b"]),
+            (functools.partial(max, 1), functools.partial(max, 2)),
+            (max, min),
+            (np.ones(2), np.zeros(2)),
+        ],
+        ids=["list", "tuple", "dict", "set", "function", "partial", "builtin", "array"],
+    )
+    def test_a_container_or_a_function_tells_them_apart(self, first, second):
+        class Watching(Stateful):
+            def __init__(self, of):
+                super().__init__(0)
+                self.of = of
+
+        dispatcher = build([a := Watching(first), b := Watching(second)])
+        a.state, b.state = "a", "b"
+        saved = dispatcher.state_dict()
+        build([b := Watching(second), a := Watching(first)]).load_state_dict(saved)
+        assert (a.state, b.state) == ("a", "b")
+
+    def test_one_with_another_list_is_said_and_one_with_another_mapping_is_not(self):
+        class Watching(Stateful):
+            def __init__(self, of, options):
+                super().__init__(0)
+                self.of, self.options = of, options
+
+        dispatcher = build([watching := Watching(["a"], {"resume": False})])
+        watching.state = 1
+        saved = dispatcher.state_dict()
+        build([watching := Watching(["a"], {"resume": True})]).load_state_dict(saved)
+        assert watching.state == 1
+        with pytest.warns(UserWarning, match="from one with another `of`, which gets it all the same"):
+            build([watching := Watching(["b"], {"resume": False})]).load_state_dict(saved)
+        assert watching.state == 1
+
+    def test_digests_of_functions_by_other_versions_are_not_compared(self):
+        class Watching(Stateful):
+            def __init__(self, of):
+                super().__init__(0)
+                self.of = of
+
+        saved = build([Watching(max)]).state_dict()
+        assert len(saved[0]["made"]["of"]) == 9
+        saved[0]["made"]["of"] = "0000:0000"
+        build([watching := Watching(min)]).load_state_dict(saved)
+        assert watching.state == 0
+
+    def test_digests_from_before_containers_counted_still_tell_callbacks_apart(self):
+        class Counter(Stateful):
+            def __init__(self, label):
+                super().__init__(0)
+                self.name, self.seen = f"counter of {label}", []
+
+        dispatcher = build([a := Counter("a"), b := Counter("b")])
+        a.state, b.state = "a", "b"
+        saved = dispatcher.state_dict()
+        for entry in saved:
+            del entry["made"]["seen"]
+        build([b := Counter("b"), a := Counter("a")]).load_state_dict(saved)
+        assert (a.state, b.state) == ("a", "b")
+
+    def test_an_extension_of_another_class_is_said(self):
+        saved = build(one=Stateful(1)).state_dict()
+        build(one=(same := Stateful(0))).load_state_dict(saved)
+        assert same.state == 1
+        with pytest.warns(
+            UserWarning, match="a state of 'extensions/one' from another class, which Last gets all the same"
+        ):
+            build(one=(other := Last(0))).load_state_dict(saved)
+        assert other.state == 1
 
     def test_those_of_other_arguments_get_no_state_of_another(self):
         class Best(Stateful):

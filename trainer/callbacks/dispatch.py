@@ -1,13 +1,22 @@
 """`CallbackDispatcher`: the events and saved states of a trainer's callbacks and extensions."""
 
+import functools
 import hashlib
 import inspect
 import os
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from trainer.callbacks.base import CallbackList, asks_to_stop, emit, flatten, handles
+from trainer.core.fingerprint import fingerprint
 from trainer.errors import CheckpointError, warn
+
+_PLAIN = (str, int, float, bool, type(None), os.PathLike)
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, functools.partial)
+_HASHED = (list, tuple, dict, set, frozenset, np.ndarray, *_FUNCTIONS)
 
 
 class CallbackDispatcher:
@@ -27,6 +36,7 @@ class CallbackDispatcher:
         self.emit = self._all.emit  # three times in every step
         # Taken before any event changes them.
         self._made = [(callback, _attributes_of(callback)) for callback in flatten([callbacks])]
+        self._made += [(one, {"class": _short(type(one).__qualname__)}) for one in extensions.values()]
 
     def emit_to_all(self, event: str, *args: Any) -> list[BaseException]:
         """Like `emit`, but exceptions do not stop the event from reaching the rest; returns the exceptions.
@@ -59,8 +69,9 @@ class CallbackDispatcher:
         """Returns the states of the callbacks and extensions that have ``state_dict`` and ``load_state_dict``.
 
         Each is ``{"callback": name, "state": state, "made": digests}``. The name is a callback's ``state_key``, or by
-        default its class name; for an extension it is ``extensions/<name>``. The digests are those of its plain
-        attributes, by name, when the trainer was created; an extension has none.
+        default its class name; for an extension it is ``extensions/<name>``. The digests are those of its attributes
+        that are plain values, containers or functions, by name, when the trainer was created; of an extension, that of
+        its class.
         """
         return [
             {"callback": name, "state": one.state_dict(), **({"made": made} if (made := self._made_of(one)) else {})}
@@ -73,8 +84,8 @@ class CallbackDispatcher:
         Callbacks that share a name are matched by the attributes that they were created with, then by their
         constructor arguments, and in list order only if these are equal. If their number has changed since the save,
         none gets a state, since any could be the owner. A warning lists callbacks without a state, states without a
-        callback, and a single callback whose state comes from one with other arguments. States of an older format
-        have no names, and are assigned by position.
+        callback, a single callback whose state comes from one with other arguments, and an extension whose state comes
+        from another class. States of an older format have no names, and are assigned by position.
 
         Raises:
             CheckpointError: A callback or an extension cannot use its state, or only some states have names.
@@ -116,7 +127,12 @@ class CallbackDispatcher:
     def _load_matched(self, name: str, owners: Sequence[Any], entries: Sequence[Any]) -> list[str]:
         """Gives callbacks of one name as many states, each that of its like; returns what is to be said."""
         left, kept = list(owners), [dict(entry) for entry in entries]
-        for alike in (_equal, _of_equal_arguments):
+        if any(owners[0] is extension for extension in self._extensions.values()):
+            _load(left[0], kept[0]["state"])
+            if _differing(self._made_of(left[0]), _made_in(kept[0])):
+                return [f"a state of {name!r} from another class, which {type(left[0]).__name__} gets all the same"]
+            return []
+        for alike in (_equal, _of_equal_arguments, _of_equal_arguments_but_mappings):
             for entry in list(kept):
                 made = _made_in(entry)
                 owner = next((one for one in left if alike(one, self._made_of(one), made)), None)
@@ -134,7 +150,7 @@ class CallbackDispatcher:
         if hasattr(owner, "state_key"):  # the caller has said whose it is
             return []
         now, then = _arguments_in(owner, self._made_of(owner)), _made_in(entry)
-        others = [f"`{argument.lstrip('_')}`" for argument in now if now[argument] != then.get(argument)]
+        others = [f"`{argument.lstrip('_')}`" for argument in _differing(now, then)]
         return [f"a state of {name!r} saved with another {', '.join(others)}, restored nevertheless"]
 
     def _made_of(self, callback: Any) -> dict[str, str]:
@@ -153,11 +169,27 @@ def _name_of(callback: Any) -> str:
 
 
 def _attributes_of(callback: Any) -> dict[str, str]:
-    """Returns short digests of a callback's attributes that are plain values, mostly its constructor arguments."""
-    plain = (str, int, float, bool, type(None), os.PathLike)
-    held = {name: value for name, value in getattr(callback, "__dict__", {}).items() if isinstance(value, plain)}
+    """Returns short digests of a callback's plain values, containers and functions, mostly constructor arguments."""
+    held = getattr(callback, "__dict__", {})
+    return {name: _digest(held[name]) for name in sorted(held) if isinstance(held[name], (*_PLAIN, *_HASHED))}
+
+
+def _digest(value: Any) -> str:
+    if isinstance(value, _PLAIN):
+        return _short(str(value))
+    versions, _, content = fingerprint(value).rpartition(" ")
+    return f"{_short(versions)}:{content[:4]}"
+
+
+def _short(text: str) -> str:
     # 16 bits tell arguments apart, and nothing about one that is a password.
-    return {name: hashlib.sha256(repr(str(held[name])).encode()).hexdigest()[:4] for name in sorted(held)}
+    return hashlib.sha256(repr(text).encode()).hexdigest()[:4]
+
+
+def _differing(now: Mapping[str, str], then: Mapping[str, str]) -> list[str]:
+    """Returns the names in both whose digests differ, and were made by the same versions."""
+    shared = [name for name in now if isinstance(then.get(name), str)]
+    return [name for name in shared if now[name] != then[name] and now[name][:-4] == then[name][:-4]]
 
 
 def _arguments_in(callback: Any, made: Mapping[str, str]) -> dict[str, str]:
@@ -171,11 +203,18 @@ def _arguments_in(callback: Any, made: Mapping[str, str]) -> dict[str, str]:
 
 def _equal(callback: Any, now: Mapping[str, str], then: Mapping[str, str]) -> bool:
     del callback
-    return now == then
+    # A file from before containers and functions counted has fewer names.
+    return bool(then) and then.keys() <= now.keys() and not _differing(now, then)
 
 
 def _of_equal_arguments(callback: Any, now: Mapping[str, str], then: Mapping[str, str]) -> bool:
-    return all(then.get(name, digest) == digest for name, digest in _arguments_in(callback, now).items())
+    return not _differing(_arguments_in(callback, now), then)
+
+
+def _of_equal_arguments_but_mappings(callback: Any, now: Mapping[str, str], then: Mapping[str, str]) -> bool:
+    # A mapping may hold all arguments of a program, such as whether to resume.
+    held = getattr(callback, "__dict__", {})
+    return not [name for name in _differing(_arguments_in(callback, now), then) if not isinstance(held.get(name), dict)]
 
 
 def _without(members: list[Any], removed: Any) -> list[Any]:

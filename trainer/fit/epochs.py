@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from trainer.callbacks.base import flatten, runs_last
 from trainer.checkpoints.run_record import Restored
 from trainer.compile.cost import ProgramCost, cost_of
 from trainer.compile.dispatch import CompileReport
@@ -43,6 +44,8 @@ def fit(trainer: Trainer, plan: FitPlan, resume: bool | str | os.PathLike[str]) 
     """Executes a plan, from its start or from a checkpoint, and returns the final run."""
     setup, before = trainer.setup, trainer.run
     setup.live.validates = plan.held_out is not None
+    if _may_save(setup, plan, before):
+        setup.check_savable()
     restored = find(setup, before, plan, resume)
     setup.live.planned, setup.live.failure, setup.live.has_ended = plan.planned, "", False
     opening: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
@@ -328,6 +331,19 @@ def tell_compilation(trainer: Trainer, report: CompileReport, step: int, meter: 
     setup.fanout.log_text("compilation", f"{report.name} took {report.seconds:.1f} s to compile", step)
     if report.warning is not None:
         warn(report.warning)
+
+
+def _may_save(setup: Setup, plan: FitPlan, run: Run) -> bool:
+    """Returns whether a call is going to save: at its end, at an interval that it reaches, or by a callback.
+
+    With several processes, their horizons may differ, and a save that cannot be written fails in all of them.
+    """
+    if setup.placement.num_processes > 1:
+        return False
+    every, steps = plan.save_every, plan.horizon
+    reaches = every is not None and steps is not None and run.step // every < (run.step + steps) // every
+    saves_itself = not setup.fast_dev_run and any(map(runs_last, flatten([setup.callbacks])))
+    return setup.is_directory_given or reaches or saves_itself
 
 
 def _is_to_be_saved(setup: Setup, plan: FitPlan, run: Run) -> bool:

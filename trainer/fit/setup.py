@@ -15,6 +15,7 @@ from flax import nnx
 from trainer.callbacks.dispatch import CallbackDispatcher
 from trainer.checkpoints.checkpointer import Checkpointer
 from trainer.compile.dispatch import CompiledStep, Program
+from trainer.checkpoints.plain_values import to_plain
 from trainer.config import TrainingConfig, make_schedule
 from trainer.config.schedules import check_horizon, needs_horizon
 from trainer.core.objective import check_weight, with_losses
@@ -332,6 +333,19 @@ class Setup:
     @functools.cached_property
     def _info(self) -> dict[str, Any]:
         return {"name": self.config.name, "metadata": self.config.to_dict()["metadata"]}
+
+    def check_savable(self) -> None:
+        """Checks that checkpoints can hold the metadata and the states of callbacks and extensions.
+
+        Raises:
+            CheckpointError: They cannot.
+        """
+        to_plain(self._info, "info")
+        try:
+            states = self.events.state_dict()
+        except Exception:  # one that has a state only after its first event
+            return
+        to_plain(states, "callbacks")
 
     def without_lost_position(self, run: Run) -> Run:
         """Returns the run, without a position if its loader cannot report it, so that a finished run can be saved."""

@@ -38,7 +38,8 @@ class Extension(nnx.Module, Callback):
     Its variables are part of the training state: `loss_fn` may read and assign them, and the step
     carries them into the next state; no optimizer updates them. The hooks of `trainer.Callback` run
     outside compiled code, on the object that was passed to the trainer, with its Python attributes. A
-    Python attribute that `loss_fn` reads becomes a constant when the step is traced.
+    number or text in an attribute that `loss_fn` reads becomes a constant of the step when an epoch
+    begins: if a hook has changed it, the step is compiled again.
 
     Example::
 

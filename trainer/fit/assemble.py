@@ -36,6 +36,7 @@ from trainer.data.memory import seed_from_key
 from trainer.data.padding import check_pad_to
 from trainer.distributed.agreement import check_agreement, gathered
 from trainer.errors import ArgumentError, ArgumentTypeError, warn
+from trainer.fit.constants import Constants
 from trainer.fit.fingerprint import fingerprints_of
 from trainer.fit.rate import RateInForce, configured_rate
 from trainer.fit.setup import Live, Setup
@@ -165,6 +166,7 @@ def assemble(
     eval_params = _resolved_eval_params(eval_params, run, training_config, optimizer_parts, params_average)
     _warn_of_mode(run.peek().model(), wrt)
     live = Live(weakref.ref(trainer), validates=val_data_loader is not None)
+    constants = Constants(losses)
     make = functools.partial(make_train_step, objective, wrt=wrt, extensions=losses, precision=precision, **settings)
 
     check_step = functools.partial(
@@ -180,7 +182,7 @@ def assemble(
             if step_fn is None
             else (own_step(step_fn), None)
         )
-        return _compiled_step(step, arguments, losses, placement, steps_per_call, events, live)
+        return _compiled_step(step, arguments, losses, constants, placement, steps_per_call, events, live)
 
     evaluating: dict[str, Any] = {"eval_params": eval_params, "precision": precision}
     default_directory = TrainingConfig.checkpoint_dir
@@ -207,6 +209,7 @@ def assemble(
         make_compiled_step=functools.partial(compiled, remat),
         nonfinite=nonfinite,
         extensions=extensions,
+        constants=constants,
         seed=seed_from_key(rng),
         placement=placement,
         events=events,
@@ -368,13 +371,14 @@ def _compiled_step(
     step: Any,
     arguments: Callable[[Run], tuple[Any, ...]] | None,
     extensions: dict[str, ExtensionLike],
+    constants: Constants,
     placement: Placement,
     steps_per_call: int | Literal["auto"] | FusionPolicy,
     events: CallbackDispatcher,
     live: Live,
 ) -> CompiledStep:
-    def enabled() -> tuple[str, ...]:
-        return tuple(name for name, extension in extensions.items() if extension.is_enabled())
+    def variant() -> tuple[str, ...]:
+        return constants.token, *(name for name, extension in extensions.items() if extension.is_enabled())
 
     def before_compile(name: str, text: Callable[[], str]) -> None:
         events.emit("on_compile_begin", live.trainer(), name)
@@ -382,9 +386,9 @@ def _compiled_step(
             check_agreement({name: {"program": text()}})
 
     return CompiledStep(
-        names_checked(step),
+        constants.traced(names_checked(step)),
         steps_per_call=steps_per_call,
-        variant=enabled if extensions else None,
+        variant=variant if extensions else None,
         arguments=arguments,
         replicated=placement.replicated,
         one_call_at_a_time=placement.one_call_at_a_time,

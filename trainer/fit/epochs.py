@@ -82,6 +82,8 @@ def train_step(trainer: Trainer, batch: Batch) -> Metrics:
     """Runs one step on a placed batch and emits its events; see `Trainer.train_step`."""
     setup = trainer.setup
     setup.events.emit("on_batch_begin", trainer, trainer.run.step)
+    if not setup.live.is_running:  # else the run has done it
+        setup.constants.update()
     run = setup.with_weights(trainer.run)
     if setup.debug is not None:
         run = run.with_edits()
@@ -182,6 +184,7 @@ def _run_epoch(trainer: Trainer, plan: FitPlan, signals: Signals, batches: Itera
     overridden = _overrides_train_step(trainer)
     listens = setup.events.handles("on_batch_begin") or setup.events.handles("on_batch_end")
     observed = overridden or listens or setup.debug is not None
+    setup.constants.update()
     run = setup.with_weights(trainer.run)
     dispatch = plan_dispatch(
         setup.step, run, batches, sync_every=plan.sync_every, placement=setup.placement, fuse=not observed
@@ -300,6 +303,7 @@ def compile_step(trainer: Trainer, batch: Batch, without_remat: bool) -> Program
     """Compiles the step for batches like this one; see `Trainer.compile`."""
     setup = trainer.setup
     batch, _ = setup.placement.abstract_batch(setup.with_mask(batch))
+    setup.constants.update()
     run = setup.with_weights(trainer.run).with_edits()
     run.peek().check_alive()
     start = time.perf_counter()

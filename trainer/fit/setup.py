@@ -26,6 +26,7 @@ from trainer.data.resumable import LoaderPass, LoaderPosition
 from trainer.distributed.agreement import check_agreement, gathered
 from trainer.distributed.replicas import check_replicas
 from trainer.errors import ArgumentError, CheckpointError, warn
+from trainer.fit.constants import Constants
 from trainer.fit.rate import RateInForce
 from trainer.loggers.base import Logger, MetricsLoggerLike
 from trainer.loggers.fanout import MetricFanout
@@ -130,6 +131,7 @@ class Setup:
     make_compiled_step: Callable[[], CompiledStep]
     nonfinite: NonFinite
     extensions: dict[str, ExtensionLike]
+    constants: Constants
     seed: tuple[int, ...]
     placement: Placement
     events: CallbackDispatcher

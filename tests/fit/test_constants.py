@@ -1,0 +1,113 @@
+"""Attributes of extensions that their losses read: a new value takes effect when an epoch begins, and is said."""
+
+import warnings
+
+import jax.numpy as jnp
+import pytest
+
+from tests.problems import Linear, config, regression, squared_error
+from trainer import Callback, Extension, Trainer
+
+SAID = r"`extensions\['heat'\].temperature` changed, which a compiled step holds as a constant: each new value takes"
+
+
+class Heat(Extension):
+    """Its loss is its temperature, which a hook halves."""
+
+    def __init__(self, event="on_epoch_end"):
+        super().__init__()
+        self.temperature, self.calls, self._event = 1.0, 0, event
+
+    def loss_fn(self, batch, model_outputs, **kwargs):
+        return jnp.float32(self.temperature) + 0 * jnp.mean(model_outputs)
+
+    def _cool(self, event):
+        self.calls += 1
+        if event == self._event:
+            self.temperature *= 0.5
+
+    def on_epoch_end(self, trainer, epoch, logs):
+        self._cool("on_epoch_end")
+
+    def on_call_end(self, trainer, step, logs):
+        self._cool("on_call_end")
+
+
+class Compilations(Callback):
+    def __init__(self):
+        self.names = []
+
+    def on_compile_end(self, trainer, name, seconds):
+        self.names.append(name)
+
+
+def build(heat, **options):
+    return Trainer(Linear(4), config(log_frequency=1), loss_fn=squared_error, extensions={"heat": heat}, **options)
+
+
+def heats(trainer):
+    return [row["heat_loss"] for row in trainer.history if "heat_loss" in row]
+
+
+def test_a_value_of_the_end_of_an_epoch_holds_in_the_next_and_is_said_once():
+    compilations = Compilations()
+    trainer = build(Heat(), steps_per_call=1, callbacks=[compilations])
+    with pytest.warns(UserWarning, match=SAID) as said:
+        trainer.train(regression(10), 3, 4)
+    assert len([one for one in said if "constant" in str(one.message)]) == 1
+    assert heats(trainer) == [1.0] * 3 + [0.5] * 3 + [0.25] * 3
+    assert compilations.names == ["train_step"] * 6  # two shapes for each value
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 2])
+def test_all_batches_of_an_epoch_have_the_same_the_short_last_one_too(steps_per_call):
+    heat = Heat("on_call_end")
+    trainer = build(heat, steps_per_call=steps_per_call)
+    with pytest.warns(UserWarning, match=SAID):
+        trainer.train(regression(10), 2, 4)
+    calls = 3 if steps_per_call == 1 else 2
+    assert heats(trainer) == [1.0] * 3 + [0.5**calls] * 3
+    assert heat.temperature == 0.25**calls
+
+
+def test_a_step_by_itself_has_the_current_value():
+    heat, batch = Heat("never"), regression(4)
+    trainer = build(heat)
+    assert float(trainer.train_step(batch)["heat_loss"]) == 1.0
+    heat.temperature = 3.0
+    with pytest.warns(UserWarning, match=SAID):
+        assert float(trainer.train_step(batch)["heat_loss"]) == 3.0
+
+
+def test_what_no_loss_reads_and_what_was_set_before_the_first_step_compiles_nothing():
+    heat, compilations = Heat("never"), Compilations()
+    trainer = build(heat, steps_per_call=1, callbacks=[compilations])
+    heat.temperature = 2.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer.train(regression(8), 3, 4)
+    assert heats(trainer) == [2.0] * 6
+    assert heat.calls > 6
+    assert compilations.names == ["train_step"]
+
+
+class Frozen:
+    """An extension of a class of its own, with slots."""
+
+    __slots__ = ("temperature",)
+    weight = 1.0
+
+    def __init__(self):
+        self.temperature = 2.0
+
+    def is_enabled(self):
+        return True
+
+    def loss_fn(self, batch, model_outputs, **kwargs):
+        return jnp.float32(self.temperature)
+
+
+def test_an_object_with_slots_trains():
+    trainer = build(Frozen())
+    trainer.train(regression(8), 2, 4)
+    assert heats(trainer) == [2.0] * 4

@@ -37,6 +37,7 @@ from trainer.data.padding import check_pad_to
 from trainer.distributed.agreement import check_agreement, gathered
 from trainer.errors import ArgumentError, ArgumentTypeError, warn
 from trainer.fit.constants import Constants
+from trainer.fit.copies import LatestCopy
 from trainer.fit.fingerprint import fingerprints_of
 from trainer.fit.rate import RateInForce, configured_rate
 from trainer.fit.setup import Live, Setup
@@ -210,6 +211,7 @@ def assemble(
         nonfinite=nonfinite,
         extensions=extensions,
         constants=constants,
+        latest_copy=LatestCopy(wrt, eval_params),
         seed=seed_from_key(rng),
         placement=placement,
         events=events,

@@ -44,6 +44,7 @@ def fit(trainer: Trainer, plan: FitPlan, resume: bool | str | os.PathLike[str]) 
     """Executes a plan, from its start or from a checkpoint, and returns the final run."""
     setup, before = trainer.setup, trainer.run
     setup.live.validates = plan.held_out is not None
+    setup.latest_copy.check(before)
     if _may_save(setup, plan, before):
         setup.check_savable()
     restored = find(setup, before, plan, resume)
@@ -82,7 +83,8 @@ def train_step(trainer: Trainer, batch: Batch) -> Metrics:
     """Runs one step on a placed batch and emits its events; see `Trainer.train_step`."""
     setup = trainer.setup
     setup.events.emit("on_batch_begin", trainer, trainer.run.step)
-    if not setup.live.is_running:  # else the run has done it
+    if not setup.live.is_running:  # else the run has done both
+        setup.latest_copy.check(trainer.run)
         setup.constants.update()
     run = setup.with_weights(trainer.run)
     if setup.debug is not None:

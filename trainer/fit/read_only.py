@@ -60,7 +60,9 @@ class ReadOnly:
     def model(self) -> Any:
         """A new module in evaluation mode with a copy of the current values; `state.model()` has the original modes."""
         state = with_eval_params(self.run.state_with_edits(), self.setup.eval_params)
-        return in_evaluation_mode(state.replace(opt_state=(), extensions={}).copy().model())
+        model = in_evaluation_mode(state.replace(opt_state=(), extensions={}).copy().model())
+        self.setup.latest_copy.add(model, self.step)
+        return model
 
     @property
     def loggers(self) -> AllLoggers:

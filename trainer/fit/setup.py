@@ -27,6 +27,7 @@ from trainer.distributed.agreement import check_agreement, gathered
 from trainer.distributed.replicas import check_replicas
 from trainer.errors import ArgumentError, CheckpointError, warn
 from trainer.fit.constants import Constants
+from trainer.fit.copies import LatestCopy
 from trainer.fit.rate import RateInForce
 from trainer.loggers.base import Logger, MetricsLoggerLike
 from trainer.loggers.fanout import MetricFanout
@@ -132,6 +133,7 @@ class Setup:
     nonfinite: NonFinite
     extensions: dict[str, ExtensionLike]
     constants: Constants
+    latest_copy: LatestCopy
     seed: tuple[int, ...]
     placement: Placement
     events: CallbackDispatcher

@@ -16,7 +16,7 @@ from tests.problems import Linear
 from trainer import TrainState, save_state
 from trainer.checkpoints.file_format import Leaf, write_bundle
 from trainer.commands.main import main
-from trainer.commands.text import human_size
+from trainer.commands.text import human_size, shown
 
 
 @pytest.fixture
@@ -201,3 +201,9 @@ def test_a_terminal_that_lacks_letters_gets_escapes(tmp_path):
     done = subprocess.run(command, capture_output=True, check=False, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"gr\\xf6\\xdfe  (1,) int8" in done.stdout
+
+
+def test_arrays_are_printed_as_lists():
+    assert shown({"weights": np.arange(2.0), "more": [(np.ones(1, int),)]}) == (
+        '{"weights": [0.0, 1.0], "more": [{"$tuple": [[1]]}]}'
+    )

@@ -524,6 +524,7 @@ class TestRefusals:
         assert (trainer.epoch, trainer.step) == (1, 4)
 
     @pytest.mark.filterwarnings("ignore:`train_data_loader` cannot be set to a position")
+    @pytest.mark.filterwarnings("ignore:.*`train_data_loader.batches` was 4 and is 1")
     def test_a_loader_that_is_too_short(self, tmp_path):
         trainer, _ = build(tmp_path, list(generator_function()))
         trainer.train_epoch()

@@ -230,7 +230,7 @@ class TestStates:
         saved = dispatcher.state_dict()
         build([watching := Watching(["a"], {"resume": True})]).load_state_dict(saved)
         assert watching.state == 1
-        with pytest.warns(UserWarning, match="from one with another `of`, which gets it all the same"):
+        with pytest.warns(UserWarning, match="saved with another `of`, restored nevertheless"):
             build([watching := Watching(["b"], {"resume": False})]).load_state_dict(saved)
         assert watching.state == 1
 

@@ -14,8 +14,8 @@ from flax import nnx
 
 from trainer.callbacks.dispatch import CallbackDispatcher
 from trainer.checkpoints.checkpointer import Checkpointer
-from trainer.compile.dispatch import CompiledStep, Program
 from trainer.checkpoints.plain_values import to_plain
+from trainer.compile.dispatch import CompiledStep, Program
 from trainer.config import TrainingConfig, make_schedule
 from trainer.config.schedules import check_horizon, needs_horizon
 from trainer.core.objective import check_weight, with_losses

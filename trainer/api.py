@@ -346,9 +346,9 @@ class Trainer(Inspection):
         resuming.load(self, path)
 
     def close(self) -> None:
-        """Waits for the save in flight (`CheckpointError` if it failed); closes the loggers that this trainer made."""
+        """Saves unsaved epochs of `train_epoch`, waits (`CheckpointError` if it failed); closes the loggers it made."""
         try:
-            self.setup.finish_saves()
+            epochs.finish(self)
         finally:
             self.setup.fanout.close()
 

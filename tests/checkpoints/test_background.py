@@ -26,6 +26,11 @@ def build(directory, callbacks=(), **options):
     return Trainer(Busy(), config(), workdir=directory, callbacks=list(callbacks), **options)
 
 
+def by_epochs(directory, **settings):
+    data = [regression(8)] * 5
+    return Trainer(Busy(), config(**settings), loss_fn=squared_error, workdir=directory, train_data_loader=data)
+
+
 @pytest.fixture
 def held(monkeypatch):
     """Holds every write back until `held.set()`."""
@@ -206,6 +211,53 @@ class TestTheEndOfARun:
             found.append(latest_checkpoint(tmp_path).name)
         assert found == ["checkpoint_5.msgpack", "checkpoint_5.msgpack", "checkpoint_15.msgpack"]
 
+    def test_of_an_unknown_number_every_train_epoch_saves_and_none_waits(self, tmp_path, held):
+        held.set()
+        trainer = by_epochs(tmp_path)
+        trainer.train_epoch()
+        held.clear()
+        trainer.train_epoch()
+        assert latest_checkpoint(tmp_path).name == "checkpoint_5.msgpack"
+        held.set()
+        trainer.train_epoch()
+        trainer.setup.checkpointer.wait()
+        assert sorted(path.name for path in tmp_path.glob("c*")) == [
+            f"checkpoint_{step}.msgpack" for step in (10, 15, 5)
+        ]
+        resumed = by_epochs(tmp_path)
+        while resumed.epoch < 4:
+            resumed.train_epoch(resume=True)
+        trainer.train_epoch()
+        assert_same_bits(resumed.state, trainer.state)
+
+    def test_without_a_directory_of_the_caller_train_epoch_saves_nothing(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        for settings in ({}, {"num_epochs": 3}):
+            with by_epochs(None, **settings) as trainer:
+                trainer.train_epoch()
+        assert list(tmp_path.iterdir()) == []
+
+    def test_of_a_known_number_close_saves_where_the_loop_ends_before(self, tmp_path):
+        with by_epochs(tmp_path, num_epochs=9) as trainer:
+            for _ in range(2):
+                trainer.train_epoch()
+            assert latest_checkpoint(tmp_path).name == "checkpoint_5.msgpack"
+        assert latest_checkpoint(tmp_path).name == "checkpoint_10.msgpack"
+        resumed = by_epochs(tmp_path, num_epochs=9)
+        while resumed.epoch < 3:
+            resumed.train_epoch(resume=True)
+        trainer.train_epoch()
+        assert_same_bits(resumed.state, trainer.state)
+
+    def test_close_saves_no_steps_of_the_callers_own(self, tmp_path):
+        with by_epochs(tmp_path, num_epochs=9) as trainer:
+            trainer.train_epoch()
+            trainer.train_epoch()
+            trainer.train_step(regression(8))
+        with by_epochs(tmp_path / "steps") as other:
+            other.train_step(regression(8))
+        assert [path.name for path in tmp_path.rglob("c*")] == ["checkpoint_5.msgpack"]
+
     def test_train_epoch_saves_where_a_callback_ends_the_run(self, tmp_path):
         class Stops(Callback):
             def on_epoch_end(self, trainer, epoch, logs):
@@ -282,6 +334,17 @@ class TestFailures:
         assert caught.value.__notes__ == ["and a save in the background raised PermissionError('not yours')"]
         assert recorder.names[-1] == "on_train_end"
 
+    @pytest.mark.parametrize("ask", ["close", "train_epoch"])
+    def test_one_of_an_epoch_is_raised_by_the_next_call(self, ask, tmp_path, monkeypatch):
+        trainer = by_epochs(tmp_path)
+        trainer.train_epoch()
+        with monkeypatch.context() as patch:
+            patch.setattr("trainer.checkpoints.checkpointer.write_snapshot", failing)
+            trainer.train_epoch()
+            trainer.setup.checkpointer._saver._pending.exception(timeout=60)
+        with pytest.raises(CheckpointError, match="the disk is gone"):
+            getattr(trainer, ask)()
+
     @pytest.mark.parametrize("ask", ["close", "save_checkpoint"])
     def test_one_after_a_call_is_raised_by_the_next(self, ask, tmp_path, monkeypatch):
         trainer = build(tmp_path)
@@ -304,6 +367,17 @@ def test_an_interpreter_that_exits_waits(suffix, tmp_path):
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
     assert latest_checkpoint(tmp_path) == path
+
+
+@pytest.mark.few(1)
+def test_an_interpreter_that_exits_tells_of_a_failure(tmp_path):
+    code = f"""
+        from tests.checkpoints.test_background import build, checkpointer, failing
+        checkpointer.write_snapshot = failing
+        build({str(tmp_path)!r}).save_checkpoint(background=True)
+    """
+    ended = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, capture_output=True, text=True)
+    assert "a save in the background failed, and no later call could raise it: CheckpointError(" in ended.stderr
 
 
 def test_a_pickle_is_written_at_once(tmp_path):

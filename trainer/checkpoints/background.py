@@ -5,8 +5,10 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from trainer.core.private_api import before_executors_shut_down
+from trainer.errors import warn
 
-_in_flight: set[Future[Any]] = set()
+# Saves in flight, and those that failed where nobody has asked for the result yet.
+_unheard: set[Future[Any]] = set()
 
 
 class BackgroundSaver:
@@ -26,8 +28,8 @@ class BackgroundSaver:
         """
         self.wait()
         self._pending = pending = self._thread.submit(save)
-        _in_flight.add(pending)
-        pending.add_done_callback(_in_flight.discard)
+        _unheard.add(pending)
+        pending.add_done_callback(_forget_if_written)
 
     def check(self) -> Any:
         """Returns the result or raises the error of a finished save, once; does not wait for a save in flight."""
@@ -40,12 +42,21 @@ class BackgroundSaver:
             # A signal may interrupt the wait; the save is then still in flight, and its failure not yet raised.
             wait([pending])
             self._pending = None
+            _unheard.discard(pending)
             return pending.result()
         return None
 
 
+def _forget_if_written(save: Future[Any]) -> None:
+    if save.exception() is None:
+        _unheard.discard(save)
+
+
 def _wait_for_all() -> None:
-    wait(set(_in_flight))
+    """Waits for the saves in flight, and warns of those that failed where no call has raised it."""
+    wait(set(_unheard))
+    for failure in filter(None, (save.exception() for save in set(_unheard))):
+        warn(f"a save in the background failed, and no later call could raise it: {failure!r}")
 
 
 # Interpreter exit first closes executors to new work, but Orbax submits some while it finishes a save.

@@ -49,6 +49,7 @@ def fit(trainer: Trainer, plan: FitPlan, resume: bool | str | os.PathLike[str]) 
         setup.check_savable()
     restored = find(setup, before, plan, resume)
     setup.live.planned, setup.live.failure, setup.live.has_ended = plan.planned, "", False
+    setup.live.unsaved_step = None
     opening: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if restored is None:
         run = before.replace(position=plan.position, arguments=plan.arguments)
@@ -72,11 +73,13 @@ def fit(trainer: Trainer, plan: FitPlan, resume: bool | str | os.PathLike[str]) 
             # The loader may reject its position when it is opened.
             opening = put_back(trainer, before, callback_states)
     try:
-        return _run_epochs(trainer, plan, restored, opening)
+        _run_epochs(trainer, plan, restored, opening)
     except BaseException:
         if plan.data is not None:
             plan.data.finish_import()
         raise
+    _leave(trainer, plan)
+    return trainer.run
 
 
 def train_step(trainer: Trainer, batch: Batch) -> Metrics:
@@ -94,6 +97,16 @@ def train_step(trainer: Trainer, batch: Batch) -> Metrics:
     trainer.hold(run)
     _after_call(trainer, metrics, None, defer=False)
     return metrics
+
+
+def finish(trainer: Trainer) -> None:
+    """Saves what `train_epoch` left to a later call, and waits for the save in flight; see `Trainer.close`."""
+    setup, run = trainer.setup, trainer.run
+    # Of several processes, one may close because of an exception, and the others would not take part in the save.
+    if setup.live.unsaved_step == run.step and run.position is not None and setup.placement.num_processes == 1:
+        setup.live.unsaved_step = None
+        _save_end(trainer)
+    setup.finish_saves()
 
 
 def validate(trainer: Trainer, held_out: Callable[[], Iterator[Batch]], check: Callable[[], None]) -> None:
@@ -128,7 +141,7 @@ def _telling(trainer: Trainer) -> Callable[..., Metrics]:
 
 def _run_epochs(
     trainer: Trainer, plan: FitPlan, restored: Restored | None, opening: contextlib.AbstractContextManager[None]
-) -> Run:
+) -> None:
     setup = trainer.setup
     if restored is not None or trainer.run.is_new:
         write_start(setup, plan, trainer.run, None if restored is None else restored.path)
@@ -168,12 +181,8 @@ def _run_epochs(
         if plan.caller == "train" and trainer.run.validation is not None and plan.held_out is not None:
             setup.fanout.log_test_metrics(trainer.run.validation.averages)
         if _is_to_be_saved(setup, plan, trainer.run):
-            run = trainer.run
-            trainer.hold(setup.without_lost_position(run))
-            trainer.save_checkpoint(background="if_finite")
-            trainer.hold(run)
+            _save_end(trainer)
         setup.live.has_ended = _is_end(setup, plan, trainer.run)
-    return trainer.run
 
 
 def _run_epoch(trainer: Trainer, plan: FitPlan, signals: Signals, batches: Iterator[Batch], *, is_last: bool) -> None:
@@ -361,6 +370,33 @@ def _is_to_be_saved(setup: Setup, plan: FitPlan, run: Run) -> bool:
     if not setup.is_directory_given or saved == run.step:
         return False
     return _is_end(setup, plan, run) or saved is None
+
+
+def _leave(trainer: Trainer, plan: FitPlan) -> None:
+    """Sees to it that an epoch of ``train_epoch`` is not lost if no other call follows.
+
+    If the configuration leaves ``num_epochs`` at its default, every call may be the last, and few loops call `close`.
+    So each call saves, but in the background and after its last event, so that it does not wait for the save: the next
+    epoch runs beside it, and only a save that takes longer than an epoch delays the next one. Of a known number, the
+    last call saves; a loop that ends before leaves the rest to `close`.
+    """
+    setup, run = trainer.setup, trainer.run
+    if plan.caller != "train_epoch" or not setup.is_directory_given or setup.checkpointer.saved_step(run) == run.step:
+        return
+    if plan.planned.num_epochs is None:
+        _save_end(trainer)
+    else:
+        setup.live.unsaved_step = run.step
+
+
+def _save_end(trainer: Trainer) -> None:
+    """Starts a save of the run at the end of an epoch."""
+    run = trainer.run
+    trainer.hold(trainer.setup.without_lost_position(run))
+    try:
+        trainer.save_checkpoint(background="if_finite")
+    finally:
+        trainer.hold(run)
 
 
 def _is_end(setup: Setup, plan: FitPlan, run: Run) -> bool:

@@ -84,6 +84,8 @@ class Live:
         meter: Measures the throughput of the current or latest epoch.
         failure: What ended the call, as text, if it raised; empty otherwise.
         has_ended: Whether the call reached the end of a run: all epochs, or a stop requested by a callback.
+        unsaved_step: The step at which a call to ``train_epoch`` left its state to a later call to save; None if it is
+            saved.
         throughput: The throughput of the latest epoch.
         speeds_written: When the throughput of epochs was last written, as `time.monotonic`.
         has_advised: Whether fusing was recommended.
@@ -97,6 +99,7 @@ class Live:
     meter: Meter | None = None
     failure: str = ""
     has_ended: bool = False
+    unsaved_step: int | None = None
     throughput: Throughput | None = None
     speeds_written: float = 0.0
     has_advised: bool = False

@@ -43,6 +43,7 @@ UNUSABLE = [
     refused([1, 2], IS_A_LIST),
     refused(["a", "b"], IS_A_LIST),
     refused([[[0.5]]], IS_A_LIST),
+    refused([np.float32(0.5), np.float32(1)], IS_A_LIST),
     refused("abc", "is of type str, not an array"),
     refused(Frame(), "is of type Frame, not an array"),
     refused(

@@ -47,7 +47,7 @@ class Trainer(Inspection):
         training_config: How to train.
         optimizer: Any optax transformation; if left out, it is built from ``training_config``.
         train_data_loader: What `train_epoch` trains on: an iterable of batches, or a callable that returns one and
-            may take ``batch_size``. ``training_config`` limits the passes over endless loaders.
+            may take ``batch_size`` and ``epoch``. ``training_config`` limits the passes over endless loaders.
         val_data_loader: What `train_epoch` validates on, in the same forms.
         workdir: A directory for one run. Checkpoints, including the final one, go there without ``checkpoint_dir``.
         rng: The initial key, raw or typed, or an integer seed for it, by default 0. It also seeds the data order.

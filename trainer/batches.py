@@ -18,6 +18,12 @@ from trainer.errors import BatchError
 _MOST_LEAVES = 5
 _MOST_CHARACTERS = 1000
 
+GIVES_EXAMPLES = (
+    "which gives examples by their index; pass a loader of batches, such as torch.utils.data.DataLoader(...) or "
+    "grain.MapDataset.source(...).shuffle(seed=0).batch(...)"
+)
+"""What is wrong with an object that `is_indexed` and gives no batches, for messages."""
+
 # Structures already checked: (tree, types, shapes, dtypes) -> (length, positions of leaves with 64-bit integers).
 _checked: dict[Any, tuple[int | None, tuple[int, ...]]] = {}
 _MAX_CHECKED = 256
@@ -120,6 +126,13 @@ def checked_data(data: Any, name: str) -> tuple[Any, int]:
     return data, length
 
 
+def is_indexed(data: Any) -> bool:
+    """Tells whether an object has a length and gives items by their index, and no other way to loop over them."""
+    kind = type(data)
+    has_items = hasattr(kind, "__getitem__") and hasattr(kind, "__len__")
+    return has_items and not hasattr(kind, "__iter__") and not hasattr(data, "__array__")
+
+
 def describe(tree: Any) -> str:
     """Formats a tree of arrays as ``image: float32(32, 8, 8, 1), label: int32(32,)``."""
     return ", ".join(map(_entry, jax.tree.leaves_with_path(tree)))
@@ -168,11 +181,8 @@ def _problem(leaf: Any, *, is_data: bool) -> str | None:
     if hasattr(leaf, "todense") and (is_data or jax.tree_util.all_leaves([leaf])):
         return f"is a sparse matrix of type {type(leaf).__name__}; pass .todense() of it, or its parts as arrays"
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-        if is_data and hasattr(leaf, "__getitem__") and hasattr(leaf, "__len__") and not hasattr(leaf, "__iter__"):
-            return (
-                f"is a {type(leaf).__name__}, which gives examples by their index; pass a loader of batches, such as "
-                f"torch.utils.data.DataLoader(...) or grain.MapDataset.source(...).shuffle(seed=0).batch(...)"
-            )
+        if is_data and is_indexed(leaf):
+            return f"is a {type(leaf).__name__}, {GIVES_EXAMPLES}"
         hint = ""
         if dataclasses.is_dataclass(leaf):
             hint = "; make a tree of it with @jax.tree_util.register_dataclass, above its @dataclasses.dataclass"
@@ -268,7 +278,7 @@ def _is_unusable_node(node: Any) -> bool:
     first: Any = node
     while type(first) is list and first:
         first = first[0]
-    return isinstance(first, bool | int | float | complex | str)
+    return isinstance(first, bool | int | float | complex | str | np.generic)
 
 
 def _as_known_to_jax(batch: Any) -> Any:

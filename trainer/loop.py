@@ -161,7 +161,8 @@ def open_pass(
 
     Args:
         run: The run, outside an epoch or restored from a checkpoint.
-        loader: An iterable of batches, or a callable that returns one and may take the batch size.
+        loader: An iterable of batches, or a callable that returns one and may take ``batch_size`` and ``epoch``, the
+            number of epochs that the run has finished.
         batch_size: The argument for a callable that takes one.
         name: Its name in error messages.
         limit: The maximum number of batches per pass; None for no limit.
@@ -181,7 +182,7 @@ def open_pass(
     elif position.batch:
         where = LoaderPosition()
     previous = before if isinstance(before, LoaderPass) else None
-    loader_pass = LoaderPass(loader, batch_size, name, limit, previous)
+    loader_pass = LoaderPass(loader, batch_size, name, limit, previous, run.epoch)
     loader_pass.open(where, position.batch)
     return run.replace(position=dataclasses.replace(position, loader=loader_pass)), loader_pass
 

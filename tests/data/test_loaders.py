@@ -43,6 +43,22 @@ class Options:
         return iter(self.batches)
 
 
+class Indexed:
+    """Gives its items by their index, as a `keras.utils.Sequence`, and tells of its ends."""
+
+    def __init__(self, items):
+        self.items, self.ends = items, 0
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[min(index, len(self.items) - 1)]  # it raises no IndexError
+
+    def on_epoch_end(self):
+        self.ends += 1
+
+
 def passed(loader, limit=None, name="loader"):
     """Returns the batches of one pass."""
     return list(one_pass(loader, 2, name, limit, bound="TrainingConfig.validation_steps"))
@@ -71,6 +87,8 @@ def passed(loader, limit=None, name="loader"):
         (lambda *, limit=1: BATCHES[:limit], 1),
         (lambda **options: BATCHES[: len(options) or 1], 1),
         (Factory(), 2),
+        (functools.partial(lambda epoch: BATCHES[epoch:], epoch=0), 3),
+        (lambda epoch=0: BATCHES[epoch:], 3),
         (functools.partial(lambda n, batch_size: BATCHES[: n * batch_size], 1), 2),
         (functools.partial(lambda batch_size: BATCHES[:batch_size], batch_size=1), 1),
         (functools.partial(lambda batch_size, n: BATCHES[: n * batch_size], n=1), 2),
@@ -81,6 +99,85 @@ def passed(loader, limit=None, name="loader"):
 def test_loaders_of_many_kinds(loader, expected):
     assert list(open_loader(loader, 2, "loader")) == BATCHES[:expected]
     assert passed(loader) == BATCHES[:expected]
+
+
+@pytest.mark.parametrize(
+    ("loader", "expected"),
+    [
+        (lambda epoch: (epoch,), (5,)),
+        (lambda epoch=0: (epoch,), (5,)),
+        (lambda batch_size, epoch: (batch_size, epoch), (2, 5)),
+        (lambda epoch, batch_size: (batch_size, epoch), (2, 5)),
+        (lambda n, epoch: (n, epoch), (2, 5)),
+        (lambda n, *, epoch=0: (n, epoch), (2, 5)),
+        (lambda batch_size, /, *, epoch: (batch_size, epoch), (2, 5)),
+        (functools.partial(lambda epoch: (epoch,), epoch=3), (3,)),
+        (lambda n, seed=1: (n, seed), (2, 1)),
+        (lambda *, seed=1: (seed,), (1,)),
+    ],
+)
+def test_a_callable_gets_the_epoch_by_its_name(loader, expected):
+    check_loader(loader, "loader", has_epoch=True)
+    assert open_loader(loader, 2, "loader", epoch=5) == expected
+
+
+def test_an_epoch_that_nobody_can_pass_is_refused():
+    for loader in (lambda epoch, n: n, lambda epoch, /: epoch):
+        with pytest.raises(ArgumentError, match="nothing but `batch_size` and `epoch` are passed to it"):
+            check_loader(loader, "loader", has_epoch=True)
+    with pytest.raises(ArgumentError, match="`val_data_loader` is a callable that requires `epoch`, and nothing but"):
+        Trainer(Linear(), config(), loss_fn=squared_error, val_data_loader=lambda epoch: BATCHES[epoch:])
+
+
+def test_training_passes_the_number_of_finished_epochs():
+    seen = []
+
+    def batches(epoch, batch_size):
+        seen.append((epoch, batch_size))
+        return [regression(batch_size, 3)]
+
+    trainer = Trainer(Linear(), config(), loss_fn=squared_error, train_data_loader=batches)
+    trainer.train(batches, 2, 4)
+    trainer.train_epoch()
+    assert seen == [(0, 4), (1, 4), (2, 32)]
+
+
+def test_batches_by_their_index_are_a_loader():
+    loader = Indexed(BATCHES)
+    check_loader(loader, "loader")
+    assert passed(loader) == passed(lambda: loader) == BATCHES
+    assert loader.ends == 2
+    assert passed(loader, 2) == BATCHES[:2]
+    assert loader.ends == 2
+    with pytest.raises(ArgumentError, match="yielded no batch"):
+        passed(Indexed([]))
+    with pytest.warns(UserWarning, match="`train_data_loader` has 3 batches and starts over in every epoch"):
+        opened(loader, 2)
+
+
+def test_a_trainer_takes_batches_by_their_index_wherever_it_takes_a_loader():
+    batches = [regression(8, 3, seed) for seed in range(4)]
+
+    def build(loader):
+        return Trainer(Linear(), config(), loss_fn=squared_error, train_data_loader=loader, val_data_loader=loader)
+
+    indexed, listed = build(Indexed(batches)), build(batches)
+    assert indexed.train(Indexed(batches), 2, 8, Indexed(batches)) == listed.train(batches, 2, 8, batches)
+    assert indexed.train_epoch() == listed.train_epoch()
+    assert indexed.evaluate(Indexed(batches), 8) == listed.evaluate(batches, 8)
+    assert indexed.setup.live.planned.steps_per_epoch == 4
+
+
+def test_examples_by_their_index_are_refused():
+    examples = Indexed([{"input": np.ones(3, np.float32), "target": np.float32(1)}] * 4)
+    message = "is a Indexed, which gives examples by their index; pass a loader of batches, such as "
+    for argument in ("train_data_loader", "val_data_loader"):
+        with pytest.raises(ArgumentTypeError, match=f"`{argument}` {message}"):
+            Trainer(Linear(), config(), loss_fn=squared_error, **{argument: examples})
+    with pytest.raises(ArgumentTypeError, match=f"`loader` returned an object that {message}"):
+        open_loader(lambda: examples, 2, "loader")
+    with pytest.raises(BatchError, match=f"`train_data` {message}"):
+        Trainer(Linear(), config(), loss_fn=squared_error).train(examples, 1, 4)
 
 
 def test_a_callable_without_signature_is_called_with_nothing():
@@ -94,6 +191,8 @@ def test_a_callable_without_signature_is_called_with_nothing():
         (lambda path, batch_size: path, "`path`"),
         (lambda path, shards: path, "`path`, `shards`"),
         (lambda *, shards: shards, "`shards`"),
+        (lambda seed: seed, "`seed`"),
+        (lambda split: split, "`split`"),
         (lambda path, /, batch_size: path, "`path`"),
         (lambda path="", batch_size=1, /: path, "`path`"),
         (lambda size, *, seed: size, "`size`, `seed`"),
@@ -255,6 +354,66 @@ def test_what_is_never_seen_is_said_once():
         opened(lambda: BATCHES, 2)
     for loader, limit in ((BATCHES, 3), (BATCHES, None), (iter(BATCHES), 2), (lambda: iter(BATCHES), 2)):
         opened(loader, limit)  # warnings are errors
+
+
+class Unsized:
+    """Starts over, as `lambda: iter(batches)` does, and has no length."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+def passes(loader, limit, count=3):
+    """Returns the batches of several passes of one run."""
+    drawn, previous = [], None
+    for epoch in range(count):
+        previous = LoaderPass(loader, 2, "train_data_loader", limit, previous, epoch)
+        previous.open()
+        drawn.append(list(previous))
+    return drawn
+
+
+@pytest.mark.parametrize(
+    ("loader", "calls"), [(lambda: iter(BATCHES), "is called again"), (Unsized(BATCHES), "starts over")]
+)
+def test_what_is_never_seen_of_a_loader_without_a_length_is_said_once(loader, calls):
+    message = (
+        f"`train_data_loader` begins with the same batch and {calls} in every epoch, and "
+        "`TrainingConfig.steps_per_epoch` ends the epoch after 2: what comes after is never seen. Pass an iterator, "
+        "which continues where the epoch before ended"
+    )
+    with pytest.warns(UserWarning, match=re.escape(message)) as caught:
+        drawn = passes(loader, 2)
+    assert len(caught) == 1
+    assert drawn == [BATCHES[:2]] * 3
+
+
+@pytest.mark.parametrize(
+    ("loader", "limit"),
+    [
+        (lambda: iter(BATCHES), 3),
+        (lambda: iter(BATCHES), 4),
+        (lambda: itertools.cycle(BATCHES), 3),
+        (lambda: itertools.repeat(BATCHES[0]), 2),
+        (itertools.repeat(BATCHES[0]), 2),
+        (itertools.cycle(BATCHES), 2),
+        (functools.partial(iter, itertools.cycle(BATCHES)), 2),
+        (lambda epoch: iter(BATCHES[epoch % 2 :] * 2), 2),
+    ],
+    ids=str,
+)
+def test_of_a_loader_that_leaves_out_nothing_nothing_is_said(loader, limit):
+    assert {len(drawn) for drawn in passes(loader, limit)} <= {2, 3}  # warnings are errors
+
+
+def test_the_comparison_takes_nothing_from_an_iterator_that_continues():
+    numbers = itertools.count()
+    batches = ({"x": np.full(2, next(numbers) % 2)} for _ in itertools.repeat(None))  # every pass begins with 0
+    passes(lambda: batches, 2)
+    assert next(numbers) == 6
 
 
 def test_endless_loaders_are_bounded_in_training_and_validation():

@@ -152,6 +152,11 @@ def generator_function():
         yield batch_of(slice(start, start + BATCH))
 
 
+def shuffled_by_epoch(epoch):
+    order = np.random.default_rng(epoch).permutation(EXAMPLES)
+    return [batch_of(order[start : start + BATCH]) for start in range(0, EXAMPLES, BATCH)]
+
+
 KNOWING = {
     "makes an iterator": MakesPositioned,
     "is an endless iterator": lambda: Positioned(limit=None),
@@ -168,6 +173,7 @@ KNOWING = {
 OTHERS = {
     "list": lambda: list(generator_function()),
     "generator function": lambda: generator_function,
+    "function of the epoch": lambda: shuffled_by_epoch,
     "callable with size": lambda: (
         lambda batch_size: [batch_of(slice(i, i + batch_size)) for i in range(0, EXAMPLES, batch_size)]
     ),

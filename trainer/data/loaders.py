@@ -1,70 +1,115 @@
 """Loaders: how one is opened, and one pass over it.
 
 A loader is an iterable of batches, or a callable that returns one. An iterable is used as is; a callable is
-called for every pass. The batch size is passed by name, so that it cannot bind to another option of the callable.
+called for every pass. The batch size and the epoch are passed by name, so that they cannot bind to another option of
+the callable.
 """
 
 import copy
 import functools
+import hashlib
 import inspect
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
+import jax
+import numpy as np
+
+from trainer.batches import GIVES_EXAMPLES, is_indexed
 from trainer.errors import ArgumentError, ArgumentTypeError, BatchError, warn
 from trainer.types import Batch
 
 WARN_AFTER = 10_000
 """A pass with no limit over a loader with no length warns after this many batches that it may be endless."""
 
+_NO_SIZE = re.compile(
+    r"data(set)?|device|directory|epochs?|file(name)?s?|index|key|mesh|mode|num_(epochs|steps|workers)|paths?|prefix|"
+    r"rank|rngs?|root|seed|shard|shuffle|split|state|steps?|subset|train(ing)?|worker"
+)
+"""Names of parameters that mean something else than a batch size."""
+
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
-def open_loader(loader: Any, batch_size: int, name: str) -> Iterable[Batch]:
+def open_loader(loader: Any, batch_size: int, name: str, *, epoch: int | None = None) -> Iterable[Batch]:
     """Returns the batches of one pass over a loader.
 
     Args:
-        loader: An iterable of batches, or a callable that returns one. ``batch_size`` is passed to the parameter of
-            that name, or to the only required positional parameter; all other options keep their defaults.
+        loader: An iterable of batches, or a callable that returns one. ``batch_size`` and ``epoch`` are passed to the
+            parameters of these names. Without a ``batch_size``, a single required positional parameter takes it, unless
+            its name means something else (``seed``, ``split``). All other options keep their defaults.
         batch_size: The number of examples in a batch, for a callable that takes it.
         name: The loader's name in errors.
+        epoch: The number of epochs finished before, for a callable that takes it; None if there are no epochs.
 
     Raises:
         ArgumentTypeError: It is neither, its result is not iterable, or iterating over it yields keys or rows.
         ArgumentError: The callable has other required parameters.
     """
-    check_loader(loader, name)
-    if isinstance(loader, Iterable):
-        return loader
-    parameter = _size_parameter(loader, name)
-    if parameter is None:
-        batches = loader()
-    elif parameter.kind is inspect.Parameter.POSITIONAL_ONLY or parameter.name != "batch_size":
-        batches = loader(batch_size)
+    if not is_factory(loader):
+        if is_indexed(loader):  # checked before the run, since that reads a batch
+            return _InOrder(loader)
+        check_loader(loader, name)
+        return loader  # type: ignore[no-any-return]
+    size, takes_epoch = _parameters(loader, name, has_epoch=epoch is not None)
+    by_name: dict[str, Any] = {"epoch": epoch} if takes_epoch else {}
+    if size is None:
+        batches = loader(**by_name)
+    elif size.kind is inspect.Parameter.POSITIONAL_ONLY or size.name != "batch_size":
+        batches = loader(batch_size, **by_name)
     else:
-        batches = loader(batch_size=batch_size)
+        batches = loader(batch_size=batch_size, **by_name)
     _check_iterable(batches, f"`{name}` returned an object that")
-    return batches  # type: ignore[no-any-return]
+    return _InOrder(batches) if is_indexed(batches) else batches
 
 
-def check_loader(loader: Any, name: str) -> None:
-    """Checks that a loader can be opened, without opening it.
+class _InOrder:
+    """The batches of an object that `is_indexed`, such as a ``keras.utils.Sequence``, in the order of their indices.
+
+    As Keras does, it calls the object's ``on_epoch_end()`` after the last, in which many shuffle.
+    """
+
+    def __init__(self, batches: Any) -> None:
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        # Up to its length: Keras asks for no IndexError beyond, and slices of arrays raise none.
+        for index in range(len(self._batches)):
+            yield self._batches[index]
+        if callable(end := getattr(self._batches, "on_epoch_end", None)):
+            end()
+
+
+def check_loader(loader: Any, name: str, *, has_epoch: bool = False) -> None:
+    """Checks that a loader can be opened, without opening it; ``has_epoch`` tells whether with an ``epoch``.
 
     Raises:
         ArgumentTypeError, ArgumentError: As for `open_loader`.
     """
-    if callable(loader) and not isinstance(loader, Iterable):
-        _size_parameter(loader, name)
+    if is_factory(loader):
+        _parameters(loader, name, has_epoch=has_epoch)
     else:
         _check_iterable(loader, f"`{name}`")
 
 
+def is_factory(loader: Any) -> bool:
+    """Tells whether a loader is a callable that is called for every pass."""
+    return callable(loader) and not isinstance(loader, Iterable)
+
+
 def takes_batch_size(loader: Any, name: str) -> bool:
-    """Tells whether a loader is a callable that takes the batch size; errors as for `open_loader`."""
-    return callable(loader) and not isinstance(loader, Iterable) and _size_parameter(loader, name) is not None
+    """Tells whether a training loader is a callable that takes the batch size; errors as for `open_loader`."""
+    return is_factory(loader) and _parameters(loader, name, has_epoch=True)[0] is not None
 
 
-def one_pass(loader: Any, batch_size: int, name: str, limit: int | None, *, bound: str) -> Iterator[Batch]:
+def one_pass(
+    loader: Any, batch_size: int, name: str, limit: int | None, *, bound: str, epoch: int | None = None
+) -> Iterator[Batch]:
     """Yields the batches of one pass, at most ``limit``.
 
     Args:
@@ -73,12 +118,13 @@ def one_pass(loader: Any, batch_size: int, name: str, limit: int | None, *, boun
         name: As for `open_loader`.
         limit: The maximum number of batches; None for all.
         bound: How to bound an endless loader, for the warning.
+        epoch: As for `open_loader`.
 
     Raises:
         ArgumentError: There are no batches.
         BatchError: The loader yielded None.
     """
-    iterator = iter(open_loader(loader, batch_size, name))
+    iterator = iter(open_loader(loader, batch_size, name, epoch=epoch))
     drawn = 0
     while limit is None or drawn < limit:
         try:
@@ -98,7 +144,7 @@ def one_pass(loader: Any, batch_size: int, name: str, limit: int | None, *, boun
 def first_batches(loader: Any, batch_size: int, name: str, count: int) -> list[Batch]:
     """Returns copies of the first batches of a pass, at most ``count``; errors as for `one_pass`."""
     # A loader may reuse one buffer.
-    return [copy.deepcopy(batch) for batch in one_pass(loader, batch_size, name, count, bound="")]
+    return [copy.deepcopy(batch) for batch in one_pass(loader, batch_size, name, count, bound="", epoch=0)]
 
 
 def check_drawn(batch: Any, drawn: int, loader: Any, name: str, limit: int | None, bound: str) -> None:
@@ -134,7 +180,7 @@ def no_batch(name: str) -> ArgumentError:
     )
 
 
-def warn_of_unseen(loader: Any, batches: Iterable[Batch], name: str, limit: int | None) -> None:
+def check_seen(loader: Any, batches: Iterable[Batch], name: str, limit: int | None) -> bool:
     """Warns if every pass starts over and stops before the loader's end, so that some batches are never seen.
 
     Args:
@@ -142,20 +188,76 @@ def warn_of_unseen(loader: Any, batches: Iterable[Batch], name: str, limit: int 
         batches: The result of `open_loader`.
         name: Its name in the warning.
         limit: The maximum number of batches in a pass.
+
+    Returns:
+        Whether that is still unknown, because the loader has no length; see `check_seen_again`.
     """
-    if limit is None or isinstance(batches, Iterator) or not isinstance(batches, Sized):
-        return
+    if limit is None or (batches is loader and isinstance(batches, Iterator)):
+        return False
     try:
-        length = len(batches)
+        length = len(batches)  # type: ignore[arg-type]
     except TypeError:  # an iterable-style torch loader has `__len__`, but no length
-        return
+        return True
     if length > limit:
-        calls = "is called again" if batches is not loader else "starts over"
-        warn(
-            f"`{name}` has {length} batches and {calls} in every epoch, and `TrainingConfig.steps_per_epoch` ends the "
-            f"epoch after {limit}: unless it shuffles, the rest ({length - limit} of {length}) is never seen. Pass an "
-            f"iterator, which continues where the epoch before ended, or leave `steps_per_epoch` out."
-        )
+        rest = f"unless it shuffles, the rest ({length - limit} of {length})"
+        _warn_of_unseen(loader, name, f"has {length} batches", limit, rest)
+    return False
+
+
+def check_seen_again(loader: Any, rest: Iterator[Batch], name: str, limit: int, first: bytes | None) -> None:
+    """Warns of the same for a loader without a length, two passes of which have begun with the same batch.
+
+    Args:
+        loader: The loader.
+        rest: The iterator of the pass before, which ended after ``limit`` batches. One more is drawn from it: if there
+            is none, or if it is the first one again, nothing is left out.
+        name: Its name in the warning.
+        limit: The maximum number of batches in a pass.
+        first: The `digest_of` that batch.
+    """
+    try:
+        further = digest_of(next(rest))
+    except Exception:  # the pass before has ended, whatever it raises now
+        return
+    if further not in (None, first):
+        _warn_of_unseen(loader, name, "begins with the same batch", limit, "what comes after")
+
+
+def digest_of(batch: Any) -> bytes | None:
+    """Returns a hash of a batch; None for one whose values cannot be read here."""
+    try:
+        leaves, structure = jax.tree.flatten(dict(batch) if isinstance(batch, Mapping) else batch)
+        content = hashlib.sha256(str(structure).encode())
+        for array in map(np.asarray, leaves):
+            if array.dtype.hasobject:
+                return None
+            content.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
+    except Exception:  # an array of another process, or no batch at all, of which the step tells
+        return None
+    return content.digest()
+
+
+def _warn_of_unseen(loader: Any, name: str, what: str, limit: int, rest: str) -> None:
+    calls = "is called again" if is_factory(loader) else "starts over"
+    instead = ", a callable that takes `epoch`" * is_factory(loader)
+    warn(
+        f"`{name}` {what} and {calls} in every epoch, and `TrainingConfig.steps_per_epoch` ends the epoch after "
+        f"{limit}: {rest} is never seen. Pass an iterator, which continues where the epoch before ended{instead}, or "
+        f"leave `steps_per_epoch` out."
+    )
+
+
+def gives_batches(loader: Any) -> bool:
+    """Tells whether an object that `is_indexed` gives batches: the leaves of its first item share their first axis.
+
+    Those of an example do not, but for examples of one array or of arrays of one length.
+    """
+    if any(base.__module__.startswith("torch.utils.data") for base in type(loader).__mro__):  # map-style data sets
+        return False
+    if not len(loader):
+        return True  # of which the pass tells
+    shapes: list[tuple[int, ...]] = [getattr(leaf, "shape", ()) for leaf in jax.tree.leaves(loader[0])]
+    return bool(shapes) and all(shapes) and len({shape[0] for shape in shapes}) == 1
 
 
 def check_batches(batches: Any, subject: str) -> None:
@@ -180,7 +282,10 @@ def _check_iterable(batches: Any, subject: str) -> None:
             f"{subject} is an array of type {type(batches).__name__}: a loop over it gives its rows, not batches. Pass "
             f"[batch] if it is one batch; for a whole data set call train(data, num_epochs, batch_size)."
         )
-    if not isinstance(batches, Iterable):
+    if is_indexed(batches):
+        if not gives_batches(batches):
+            raise ArgumentTypeError(f"{subject} is a {type(batches).__name__}, {GIVES_EXAMPLES}")
+    elif not isinstance(batches, Iterable):
         raise ArgumentTypeError(
             f"{subject} is of type {type(batches).__name__}; it must be an iterable of batches, or a callable "
             f"that returns one."
@@ -213,8 +318,8 @@ def _check_rows(loader: Any, subject: str) -> None:
         )
 
 
-def _size_parameter(function: Callable[..., Any], name: str) -> inspect.Parameter | None:
-    """Returns the parameter that takes the batch size, or None if there is none.
+def _parameters(function: Callable[..., Any], name: str, *, has_epoch: bool) -> tuple[inspect.Parameter | None, bool]:
+    """Returns the parameter that takes the batch size, if there is one, and whether another takes the epoch.
 
     Raises:
         ArgumentError: The function has other required parameters.
@@ -222,19 +327,24 @@ def _size_parameter(function: Callable[..., Any], name: str) -> inspect.Paramete
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # some builtins have no signature, so nothing can be matched by name
-        return None
+        return None, False
     bound = function.keywords if isinstance(function, functools.partial) else {}  # keep what the caller bound
     parameters = [one for one in parameters if one.kind not in _VARIADIC and one.name not in bound]
+    epochs = [one for one in parameters if has_epoch and one.name == "epoch"]
+    epochs = [one for one in epochs if one.kind is not inspect.Parameter.POSITIONAL_ONLY]
     named = [one for one in parameters if one.name == "batch_size"]
-    required = [one for one in parameters if one.default is inspect.Parameter.empty]
-    if not named and len(required) == 1 and required[0].kind in _POSITIONAL:
+    required = [one for one in parameters if one.default is inspect.Parameter.empty and one not in epochs]
+    alone = None if named or len(required) != 1 else required[0]
+    is_size = alone is not None and alone.kind in _POSITIONAL and not _NO_SIZE.fullmatch(alone.name)
+    if is_size and (not epochs or alone is parameters[0]):
         named = required
     others = [one.name for one in required if one not in named]
     if named and named[0].kind is inspect.Parameter.POSITIONAL_ONLY and named[0] is not parameters[0]:
         others = [one.name for one in parameters[: parameters.index(named[0])]]
     if others:
+        given = "`batch_size` and `epoch` are" if has_epoch else "`batch_size` is"
         raise ArgumentError(
             f"`{name}` is a callable that requires {', '.join(f'`{other}`' for other in others)}, and nothing but "
-            f"`batch_size` is passed to it. Bind the others: lambda batch_size: loader(..., batch_size=batch_size)."
+            f"{given} passed to it. Bind the others: lambda batch_size: loader(..., batch_size=batch_size)."
         )
-    return named[0] if named else None
+    return named[0] if named else None, bool(epochs)

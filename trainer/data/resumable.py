@@ -9,11 +9,20 @@ import collections
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import chain, islice
 from typing import Any, NamedTuple, Self
 
-from trainer.data.loaders import add_position, check_drawn, no_batch, open_loader, warn_of_unseen
+from trainer.data.loaders import (
+    add_position,
+    check_drawn,
+    check_seen,
+    check_seen_again,
+    digest_of,
+    is_factory,
+    no_batch,
+    open_loader,
+)
 from trainer.data.position_codec import decode, encode
 from trainer.errors import ArgumentError, CheckpointError, warn
 from trainer.types import Batch
@@ -102,6 +111,7 @@ class LoaderPass:
         name: The loader's name in errors.
         limit: The maximum number of batches in the pass, None for all.
         previous: The previous pass in this process, if any.
+        epoch: As for `trainer.data.open_loader`.
 
     Attributes:
         drawn: The number of batches drawn, including those before an interruption.
@@ -109,10 +119,17 @@ class LoaderPass:
     """
 
     def __init__(
-        self, loader: Any, batch_size: int, name: str, limit: int | None, previous: "LoaderPass | None" = None
+        self,
+        loader: Any,
+        batch_size: int,
+        name: str,
+        limit: int | None,
+        previous: "LoaderPass | None" = None,
+        epoch: int = 0,
     ) -> None:
         self._loader, self._batch_size, self._name, self._limit = loader, batch_size, name, limit
-        self._is_factory = callable(loader) and not isinstance(loader, Iterable)
+        self._epoch = epoch
+        self._is_factory = is_factory(loader)
         self._iterator: Iterator[Batch] = iter(())
         self._stateful: tuple[Any, _Protocol] | None = None
         # An error is stored, and raised only if a checkpoint needs the position; most runs never do.
@@ -125,6 +142,10 @@ class LoaderPass:
         # An end of a pass from a checkpoint, to be restored when the next pass opens.
         self._to_restore: LoaderPosition | None = None if previous is None else previous._to_restore
         self._is_first = previous is None
+        # Whether it is unknown that batches are never seen, and what tells: the first batch, and the pass before.
+        self._compares: bool = previous is not None and previous._compares and previous._loader is loader
+        self._first: bytes | None = None
+        self._before = previous if self._compares else None
         if self._to_restore is not None:
             self._latest = dataclasses.replace(self._to_restore, drawn=0)
         elif previous is not None and previous.over:
@@ -154,6 +175,8 @@ class LoaderPass:
             raise
         check_drawn(batch, self.drawn, self._loader, self._name, self._limit, f"set `{BOUND}`")
         self.drawn += 1
+        if self._compares and self.drawn == 1:
+            self._compare(batch)
         if self._remembered is not None and self._stateful is not None:
             try:
                 position: LoaderPosition | CheckpointError = self._with_state(LoaderPosition(drawn=self.drawn))
@@ -244,10 +267,10 @@ class LoaderPass:
         return iterator
 
     def _iterate(self, position: LoaderPosition) -> Iterator[Batch]:
-        loader = open_loader(self._loader, self._batch_size, self._name)
+        loader = open_loader(self._loader, self._batch_size, self._name, epoch=self._epoch)
         if self._is_first:  # warn once, not in every epoch
             self._is_first = False
-            warn_of_unseen(self._loader, loader, self._name, self._limit)
+            self._compares = check_seen(self._loader, loader, self._name, self._limit)
         # A torchdata loader draws seeds in __iter__: call it only once, after restoring the state.
         iterator = None if _supports(loader, _STATE_DICT) else iter(loader)
         candidates = ((loader, _STATE_DICT), (iterator, _STATE), (loader, _STATE), (iterator, _STATE_DICT))
@@ -257,6 +280,20 @@ class LoaderPass:
             if self._stateful is not None and self._stateful[0] is not iterator:
                 iterator = None
         return iter(loader) if iterator is None else iterator
+
+    def _compare(self, batch: Batch) -> None:
+        """Compares the first batch of the first two passes that this process begins, see `check_seen_again`."""
+        before, self._before, self._first = self._before, None, digest_of(batch)
+        if before is None or before._first is None:
+            return
+        self._compares = False
+        # Drawing one more from the pass before must disturb nothing: neither this pass nor a position to be saved.
+        shares = before._iterator is self._iterator or (
+            before._stateful is not None and self._stateful is not None and before._stateful[0] is self._stateful[0]
+        )
+        is_same = before.over and not before._exhausted and self._first == before._first
+        if self._limit is not None and is_same and not shares:
+            check_seen_again(self._loader, before._iterator, self._name, self._limit, self._first)
 
     def _set(self, position: LoaderPosition, loader: Any) -> None:
         assert position.state is not None

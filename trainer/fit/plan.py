@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from trainer.batches import is_indexed
 from trainer.config import TrainingConfig
 from trainer.core.checks import check_count, check_interval
-from trainer.data.loaders import check_loader, one_pass, takes_batch_size
+from trainer.data.loaders import check_loader, gives_batches, one_pass, takes_batch_size
 from trainer.data.memory import InMemoryData
 from trainer.data.resumable import left_in_place
 from trainer.errors import ArgumentError, ArgumentTypeError, warn
@@ -245,7 +246,7 @@ def first_batch(setup: Setup, plan: FitPlan) -> Batch:
     """Returns the first batch of a plan from a separate pass, for `Trainer.compile`."""
     if plan.data is not None:
         return next(plan.data.in_order())
-    batches = one_pass(plan.loader, plan.batch_size, plan.name, 1, bound="")
+    batches = one_pass(plan.loader, plan.batch_size, plan.name, 1, bound="", epoch=0)
     return next(setup.padded(batches, plan.batch_size))
 
 
@@ -278,7 +279,7 @@ def _is_loader(data: Any) -> bool:
         return False
     if not isinstance(data, list) and not jax.tree_util.all_leaves([data]):
         return False
-    return callable(data) or isinstance(data, Iterable)
+    return callable(data) or isinstance(data, Iterable) or (is_indexed(data) and gives_batches(data))
 
 
 def _all_of(loader: Any, batch_size: int) -> Iterator[Batch]:

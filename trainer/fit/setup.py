@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from trainer.compile.dispatch import CompiledStep, Program
 from trainer.config import TrainingConfig, make_schedule
 from trainer.config.schedules import check_horizon, needs_horizon
 from trainer.core.objective import check_weight, with_losses
-from trainer.data.loaders import first_batches
+from trainer.data.loaders import first_batches, is_factory
 from trainer.data.memory import Epoch, InMemoryData
 from trainer.data.padding import PaddedBatches, with_mask
 from trainer.data.resumable import LoaderPass, LoaderPosition
@@ -288,7 +288,7 @@ class Setup:
     def horizon_of(self, loader: Any, num_epochs: int | None = None) -> int | None:
         """Returns the number of steps of all epochs over a loader; None if its length is unknown."""
         steps = self.config.steps_per_epoch
-        if steps is None and isinstance(loader, Iterable) and isinstance(loader, Sized):
+        if steps is None and isinstance(loader, Sized) and not is_factory(loader):
             with contextlib.suppress(TypeError):  # an iterable-style torch loader has no length after all
                 steps = len(loader)
         num_epochs = self.config.num_epochs if num_epochs is None else num_epochs

@@ -14,7 +14,7 @@ import pytest
 
 from tests.problems import Busy, Counting, config, regression, squared_error
 from tests.test_api import Recorder, assert_same_bits
-from trainer import Callback, CheckpointError, Trainer, latest_checkpoint
+from trainer import Callback, CheckpointError, Trainer, TrainingConfig, latest_checkpoint
 from trainer.checkpoints import checkpointer, detach
 from trainer.checkpoints.background import BackgroundSaver
 from trainer.checkpoints.saving import copied_to_host
@@ -193,6 +193,13 @@ class TestTheEndOfARun:
         monkeypatch.chdir(tmp_path)
         build(None).train(regression(24), 1, 4)
         assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize(("directory", "saved"), [("./checkpoints", []), ("./saved", ["saved"])])
+    def test_the_default_directory_written_out_is_the_default(self, directory, saved, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        settings = TrainingConfig.from_dict(config(checkpoint_dir=directory).to_dict())
+        Trainer(Busy(), settings, loss_fn=squared_error).train(regression(24), 1, 4)
+        assert [path.name for path in tmp_path.iterdir()] == saved
 
     def test_a_state_that_is_not_finite_is_not_saved(self, tmp_path):
         of_the_loss = pytest.warns(UserWarning, match="the loss is nan at step 1")

@@ -25,7 +25,9 @@ class TrainingConfig(Config):
         num_epochs: Epochs of a run with ``train_epoch``; sets the horizon of its schedule.
         gradient_clip_norm: Gradients with a larger global norm are scaled down to this norm, including with
             an optimizer passed by the caller.
-        checkpoint_dir: The checkpoint directory, if the Trainer is not given one.
+        checkpoint_dir: The checkpoint directory, if the Trainer is not given one. Another than the default also asks
+            for saves at the end of a run. The default, written out, does not: equal configurations do the same, and a
+            file made by `to_yaml` holds all fields, given or not.
         save_frequency: ``train_epoch`` saves every ``save_frequency`` steps.
         max_checkpoints: How many checkpoints with default names to keep per run: the last ones written; None keeps all.
         log_frequency: Loggers get the training metrics of the first step, every ``log_frequency``-th step, and the

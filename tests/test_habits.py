@@ -14,21 +14,31 @@ import yaml
 from flax import nnx
 
 from tests.problems import Busy, Linear, config, regression, squared_error
+from tests.test_api import assert_same_bits
 from trainer import (
     ArgumentError,
     ArgumentTypeError,
     Callback,
+    Checkpointer,
     ConfigError,
+    CSVLogger,
+    FileLogger,
+    MemoryProfiler,
     MetricsLogger,
+    ModelCheckpoint,
     ObjectiveError,
     OptimizerConfig,
     SchedulerConfig,
     StateError,
     Trainer,
     TrainingConfig,
+    latest_checkpoint,
+    load_run,
     load_state,
+    save_run,
     save_state,
 )
+from trainer.checkpoints.export import convert
 from trainer.core.checks import check_count, did_you_mean
 
 LABELS = {"name": "a", "description": "b", "tags": ["c"], "metadata": {"d": 1}}
@@ -469,6 +479,48 @@ class TestPaths:
         assert (tmp_path / "runs" / "a" / "run.json").exists()
         assert make(None, config(checkpoint_dir="~/c")).checkpoint_dir == tmp_path / "c"
         assert make("a/b").workdir == "a/b"
+
+    def test_the_home_directory_wherever_a_path_is_taken(self, tmp_path, monkeypatch):
+        (tmp_path / "home").mkdir()
+        (tmp_path / "here").mkdir()
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        monkeypatch.chdir(tmp_path / "here")
+        loggers = [FileLogger("~/log.jsonl"), CSVLogger("~/table")]
+        trainer = make(
+            None,
+            train_data_loader=[regression(8)],
+            logger=loggers,
+            callbacks=[ModelCheckpoint("~/best", monitor="loss"), MemoryProfiler("~/memory")],
+        )
+        trainer.train_epoch()
+        trainer.train_epoch()
+        trainer.save_checkpoint("~/a.msgpack")
+        trainer.load_checkpoint("~/a.msgpack")
+        state = trainer.state
+        save_state("~/b.orbax", state)
+        assert_same_bits(load_state("~/b.orbax", state), state)
+        save_run("~/c.msgpack", trainer.run)
+        assert load_run("~/c.msgpack", trainer.run).step == 2
+        with Checkpointer("~/runs") as checkpoints:
+            checkpoints.save(trainer.run)
+        assert latest_checkpoint("~/runs") == tmp_path / "home" / "runs" / "checkpoint_2.msgpack"
+        convert("~/a.msgpack", "~/a.npz")
+        trainer.history.plot("~/curves.png")
+        trainer.setup.config.to_yaml("~/config.yaml")
+        assert TrainingConfig.from_yaml("~/config.yaml") == trainer.setup.config
+        make(None, train_data_loader=[regression(8)]).train_epoch(resume="~/best/1")
+        names = "a.msgpack a.npz b.orbax best c.msgpack config.yaml curves.png log.jsonl memory runs table"
+        for logger in loggers:
+            logger.close()
+        found = sorted(path.name for path in (tmp_path / "home").iterdir())
+        assert [name for name in found if name[0] != "."] == names.split()  # matplotlib keeps a cache there
+        assert list((tmp_path / "here").iterdir()) == []
+
+    def test_a_tilde_that_is_no_home_stays(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        save_state("~nobody-has-this-name.msgpack", make(None).state)
+        save_state("a~.msgpack", make(None).state)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a~.msgpack", "~nobody-has-this-name.msgpack"]
 
     def test_the_directory_of_a_run_is_its_newest_checkpoint(self, tmp_path):
         data, (one, two) = regression(32), (tmp_path / "one", tmp_path / "two")

@@ -25,25 +25,26 @@ PURE = {"types", "errors", "batches", "core", "state", "steps"}
 
 # What each file of the top folder, and each package, may import of the others.
 LOOP = PURE | {"compile", "data", "metrics", "run", "sharding"}
-EVERYONE = LOOP | {"callbacks", "checkpoints", "config", "distributed", "loggers", "loop"}
+EVERYONE = LOOP | {"callbacks", "checkpoints", "config", "distributed", "loggers", "loop", "paths"}
 ARROWS = {
     "types": set(),
     "errors": set(),
+    "paths": set(),
     "batches": {"core", "errors", "types"},
     "core": {"batches", "errors", "state", "types"},  # the objective is called with a state
     "state": {"core", "errors", "types"},
     "steps": PURE,
     "features": PURE | {"compile", "metrics"},
-    "config": {"core", "errors"},
-    "metrics": PURE,
+    "config": {"core", "errors", "paths"},
+    "metrics": PURE | {"paths"},
     "data": PURE,
     "distributed": PURE,
     "sharding": PURE | {"data"},
     "run": PURE | {"data", "metrics"},
     "compile": PURE | {"run", "sharding"},
-    "checkpoints": PURE | {"data", "distributed", "metrics", "run", "sharding"},
-    "loggers": PURE | {"metrics"},
-    "callbacks": PURE | {"checkpoints", "distributed", "loggers"},
+    "checkpoints": PURE | {"data", "distributed", "metrics", "paths", "run", "sharding"},
+    "loggers": PURE | {"metrics", "paths"},
+    "callbacks": PURE | {"checkpoints", "distributed", "loggers", "paths"},
     "extensions": PURE | {"callbacks", "config"},
     "loop": LOOP,
     "fit": EVERYONE | {"features", "api"},  # the latter for the type of the trainer only

@@ -420,3 +420,15 @@ class TestFailures:
     def test_arguments(self, options, message, tmp_path):
         with pytest.raises(ArgumentError, match=message):
             ModelCheckpoint(tmp_path, **options)
+
+    @pytest.mark.parametrize(
+        ("name", "instead"),
+        [("best.keras", "best"), ("w.{epoch}.h5", "w"), ("best.msgpack", "best"), ("{epoch}", "best")],
+    )
+    def test_the_name_of_a_file_is_refused(self, name, instead, tmp_path):
+        with pytest.raises(ArgumentError) as caught:
+            ModelCheckpoint(tmp_path / name)
+        assert str(caught.value) == (
+            f"`dirpath` is `{tmp_path / name}`, the name of a file; pass that of a directory, such as '{instead}', for "
+            f"checkpoints named by their steps."
+        )

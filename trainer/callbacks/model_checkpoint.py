@@ -19,11 +19,13 @@ from trainer.callbacks.base import flatten
 from trainer.callbacks.monitor import Checking, Monitor
 from trainer.checkpoints.atomic import remove_directory, restore
 from trainer.checkpoints.background import BackgroundSaver
+from trainer.checkpoints.names import refuse_file_name
 from trainer.checkpoints.orbax_directory import OrbaxDirectory, begin_directory
 from trainer.core.checks import check_count
 from trainer.core.other_names import takes_no
 from trainer.distributed.agreement import AllOrNone
 from trainer.errors import ArgumentError, CheckpointError, warn
+from trainer.paths import in_home
 
 
 class ModelCheckpoint(Checking):
@@ -86,7 +88,8 @@ class ModelCheckpoint(Checking):
     ) -> None:
         if isinstance(save_top_k, bool) or not isinstance(save_top_k, int) or save_top_k < -1:
             raise ArgumentError(f"`save_top_k` is {save_top_k!r}; it must be -1 for all, 0, or a positive integer.")
-        self.dirpath = Path(dirpath).absolute()
+        self.dirpath = Path(in_home(dirpath)).absolute()
+        refuse_file_name(self.dirpath)
         self._monitor = Monitor(monitor, mode)
         self._save_top_k = save_top_k
         self._save_last = save_last

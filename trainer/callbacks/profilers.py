@@ -10,6 +10,7 @@ import jax
 from trainer.callbacks.base import Callback
 from trainer.core.checks import check_count
 from trainer.errors import warn
+from trainer.paths import in_home
 
 
 class JAXProfiler(Callback):
@@ -30,7 +31,7 @@ class JAXProfiler(Callback):
     """
 
     def __init__(self, directory: str | os.PathLike[str], first_step: int = 10, num_steps: int = 5) -> None:
-        self.directory = Path(directory)
+        self.directory = Path(in_home(directory))
         self._first = check_count(first_step, "first_step")
         self._last = self._first + check_count(num_steps, "num_steps") - 1
         self._is_tracing = self._is_done = False
@@ -80,7 +81,7 @@ class MemoryProfiler(Callback):
     """
 
     def __init__(self, directory: str | os.PathLike[str], every: int = 1) -> None:
-        self.directory, self._every = Path(directory), check_count(every, "every")
+        self.directory, self._every = Path(in_home(directory)), check_count(every, "every")
 
     def on_epoch_end(self, trainer: Any, epoch: int, logs: dict[str, float]) -> None:
         del logs

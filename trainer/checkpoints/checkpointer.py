@@ -19,6 +19,7 @@ from trainer.checkpoints.state_io import Loaded, default_name, load_latest, load
 from trainer.core.checks import check_count
 from trainer.distributed.agreement import AllOrNone
 from trainer.errors import CheckpointError, warn
+from trainer.paths import in_home
 from trainer.run import Run
 
 
@@ -42,7 +43,7 @@ class Checkpointer:
     """
 
     def __init__(self, directory: str | os.PathLike[str], max_checkpoints: int | None = 5) -> None:
-        self.directory = Path(directory)
+        self.directory = Path(in_home(directory))
         self._max_checkpoints = None
         if max_checkpoints is not None:
             self._max_checkpoints = check_count(max_checkpoints, "max_checkpoints", otherwise=", or None for all")
@@ -79,7 +80,7 @@ class Checkpointer:
                 something that this library did not write.
         """
         run = run.with_edits()
-        target = self.directory / default_name(run.step, run.leaves) if path is None else Path(path)
+        target = self.directory / default_name(run.step, run.leaves) if path is None else Path(in_home(path))
         only_finite = background == "if_finite"
         beside: dict[str, Any] = {"info": info, "callback_states": callback_states, "loaders": loaders}
         write = functools.partial(self._write, target, run.step, run.id if path is None else None)

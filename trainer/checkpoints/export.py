@@ -17,6 +17,7 @@ from trainer.checkpoints.open import Source, is_pickle, open_source
 from trainer.checkpoints.orbax_directory import write_directory
 from trainer.checkpoints.weights_files import WEIGHTS, Described, write_npz, write_safetensors
 from trainer.errors import ArgumentError, CheckpointError
+from trainer.paths import in_home
 
 
 def convert(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> list[str]:
@@ -34,7 +35,7 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> l
         ArgumentError: ``target`` has another suffix, or either is a pickle.
         CheckpointError: ``source`` cannot be used or ``target`` cannot be written.
     """
-    source, target = Path(source), Path(target)
+    source, target = Path(in_home(source)), Path(in_home(target))
     suffix = suffix_of(target)
     if suffix == ".pkl":
         raise ArgumentError(

@@ -15,6 +15,7 @@ from trainer.checkpoints.atomic import replacing
 from trainer.core.checks import check_count, did_you_mean
 from trainer.data.memory import dtype_in_jax
 from trainer.errors import ArgumentError, CheckpointError
+from trainer.paths import in_home
 from trainer.state import TrainState
 from trainer.types import Batch
 
@@ -57,7 +58,7 @@ def export_prediction(
         BatchError: ``example`` is not a batch whose arrays have the same number of rows.
         CheckpointError: The file could not be written; any existing file is unchanged.
     """
-    path = Path(path)
+    path = Path(in_home(path))
     _import_flatbuffers()
     for platform in _checked_platforms(platforms):
         if platform not in PLATFORMS:

@@ -28,6 +28,20 @@ def suffix_of(path: Path) -> str:
     return path.suffix.lower()
 
 
+def refuse_file_name(directory: Path) -> None:
+    """Refuses a directory of checkpoints that is named as a file, or as a pattern of names.
+
+    Raises:
+        ArgumentError: It is.
+    """
+    suffix = suffix_of(directory)
+    if suffix in _FOREIGN or suffix in (".msgpack", ".pkl", ".safetensors") or "{" in directory.name:
+        raise ArgumentError(
+            f"`dirpath` is `{directory}`, the name of a file; pass that of a directory, such as "
+            f"'{directory.name.partition('.')[0].partition('{')[0] or 'best'}', for checkpoints named by their steps."
+        )
+
+
 def refuse_foreign(path: Path) -> None:
     """Refuses a path whose suffix implies another program's format. Unknown suffixes imply nothing.
 

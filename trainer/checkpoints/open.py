@@ -24,6 +24,7 @@ from trainer.checkpoints.weights_files import WeightsFile, weights_kind
 from trainer.core.tree_paths import LeafPath, parts_of
 from trainer.distributed.agreement import AllOrNone
 from trainer.errors import CheckpointError
+from trainer.paths import in_home
 from trainer.sharding.arrays import place_like
 from trainer.state import TrainState
 
@@ -89,7 +90,7 @@ def open_source(
     Raises:
         CheckpointError: It is missing, damaged, of a newer format, or not a checkpoint.
     """
-    path = Path(path)
+    path = Path(in_home(path))
     if not os.path.lexists(path):
         restore(path.parent)  # otherwise, a save killed while replacing a directory would hide it
     if path.is_dir():

@@ -18,6 +18,7 @@ from trainer.data.resumable import LoaderPass, LoaderPosition
 from trainer.errors import CheckpointError
 from trainer.metrics.average import WeightedAverage, check_merged, read
 from trainer.metrics.history import History, is_recordable
+from trainer.paths import in_home
 from trainer.run import FromLoader, InMemory, Run, Validation
 
 _FIELDS = {
@@ -59,7 +60,7 @@ def save_run(path: str | os.PathLike[str], run: Run, info: Mapping[str, Any] | N
     Raises:
         CheckpointError: The write failed, or the loader cannot report its position. Any existing file is unchanged.
     """
-    path = Path(path)
+    path = Path(in_home(path))
     write_snapshot(path, snapshot_run(run, info))
     return path
 

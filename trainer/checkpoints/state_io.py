@@ -18,6 +18,7 @@ from trainer.core.checks import did_you_mean
 from trainer.core.tree_paths import LeafPath, parts_of
 from trainer.distributed.agreement import AllOrNone
 from trainer.errors import ArgumentError, CheckpointError, UnreadableError, warn
+from trainer.paths import in_home
 from trainer.state import TrainState
 from trainer.types import RECORDS
 
@@ -65,7 +66,7 @@ def save_state(
         CheckpointError: The write failed, in any process; any existing file is unchanged.
         StateError: The state was donated to a step.
     """
-    path = Path(path)
+    path = Path(in_home(path))
     write_snapshot(path, take_snapshot(state, info, progress=progress))
     return path
 
@@ -103,7 +104,7 @@ def load_state(
             every array that does not fit is named.
         ArgumentError: ``only`` has a name that is not a field of the state.
     """
-    path, fields = Path(path), _fields_to_load(only)
+    path, fields = Path(in_home(path)), _fields_to_load(only)
     if names := _checkpoints_in(path, like):
         found = _newest(path, names, lambda one: load_state(one, like, strict=strict, only=only and fields))
         assert found is not None, "names of checkpoints were given"
@@ -126,7 +127,7 @@ def load_with_progress(path: str | os.PathLike[str], like: TrainState) -> Loaded
         CheckpointError: The checkpoint cannot be used. It is an `UnreadableError` if the cause does
             not depend on ``like``.
     """
-    path = Path(path)
+    path = Path(in_home(path))
     found = _newest(path, _checkpoints_in(path, like), lambda one: _load_one(one, like))
     return _load_one(path, like) if found is None else found
 
@@ -147,7 +148,7 @@ def load_latest(
         CheckpointError: There are checkpoints, but all are damaged; or the newest undamaged one does
             not fit ``like``.
     """
-    directory = Path(directory)
+    directory = Path(in_home(directory))
     return _newest(directory, _checkpoints_in(directory, like, entries), lambda path: _load_one(path, like))
 
 
@@ -171,7 +172,8 @@ def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
             source.verify()
         return path
 
-    return _newest(directory, [entry.name for entry in entries_in(Path(directory))], verified)
+    directory = Path(in_home(directory))
+    return _newest(directory, [entry.name for entry in entries_in(directory)], verified)
 
 
 def default_name(step: int, state: Any = None) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from trainer.commands.text import add_command, printable
+from trainer.paths import in_home
 
 LOG = "log.jsonl"
 """The log in the directory of a run; it has what the history lacks: speeds and texts."""
@@ -55,7 +56,7 @@ def train_job(job: Any, out: TextIO, *, resume: bool = False, quiet: bool = Fals
     from trainer.loggers import FileLogger
 
     config = job.config
-    workdir = Path(config.workdir)
+    workdir = Path(in_home(config.workdir))
     logger = FileLogger(workdir / LOG)
     with (
         plain_warnings(),

@@ -19,6 +19,7 @@ from typing import Any, Self
 
 from trainer.core.checks import did_you_mean
 from trainer.errors import ConfigError, warn
+from trainer.paths import in_home
 
 _FREE_NODES = 10_000
 """How many nodes a YAML file may have in addition to one per character."""
@@ -66,7 +67,10 @@ class Config:
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns nested dicts of plain values, labels last. `from_dict` reads them; a Path becomes a string."""
+        """Returns nested dicts of plain values, labels last, for `from_dict`, JSON and YAML.
+
+        A Path becomes a string, and comes back as one: plain values do not tell which of the two it was.
+        """
         names = sorted((field.name for field in _arguments(type(self))), key=_LABELS.__contains__)
         return {name: _plain(getattr(self, name)) for name in names}
 
@@ -77,13 +81,13 @@ class Config:
         Raises:
             ConfigError: As in `from_dict`; or the file is nested too deeply, or its aliases expand too far.
         """
-        return cls.from_dict(load_yaml(Path(path).read_text(encoding="utf-8"), f"`{path}`"))
+        return cls.from_dict(load_yaml(Path(in_home(path)).read_text(encoding="utf-8"), f"`{path}`"))
 
     def to_yaml(self, path: str | os.PathLike[str]) -> None:
         """Writes a YAML file: fields in declaration order, labels last."""
         import yaml
 
-        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+        Path(in_home(path)).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
 
     def replace(self, **changes: Any) -> Self:
         """Returns a checked copy with some fields replaced."""

@@ -5,7 +5,6 @@ import functools
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -45,6 +44,7 @@ from trainer.fit.unused_settings import warn_beside_optimizer, warn_beside_own_s
 from trainer.loggers.base import Logger, MetricsLoggerLike, names_checked
 from trainer.loggers.fanout import MetricFanout, as_loggers, check_metrics_logger
 from trainer.loggers.wandb import WandbLogger
+from trainer.paths import in_home
 from trainer.run import Run
 from trainer.sharding.placement import Placement, placement_of
 from trainer.state import TrainState, as_key, check_model, check_optimizer
@@ -156,7 +156,7 @@ def assemble(
     events = CallbackDispatcher(
         without_savers(callbacks) if dry else callbacks, extensions, progress_for(progress, callbacks)
     )
-    workdir, checkpoint_dir, configured_dir = map(_in_home, (workdir, checkpoint_dir, training_config.checkpoint_dir))
+    workdir, checkpoint_dir, configured_dir = map(in_home, (workdir, checkpoint_dir, training_config.checkpoint_dir))
     placement = placement_of(mesh, partition_rules)
     rng = as_key(0 if rng is None else rng)
     precision = as_precision(precision)
@@ -411,11 +411,6 @@ def _fanout(
         return MetricFanout(None, None, ())
     owned = [WandbLogger(project=config.wandb_project, name=config.name)] if config.use_wandb else []
     return MetricFanout(log_callback, metrics_logger, [*loggers, *owned], owned)
-
-
-def _in_home(path: Any) -> Any:
-    """Returns a path that begins with ``~`` as one in the home directory, and any other as it is."""
-    return Path(path).expanduser() if path is not None and os.fspath(path).startswith("~") else path
 
 
 def _check_config(config: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from trainer.errors import ArgumentError, ArgumentTypeError, ObjectiveError
+from trainer.paths import in_home
 
 
 class Logger:
@@ -187,7 +188,7 @@ def as_directory(directory: Any, by: str) -> Path:
     """
     if not isinstance(directory, str | os.PathLike):
         raise ArgumentTypeError(f"`directory` of {by} is of type {type(directory).__name__}; it must be a path.")
-    path = Path(directory)
+    path = Path(in_home(directory))
     if path.exists() and not path.is_dir():
         raise ArgumentError(f"`directory` of {by} is `{path}`, which is a file; it must be a directory.")
     return path

@@ -9,6 +9,7 @@ from typing import Any, TextIO
 from trainer.errors import ArgumentTypeError
 from trainer.loggers.base import Logger, histogram_of, summary
 from trainer.loggers.images import write_png
+from trainer.paths import in_home
 
 
 class FileLogger(Logger):
@@ -38,7 +39,7 @@ class FileLogger(Logger):
         """
         if not isinstance(path, str | os.PathLike):
             raise ArgumentTypeError(f"`path` of FileLogger is of type {type(path).__name__}; it must be a path.")
-        given = Path(path)
+        given = Path(in_home(path))
         is_directory = given.is_dir() or not (given.suffix or given.exists())
         self.path = given / "metrics.jsonl" if is_directory else given
         self._file: TextIO | None = None

@@ -15,6 +15,7 @@ import numpy as np
 from trainer.errors import ArgumentError
 from trainer.metrics.plots.panels import Curve, Panel, Rows, panels_of
 from trainer.metrics.whole_files import named_when_whole
+from trainer.paths import in_home
 
 # Okabe and Ito 2008, "Color Universal Design", without yellow, which is too light for a line on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -210,7 +211,7 @@ def _finished(figure: Any, path: str | os.PathLike[str] | None) -> Any:
     """Returns the figure, or writes it atomically: a failure leaves the previous file."""
     if path is None:
         return figure
-    path, drawn = Path(path), io.BytesIO()
+    path, drawn = Path(in_home(path)), io.BytesIO()
     with warnings.catch_warnings():  # about characters in a label that the font lacks
         warnings.simplefilter("ignore")
         figure.savefig(drawn, format=path.suffix.lower().removeprefix("."))

@@ -51,40 +51,89 @@ class Sending(Callback):
                 os.kill(os.getpid(), self.number)
 
 
-def build(directory, callbacks=(), **options):
-    return Trainer(Busy(), config(), loss_fn=squared_error, workdir=directory, callbacks=list(callbacks), **options)
+class Loader:
+    """Batches of four that know where they are; set to the end of a pass, it has nothing left and then starts again."""
+
+    def __init__(self, num_examples, seed=0):
+        self.data, self.num_examples, self.at = regression(num_examples, seed=seed), num_examples, 0
+
+    def __iter__(self):
+        while self.at < self.num_examples:
+            self.at += 4
+            yield {name: column[self.at - 4 : self.at] for name, column in self.data.items()}
+        self.at = 0
+
+    def get_state(self):
+        return self.at
+
+    def set_state(self, state):
+        self.at = state
 
 
-def run(trainer, **options):
-    return trainer.train(regression(24), 2, 4, regression(12, seed=1), val_interval=3, **options)
+CALLS = ["train", "train over a loader", "train_epoch"]
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    trainer = build(tmp_path_factory.mktemp("whole"))
-    return run(trainer), trainer
+def build(directory, callbacks=(), call="train", loss_fn=squared_error, save_interval=None, **options):
+    changes = {}
+    if call == "train_epoch":
+        options |= {"train_data_loader": Loader(24), "val_data_loader": Loader(12, seed=1)}
+        changes = {"num_epochs": 2, "batch_size": 4, "save_frequency": save_interval or 1000}
+    options |= {"workdir": directory, "callbacks": list(callbacks), "save_interval": save_interval}
+    return Trainer(Busy(), config(**changes), loss_fn=loss_fn, **options)
 
 
+def run(trainer, call="train", **options):
+    """Two epochs of six steps."""
+    if call == "train":
+        return trainer.train(regression(24), 2, 4, regression(12, seed=1), val_interval=3, **options)
+    if call == "train over a loader":
+        return trainer.train(Loader(24), 2, 4, Loader(12, seed=1), val_interval=3, **options)
+    while trainer.epoch < 2:
+        returned = trainer.train_epoch(**options)
+    return returned
+
+
+@functools.cache
+def uninterrupted(call):
+    trainer = build(None, call=call)
+    return run(trainer, call), trainer
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("elsewhere")
 @pytest.mark.parametrize(
-    ("event", "at", "number"),
+    ("call", "event", "at", "number"),
     slow_unless(
-        lambda event, at, number: number is signal.SIGTERM or event in ("on_batch_end", "on_train_end"),
-        ((*moment, number) for moment in MOMENTS for number in SIGNALS),
+        lambda call, event, at, number: number is signal.SIGTERM or event in ("on_batch_end", "on_train_end"),
+        (
+            (call, event, at, number)
+            for call in CALLS
+            for event, at in MOMENTS
+            for number in SIGNALS
+            # `train_epoch` validates at the end of each epoch only.
+            if call != "train_epoch" or "validation" not in event or at <= 2
+        ),
     ),
 )
-@pytest.mark.few(2)
-def test_wherever_it_comes_the_run_is_saved_and_resumes_to_the_same_bits(number, event, at, tmp_path, uninterrupted):
-    returned, whole = uninterrupted
+@pytest.mark.few(3)
+def test_wherever_it_comes_the_run_is_saved_and_resumes_to_the_same_bits(call, number, event, at, tmp_path):
+    returned, whole = uninterrupted(call)
     recorder = Recorder()
     before = signal.getsignal(number)
+    interrupted = build(tmp_path / "part", [Sending(number, event, at), recorder], call)
     with pytest.raises(SIGNALS[number]) as caught:
-        run(build(tmp_path / "part", [Sending(number, event, at), recorder]))
+        run(interrupted, call)
     assert signal.getsignal(number) is before
     assert recorder.names[-1] == "on_train_end"
+    interrupted.state.check_alive()
     path = latest_checkpoint(tmp_path / "part")
     assert f"the state was saved to {path}; train(..., resume=True) resumes from it" in caught.value.__notes__
-    resumed = build(tmp_path / "part")
-    assert run(resumed, resume=True) == returned
+    resumed = build(tmp_path / "part", call=call)
+    assert run(resumed, call, resume=True) == returned
     assert_same_bits(resumed.state, whole.state)
     assert resumed.history.to_dict() == whole.history.to_dict()
 
@@ -138,46 +187,41 @@ class Phase:
 
         return call
 
-    def build(self, directory, callbacks=()):
-        return Trainer(Busy(), config(), loss_fn=self, workdir=directory, callbacks=list(callbacks), save_interval=2)
+    def build(self, directory, callbacks=(), call="train"):
+        return build(directory, callbacks, call, loss_fn=self, save_interval=2)
 
 
 @functools.cache
-def never_interrupted(phase):
-    trainer = Phase(phase).build(None)
-    return run(trainer), trainer
-
-
-@pytest.fixture
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def never_interrupted(phase, call):
+    trainer = Phase(phase).build(None, call=call)
+    return run(trainer, call), trainer
 
 
 @pytest.mark.usefixtures("elsewhere")
 @pytest.mark.parametrize(
-    ("phase", "times", "number"),
+    ("call", "phase", "times", "number"),
     slow_unless(
-        lambda phase, times, number: number is signal.SIGTERM or (times == 1 and phase in ("step", "save")),
+        lambda call, phase, times, number: number is signal.SIGTERM or (times == 1 and phase in ("step", "save")),
         itertools.product(
-            ["compilation", "compilation of the evaluation", "step", "evaluation", "save"], [1, 2], SIGNALS
+            CALLS, ["compilation", "compilation of the evaluation", "step", "evaluation", "save"], [1, 2], SIGNALS
         ),
     ),
 )
-@pytest.mark.few(2)
+@pytest.mark.few(3)
 def test_whatever_is_under_way_the_run_ends_in_order_and_resumes_to_the_same_bits(
-    phase, times, number, tmp_path, monkeypatch
+    call, phase, times, number, tmp_path, monkeypatch
 ):
-    returned, whole = never_interrupted(phase)
+    returned, whole = never_interrupted(phase, call)
     recorder, sending = Recorder(), Phase(phase, number, times)
     before = signal.getsignal(number)
-    interrupted = sending.build(tmp_path / "part", [recorder])
+    interrupted = sending.build(tmp_path / "part", [recorder], call)
     monkeypatch.setattr(os, "fsync", sending.sending_fsync(os.fsync))
     with pytest.raises(SIGNALS[number]) as caught:
-        run(interrupted)
+        run(interrupted, call)
     assert sending.left == 0
     assert signal.getsignal(number) is before
     assert recorder.names[-1] == "on_train_end"
-    assert recorder.names.count("on_train_end") == 1
+    assert recorder.names.count("on_train_end") == recorder.names.count("on_train_begin")
     interrupted.close()
     assert not list((tmp_path / "part").glob(".*"))
     if times == 1:
@@ -185,8 +229,8 @@ def test_whatever_is_under_way_the_run_ends_in_order_and_resumes_to_the_same_bit
     # A second one may come between the call of a step, which consumes the state, and its return.
     if times == 1 or phase not in ("step", "save"):
         interrupted.state.check_alive()
-    resumed = Phase(phase).build(tmp_path / "part")
-    assert run(resumed, resume=True) == returned
+    resumed = Phase(phase).build(tmp_path / "part", call=call)
+    assert run(resumed, call, resume=True) == returned
     assert_same_bits(resumed.state, whole.state)
     assert resumed.history.to_dict() == whole.history.to_dict()
 

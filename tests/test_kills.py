@@ -201,28 +201,57 @@ def kill_often(processes, killed_never, tmp_path, kills, save_interval, kind="in
 
 @pytest.mark.long
 def test_two_runs_that_are_killed_in_one_directory_lose_nothing_to_each_other(processes, killed_never, tmp_path):
-    """What a run leaves stays as it is, but at the last step, which all of them save."""
+    """What a run leaves stays, whatever the next ones save; of a step that several save, under another name."""
     _, _, whole, _ = killed_never("in memory")
     rng = np.random.default_rng(0)
-    left: dict[str, str] = {}
-    pairs = [(11, 13), (17, 19), (23, 29), (31, 37)]  # of no two, a common multiple is a step
+    left: dict[tuple[str, int], bytes] = {}
+    pairs = [(11, 13), (17, 19), (23, 29), (31, 37)]  # of no two, a common multiple is a step; all save the last
     for pair in pairs:
         both = [processes.start(tmp_path, False, **KILLED, save_interval=interval, shares=True) for interval in pair]
         for process in both if pair != pairs[-1] else ():
             process.kill(after=rng.uniform(0, whole))
         for process in both:
             assert process.end() in (0, -9), process.said
-        for name in names_in(tmp_path):
-            with Bundle(tmp_path / name) as bundle:
-                bundle.verify()
-        found = {
-            name: info_of(tmp_path / name)["run"] for name in names_in(tmp_path) if name != "checkpoint_102.msgpack"
-        }
+        found = checkpoints_of_runs(tmp_path)
         assert found.items() >= left.items(), pair
         left = found
     # The last two were not killed: each has the three that it keeps, the end among them.
-    assert {f"checkpoint_{step}.msgpack" for step in (62, 93, 37, 74)} <= found.keys()
+    assert {f"checkpoint_{step}.msgpack" for step in (62, 93, 37, 74, 102)} <= names_in(tmp_path).keys()
+    assert sum(step == 102 for _, step in left) >= 2
     assert debris(tmp_path) == set()
+
+
+@pytest.mark.long
+def test_runs_of_the_same_steps_that_are_killed_in_one_directory_leave_the_last_of_each(
+    processes, killed_never, tmp_path
+):
+    """Two at once, again and again: all checkpoints have the same names."""
+    _, _, whole, _ = killed_never("in memory")
+    rng = np.random.default_rng(1)
+    last: dict[str, int] = {}
+    for turn in range(5):
+        both = [processes.start(tmp_path, False, **KILLED, save_interval=3, shares=True) for _ in range(2)]
+        for process in both if turn < 4 else ():
+            process.kill(after=rng.uniform(whole / 3, whole))
+        for process in both:
+            assert process.end() in (0, -9), process.said
+        found: dict[str, int] = {}
+        for run, step in checkpoints_of_runs(tmp_path):
+            found[run] = max(step, found.get(run, 0))
+        assert found.items() >= last.items(), turn  # the last of every run that has ended
+        last = found
+    assert list(last.values()).count(102) >= 2
+    assert debris(tmp_path) == set()
+
+
+def checkpoints_of_runs(directory):
+    """The bits of every checkpoint by run and step; all of them are whole."""
+    found = {}
+    for name, step in names_in(directory).items():
+        with Bundle(directory / name) as bundle:
+            bundle.verify()
+        found[info_of(directory / name)["run"], step] = (directory / name).read_bytes()
+    return found
 
 
 @pytest.mark.parametrize(

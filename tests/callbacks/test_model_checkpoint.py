@@ -5,6 +5,7 @@ import math
 import os
 import resource
 import shutil
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ def build(tmp_path, *callbacks, **options):
         config(max_checkpoints=100),
         loss_fn=options.pop("loss_fn", squared_error),
         workdir=tmp_path / "files",
-        rng=jax.random.key(3),
+        rng=jax.random.key(options.pop("seed", 3)),
         callbacks=callbacks,
         extensions={"size": Counting()},
         **options,
@@ -107,6 +108,19 @@ def test_after_a_rollback_the_newest_is_the_one_that_was_written_last(tmp_path):
         run(trainer, epochs=1)
     assert callback.last_model_path.name == "10"
     assert ModelCheckpoint(tmp_path / "best").last_model_path.name == "15"
+
+
+def steps_and_runs(directory):
+    found = []
+    for path in directory.iterdir():
+        with OrbaxDirectory(path) as opened:
+            found.append((opened.info["step"], opened.info["run"]))
+    return sorted(found)
+
+
+def worse(model, batch, rng, step):
+    loss, metrics = squared_error(model, batch, rng, step)
+    return loss + 10, metrics
 
 
 def contents(directory):
@@ -281,9 +295,54 @@ class TestTwoRuns:
         trainer = build(tmp_path / "b", second)
         with pytest.warns(UserWarning, match=r"holds checkpoints of another run up to step 20, later than this run's"):
             run(trainer, epochs=2, val_interval=3)
-        assert set(before) <= set(steps_in(tmp_path / "best")) | {5, 10}
-        assert 20 in steps_in(tmp_path / "best")
+        assert set(before) <= set(steps_in(tmp_path / "best"))
         assert second.best_model_score == min(trainer.history.series("val_loss")[1])
+
+    @pytest.mark.parametrize("save_top_k", [1, 3])
+    def test_the_best_and_the_last_stay_when_the_same_script_runs_again(self, save_top_k, tmp_path):
+        kept, scores = {}, []
+        for seed in range(3):
+            best = ModelCheckpoint(tmp_path / "best", save_top_k=save_top_k)
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                trainer = build(tmp_path / str(seed), best, seed=seed)
+                run(trainer, epochs=4)
+            assert ["holds checkpoints of another run up to step 20" in str(one.message) for one in told] == [True] * (
+                seed > 0
+            )
+            for path in (best.best_model_path, best.last_model_path):
+                with OrbaxDirectory(path) as opened:
+                    kept[trainer.run.id, path.name] = opened.info["time"], opened.info["score"]
+            scores.append(best.best_model_score)
+        for (run_id, name), expected in kept.items():
+            renamed = tmp_path / "best" / f"{name}.{run_id}"
+            with OrbaxDirectory(renamed if renamed.exists() else tmp_path / "best" / name) as opened:
+                opened.verify()
+                assert opened.info["run"] == run_id
+                assert (opened.info["time"], opened.info["score"]) == expected
+        assert len(list((tmp_path / "best").iterdir())) <= 2 * 2 + save_top_k + 1
+        # Another process finds the best of all runs.
+        found = ModelCheckpoint(tmp_path / "best", save_top_k=save_top_k)
+        assert found.best_model_score == min(scores)
+        again = build(tmp_path / "again")
+        again.load_checkpoint(found.best_model_path)
+        assert again.evaluate(regression(8, seed=1), 4)["loss"] == min(scores)
+
+    def test_a_run_finds_its_own_under_another_name(self, tmp_path):
+        first = ModelCheckpoint(tmp_path / "best", save_top_k=1)
+        trainer = build(tmp_path / "a", first)
+        run(trainer, epochs=2)
+        score = first.best_model_score
+        with pytest.warns(UserWarning, match="checkpoints of another run"):
+            run(build(tmp_path / "b", ModelCheckpoint(tmp_path / "best", save_top_k=-1), loss_fn=worse), epochs=2)
+        assert (first.best_model_path.name, first.best_model_score) == (f"10.{trainer.run.id}", score)
+        again = ModelCheckpoint(tmp_path / "best", save_top_k=1)
+        run(build(tmp_path / "a", again), epochs=4, resume=True)
+        found = steps_and_runs(tmp_path / "best")
+        assert [step for step, run_id in found if run_id == trainer.run.id] == sorted(
+            {int(again.best_model_path.name.partition(".")[0]), 20}
+        )
+        assert [step for step, run_id in found if run_id != trainer.run.id] == [5, 10]
 
     def test_what_another_run_has_replaced_is_not_removed(self, tmp_path):
         class OfRun(Scripted):
@@ -302,9 +361,10 @@ class TestTwoRuns:
         one.step = 2
         first.on_validation_end(one, {"loss": 1})
         first.wait()
-        assert steps_in(tmp_path / "best") == [1, 2]
+        assert steps_and_runs(tmp_path / "best") == sorted([(0, two.run.id), (0, one.run.id)])
         with OrbaxDirectory(tmp_path / "best" / "1") as directory:
             assert directory.info["run"] == two.run.id
+        assert not (tmp_path / "best" / f"1.{one.run.id}").exists()  # it was of `first`, which removed it
 
 
 class TestAKillBetweenTwoRenames:

@@ -14,11 +14,12 @@ import pytest
 from trainer.checkpoints import atomic
 from trainer.checkpoints.atomic import NewDirectory, remove_directory, replacing, restore, sweep
 
-CALLS = ("open", "posix_fallocate", "write", "fsync", "replace", "close")
+CALLS = ("open", "posix_fallocate", "write", "fsync", "chmod", "replace", "close")
+CALLS_OF_DIRECTORIES = ("mkdir", "open", "fsync", "chmod", "rename", "unlink", "rmdir", "close")
 
 
-def write(path, data=b"new", size=None):
-    with replacing(path, len(data) if size is None else size) as file:
+def write(path, data=b"new", size=None, **options):
+    with replacing(path, len(data) if size is None else size, **options) as file:
         file.write(data)
 
 
@@ -59,10 +60,10 @@ def test_an_error_of_the_caller_leaves_the_old_file(tmp_path, error):
 class Faults:
     """Makes the n-th of the watched system calls fail, and counts them."""
 
-    def __init__(self, monkeypatch, code, nth):
+    def __init__(self, monkeypatch, code, nth, names=CALLS):
         self.calls = []
-        for name in CALLS:
-            monkeypatch.setattr(os, name, self.wrap(name, getattr(os, name), code, nth))
+        for module, name in [*((os, name) for name in names), (atomic.fcntl, "flock")]:
+            monkeypatch.setattr(module, name, self.wrap(name, getattr(module, name), code, nth))
 
     def wrap(self, name, original, code, nth):
         def call(*args, **kwargs):
@@ -76,10 +77,21 @@ class Faults:
         return call
 
 
+BEFORE = ["open", "flock", "posix_fallocate", "write", "fsync", "chmod"]
+AFTER = ["open", "fsync", "close"]
+
+
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EINTR])
-def test_whichever_call_fails_the_old_file_or_the_new_one_is_there(tmp_path, monkeypatch, code):
+@pytest.mark.parametrize(
+    ("options", "order"),
+    [
+        ({}, [*BEFORE, "replace", "close", *AFTER]),
+        ({"claim": lambda: None}, [*BEFORE, "open", "flock", "replace", "close", "close", *AFTER]),
+    ],
+    ids=["plain", "claimed"],
+)
+def test_whichever_call_fails_the_old_file_or_the_new_one_is_there(tmp_path, monkeypatch, code, options, order):
     path = tmp_path / "a"
-    order = ["open", "posix_fallocate", "write", "fsync", "replace", "close", "open", "fsync", "close"]
     for nth in range(1, len(order) + 2):
         write(path, b"old")
         failure = None
@@ -87,15 +99,49 @@ def test_whichever_call_fails_the_old_file_or_the_new_one_is_there(tmp_path, mon
             warnings.simplefilter("always")
             faults = Faults(patch, code, nth)
             try:
-                write(path, b"new")
+                write(path, b"new", **options)
             except OSError as error:
                 failure = error.errno
-        # What fails after the replacement finds the new file in place, and says what may yet be lost.
-        replaced = nth > order.index("replace") + 1
+        # A lock that fails is taken for one that the file system has not. What fails after the replacement finds the
+        # new file in place, and says what may yet be lost.
+        replaced = nth > order.index("replace") + 1 or order[nth - 1] == "flock"
         assert contents(tmp_path) == {"a": b"new" if replaced else b"old"}
         assert failure == (None if replaced else code)
-        assert ["could not be flushed to the disk" in str(w.message) for w in warned] == [True] * (7 <= nth <= 9)
+        flushing = len(order) - len(AFTER) < nth <= len(order)
+        assert ["could not be flushed to the disk" in str(w.message) for w in warned] == [True] * flushing
     assert faults.calls == order
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EINTR])
+@pytest.mark.parametrize("options", [{}, {"claim": lambda: None}], ids=["plain", "claimed"])
+def test_whichever_call_fails_the_old_directory_or_the_new_one_is_there(tmp_path, monkeypatch, code, options):
+    path = tmp_path / "a"
+    nth, failed, seen = 1, 0, {"mkdir", "flock"}
+    while True:
+        write_directory(path, b"old")
+        failure = new = None
+        with monkeypatch.context() as patch, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what could not be flushed
+            faults = Faults(patch, code, nth, CALLS_OF_DIRECTORIES)
+            try:
+                new = NewDirectory(path, **options)
+                (new.temporary / "file").write_bytes(b"new")
+                new.commit()
+            except OSError as error:
+                failure = error.errno
+                if new is not None:
+                    new.discard()
+        assert (path / "file").read_bytes() == (b"new" if failure is None else b"old"), faults.calls
+        assert failure in (None, code)
+        failed += failure is not None
+        write_directory(path, b"next")
+        assert os.listdir(tmp_path) == ["a"]  # nothing that failed keeps its place
+        if len(faults.calls) < nth:
+            break
+        seen.add(faults.calls[nth - 1])
+        nth += 1
+    assert failed >= 5
+    assert seen >= set(CALLS_OF_DIRECTORIES)
 
 
 def test_short_writes_are_completed(tmp_path, monkeypatch):

@@ -8,10 +8,21 @@ import jax
 import optax
 import pytest
 
+from tests.distributed.test_signals import Loader
 from tests.problems import Busy, Linear, config, regression, squared_error
-from trainer import ArgumentError, Checkpointer, CheckpointError, Trainer, TrainState, latest_checkpoint, load_run
-from trainer.checkpoints.file_format import Bundle
-from trainer.checkpoints.listing import Written, entries_in, names_in
+from tests.test_api import assert_same_bits
+from trainer import (
+    ArgumentError,
+    Checkpointer,
+    CheckpointError,
+    Trainer,
+    TrainState,
+    latest_checkpoint,
+    load_run,
+    make_mesh,
+)
+from trainer.checkpoints import checkpointer
+from trainer.checkpoints.listing import Written, entries_in, info_of, names_in, open_named
 from trainer.run import Run
 
 LATER = "holds checkpoints up to step .*, later than this run's step"
@@ -31,8 +42,45 @@ def train(trainer, epochs, **options):
 
 
 def run_in(path):
-    with Bundle(path) as bundle:
-        return bundle.info["run"]
+    return info_of(path)["run"]
+
+
+class Runs:
+    """Runs of one kind: into files or directories, over data in memory or a loader; two epochs of four steps."""
+
+    def __init__(self, kind, caller, keep=3):
+        self.suffix, self.caller, self.keep = kind, caller, keep
+
+    def build(self, directory, seed=0):
+        mesh = make_mesh({"data": 2}, jax.devices()[:2]) if self.suffix == "orbax" else None
+        settings = {"num_epochs": 2, "save_frequency": 2} if self.caller == "train_epoch" else {}
+        return Trainer(
+            Linear(4),
+            config(max_checkpoints=self.keep, **settings),
+            loss_fn=squared_error,
+            train_data_loader=Loader(16) if self.caller == "train_epoch" else None,
+            workdir=directory,
+            save_interval=2,
+            mesh=mesh,
+            rng=jax.random.key(seed),
+        )
+
+    def train(self, directory, seed=0, resume=False, epochs=2):
+        trainer = self.build(directory, seed)
+        with trainer:
+            if self.caller == "train":
+                trainer.train(regression(16), epochs, 4, resume=resume)
+            while trainer.epoch < epochs:
+                trainer.train_epoch(resume=resume)
+        return trainer
+
+    def names(self, *stems):
+        return {f"checkpoint_{stem}.{self.suffix}" for stem in stems}
+
+
+def all_runs(keep=3):
+    kinds = [("msgpack", "train"), ("orbax", "train_epoch"), ("msgpack", "train_epoch"), ("orbax", "train")]
+    return pytest.mark.parametrize("runs", [pytest.param(Runs(*kind, keep), id="-".join(kind)) for kind in kinds])
 
 
 @pytest.fixture
@@ -53,6 +101,16 @@ class TestPruning:
         path = second.save_checkpoint()
         assert path.exists()
         assert load_run(path, second.run).step == 8
+
+    @all_runs(keep=2)
+    @pytest.mark.few(2)
+    def test_of_two_runs_each_keeps_its_own_number(self, runs, tmp_path):
+        long = runs.train(tmp_path, epochs=4)
+        with pytest.warns(UserWarning, match=LATER):
+            short = runs.train(tmp_path, 1)
+        assert names_in(tmp_path).keys() == runs.names(6, 8, 14, 16)
+        ids = [long.run.id] * 2 + [short.run.id] * 2
+        assert [run_in(tmp_path / f"checkpoint_{step}.{runs.suffix}") for step in (14, 16, 6, 8)] == ids
 
     def test_it_is_said_once(self, shared):
         trainer = build(shared)
@@ -82,10 +140,13 @@ class TestPruning:
         mine = first.save_checkpoint()
         with pytest.warns(UserWarning, match="is of another run, which may be saving in this directory too"):
             second.save_checkpoint()
+        assert names_in(tmp_path).keys() == {mine.name, f"checkpoint_0.{first.run.id}.msgpack"}
+        assert first.setup.checkpointer.saved_path(first.run).name == f"checkpoint_0.{first.run.id}.msgpack"
+        assert second.setup.checkpointer.saved_path(second.run) == mine
         first.train_step(regression(4))
-        first.save_checkpoint()
+        first.save_checkpoint()  # which removes its own of step 0, under whatever name
         assert run_in(mine) == second.run.id
-        assert list(names_in(tmp_path).values()) == [0, 1]
+        assert names_in(tmp_path).keys() == {mine.name, "checkpoint_1.msgpack"}
 
     def test_none_keeps_all(self, tmp_path):
         train(build(tmp_path, keep=None), 3)
@@ -119,6 +180,117 @@ class TestPruning:
         written.prune(2)
         left = {"checkpoint_9.msgpack", "checkpoint_100.msgpack", *others}
         assert {path.name for path in tmp_path.iterdir()} == left
+
+
+class TestTheSameScriptAgain:
+    """The steps of all runs are the same, so all would have the same names."""
+
+    @all_runs()
+    def test_the_last_of_each_run_stays_whatever_saves_the_same_steps(self, runs, tmp_path):
+        trained, last = [], []
+        for seed in range(3):
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                trained.append(runs.train(tmp_path, seed))
+            assert [LATER.split(" .*")[0] in str(one.message) for one in told] == [True] * (seed > 0)  # one warning
+            last.append(latest_checkpoint(tmp_path))
+            assert run_in(last[-1]) == trained[-1].run.id
+        ids = [trainer.run.id for trainer in trained]
+        assert names_in(tmp_path).keys() == runs.names(4, 6, 8, f"8.{ids[0]}", f"8.{ids[1]}")
+        for trainer in trained:
+            (path,) = [tmp_path / entry.name for entry in entries_in(tmp_path) if entry.run == trainer.run.id][-1:]
+            with open_named(path) as opened:
+                opened.verify()
+            other = runs.build(tmp_path / "other")
+            other.load_checkpoint(path)
+            assert_same_bits(other.state, trainer.state)
+        with pytest.warns(UserWarning, match=r"of 3 runs; `checkpoint_8.* is of the one that saved last"):
+            resumed = runs.train(tmp_path, 2, resume=True, epochs=3)
+        assert (resumed.run.id, resumed.step) == (ids[2], 12)
+
+    @all_runs()
+    @pytest.mark.few(2)
+    def test_one_under_another_name_is_resumed_and_pruned_by_its_run(self, runs, tmp_path):
+        whole = runs.train(tmp_path / "whole", epochs=4)
+        first = runs.train(tmp_path)
+        with pytest.warns(UserWarning, match=LATER):
+            second = runs.train(tmp_path, 1)
+        renamed = tmp_path / runs.names(f"8.{first.run.id}").pop()
+        again = runs.build(tmp_path)
+        if runs.caller == "train":
+            again.train(regression(16), 4, 4, resume=renamed)
+        else:
+            again.train_epoch(resume=renamed)
+            for _ in range(2):
+                again.train_epoch()
+        again.close()
+        assert again.run.id == first.run.id
+        assert_same_bits(again.state, whole.state)
+        assert names_in(tmp_path).keys() == runs.names(4, 6, 8, 12, 14, 16)
+        assert {run_in(tmp_path / name) for name in runs.names(4, 6, 8)} == {second.run.id}
+
+    @all_runs()
+    @pytest.mark.few(2)
+    def test_a_run_that_was_killed_at_its_first_save_leaves_the_other_to_be_resumed(self, runs, tmp_path, monkeypatch):
+        first = runs.train(tmp_path)
+        shutil.rmtree(path) if (path := tmp_path / runs.names(2).pop()).is_dir() else None
+        second = runs.build(tmp_path, 1)
+        for _ in range(8):
+            second.train_step(regression(4))
+        rename = os.rename if runs.suffix == "orbax" else os.replace
+
+        def killed(source, target):
+            if os.path.basename(target) == runs.names(8).copy().pop():
+                raise KeyboardInterrupt
+            rename(source, target)
+
+        monkeypatch.setattr(os, rename.__name__, killed)
+        with pytest.warns(UserWarning, match="is of another run"), pytest.raises(KeyboardInterrupt):
+            second.save_checkpoint()
+        monkeypatch.undo()
+        assert latest_checkpoint(tmp_path) == tmp_path / runs.names(f"8.{first.run.id}").pop()
+        assert runs.train(tmp_path, resume=True).run.id == first.run.id
+
+    def test_what_another_run_saves_meanwhile_stays_too(self, tmp_path, monkeypatch):
+        """Between the check of the name and the rename, as two runs at once do it."""
+        first, second = build(tmp_path), build(tmp_path)
+        write = checkpointer.write_snapshot
+
+        def write_later(path, snapshot):
+            monkeypatch.undo()
+            first.save_checkpoint()
+            write(path, snapshot)
+
+        monkeypatch.setattr(checkpointer, "write_snapshot", write_later)
+        path = second.save_checkpoint()
+        assert run_in(path) == second.run.id
+        assert run_in(tmp_path / f"checkpoint_0.{first.run.id}.msgpack") == first.run.id
+
+    def test_a_link_is_renamed_and_what_it_points_to_stays(self, tmp_path):
+        first, second = build(tmp_path), build(tmp_path)
+        path = first.save_checkpoint()
+        path.rename(tmp_path / "elsewhere")
+        path.symlink_to("elsewhere")
+        with pytest.warns(UserWarning, match="is of another run"):
+            second.save_checkpoint()
+        assert run_in(path) == second.run.id
+        assert run_in(tmp_path / "elsewhere") == first.run.id
+        assert os.readlink(tmp_path / f"checkpoint_0.{first.run.id}.msgpack") == "elsewhere"
+
+    def test_one_that_cannot_be_renamed_is_not_replaced(self, tmp_path, monkeypatch):
+        first, second = build(tmp_path), build(tmp_path)
+        path, replace = first.save_checkpoint(), os.replace
+
+        def refuse(source, target):
+            if first.run.id in str(target):
+                raise PermissionError("not yours")
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", refuse)
+        renamed = r"checkpoint_0.msgpack` of another run could not be renamed to .*: not yours"
+        with pytest.warns(UserWarning, match="another run"), pytest.raises(CheckpointError, match=renamed):
+            second.save_checkpoint()
+        assert run_in(path) == first.run.id
 
 
 class TestLatest:

@@ -9,16 +9,18 @@ there and 108 ms here, including a flush to disk.)
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 
 from trainer.callbacks.base import flatten
 from trainer.callbacks.monitor import Checking, Monitor
-from trainer.checkpoints.atomic import remove_directory, restore
+from trainer.checkpoints.atomic import locked, remove_directory, restore
 from trainer.checkpoints.background import BackgroundSaver
+from trainer.checkpoints.listing import aside, keep_aside
 from trainer.checkpoints.names import refuse_file_name
 from trainer.checkpoints.orbax_directory import OrbaxDirectory, begin_directory
 from trainer.core.checks import check_count
@@ -26,6 +28,9 @@ from trainer.core.other_names import takes_no
 from trainer.distributed.agreement import AllOrNone
 from trainer.errors import ArgumentError, CheckpointError, warn
 from trainer.paths import in_home
+
+# Only names that this callback would write: "007" is not the checkpoint of step 7.
+_NAME = re.compile(r"(0|[1-9]\d*)(\.[0-9a-f]{16})?", re.ASCII)
 
 
 class ModelCheckpoint(Checking):
@@ -38,8 +43,9 @@ class ModelCheckpoint(Checking):
     a callback with the same ``dirpath``, and all decide alike.
 
     The callback deletes only checkpoints that a ModelCheckpoint with the same ``monitor`` wrote in the same run,
-    resumed or not. It replaces those of other runs at the same step. Everything else in ``dirpath`` is kept and
-    ignored, whatever its name.
+    resumed or not. Everything else in ``dirpath`` is kept and ignored, whatever its name. Where this run saves a step
+    of which another run, such as an earlier one of the same script, has a checkpoint, it replaces that, except the best
+    and the last one of the other run: these are what that run was for, and are renamed to ``dirpath/<step>.<run>``.
 
     If a run is killed after the trainer saved a step but before this callback did, the callback decides on that step
     when the run is resumed.
@@ -96,9 +102,9 @@ class ModelCheckpoint(Checking):
         self._every_n_epochs = check_count(every_n_epochs, "every_n_epochs")
         self._background = background
         self._saver = BackgroundSaver()
-        # The scores of this callback's checkpoints by step; None for one saved as the newest without a score.
+        # The scores of this callback's checkpoints by name; None for one saved as the newest without a score.
         # Without a dict, the scores are unknown until the directory is read.
-        self._scores: dict[int, float | None] | None = None
+        self._scores: dict[str, float | None] | None = None
         self._run: str | None = None  # before the first run, checkpoints of all runs count
         self._has_warned = False
         self._epoch = 0
@@ -108,9 +114,8 @@ class ModelCheckpoint(Checking):
     @property
     def best_model_path(self) -> Path | None:
         """The checkpoint with the best score, or None. Waits for a save in flight."""
-        scores = self._finished()
-        steps = [step for step in scores if not math.isnan(_number(scores[step]))]
-        return self.dirpath / str(max(steps, key=lambda step: self._order(step, scores))) if steps else None
+        best = self._best(self._finished())
+        return None if best is None else self._path(best)
 
     def best_by(self, monitor: Monitor) -> Path | None:
         """Returns `best_model_path` if ``monitor`` has this callback's metric and mode, otherwise None."""
@@ -120,8 +125,9 @@ class ModelCheckpoint(Checking):
     @property
     def best_model_score(self) -> float | None:
         """The score of the best checkpoint, or None. Waits for a save in flight."""
-        best = self.best_model_path
-        return None if best is None else self._finished()[int(best.name)]
+        scores = self._finished()
+        best = self._best(scores)
+        return None if best is None else scores[best]
 
     @property
     def last_model_path(self) -> Path | None:
@@ -129,8 +135,8 @@ class ModelCheckpoint(Checking):
 
         Before this callback's first run, it is the one with the highest step.
         """
-        steps = list(self._finished())
-        return self.dirpath / str(steps[-1]) if steps else None
+        names = list(self._finished())
+        return self._path(names[-1]) if names else None
 
     def on_train_begin(self, trainer: Any) -> None:
         self._monitor.check_run(trainer)
@@ -141,27 +147,28 @@ class ModelCheckpoint(Checking):
         self._check_alone(trainer)
         found = self._list()
         self._scores = self._own(found)
-        others = [step for step, monitor, _, _ in found if monitor != self._monitor.name and step > trainer.step]
+        others = [one.step for one in found if one.monitor != self._monitor.name and one.step > trainer.step]
         if others:
             raise ArgumentError(
                 f"`dirpath` `{self.dirpath}` holds checkpoints by another metric than {self._monitor.name!r} up to "
                 f"step {max(others)}, and this run starts at step {trainer.step}, so it might replace them. Use a "
                 f"directory of its own for each metric."
             )
-        later = [step for step in self._scores if step > trainer.step]
+        later = [step for step in map(_step, self._scores) if step > trainer.step]
         if later and getattr(trainer, "is_new_run", True):  # a resumed run reaches the same steps again
             warn(
                 f"`dirpath` `{self.dirpath}` holds checkpoints up to step {max(later)}, later than this run's step "
                 f"{trainer.step}: they count among the best until this run replaces them. Use a directory of its own "
                 f"for a run from the start."
             )
-        elsewhere = [step for step, _, _, run in found if step > trainer.step and not self._is_same(run)]
+        elsewhere = [one.step for one in found if one.step > trainer.step and not self._is_same(one.run)]
         if elsewhere:
             self._has_warned = True
             warn(
                 f"`dirpath` `{self.dirpath}` holds checkpoints of another run up to step {max(elsewhere)}, later than "
-                f"this run's step {trainer.step}. They do not count and are kept, except where this run saves the same "
-                f"step; a run from the start should have its own directory."
+                f"this run's step {trainer.step}. They do not count and are kept, but where this run saves the same "
+                f"step, only the best and the last of the other run, under another name. A run from the start should "
+                f"have its own directory."
             )
         if judged_step != trainer.step:
             self._judge_restored(trainer)
@@ -206,7 +213,7 @@ class ModelCheckpoint(Checking):
         run = getattr(trainer, "run", None)
         if run is None or run.is_new:
             return
-        if self._known().get(run.step) is not None:
+        if any(_step(name) == run.step and score is not None for name, score in self._known().items()):
             self._judged_step = run.step
             return
         is_over = run.batch == 0  # the epoch is already counted
@@ -227,35 +234,42 @@ class ModelCheckpoint(Checking):
 
     def _save(self, trainer: Any, score: float | None) -> None:
         self.wait()
-        step = trainer.step
-        scores = {known: judged for known, judged in self._known().items() if known != step}
-        scores[step] = score
+        step, name = trainer.step, str(trainer.step)
+        scores = {known: judged for known, judged in self._known().items() if _step(known) != step}
+        scores[name] = score
         kept = self._kept(scores)
-        if step not in kept:
+        if name not in kept:
             return
         if not bool(trainer.state.is_finite()):
             warn(f"the state is not finite at step {step}; `{self.dirpath}` keeps what it has.")
             return
-        self._check_name(step)
+        self._check_name(name)
         snapshot = trainer.snapshot()
         info = {**snapshot.info, "monitor": self._monitor.name, "score": score}
-        finish = begin_directory(self.dirpath / str(step), info, snapshot.leaves)
+        finish = begin_directory(self.dirpath / name, info, snapshot.leaves, lambda: self._free_name(name))
         setup = getattr(trainer, "setup", None)
 
         def write() -> None:
             finish()  # before deleting anything, so that a failed save loses nothing
             if setup is not None:
-                setup.checkpointer.add_complete(self.dirpath / str(step), step)
-            for known in scores.keys() - kept if jax.process_index() == 0 else ():
-                # Another run in the same directory may have replaced it.
-                written_by = _written_by(self.dirpath / str(known))
-                if written_by is not None and written_by[0] == self._monitor.name and self._is_same(written_by[2]):
-                    remove_directory(self.dirpath / str(known))
+                setup.checkpointer.add_complete(self.dirpath / name, step)
+            if jax.process_index() == 0:
+                # With what this run saved at the same step before, and another run has renamed.
+                renamed = [] if self._run is None else [aside(self.dirpath / name, self._run)]
+                self._remove([*map(self._path, scores.keys() - kept), *renamed])
 
         self._scores = {known: scores[known] for known in scores if known in kept}
         self._saver.start(write)
         if not self._background:
             self.wait()
+
+    def _remove(self, paths: Iterable[Path]) -> None:
+        with locked(self.dirpath):  # so that no other run takes the name between the comparison and the removal
+            for path in paths:
+                # Another run in the same directory may have replaced it.
+                found = _read(path) if path.exists() else None
+                if found is not None and found.monitor == self._monitor.name and self._is_same(found.run):
+                    remove_directory(path)
 
     def _check_alone(self, trainer: Any) -> None:
         """Refuses a run in which two such callbacks would replace each other's checkpoints."""
@@ -266,73 +280,105 @@ class ModelCheckpoint(Checking):
                 f"`dirpath` `{self.dirpath}` is that of two callbacks; use a directory of its own for each."
             )
 
-    def _check_name(self, step: int) -> None:
+    def _check_name(self, name: str) -> None:
         """Refuses, in all processes, to replace a directory that is not a checkpoint of this callback."""
-        path, failure = self.dirpath / str(step), None
+        path, failure = self.dirpath / name, None
         if jax.process_index() == 0 and os.path.lexists(path):
-            written_by = _written_by(path)
-            if written_by is None or written_by[0] != self._monitor.name:
+            found = _read(path)
+            if found is None or found.monitor != self._monitor.name:
                 failure = CheckpointError(
                     f"`{path}` is no checkpoint that a ModelCheckpoint with monitor {self._monitor.name!r} wrote, and "
                     f"is not replaced; use another `dirpath`, or move it away."
                 )
-            elif not self._is_same(written_by[2]) and not self._has_warned:
+            elif not self._is_same(found.run) and not self._has_warned:
                 self._has_warned = True
                 warn(
-                    f"`{path}` is of another run, which may be saving in `dirpath` too, and is replaced. Use a "
+                    f"`{path}` is of another run, which may be saving in `dirpath` too. Of the checkpoints whose steps "
+                    f"this run saves, only the best and the last of the other run are kept, under another name. Use a "
                     f"directory of its own for each run."
                 )
+            if failure is None and path.is_symlink():  # otherwise, the directory that it points to would be replaced
+                self._free_name(name)
         AllOrNone(f"name {path.name}").sync(failure)
 
-    def _known(self) -> dict[int, float | None]:
+    def _free_name(self, name: str) -> None:
+        """Keeps another run's checkpoint of this name aside if it is the best or the last of that run."""
+        found = _read(self.dirpath / name)
+        if found is None or found.run is None or self._is_same(found.run):
+            return
+        scores = {one.name: one.score for one in self._on_disk() if one[1:3] == (found.monitor, found.run)}
+        if name in (self._best(scores), list(scores)[-1]):
+            keep_aside(self.dirpath / name, found.run)
+
+    def _path(self, name: str) -> Path:
+        """Returns the path of a checkpoint of this run, which another run may have renamed."""
+        path = self.dirpath / name
+        renamed = path if self._run is None else aside(path, self._run)
+        return renamed if renamed.exists() else path
+
+    def _known(self) -> dict[str, float | None]:
         """Returns the scores of this callback's checkpoints, in step order, the same in all processes."""
         if self._scores is None:
             self._scores = self._own(self._list())
         return self._scores
 
-    def _finished(self) -> dict[int, float | None]:
+    def _finished(self) -> dict[str, float | None]:
         self.wait()
         return self._own(self._on_disk()) if self._scores is None else self._scores
 
-    def _own(self, found: Sequence[Any]) -> dict[int, float | None]:
-        return {
-            step: score for step, monitor, score, run in found if monitor == self._monitor.name and self._is_same(run)
-        }
+    def _own(self, found: Sequence["_Found"]) -> dict[str, float | None]:
+        return {one.name: one.score for one in found if one.monitor == self._monitor.name and self._is_same(one.run)}
 
     def _is_same(self, run: str | None) -> bool:
         """Tells whether a checkpoint is from this run; checkpoints older than run ids count as such."""
         return self._run is None or run is None or run == self._run
 
-    def _list(self) -> list[Any]:
+    def _list(self) -> list["_Found"]:
         # Process 0 decides what exists: on a shared file system, the others may see changes later.
         agreement = AllOrNone(f"list {self.dirpath.name}")
-        found: list[Any] = agreement.sync(None, self._on_disk() if jax.process_index() == 0 else None)
-        return found
+        found = agreement.sync(None, self._on_disk() if jax.process_index() == 0 else None)
+        return [_Found(*one) for one in found]
 
-    def _on_disk(self) -> list[tuple[int, str, float | None, str | None]]:
-        """Returns the step, monitor, score and run of every ModelCheckpoint's checkpoints, in step order."""
+    def _on_disk(self) -> list["_Found"]:
+        """Returns the checkpoints of every ModelCheckpoint, in step order; of one step, a renamed one is first."""
         restore(self.dirpath)  # otherwise, a save killed while replacing a checkpoint would hide it
         names = os.listdir(self.dirpath) if self.dirpath.is_dir() else []
-        # Only names that this callback would write: "007" is not the checkpoint of step 7.
-        steps = sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
-        read = ((step, _written_by(self.dirpath / str(step))) for step in steps)
-        return [(step, *written_by) for step, written_by in read if written_by is not None]
+        own = sorted(filter(_NAME.fullmatch, names), key=lambda name: (_step(name), -len(name), name))
+        return [found for found in (_read(self.dirpath / name) for name in own) if found is not None]
 
-    def _kept(self, scores: Mapping[int, float | None]) -> set[int]:
-        """Returns the steps to keep: the best, and the last one in the mapping."""
+    def _kept(self, scores: Mapping[str, float | None]) -> set[str]:
+        """Returns the names to keep: the best, and the last one in the mapping."""
         if self._save_top_k < 0:
             return set(scores)
-        judged = [step for step in scores if scores[step] is not None]
-        best = sorted(judged, key=lambda step: self._order(step, scores), reverse=True)[: self._save_top_k]
+        judged = [name for name in scores if scores[name] is not None]
+        best = sorted(judged, key=lambda name: self._order(name, scores), reverse=True)[: self._save_top_k]
         return {*best, *list(scores)[-1:]} if self._save_last else set(best)
 
-    def _order(self, step: int, scores: Mapping[int, float | None]) -> tuple[float, int]:
+    def _best(self, scores: Mapping[str, float | None]) -> str | None:
+        """Returns the name with the best score that is a number, or None."""
+        names = [name for name in scores if not math.isnan(_number(scores[name]))]
+        return max(names, key=lambda name: self._order(name, scores), default=None)
+
+    def _order(self, name: str, scores: Mapping[str, float | None]) -> tuple[float, int]:
         # Of equal scores, the earlier one wins: its checkpoint exists, and training longer gained nothing.
-        return self._monitor.rank(_number(scores[step])), -step
+        return self._monitor.rank(_number(scores[name])), -_step(name)
 
 
-def _written_by(path: Path) -> tuple[str, float | None, str | None] | None:
-    """Returns a checkpoint's monitor, score and run; None if unreadable or not written by a ModelCheckpoint."""
+class _Found(NamedTuple):
+    """A checkpoint of a ModelCheckpoint: its name in the directory, and what it says of itself."""
+
+    name: str
+    monitor: str
+    run: str | None
+    score: float | None
+
+    @property
+    def step(self) -> int:
+        return _step(self.name)
+
+
+def _read(path: Path) -> _Found | None:
+    """Returns what a checkpoint says of itself; None if unreadable or not written by a ModelCheckpoint."""
     try:
         with OrbaxDirectory(path) as directory:
             monitor, score, run = directory.info["monitor"], directory.info["score"], directory.info.get("run")
@@ -340,7 +386,11 @@ def _written_by(path: Path) -> tuple[str, float | None, str | None] | None:
         return None
     if not isinstance(monitor, str) or not isinstance(score, int | float | None):
         return None
-    return monitor, None if score is None else float(score), run if isinstance(run, str) else None
+    return _Found(path.name, monitor, run if isinstance(run, str) else None, None if score is None else float(score))
+
+
+def _step(name: str) -> int:
+    return int(name.partition(".")[0])
 
 
 def _number(score: float | None) -> float:

@@ -17,7 +17,8 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,15 @@ _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{16}\.nnx-trainer\.(tmp|old)")
 _LOCK = ".lock"
 """A lock on this file is the lock of its directory. The file is created first and never removed."""
 
+_LOCK_SECONDS = 0.5
+
 _SLICE = 16 * 2**20  # Linux writes at most 2 GiB per call, and Python handles signals between calls
 
 
 @contextlib.contextmanager
-def replacing(path: Path, size: int, *, durable: bool = True) -> Iterator["Writer"]:
+def replacing(
+    path: Path, size: int, *, durable: bool = True, claim: Callable[[], None] | None = None
+) -> Iterator["Writer"]:
     """Opens a temporary file that is renamed to ``path`` when the block ends, or removed if the block raises.
 
     If ``path`` is a symbolic link, its target is replaced. A replaced file passes its permissions on to the new one.
@@ -47,6 +52,7 @@ def replacing(path: Path, size: int, *, durable: bool = True) -> Iterator["Write
         path: The final path.
         size: Number of bytes to write. The space is reserved first, so that a full disk raises before any write.
         durable: Whether the file must survive a power failure. This takes a flush to disk: milliseconds.
+        claim: Called right before the rename, with the directory `locked`: it may move aside what has the name.
 
     Raises:
         OSError: A system call failed; ``path`` is unchanged.
@@ -63,7 +69,8 @@ def replacing(path: Path, size: int, *, durable: bool = True) -> Iterator["Write
             os.fsync(descriptor)
         if mode is not None:
             os.chmod(temporary, mode)
-        os.replace(temporary, path)
+        with _claimed(path, claim):
+            os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -100,6 +107,7 @@ class NewDirectory:
 
     Args:
         path: The final path. A directory that is already there stays until `commit`.
+        claim: As for `replacing`.
 
     Attributes:
         temporary: The directory to write into.
@@ -108,8 +116,8 @@ class NewDirectory:
         OSError: The directory cannot be created.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = Path(os.path.realpath(path))
+    def __init__(self, path: Path, claim: Callable[[], None] | None = None) -> None:
+        self._path, self._claim = Path(os.path.realpath(path)), claim
         sweep(self._path.parent)
         self._lock: int | None
         self._lock, self.temporary = _create_directory(self._path)
@@ -124,10 +132,11 @@ class NewDirectory:
             for name in names:
                 _flush(Path(directory) / name)
             _flush(Path(directory))
-        if self._path.exists():
-            self._replace()
-        else:
-            os.rename(self.temporary, self._path)
+        with _claimed(self._path, self._claim):
+            if self._path.exists():
+                self._replace()
+            else:
+                os.rename(self.temporary, self._path)
         self._unlock()
         _flush_parent(self._path.parent)
 
@@ -160,8 +169,37 @@ class NewDirectory:
     def _unlock(self) -> None:
         # The lock file stays: replacing this directory needs its lock again.
         if self._lock is not None:
-            os.close(self._lock)
+            with contextlib.suppress(OSError):  # nothing was written through it
+                os.close(self._lock)
             self._lock = None
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Locks a directory against other processes that do the same, for changes that take milliseconds.
+
+    Continues without the lock if it is not free within half a second, or the file system has no locks.
+
+    Raises:
+        OSError: The directory cannot be opened.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        end = time.monotonic() + _LOCK_SECONDS
+        while time.monotonic() < end:
+            try:
+                _lock(descriptor)
+            except BlockingIOError:
+                time.sleep(0.01)
+            else:
+                break
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
 
 
 def remove_directory(path: Path) -> None:
@@ -292,7 +330,17 @@ def _held(lock: Path) -> Iterator[None]:
         yield
     finally:
         if descriptor is not None:
-            os.close(descriptor)
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _claimed(path: Path, claim: Callable[[], None] | None) -> Iterator[None]:
+    """Calls ``claim``, if any, and holds the lock of the directory from then to the end of the block."""
+    with contextlib.nullcontext() if claim is None else locked(path.parent):
+        if claim is not None:
+            claim()
+        yield
 
 
 def _temporary_name(path: Path, kind: str = "tmp") -> Path:
@@ -316,7 +364,8 @@ def _is_file(path: Path) -> bool:
 
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):  # `ignore_errors` does not cover closing a directory
+            shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 

@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any, Literal, Self
 
 from trainer.checkpoints.background import BackgroundSaver
 from trainer.checkpoints.detach import detach
-from trainer.checkpoints.listing import Written, entries_in, names_in, run_of
+from trainer.checkpoints.listing import Written, aside, entries_in, keep_last_of_another, names_in, run_of
 from trainer.checkpoints.names import refuse_foreign, suffix_of
 from trainer.checkpoints.plain_values import to_plain
 from trainer.checkpoints.run_record import Restored, restore, snapshot_run
@@ -31,8 +32,11 @@ class Checkpointer:
             ...
             checkpoints.save(run, background=True)
 
-    Several runs may share a directory, though each should have its own: no run removes another's checkpoints, and
-    replacing another run's checkpoint of the same step warns.
+    Several runs may share a directory, since a script is often run twice; a warning advises a directory for each. A run
+    removes none of another's checkpoints, but replaces those of the steps that it saves. The last one of the other run,
+    with the result of all its training, is not replaced but renamed to ``checkpoint_<step>.<run>.msgpack``, where it is
+    listed and loaded like any other. So each of ten runs of a script leaves its last checkpoint, and only the last run
+    all that it keeps: no result is lost, and the disk does not fill with every step of every run.
 
     Args:
         directory: Where checkpoints without an explicit path go. It is created at the first save.
@@ -84,6 +88,11 @@ class Checkpointer:
         only_finite = background == "if_finite"
         beside: dict[str, Any] = {"info": info, "callback_states": callback_states, "loaders": loaders}
         write = functools.partial(self._write, target, run.step, run.id if path is None else None)
+
+        def snapshot_of(run: Run) -> Snapshot:
+            claim = functools.partial(self._free_name, target, run.id) if path is None else None
+            return dataclasses.replace(snapshot_run(run, **beside), claim=claim)
+
         refuse_foreign(target)  # raise here, not in the background
         suffix = suffix_of(target)
         self.wait()
@@ -91,12 +100,12 @@ class Checkpointer:
             self._check_name(target, run)
             self._saved = run.id, run.step, target
         if not background or suffix in (".pkl", ".safetensors"):
-            write(snapshot_run(run, **beside))
+            write(snapshot_of(run))
         elif suffix == ".orbax":
             if only_finite and not run.peek().is_finite():
                 warn_of_state(run.step)
             else:
-                self._saver.start(functools.partial(write, snapshot_run(run, **beside).begin(target)))
+                self._saver.start(functools.partial(write, snapshot_of(run).begin(target)))
         else:
             states = list(callback_states())
             for name, values in {"info": info or {}, "callbacks": states}.items():
@@ -110,7 +119,7 @@ class Checkpointer:
             def write_detached() -> int | None:
                 if only_finite and not (detached.peek().is_finite() if finite is None else finite):
                     return detached.step
-                write(snapshot_run(detached, **beside))
+                write(snapshot_of(detached))
                 return None
 
             self._saver.start(write_detached)
@@ -162,8 +171,12 @@ class Checkpointer:
 
     def saved_path(self, run: Run) -> Path | None:
         """Returns the path of the checkpoint at `saved_step`, or None if it does not exist."""
-        path = self._saved[2] if self._saved is not None and self._saved[0] == run.id else None
-        return path if path is not None and path.exists() else None
+        if self._saved is None or self._saved[0] != run.id:
+            return None
+        path = self._saved[2]
+        if self._written.holder(path.name) != run.id and aside(path, run.id).exists():
+            return aside(path, run.id)  # another run has taken the name
+        return path if path.exists() else None
 
     def _restored(self, loaded: Loaded, current: Run) -> Restored:
         restored = restore(loaded, current)
@@ -174,13 +187,14 @@ class Checkpointer:
     def warn_of_later(self, run: Run) -> None:
         """Warns, once, if the directory of a starting run holds checkpoints of later steps that it did not write."""
         found = names_in(self.directory).items()
-        later = [step for name, step in found if step > run.step and not self._written.holds(name)]
+        later = [step for name, step in found if step > run.step and self._written.holder(name) is None]
         if later and not self._has_warned:
             self._has_warned = True
             warn(
                 f"`{self.directory}` holds checkpoints up to step {max(later)}, later than this run's step {run.step}. "
-                f"They are kept, except where this run saves the same step; a run from the start should have its own "
-                f"directory. `resume=True` would continue the earlier run."
+                f"They are kept, but where this run saves the same step, only the last one of the earlier run, under "
+                f"another name. A run from the start should have its own directory; `resume=True` would continue the "
+                f"earlier run."
             )
 
     def __enter__(self) -> Self:
@@ -216,11 +230,15 @@ class Checkpointer:
                 self._written.prune(self._max_checkpoints)
         self.add_complete(target, step)
 
+    def _free_name(self, target: Path, run: str) -> None:
+        # The last file that this process wrote there need not be opened.
+        if self._written.holder(target.name) != run:
+            keep_last_of_another(target, run)
+
     def _check_name(self, target: Path, run: Run) -> None:
         """Refuses, in all processes, to replace anything but a checkpoint. Warns, once, if it is another run's."""
-        failure, other = None, None
-        # The last file that this process wrote there need not be opened.
-        if os.path.lexists(target) and not self._written.holds(target.name):
+        failure, other = None, self._written.holder(target.name)
+        if other is None and os.path.lexists(target):
             try:
                 other = run_of(target)
             except CheckpointError as error:
@@ -229,12 +247,17 @@ class Checkpointer:
             AllOrNone(f"name {target.name}").sync(failure)
         elif failure is not None:
             raise failure
-        if other not in (None, run.id) and not self._has_warned:
+        if other in (None, run.id):
+            return
+        if not self._has_warned:
             self._has_warned = True
             warn(
-                f"`{target}` is of another run, which may be saving in this directory too, and is replaced. Use a "
+                f"`{target}` is of another run, which may be saving in this directory too. Of the checkpoints whose "
+                f"steps this run saves, only the last one of the other run is kept, under another name. Use a "
                 f"directory of its own for each run."
             )
+        if target.is_symlink():  # otherwise, the file that it points to would be replaced
+            self._free_name(target, run.id)
 
 
 def warn_of_state(step: int | None) -> None:

@@ -98,7 +98,10 @@ class Leaf:
 
 
 def write_bundle(
-    path: Path, info: Mapping[str, Any], leaves: Sequence[tuple[Leaf, Callable[[], np.ndarray[Any, Any]]]]
+    path: Path,
+    info: Mapping[str, Any],
+    leaves: Sequence[tuple[Leaf, Callable[[], np.ndarray[Any, Any]]]],
+    claim: Callable[[], None] | None = None,
 ) -> None:
     """Writes a file, one array at a time.
 
@@ -107,6 +110,7 @@ def write_bundle(
         info: Plain values for the header, see `trainer.checkpoints.plain_values`.
         leaves: Descriptions, each with a callable that returns the array when it is about to be written, so that
             no two need to be in memory at once.
+        claim: As for `trainer.checkpoints.atomic.replacing`.
 
     Raises:
         OSError: The file could not be written; any existing file is unchanged.
@@ -134,7 +138,7 @@ def write_bundle(
     prefix = _PREFIX.pack(
         MAGIC, MAJOR, MINOR, 0, len(header), data_start, length, _sum(header), CHECKSUM.encode("ascii")
     )
-    with replacing(path, length) as file:
+    with replacing(path, length, claim=claim) as file:
         file.write(prefix + _SUM.pack(_sum(prefix)) + header + bytes(data_start - _DATA_START - len(header)))
         position, table = 0, b""
         for leaf, (_, get) in zip(placed, leaves, strict=True):

@@ -1,7 +1,8 @@
 """The checkpoints in a directory: which exist, which run wrote each, and which a process may remove.
 
-Only default names count: ``checkpoint_<step>.msgpack`` for a file and ``checkpoint_<step>.orbax`` for a directory. The
-run and the time of writing come from each header; the step in the name tells neither.
+Only default names count: ``checkpoint_<step>.msgpack`` for a file and ``checkpoint_<step>.orbax`` for a directory, and
+``checkpoint_<step>.<run>.…`` for one that `keep_aside` renamed. The run and the time of writing come from each header;
+the name tells neither.
 """
 
 import contextlib
@@ -13,15 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import xxhash
 
-from trainer.checkpoints.atomic import remove_directory, restore
+from trainer.checkpoints.atomic import locked, remove_directory, restore
 from trainer.checkpoints.file_format import END, MAGIC, Bundle
 from trainer.errors import CheckpointError
 
 if TYPE_CHECKING:
     from trainer.checkpoints.orbax_directory import OrbaxDirectory
 
-_OWN_NAME = re.compile(r"checkpoint_(0|[1-9]\d*)\.(msgpack|orbax)")
+_OWN_NAME = re.compile(r"checkpoint_(0|[1-9]\d*)(?:\.[0-9a-f]{16})?\.(msgpack|orbax)")
+_RUN = re.compile("[0-9a-f]{16}")
 
 
 class Entry(NamedTuple):
@@ -39,7 +42,7 @@ def names_in(directory: Path) -> dict[str, int]:
         return {}
     restore(directory)  # otherwise, a save killed while replacing the latest checkpoint would hide it
     matches = filter(None, map(_OWN_NAME.fullmatch, os.listdir(directory)))
-    ordered = sorted(matches, key=lambda match: (int(match[1]), match[2]))
+    ordered = sorted(matches, key=lambda match: (int(match[1]), match[2], match[0]))
     return {match[0]: int(match[1]) for match in ordered if _is_of_its_kind(directory / match[0])}
 
 
@@ -79,7 +82,7 @@ class Written:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._found: dict[str, tuple[int, int] | None] = {}
+        self._found: dict[str, tuple[str, tuple[int, int] | None]] = {}  # by name: the run, and which file it was
         self._runs: set[str] = set()
 
     def add(self, name: str, run: str) -> None:
@@ -87,29 +90,28 @@ class Written:
         if run not in self._runs:
             self._runs.add(run)
             earlier = [entry.name for entry in entries_in(self._directory) if entry.run == run]
-            self._found = {known: self._identity(known) for known in earlier} | self._found
+            self._found = {known: (run, self._identity(known)) for known in earlier} | self._found
         self._found.pop(name, None)
-        self._found[name] = self._identity(name)
+        self._found[name] = run, self._identity(name)
 
     def prune(self, keep: int) -> None:
         """Removes all but the last ``keep`` written, sparing any that another run has replaced since.
 
         Orbax directories belong to all processes; only process 0 removes them, atomically.
         """
-        for name in list(self._found)[:-keep]:
-            is_same = self.holds(name)
-            del self._found[name]
-            if not is_same:
-                continue
-            if name.endswith(".msgpack"):
-                (self._directory / name).unlink(missing_ok=True)
-            elif jax.process_index() == 0:
-                remove_directory(self._directory / name)
+        names = list(self._found)[:-keep]
+        # Locked, so that no other run takes the name between the comparison and the removal.
+        with locked(self._directory) if names else contextlib.nullcontext():
+            for name in names:
+                run, known = self._found.pop(name)
+                for path in (self._directory / name, aside(self._directory / name, run)):
+                    if known is not None and known == self._identity(path.name):
+                        _remove(path)
 
-    def holds(self, name: str) -> bool:
-        """Tells whether the file with this name is still the one that was recorded."""
-        known = self._found.get(name)
-        return known is not None and known == self._identity(name)
+    def holder(self, name: str) -> str | None:
+        """Returns the run that wrote the file with this name, if it is still the one that was recorded."""
+        run, known = self._found.get(name, (None, None))
+        return run if known is not None and known == self._identity(name) else None
 
     def _identity(self, name: str) -> tuple[int, int] | None:
         try:
@@ -130,6 +132,42 @@ def run_of(path: Path) -> str | None:
             f"`{path}` was not written by this library, and is not replaced; use another directory, or move it away."
         )
     return _run_and_time(path)[0]
+
+
+def aside(path: Path, run: str) -> Path:
+    """Returns where `keep_aside` keeps the checkpoint of a run: ``checkpoint_7.<run>.msgpack``, or ``7.<run>``."""
+    name = run if _RUN.fullmatch(run) else xxhash.xxh3_64_hexdigest(run.encode("utf-8", "backslashreplace"))
+    return path.with_name(f"{path.stem}.{name}{path.suffix}")
+
+
+def keep_aside(path: Path, run: str) -> None:
+    """Renames a checkpoint of the named run, since another run needs its name.
+
+    Raises:
+        CheckpointError: It cannot be renamed.
+    """
+    target = aside(path, run)
+    try:
+        if target.is_dir():
+            remove_directory(target)  # what the same run saved at the same step before
+        os.replace(path, target)
+    except FileNotFoundError:  # another process was faster
+        pass
+    except OSError as error:
+        raise CheckpointError(f"`{path}` of another run could not be renamed to `{target.name}`: {error}") from error
+
+
+def keep_last_of_another(path: Path, run: str) -> None:
+    """Frees a default name for a run: another run's checkpoint is kept aside if it is the last one of that run.
+
+    Raises:
+        CheckpointError: It cannot be renamed.
+    """
+    other = _run_and_time(path)[0] if os.path.lexists(path) else None
+    if other not in (None, run):
+        last = [entry.name for entry in entries_in(path.parent) if entry.run == other][-1:]
+        if last == [path.name]:
+            keep_aside(path, other)
 
 
 def info_of(path: Path) -> Mapping[str, Any]:
@@ -166,6 +204,13 @@ def _run_and_time(path: Path) -> tuple[str | None, float, bool]:
     with contextlib.suppress(ValueError, TypeError, OverflowError):
         written = datetime.datetime.fromisoformat(time).timestamp() if isinstance(time, str) else None
     return run if isinstance(run, str) else None, _modified(path) if written is None else written, True
+
+
+def _remove(path: Path) -> None:
+    if path.suffix == ".msgpack":
+        path.unlink(missing_ok=True)
+    elif jax.process_index() == 0:
+        remove_directory(path)
 
 
 def _modified(path: Path) -> float:

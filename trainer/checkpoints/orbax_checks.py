@@ -19,12 +19,21 @@ _MANIFEST_MAGIC = 0x0CDB3A2A
 _LENGTH = struct.Struct("<Q")
 _MAX_MANIFEST = 16 * 2**20
 
+# For each array, Orbax describes its path in up to eight times the bytes of our description.
+_TREE = "_METADATA"
+_MAX_TREE_RATIO, _MIN_TREE = 16, 64 * 2**10
+
 # Zstandard stores 128 KiB of equal bytes in 4, its best ratio.
 _MAX_RATIO = 2**15
 
 
-def check_files(directory: Path) -> int:
+def check_files(directory: Path, described: int = 0) -> int:
     """Checks that a directory contains only files and directories, and that manifests have their stated length.
+
+    Args:
+        directory: The directory.
+        described: The size of our description of its arrays in bytes. Orbax parses its own, in up to 30 times the bytes
+            in memory, so that must be in proportion.
 
     Returns:
         The total size of all files in bytes.
@@ -42,6 +51,8 @@ def check_files(directory: Path) -> int:
                 raise ValueError(f"`{path.relative_to(directory)}` is no regular file")
             if name == "manifest.ocdbt":
                 _check_manifest(path, about.st_size)
+            if name == _TREE and about.st_size > max(_MIN_TREE, _MAX_TREE_RATIO * described):
+                raise ValueError(f"`{name}` has {about.st_size} bytes, more than its arrays can need")
             size += about.st_size
     return size
 

@@ -57,7 +57,12 @@ _PLAIN = {"bool", "int8", "uint8", "int16", "uint16", "float16", "bfloat16", "in
 _PLAIN |= {"int64", "uint64", "float64", "complex64", "complex128"}
 
 
-def begin_directory(path: Path, info: Mapping[str, Any], leaves: Sequence[tuple[Leaf, Any]]) -> Callable[[], None]:
+def begin_directory(
+    path: Path,
+    info: Mapping[str, Any],
+    leaves: Sequence[tuple[Leaf, Any]],
+    claim: Callable[[], None] | None = None,
+) -> Callable[[], None]:
     """Copies arrays to the host, and starts writing them to a temporary directory next to ``path``.
 
     Args:
@@ -65,6 +70,7 @@ def begin_directory(path: Path, info: Mapping[str, Any], leaves: Sequence[tuple[
         info: Plain values for people.
         leaves: Descriptions, with JAX or NumPy arrays; keys as their key data. The arrays may be sharded
             over devices and processes, and may be donated once this returns.
+        claim: As for `trainer.checkpoints.atomic.replacing`; called in process 0.
 
     Returns:
         A function that finishes the checkpoint and must be called, in any thread: it waits until all
@@ -75,7 +81,7 @@ def begin_directory(path: Path, info: Mapping[str, Any], leaves: Sequence[tuple[
             too; ``path`` is then unchanged.
     """
     agreement = AllOrNone(f"save {path.name}")  # one per save, since it may finish in another thread
-    writing = _Writing(path.absolute(), info, leaves)
+    writing = _Writing(path.absolute(), info, leaves, claim)
     try:
         temporary = agreement.sync(*_attempted(writing.prepare, path))
         # The devices of all processes compute the checksums together, in collectives that never time out. So whatever
@@ -107,8 +113,15 @@ def write_directory(path: Path, info: Mapping[str, Any], leaves: Sequence[tuple[
 class _Writing:
     """One process's part in writing a checkpoint."""
 
-    def __init__(self, path: Path, info: Mapping[str, Any], leaves: Sequence[tuple[Leaf, Any]]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        info: Mapping[str, Any],
+        leaves: Sequence[tuple[Leaf, Any]],
+        claim: Callable[[], None] | None = None,
+    ) -> None:
         self._path = path
+        self._claim = claim
         self._info = info
         self._leaves = leaves
         self._tree: dict[str, Any] = {}
@@ -137,7 +150,7 @@ class _Writing:
         if self._path.is_dir() and any(self._path.iterdir()) and not (self._path / "about" / "metadata").exists():
             raise FileExistsError("it is a directory of something else, which is not replaced")
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._new = NewDirectory(self._path)
+        self._new = NewDirectory(self._path, self._claim)
         (self._new.temporary / "state").mkdir()
         return str(self._new.temporary)
 
@@ -368,7 +381,7 @@ class OrbaxDirectory:
             stored = {
                 ".".join(_names(path)): (self.leaves[path].shape, _stored_dtype(self.leaves[path])) for path in wanted
             }
-            check_stored(state, stored, check_files(state))
+            check_stored(state, stored, check_files(state, (self.path / "about" / "metadata").stat().st_size))
             tree = ocp.PyTreeCheckpointHandler().restore(_state_in(self.path), args=restore)
         except Exception as error:  # a damaged directory makes Orbax and TensorStore raise many types
             reason = " ".join(str(error).split())[:300]

@@ -36,12 +36,14 @@ class Snapshot:
         info: Plain values about it, for people.
         leaves: The arrays with their descriptions, keys as their key data.
         finish: Finishes the directory in flight, if Orbax has the copies.
+        claim: Called right before a file or directory of ours gets its name; see `trainer.checkpoints.atomic`.
     """
 
     state: TrainState
     info: dict[str, Any]
     leaves: Sequence[tuple[Leaf, Any]]
     finish: Callable[[], None] | None = None
+    claim: Callable[[], None] | None = None
 
     def begin(self, path: Path) -> "Snapshot":
         """Copies all arrays now, so that the state may be donated before `write_snapshot` finishes the directory.
@@ -57,7 +59,7 @@ class Snapshot:
 def _begin_directory(path: Path, snapshot: Snapshot) -> Callable[[], None]:
     from trainer.checkpoints.orbax_directory import begin_directory  # lazy, since few runs need it
 
-    return begin_directory(path, snapshot.info, snapshot.leaves)
+    return begin_directory(path, snapshot.info, snapshot.leaves, snapshot.claim)
 
 
 def take_snapshot(state: TrainState, info: Mapping[str, Any] | None = None, *, progress: Progress = None) -> Snapshot:
@@ -133,7 +135,7 @@ def write_snapshot(path: Path, snapshot: Snapshot) -> None:
                 f"continue a run with; save a name in .msgpack as well for that."
             )
         else:
-            write_bundle(path, snapshot.info, leaves)
+            write_bundle(path, snapshot.info, leaves, snapshot.claim)
     except (OSError, ValueError, TypeError) as error:
         if isinstance(error, ArgumentError | CheckpointError):
             raise

@@ -9,16 +9,13 @@ either the old or the new content. It is not flushed to disk, so a power failure
 import contextlib
 import datetime
 import json
-import os
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from trainer.checkpoints.atomic import replacing
+from trainer.checkpoints.atomic import locked, replacing
 from trainer.errors import warn
 from trainer.fit.plan import FitPlan
 from trainer.fit.setup import Setup
@@ -31,7 +28,6 @@ FORMAT = "nnx-trainer run 1"
 
 _MAX_STARTS = 50
 _MAX_BYTES = 32 * 2**20
-_LOCK_SECONDS = 0.5
 
 
 def write_start(setup: Setup, plan: FitPlan, run: Run, resumed: Path | None) -> None:
@@ -73,7 +69,7 @@ def _change(path: Path, change: Callable[[list[Any], dict[str, Any]], tuple[list
         change: Called with the entries and the throughput by run id. It removes its own run from the latter, and
             returns the new entries and the throughput of its own run.
     """
-    with _locked(path.parent):
+    with locked(path.parent):
         starts, speeds = _read(path) or ([], {})
         starts, own = change(starts, speeds)
         if not starts:  # the file was removed
@@ -162,28 +158,3 @@ def _entry(setup: Setup, plan: FitPlan, run: Run, resumed: Path | None) -> dict[
         **surroundings(run.leaves[0].sharding.device_set),
         "config": setup.config.to_dict(),
     }
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Locks the directory against other starting runs, if the system has such locks; waits half a second at most."""
-    if sys.platform == "win32":
-        yield
-        return
-    import fcntl
-
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        end = time.monotonic() + _LOCK_SECONDS
-        while time.monotonic() < end:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                time.sleep(0.01)
-            except OSError:  # no locks on this file system
-                break
-            else:
-                break
-        yield
-    finally:
-        os.close(descriptor)

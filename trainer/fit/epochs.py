@@ -66,10 +66,8 @@ def fit(trainer: Trainer, plan: FitPlan, resume: bool | str | os.PathLike[str]) 
             if restored.callback_states is not None:
                 setup.events.load_state_dict(restored.callback_states)
         trainer.hold(run)
-        finished = _is_finished(plan, run)
-        if finished and plan.caller == "train_epoch":
-            return trainer.run
-        if not finished and plan.loader is not None:
+        # A finished epoch or run still gets the events of a call: callbacks may not have handled its last step.
+        if not _is_finished(plan, run) and plan.loader is not None:
             # The loader may reject its position when it is opened.
             opening = put_back(trainer, before, callback_states)
     try:

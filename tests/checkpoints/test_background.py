@@ -201,6 +201,25 @@ class TestTheEndOfARun:
         Trainer(Busy(), settings, loss_fn=squared_error).train(regression(24), 1, 4)
         assert [path.name for path in tmp_path.iterdir()] == saved
 
+    @pytest.mark.parametrize("method", ["train", "train_epoch"])
+    def test_nor_is_one_whose_model_state_alone_is_not_finite(self, method, tmp_path):
+        """Running statistics that overflowed, which training does not read."""
+
+        class Overflows(Callback):
+            def on_epoch_end(self, trainer, epoch, logs):
+                spoilt = jax.tree.map(
+                    lambda leaf: leaf * jnp.inf if leaf.dtype == jnp.float32 else leaf, trainer.state.model_state
+                )
+                trainer.state = trainer.state.replace(model_state=spoilt)
+
+        options = {"train_data_loader": [regression(4)] * 6} if method == "train_epoch" else {}
+        trainer = build(tmp_path, [Overflows()], **options)
+        with pytest.warns(UserWarning, match="the state is not finite any more at step 6"):
+            trainer.train(regression(24), 1, 4) if method == "train" else trainer.train_epoch()
+        trainer.close()
+        assert jax.tree.all(jax.tree.map(lambda leaf: bool(jnp.isfinite(leaf).all()), trainer.state.params))
+        assert latest_checkpoint(tmp_path) is None
+
     def test_a_state_that_is_not_finite_is_not_saved(self, tmp_path):
         of_the_loss = pytest.warns(UserWarning, match="the loss is nan at step 1")
         with of_the_loss, pytest.warns(UserWarning, match="the state is not finite any more at step 6"):
@@ -300,10 +319,35 @@ class TestFailures:
         assert recorder.names[-1] == "on_train_end"
         assert trainer.step < 12
 
-    def test_one_at_the_end_is_raised_by_train(self, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("which", ["periodic", "last"])
+    @pytest.mark.parametrize("method", ["train", "train_epoch"])
+    def test_one_at_the_end_is_raised_by_the_call(self, method, which, tmp_path, monkeypatch):
+        monkeypatch.setattr("trainer.checkpoints.checkpointer.write_snapshot", failing)
+        recorder = Recorder()
+        every = 6 if which == "periodic" else 1000
+        options = {"workdir": tmp_path, "save_interval": every, "callbacks": [recorder]}
+        if method == "train_epoch":
+            options["train_data_loader"] = [regression(4)] * 6
+        changes = {} if method == "train" else {"save_frequency": every}
+        trainer = Trainer(Busy(), config(**changes), loss_fn=squared_error, **options)
+        with pytest.raises(CheckpointError, match="the disk is gone"):
+            trainer.train(regression(24), 1, 4) if method == "train" else trainer.train_epoch()
+        assert trainer.step == 6
+        assert recorder.names[-1] == "on_train_end"
+        trainer.state.check_alive()
+
+    @pytest.mark.parametrize("call", [1, 2, 3])
+    def test_every_train_epoch_raises_those_of_its_own(self, call, tmp_path, monkeypatch):
+        settings = config(save_frequency=6)
+        data = [regression(4)] * 6
+        trainer = Trainer(Busy(), settings, loss_fn=squared_error, workdir=tmp_path, train_data_loader=data)
+        for _ in range(call - 1):
+            trainer.train_epoch()
         monkeypatch.setattr("trainer.checkpoints.checkpointer.write_snapshot", failing)
         with pytest.raises(CheckpointError, match="the disk is gone"):
-            build(tmp_path, save_interval=6).train(regression(24), 1, 4)
+            trainer.train_epoch()
+        monkeypatch.undo()
+        trainer.close()
 
     def test_one_does_not_hide_the_users_error(self, tmp_path, monkeypatch):
         gate = threading.Event()

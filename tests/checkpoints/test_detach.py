@@ -74,6 +74,16 @@ def test_a_state_whose_moments_are_not_finite_cannot_go_on():
     assert not state.replace(opt_state=moments).is_finite()
 
 
+def test_nor_can_one_whose_model_state_is_not():
+    state = TrainState.create(Busy(), optax.adam(1e-2), rng=jax.random.key(0))
+    leaves, structure = jax.tree.flatten(state.model_state)
+    floats = [index for index, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert len(floats) >= 2
+    for chosen in floats:
+        spoilt = [leaf.at[..., 0].set(jnp.nan) if index == chosen else leaf for index, leaf in enumerate(leaves)]
+        assert not state.replace(model_state=jax.tree.unflatten(structure, spoilt)).is_finite()
+
+
 def test_nor_can_one_whose_optimizer_holds_nan_in_arrays_of_another_shape_or_in_its_rate():
     # Adafactor holds sums over rows and columns of a param.
     optimizer = optax.inject_hyperparams(optax.adafactor)(learning_rate=1e-2, min_dim_size_to_factor=2)

@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +16,7 @@ import tensorstore
 import xxhash
 from jax.sharding import NamedSharding, PartitionSpec
 
+from tests.checkpoints.test_plain_values import growth
 from tests.problems import Busy, Counting, regression, squared_error
 from tests.test_api import assert_same_bits
 from trainer import CheckpointError, TrainState, UnreadableError, load_state, make_train_step, save_state
@@ -268,6 +272,76 @@ class TestDamage:
         os.truncate(copy / "state" / "manifest.ocdbt", 2**34)
         with pytest.raises(UnreadableError, match=r"`manifest.ocdbt` has 17179869184 bytes, which is not what it says"):
             load_state(copy, like=busy_state())
+
+    @pytest.mark.parametrize("bomb", ["[],", "{},", '{"":0},', '"ab",', "999,", "1.5,"])
+    @pytest.mark.parametrize("is_signed", [False, True])
+    def test_a_description_takes_memory_in_proportion_to_its_bytes(self, bomb, is_signed, copy):
+        file = copy / "about" / "metadata"
+        text = json.loads(file.read_text())["about"].replace(
+            '"score": 0.5', f'"score": [{bomb * (2**20 // len(bomb))}0]'
+        )
+        checksum = xxhash.xxh3_64_hexdigest(text.encode()) if is_signed else "0"
+        file.write_text(json.dumps({"format": "nnx-trainer orbax 1", "about": text, "checksum": checksum}))
+        peak, error = growth(lambda: OrbaxDirectory(copy))
+        assert peak < 40 * file.stat().st_size
+        assert error is None or isinstance(error, UnreadableError)
+        assert is_signed or "does not have the checksum" in str(error)
+
+    def test_a_description_of_any_size_is_not_read(self, copy):
+        os.truncate(copy / "about" / "metadata", 2**34)
+        peak, error = growth(lambda: OrbaxDirectory(copy))
+        assert peak < 2**20
+        assert "it is too large" in str(error)
+
+    @pytest.mark.parametrize("size", [2**20, 2**34])
+    def test_a_tree_of_orbax_that_is_larger_than_its_arrays_need_is_not_read(self, size, copy):
+        os.truncate(copy / "state" / "_METADATA", size)
+        peak, error = growth(lambda: load_state(copy, like=busy_state()))
+        assert f"`_METADATA` has {size} bytes, more than its arrays can need" in str(error)
+        assert isinstance(error, UnreadableError)
+        assert peak < 8 * 2**20
+
+    def test_a_tree_of_many_arrays_with_long_names_is_no_bomb(self, tmp_path):
+        """Orbax describes each part of each name."""
+        deep = {}
+        for index in range(300):
+            node = deep
+            for part in range(20):
+                node = node.setdefault(f"ä{part}" if index % 2 else "a", {})
+            node[str(index)] = np.ones(1, np.float32)
+        state = busy_state().replace(model_state=jax.tree.map(jnp.asarray, deep))
+        path = save(tmp_path / "0", state)
+        sizes = [(path / name).stat().st_size for name in ("state/_METADATA", "about/metadata")]
+        assert 64 * 2**10 < sizes[0] < 8 * sizes[1]
+        assert_same_bits(load_state(path, like=state.copy()), state)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", ["state/manifest.ocdbt", "state/_METADATA", "about/metadata"])
+    def test_files_of_16_gib_take_no_memory_and_no_time(self, name, copy):
+        """All memory, also that of Orbax and TensorStore, so in a process of its own."""
+        code = f"""
+            import resource, time
+            from tests.checkpoints.test_orbax_directory import busy_state
+            from trainer import UnreadableError, load_state
+            like = busy_state()
+            def attempt():
+                try:
+                    load_state({str(copy)!r}, like=like)
+                except UnreadableError as error:
+                    print(str(error).replace("\n", " "))
+            attempt()
+            before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+            import os
+            os.truncate({str(copy / name)!r}, 2**34)
+            attempt()
+            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, time.perf_counter() - start)
+        """
+        done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+        *errors, last = done.stdout.splitlines()
+        assert len(errors) == 1, errors  # whole, it is read; then not
+        kibibytes, seconds = map(float, last.split())
+        assert kibibytes < 32 * 1024
+        assert seconds < 10
 
     @pytest.mark.parametrize("name", ["about/metadata", "state/_METADATA", "state/manifest.ocdbt", "state/_sharding"])
     def test_a_named_pipe_is_no_file(self, name, copy):

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from tests.problems import Busy, Counting, config, regression, squared_error
+from tests.test_api import assert_same_bits
 from trainer import ArgumentError, Callback, Extension, ExtensionConfig, InMemoryData, Trainer
 from trainer.core.fingerprint import fingerprint
 
@@ -139,6 +140,49 @@ def test_what_differs_is_said(first, second, call, said, tmp_path):
         train(build(tmp_path, **second), **call, resume=True)
     (text,) = [str(one.message) for one in warned if "arguments that differ from" in str(one.message)]
     assert text.count(" was ") + text.count("` differs") == 1
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"optimizer": optax.sgd(0.1)}, {"optimizer": optax.sgd(0.0)}),
+        ({"optimizer": optax.sgd(0.1), "loss_fn": Scaled(1.0)}, {"optimizer": optax.sgd(0.1), "loss_fn": Scaled(0.0)}),
+        (
+            {"settings": config(optimizer={"optimizer_type": "sgd", "learning_rate": 0.1})},
+            {"settings": config(optimizer={"optimizer_type": "sgd", "learning_rate": 1e-30})},
+        ),
+    ],
+    ids=["optimizer", "objective", "rate"],
+)
+def test_the_new_optimizer_objective_or_rate_is_the_one_that_trains(first, second, tmp_path):
+    """Of a kind that changes no param any more."""
+    whole = build(tmp_path, **first)
+    train(whole)
+    resumed = build(tmp_path, **second)
+    with pytest.warns(UserWarning, match="arguments that differ from"):
+        train(resumed, epochs=2, resume=True)
+    assert resumed.step == 2 * whole.step
+    assert_same_bits(resumed.state.params, whole.state.params)
+    again = build(tmp_path / "other", **first)
+    train(again, epochs=2)
+    assert any(
+        (a != b).any() for a, b in zip(*map(jax.tree.leaves, (again.state.params, whole.state.params)), strict=True)
+    )
+
+
+def test_the_new_validation_data_and_interval_are_the_ones_that_count(tmp_path):
+    train(build(tmp_path))
+    resumed, other = build(tmp_path), regression(8, seed=2)
+    with pytest.warns(UserWarning, match="arguments that differ from"):
+        train(resumed, epochs=2, held_out=other, val_interval=3, resume=True)
+    assert list(resumed.history.series("val_loss")[0]) == [
+        2,
+        4,
+        6,
+        8,
+    ]  # every second step, then every third and the end
+    assert resumed.history.series("val_loss")[1][-1] == pytest.approx(resumed.evaluate(other, 4)["loss"])
+    assert resumed.evaluate(HELD_OUT, 4)["loss"] != resumed.evaluate(other, 4)["loss"]
 
 
 def test_other_data_of_the_same_shape_are_refused_and_nothing_has_happened(tmp_path):

@@ -425,3 +425,28 @@ def test_what_composes_with_a_step_is_the_same_in_processes(tmp_path, monkeypatc
     assert sum(found[0]["averages"]["errors"]) == sum(alone["averages"]["errors"])
     for name in ("validation", "norms"):
         assert flat(found[0][name]) == pytest.approx(flat(alone[name]), rel=2e-2, abs=1e-2, nan_ok=True)
+
+
+TIMED = """
+import tempfile
+from tests.distributed.test_trainer_processes import trainer_on
+from tests.sharding.test_trainer_mesh import data
+from trainer import LambdaCallback, Timer, make_mesh
+
+now = [0.0]
+ticks = LambdaCallback(on_epoch_begin=lambda trainer, epoch: now.append(now[-1] + 6.0 * process))
+timer = Timer(10, clock=lambda: now[-1])
+trainer = trainer_on(make_mesh({"data": 2}), tempfile.mkdtemp(), callbacks=[ticks, timer])
+trainer.train(data(), 5, 16)
+print(json.dumps([timer.elapsed, trainer.epoch, trainer.step, timer.reason, trainer.should_stop]))
+"""
+
+
+@pytest.mark.slow
+def test_where_the_time_of_one_process_is_up_all_end_after_the_same_epoch():
+    """The clock of process 0 stands still: alone it would train on, and wait for the other."""
+    results = run(TIMED, 2)
+    assert [status for status, _, _ in results] == [0, 0], results
+    found = [json.loads(out.splitlines()[-1]) for _, out, _ in results]
+    assert [elapsed for elapsed, *_ in found] == [0.0, 12.0]
+    assert found[0][1:] == found[1][1:] == [2, 2 * -(-len(data()["input"]) // 16), "the time of 0:00:10 is up", True]

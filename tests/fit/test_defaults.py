@@ -10,6 +10,7 @@ from tests.problems import Linear, config, regression, squared_error
 from trainer import Callback, Trainer, TrainingConfig, load_run
 from trainer.config import OptimizerConfig
 from trainer.fit.cadence import row_interval
+from trainer.loggers.base import Logger
 
 MANY = 100_000
 
@@ -120,6 +121,40 @@ class TestAHundredThousandSteps:
 
     def test_steps_stay_fused(self, trained):
         assert trained[2] < MANY / 100
+
+
+class Saves(Logger):
+    def __init__(self):
+        self.steps = []
+
+    def log_checkpoint(self, path, step):
+        self.steps.append(step)
+
+    def log_scalars(self, scalars, step=None):
+        pass
+
+    def log_text(self, name, text, step=None):
+        pass
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_steps_in_which_nothing_is_said(tmp_path):
+    """A thousand validations and a hundred saves, of which the last five are kept."""
+    saves, calls = Saves(), Calls()
+    trainer = Trainer(
+        Scalar(), defaults(), optax.sgd(1e-3), loss_fn=distance, workdir=tmp_path, logger=saves, callbacks=[calls]
+    )
+    trainer.train(np.ones(MANY // 5, np.float32), 5, 1, np.ones(2, np.float32))
+    trainer.close()
+    assert saves.steps == list(range(1000, MANY + 1, 1000))
+    kept = sorted(int(path.stem.partition("_")[2]) for path in tmp_path.glob("checkpoint_*"))
+    assert kept == saves.steps[-5:]
+    assert load_run(tmp_path / f"checkpoint_{MANY}.msgpack", trainer.run).step == MANY
+    steps, losses = trainer.history.series("val_loss")
+    assert steps == list(range(100, MANY + 1, 100))
+    assert losses[-1] < 1e-6 < losses[0]
+    assert trainer.history.series("loss")[0] == [1, *steps]
+    assert calls.number == MANY / 100
 
 
 @pytest.mark.parametrize(

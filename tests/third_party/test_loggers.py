@@ -190,6 +190,15 @@ class TestWandb:
                     row[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
                 yield row
 
+    def config(self, directory):
+        """Returns the configuration of an offline run, of which each record changes some entries."""
+        held = {}
+        for record in self.records(directory):
+            about = {"config": record.config, "run": record.run.config}.get(record.WhichOneof("record_type"))
+            for item in () if about is None else about.update:
+                held[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
+        return held
+
     def test_an_offline_run_holds_everything(self, tmp_path):
         logger = self.start(tmp_path, name="mine", entity="team", tags=["a"], id="abc123")
         log_everything(logger)
@@ -209,6 +218,12 @@ class TestWandb:
             "abc123",
             ["a"],
         )
+        kind, counts, edges = (merged[f"weights/{part}"] for part in ("_type", "values", "bins"))
+        assert kind == "histogram"
+        assert (sum(counts), counts[0], counts[-1], len(edges) - len(counts)) == (3, 1, 1, 1)
+        assert (edges[0], edges[-1]) == (0, 3)
+        held = self.config(tmp_path)
+        assert {name: held[name] for name in PARAMS} == PARAMS
         images = sorted(tmp_path.glob("wandb/offline-run-*/files/media/images/*.png"))
         assert [re.match(r"[a-z]+", image.name)[0] for image in images] == ["grey", "samples"]
         with PIL.Image.open(images[0]) as opened:
@@ -225,6 +240,10 @@ class TestWandb:
         rows = list(self.rows(tmp_path))
         assert [row["step"] for row in rows if "train/loss" in row] == [1, 3, 6, 9, 12, 15, 18, 20, 5]
         assert [row["step"] for row in rows if "epoch/loss" in row] == [10, 20]
+        held = self.config(tmp_path)
+        assert held["num_epochs"] == 4
+        assert held["optimizer"]["learning_rate"] == config().optimizer.learning_rate
+        assert held["log_frequency"] == 3
 
     @pytest.fixture
     def server(self, monkeypatch, request):

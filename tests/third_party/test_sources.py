@@ -40,6 +40,13 @@ class Examples:
         return {name: column[index] for name, column in DATA.items()}
 
 
+class Broken(Examples):
+    def __getitem__(self, index):
+        if index == 9:
+            raise ZeroDivisionError
+        return super().__getitem__(index)
+
+
 @pytest.mark.third_party
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 class TestHuggingFace:
@@ -123,6 +130,16 @@ class TestTorch:
         )
         with pytest.warns(RuntimeWarning, match=r"os\.fork\(\) is incompatible with multithreaded code"):
             assert_trained_alike(trained(loader, prefetch=prefetch))
+
+    def test_what_a_worker_raises_is_raised_at_its_batch(self, torch):
+        loader = torch.utils.data.DataLoader(
+            Broken(), 8, num_workers=2, multiprocessing_context="spawn", persistent_workers=True, timeout=60
+        )
+        with pytest.raises(ZeroDivisionError) as caught:
+            trained(loader)
+        assert caught.value.__notes__ == [
+            "raised by `train_data` in place of batch 1 of its pass (the first is batch 0)"
+        ]
 
     def test_a_data_set_without_a_loader_is_refused(self, dataset):
         with pytest.raises(BatchError, match="gives examples by their index; pass a loader of batches"):

@@ -31,7 +31,7 @@ def test_a_directory_is_drawn_in_the_terminal(directory):
     status, text = run(directory)
     assert status == 0
     titles = [line for line in text.splitlines() if line and not line.startswith((" ", "a "))]
-    assert [title.split(" (")[0] for title in titles] == ["loss", "mean_error", "steps per second"]
+    assert [title.split(" (")[0] for title in titles] == ["loss", "mean_error", "learning rate", "steps per second"]
     assert any("\u2800" < letter <= "\u28ff" for letter in text)
 
 
@@ -48,7 +48,8 @@ def test_without_a_log_the_speeds_are_those_of_the_run_file(tmp_path):
     trainer = Trainer(Linear(4), config(), loss_fn=squared_error, workdir=tmp_path / "run", save_interval=4)
     trainer.train(regression(32), 3, 8)
     speeds = dict(trainer.history.speeds)
-    read = {row["step"]: row["speed/steps_per_second"] for row in read_rows(tmp_path / "run") if len(row) == 2}
+    name = "speed/steps_per_second"
+    read = {row["step"]: row[name] for row in read_rows(tmp_path / "run") if name in row}
     assert read == speeds
     assert list(read) == [8, 12]  # the first epoch was spent on compiling
     (tmp_path / "run" / "checkpoint_12.msgpack").unlink()

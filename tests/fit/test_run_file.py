@@ -9,8 +9,17 @@ import jax
 import pytest
 
 from tests.problems import Linear, config, regression, squared_error
-from trainer import Callback, Trainer, TrainingInterrupted, latest_checkpoint, load_run
+from trainer import (
+    Callback,
+    LambdaCallback,
+    SchedulerConfig,
+    Trainer,
+    TrainingInterrupted,
+    latest_checkpoint,
+    load_run,
+)
 from trainer.checkpoints.listing import entries_in
+from trainer.commands.histories import read_rows
 from trainer.fit import run_file, speeds, surroundings
 from trainer.fit.surroundings import as_json, git_state, without_secrets
 
@@ -162,7 +171,7 @@ class TestSpeeds:
         assert run == trainer.run.id
         assert [step for step, _ in found] == [4, 8, 12]
         assert found[-1][1] == trainer.throughput.steps_per_second
-        assert run_file.read_speeds(tmp_path / "run.json", run) == list(trainer.history.speeds)
+        assert run_file.read_figures(tmp_path / "run.json", run) == trainer.history.figures
         assert len(starts(tmp_path)) == 1
 
     def test_a_resumed_run_continues_them_and_its_checkpoint_does_not_hold_them(self, tmp_path):
@@ -189,6 +198,34 @@ class TestSpeeds:
             trainer.train(regression(32), 5, 8)
         (found,) = self.speeds(tmp_path).values()
         assert [step for step, _ in found] == [4, 8]
+
+    def test_so_does_the_learning_rate(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(speeds, "_RATE_EVERY", 0.0)
+        settings = config(scheduler=SchedulerConfig(scheduler_type="cosine", total_steps=16))
+
+        def train(*callbacks, **options):
+            trainer = build(tmp_path, settings=settings, save_interval=6, steps_per_call=1, callbacks=list(callbacks))
+            trainer.train(regression(32), 4, 8, **options)
+            return trainer
+
+        def interrupt(trainer, step, logs):
+            if step == 11:
+                raise TrainingInterrupted("now")
+
+        with pytest.raises(TrainingInterrupted):
+            train(LambdaCallback(on_call_end=interrupt))
+        resumed = train(resume=True)
+        found = run_file.read_figures(tmp_path / "run.json", resumed.run.id)
+        assert [step for step, _ in found["learning_rate"]] == [4, 8, 12, 16]
+        assert [rate for _, rate in found["learning_rate"]] == sorted(
+            (r for _, r in found["learning_rate"]), reverse=True
+        )
+        assert resumed.history.figures["learning_rate"] == found["learning_rate"][1:]
+        rows = read_rows(tmp_path)
+        assert (
+            tuple((row["step"], row["learning_rate"]) for row in rows if "learning_rate" in row)
+            == found["learning_rate"]
+        )
 
     def test_each_run_of_a_directory_has_its_own(self, tmp_path):
         trainer = build(tmp_path)
@@ -223,17 +260,17 @@ class TestSpeeds:
         trainer = build(tmp_path)
         trainer.train(regression(32), 1, 8)
         (tmp_path / "run.json").unlink()
-        run_file.write_speeds(trainer.setup, trainer.run)
+        run_file.write_figures(trainer.setup, trainer.run)
         assert not (tmp_path / "run.json").exists()
         (tmp_path / "run.json").write_text("[]")
-        run_file.write_speeds(trainer.setup, trainer.run)
+        run_file.write_figures(trainer.setup, trainer.run)
         assert (tmp_path / "run.json").read_text() == "[]"
 
     @pytest.mark.parametrize("wrong", [3, [], {"a": 1}, {"a": [[1]]}, {"a": [["x", 1.0]]}, {"a": [[1, None]]}])
     def test_speeds_that_cannot_be_understood_count_as_none(self, wrong, tmp_path):
         content = {"format": run_file.FORMAT, "starts": [{"run": "a"}], "steps_per_second": wrong}
         (tmp_path / "run.json").write_text(json.dumps(content))
-        assert run_file.read_speeds(tmp_path / "run.json", "a") == []
+        assert run_file.read_figures(tmp_path / "run.json", "a") == {}
         assert run_file.read_starts(tmp_path / "run.json") == [{"run": "a"}]
 
 

@@ -297,14 +297,14 @@ def test_rows_recorded_together_are_those_recorded_alone(max_rows):
     assert b"".join(one.packed()[1]) == b"".join(other.packed()[1])
 
 
-class TestSpeeds:
+class TestFiguresOfEpochs:
     """They belong to the pictures of this process, and to no row and no checkpoint."""
 
     def test_they_are_beside_the_rows_and_copies_are_independent(self):
         history = History()
         history.record(4, {"loss": 1.0})
         copied = history.copy()
-        copied.know_speed(4, 10.0)
+        copied.know_epoch(4, steps_per_second=10.0)
         assert (history.speeds, copied.speeds) == ((), ((4, 10.0),))
         assert copied.packed() == history.packed()
         assert list(copied) == list(history)
@@ -313,14 +313,25 @@ class TestSpeeds:
     def test_rewinding_drops_those_of_later_epochs(self):
         history = History()
         for step in (4, 8, 12):
-            history.know_speed(step, float(step))
+            history.know_epoch(step, steps_per_second=float(step))
         history.rewind(8)
         assert history.speeds == ((4, 4.0), (8, 8.0))
 
     def test_of_many_the_latest_stays_and_the_number_is_bounded(self):
         history = History()
         for step in range(1, 5001):
-            history.know_speed(step, float(step))
+            history.know_epoch(step, steps_per_second=float(step))
             assert history.speeds[-1][0] == step
-        assert 500 <= len(history.speeds) <= history_module.MAX_SPEEDS
+        assert 500 <= len(history.speeds) <= history_module.MAX_EPOCHS
         assert history.speeds == tuple(sorted(history.speeds))
+
+    def test_a_rate_on_the_device_is_read_on_demand_and_drawn_unless_the_rows_hold_it(self):
+        history = History()
+        history.record(4, {"loss": 1.0})
+        history.know_epoch(4, learning_rate=jnp.float32(0.5))
+        assert history.copy().to_draw() == [{"step": 4, "loss": 1.0}, {"step": 4, "learning_rate": 0.5}]
+        assert history.figures == {"learning_rate": ((4, 0.5),)}
+        assert type(history.figures["learning_rate"][0][1]) is float
+        assert history.speeds == ()
+        history.record(5, {"learning_rate": 0.25})
+        assert history.to_draw() == list(history)

@@ -11,8 +11,8 @@ from typing import Any
 from trainer.checkpoints.listing import entries_in
 from trainer.checkpoints.open import open_source, read_progress
 from trainer.errors import ArgumentError, CheckpointError
-from trainer.fit.run_file import RUN_FILE, read_speeds
-from trainer.metrics.plots import STEPS_PER_SECOND, speed_rows, with_weights
+from trainer.fit.run_file import RUN_FILE, read_figures
+from trainer.metrics.plots import STEPS_PER_SECOND, figure_rows, with_weights
 from trainer.metrics.throughput import SPEED
 
 _SIZES = ("first_step", "num_examples", "batch_size")
@@ -26,9 +26,10 @@ _LOGS = (*_JSON_LINES, ".csv")
 def read_rows(path: Path) -> list[Row]:
     """Returns the rows of a history, each with its ``step``.
 
-    For a directory, this is the history in the newest readable checkpoint, with the speeds from ``run.json`` and from
-    a log beside it; without such a checkpoint, the rows of the newest log. Logs are those of `trainer.FileLogger`,
-    or CSV with a column ``step``: ``train/loss`` becomes ``loss``, and ``val/loss`` becomes ``val_loss``.
+    For a directory, this is the history in the newest readable checkpoint, with the figures of epochs from ``run.json``
+    and the speeds from a log beside it; without such a checkpoint, the rows of the newest log. Logs are those of
+    `trainer.FileLogger`, or CSV with a column ``step``: ``train/loss`` becomes ``loss``, and ``val/loss`` becomes
+    ``val_loss``.
 
     Raises:
         ArgumentError: The path has no history.
@@ -56,10 +57,11 @@ def read_rows(path: Path) -> list[Row]:
             if any(name.startswith(SPEED) for name in row)
         ]
         with contextlib.suppress(OSError, ValueError):  # a file of another kind; `trainer inspect` reports it
-            if known := speed_rows(read_speeds(path / RUN_FILE, run)):
+            known = figure_rows(read_figures(path / RUN_FILE, run), rows)
+            if any(STEPS_PER_SECOND in row for row in known):
                 # The speeds in a log include epochs with compilations.
                 speeds = [{key: row[key] for key in row if key != STEPS_PER_SECOND} for row in speeds]
-                speeds += [dict(row) for row in known]
+            speeds += [dict(row) for row in known]
         last = rows[-1]["step"]
         return [*rows, *(row for row in speeds if row["step"] <= last)]
     if not logged:

@@ -27,7 +27,7 @@ from trainer.fit.resume import checked, find, planned_end, put_back
 from trainer.fit.run_file import write_start
 from trainer.fit.running import running
 from trainer.fit.setup import Planned, Setup
-from trainer.fit.speeds import note_speed, speeds_written
+from trainer.fit.speeds import figures_written, note_epoch
 from trainer.loggers.base import prefixed
 from trainer.loop import evaluate, open_pass, plan_dispatch, rare_collections, run_epoch
 from trainer.metrics.average import metrics_at
@@ -143,7 +143,7 @@ def _run_epochs(
     setup = trainer.setup
     if restored is not None or trainer.run.is_new:
         write_start(setup, plan, trainer.run, None if restored is None else restored.path)
-    with running(trainer) as signals, speeds_written(trainer, plan):
+    with running(trainer) as signals, figures_written(trainer, plan):
         setup.fanout.log_hyperparams(setup.config.to_dict())
         if restored is not None:
             where = f"epoch {trainer.run.epoch}, batch {trainer.run.batch}"
@@ -235,7 +235,7 @@ def _run_epoch(trainer: Trainer, plan: FitPlan, signals: Signals, batches: Itera
         signals.check()
         tick.run = setup.with_weights(trainer.run)
     setup.fanout.flush()
-    note_speed(trainer, meter)
+    note_epoch(trainer, meter)
     if is_last:
         _log_last_step(trainer)
     is_due = plan.validates_epoch(setup.config, epoch + 1, is_last=is_last)

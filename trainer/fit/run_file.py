@@ -1,7 +1,8 @@
 """``run.json``: human-readable information on the runs in a directory, next to their checkpoints.
 
 If a ``workdir`` is given, the trainer adds an entry for each start and each resume of a run, oldest first. The file
-also holds the steps per second of each epoch by run id; checkpoints do not, because they differ between repeated runs.
+also holds the steps per second and the learning rate of each epoch by run id; checkpoints do not, because speeds differ
+between repeated runs.
 The file is read only by people, ``trainer inspect`` and ``trainer plot``. It is replaced atomically, so a reader sees
 either the old or the new content. It is not flushed to disk, so a power failure may lose it.
 """
@@ -20,11 +21,13 @@ from trainer.errors import warn
 from trainer.fit.plan import FitPlan
 from trainer.fit.setup import Setup
 from trainer.fit.surroundings import as_json, surroundings
-from trainer.metrics.history import thinned
+from trainer.metrics.history import Figures, thinned
 from trainer.run import Run
 
 RUN_FILE = "run.json"
 FORMAT = "nnx-trainer run 1"
+
+_FIGURES = ("steps_per_second", "learning_rate")
 
 _MAX_STARTS = 50
 _MAX_BYTES = 32 * 2**20
@@ -41,54 +44,65 @@ def write_start(setup: Setup, plan: FitPlan, run: Run, resumed: Path | None) -> 
     try:
         entry = as_json(_entry(setup, plan, run, resumed))
         path.parent.mkdir(parents=True, exist_ok=True)
-        _change(path, lambda starts, speeds: ([*starts, entry], {run.id: _until(run.step, speeds.pop(run.id, ()))}))
+        _change(path, lambda starts, before: ([*starts, entry], run.id, _until(run.step, before.get(run.id, {}))))
     except (OSError, ValueError) as error:
         warn(f"`{path}`, which tells people about this run, could not be written: {error}. The run itself continues.")
 
 
-def write_speeds(setup: Setup, run: Run) -> None:
-    """Writes the throughput of a run's epochs next to its entries, if any. Failures are ignored."""
-    if setup.workdir is None or not setup.placement.is_primary_process or not run.history.speeds:
+def write_figures(setup: Setup, run: Run) -> None:
+    """Writes the figures of a run's epochs next to its entries, if any. Failures are ignored."""
+    if setup.workdir is None or not setup.placement.is_primary_process:
         return
-    path, own = Path(setup.workdir) / RUN_FILE, run.history.speeds
-    before = own[0][0] - 1
-    with contextlib.suppress(OSError, ValueError):
-        _change(path, lambda starts, speeds: (starts, {run.id: (*_until(before, speeds.pop(run.id, ())), *own)}))
+
+    def change(starts: list[Any], before: dict[str, Figures]) -> tuple[list[Any], str, Figures]:
+        first = min(pairs[0][0] for pairs in own.values())
+        kept = _until(first - 1, before.get(run.id, {}))
+        return starts, run.id, {name: (*kept.get(name, ()), *own.get(name, ())) for name in _FIGURES}
+
+    # A RuntimeError, if the step that a learning rate is read from has failed: the call raises that itself.
+    with contextlib.suppress(OSError, ValueError, RuntimeError):
+        if own := run.history.figures:
+            _change(Path(setup.workdir) / RUN_FILE, change)
 
 
-def _until(step: int, speeds: Any) -> tuple[Any, ...]:
-    """Returns the throughput of epochs that ended at or before a step."""
-    return tuple(speed for speed in speeds if speed[0] <= step)
+def _until(step: int, figures: Figures) -> Figures:
+    """Returns the figures of epochs that ended at or before a step."""
+    return {name: tuple(pair for pair in pairs if pair[0] <= step) for name, pairs in figures.items()}
 
 
-def _change(path: Path, change: Callable[[list[Any], dict[str, Any]], tuple[list[Any], dict[str, Any]]]) -> None:
-    """Atomically replaces the file by one with changed entries and throughput.
+def _change(path: Path, change: Callable[[list[Any], dict[str, Figures]], tuple[list[Any], str, Figures]]) -> None:
+    """Atomically replaces the file by one with changed entries and figures.
 
     Args:
         path: The file.
-        change: Called with the entries and the throughput by run id. It removes its own run from the latter, and
-            returns the new entries and the throughput of its own run.
+        change: Called with the entries and the figures by run id. Returns the new entries, its own run, and that run's
+            figures.
     """
     with locked(path.parent):
-        starts, speeds = _read(path) or ([], {})
-        starts, own = change(starts, speeds)
+        starts, before = _read(path) or ([], {})
+        starts, changed, own = change(starts, before)
         if not starts:  # the file was removed
             return
         starts = starts[-_MAX_STARTS:]
         runs = {entry.get("run") for entry in starts}
-        speeds = {name: thinned(tuple(found)) for name, found in {**speeds, **own}.items() if name in runs and found}
-        encoded = _as_text(starts, speeds).encode("utf-8", "backslashreplace")
+        # The latest run last.
+        figures = {run: found for run, found in before.items() if run != changed} | {changed: own}
+        kept = {run: found for run, found in figures.items() if run in runs}
+        encoded = _as_text(starts, kept).encode("utf-8", "backslashreplace")
         with replacing(path, len(encoded), durable=False) as file:
             file.write(encoded)
 
 
-def _as_text(starts: list[dict[str, Any]], speeds: Mapping[str, Any]) -> str:
+def _as_text(starts: list[dict[str, Any]], figures: Mapping[str, Figures]) -> str:
     """Formats the latest entry with indentation, and earlier ones as a line each: indenting all 50 takes 20 ms."""
     lines = [json.dumps(entry, ensure_ascii=False) for entry in starts[:-1]]
     entries = ",\n".join([*lines, json.dumps(starts[-1], indent=1, ensure_ascii=False)])
-    known = ",\n".join(f"{json.dumps(run)}: {json.dumps(found)}" for run, found in speeds.items())
-    beside = f', "steps_per_second": {{\n{known}\n}}' if known else ""
-    return f'{{"format": {json.dumps(FORMAT)}, "starts": [\n{entries}\n]{beside}}}\n'
+    text = f'{{"format": {json.dumps(FORMAT)}, "starts": [\n{entries}\n]'
+    for name in _FIGURES:
+        pairs = {run: thinned(tuple(found[name])) for run, found in figures.items() if found.get(name)}
+        known = ",\n".join(f"{json.dumps(run)}: {json.dumps(own)}" for run, own in pairs.items())
+        text += f', "{name}": {{\n{known}\n}}' if known else ""
+    return text + "}\n"
 
 
 def read_starts(path: Path) -> list[dict[str, Any]] | None:
@@ -102,13 +116,13 @@ def read_starts(path: Path) -> list[dict[str, Any]] | None:
     return None if found is None else found[0]
 
 
-def read_speeds(path: Path, run: str) -> list[tuple[int, float]]:
-    """Returns the steps at which epochs of a run ended, and their steps per second; raises as `read_starts` does."""
-    _, speeds = _read(path) or ([], {})
-    return [(step, speed) for step, speed in speeds.get(run, ())]
+def read_figures(path: Path, run: str) -> Figures:
+    """Returns the figures of the epochs of a run, as `trainer.History.figures`; raises as `read_starts` does."""
+    _, figures = _read(path) or ([], {})
+    return figures.get(run, {})
 
 
-def _read(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]] | None:
+def _read(path: Path) -> tuple[list[dict[str, Any]], dict[str, Figures]] | None:
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_BYTES + 1)
@@ -123,14 +137,19 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]] | None:
     starts = found.get("starts") if isinstance(found, Mapping) and found.get("format") == FORMAT else None
     if not isinstance(starts, list) or not all(isinstance(entry, dict) for entry in starts):
         raise ValueError("it is there already, and another program wrote it")
-    speeds = found.get("steps_per_second")
-    return starts, {run: own for run, own in speeds.items() if _are_speeds(own)} if isinstance(speeds, dict) else {}
+    figures: dict[str, Figures] = {}
+    for name in _FIGURES:
+        runs = found.get(name)
+        for run, pairs in runs.items() if isinstance(runs, dict) else ():
+            if _are_figures(pairs):
+                figures.setdefault(run, {})[name] = tuple((step, value) for step, value in pairs)
+    return starts, figures
 
 
-def _are_speeds(found: Any) -> bool:
-    """Tells whether these are pairs of a step and a speed, as this module writes them."""
+def _are_figures(found: Any) -> bool:
+    """Tells whether these are pairs of a step and a value, as this module writes them."""
     numbers = isinstance(found, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in found)
-    return numbers and all(type(step) is int and type(speed) in (int, float) for step, speed in found)
+    return numbers and all(type(step) is int and type(value) in (int, float) for step, value in found)
 
 
 def _entry(setup: Setup, plan: FitPlan, run: Run, resumed: Path | None) -> dict[str, Any]:

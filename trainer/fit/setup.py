@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
@@ -87,7 +88,8 @@ class Live:
         unsaved_step: The step at which a call to ``train_epoch`` left its state to a later call to save; None if it is
             saved.
         throughput: The throughput of the latest epoch.
-        speeds_written: When the throughput of epochs was last written, as `time.monotonic`.
+        figures_written: When the figures of epochs were last written, as `time.monotonic`.
+        rate_asked: When the learning rate of an epoch was last computed, as `time.monotonic`.
         has_advised: Whether fusing was recommended.
         has_warned: Whether there was a warning that the loss is not finite.
     """
@@ -101,7 +103,8 @@ class Live:
     has_ended: bool = False
     unsaved_step: int | None = None
     throughput: Throughput | None = None
-    speeds_written: float = 0.0
+    figures_written: float = 0.0
+    rate_asked: float = -math.inf
     has_advised: bool = False
     has_warned: bool = False
 

@@ -14,8 +14,11 @@ Row = dict[str, Any]
 
 _CHUNK = 256
 
-MAX_SPEEDS = 1000
-"""Maximum number of epochs whose throughput is kept; with more, some of the earlier ones are dropped."""
+Figures = dict[str, tuple[tuple[int, float], ...]]
+"""Figures of epochs by name: pairs of the step at which an epoch ended, and the value."""
+
+MAX_EPOCHS = 1000
+"""Maximum number of epochs whose figures are kept; with more, some of the earlier ones are dropped."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +52,13 @@ class History(Sequence[Row]):
         ([2], [0.3])
     """
 
-    __slots__ = ("_batches", "_chunks", "_dropped", "_frozen", "_max_rows", "_recent", "_speeds", "_unread")
+    __slots__ = ("_batches", "_chunks", "_dropped", "_figures", "_frozen", "_max_rows", "_recent", "_unread")
 
     def __init__(self, max_rows: int = 100_000) -> None:
         """Makes an empty history that holds at most ``max_rows`` rows and drops the oldest ones."""
         self._max_rows = max_rows
         self._batches: tuple[int, int, int] | None = None
-        self._speeds: tuple[tuple[int, float], ...] = ()
+        self._figures: dict[str, tuple[tuple[int, Any], ...]] = {}
         self._chunks: tuple[_Chunk, ...] = ()
         self._dropped = 0  # how many rows at the start of the first chunk are dropped
         self._frozen = 0  # how many other rows are in chunks
@@ -93,7 +96,7 @@ class History(Sequence[Row]):
     def copy(self) -> Self:
         """Returns an equal, independent history."""
         copied = type(self)(self._max_rows)
-        copied._batches, copied._speeds = self._batches, self._speeds
+        copied._batches, copied._figures = self._batches, self._figures
         copied._chunks, copied._dropped, copied._frozen = self._chunks, self._dropped, self._frozen
         copied._recent, copied._unread = self._recent, self._unread
         return copied
@@ -102,18 +105,29 @@ class History(Sequence[Row]):
         """Records which steps had short batches, for `plot`; arguments as for `trainer.metrics.plots.with_weights`."""
         self._batches = first_step, num_examples, batch_size
 
-    def know_speed(self, step: int, steps_per_second: float) -> None:
-        """Records the throughput of the epoch that ended at a step, for `plot`.
+    def know_epoch(self, step: int, **figures: Any) -> None:
+        """Records figures of the epoch that ended at a step, for `plot`. They are in no row and no checkpoint.
 
-        It is not part of the rows or of checkpoints, which are bit-identical between repeated runs. The trainer leaves
-        out epochs that spent more than a tenth of their time on compilation.
+        Args:
+            step: The step.
+            figures: In a trainer ``steps_per_second``, without epochs that spent more than a tenth of their time on
+                compilation, and ``learning_rate``, that of the last update. A scalar on the device is read on demand.
         """
-        self._speeds = thinned((*self._speeds, (step, steps_per_second)))
+        found = {name: thinned((*self._figures.get(name, ()), (step, value))) for name, value in figures.items()}
+        self._figures = {**self._figures, **found}
+
+    @property
+    def figures(self) -> Figures:
+        """What `know_epoch` recorded in this process, by name. Waits for the device."""
+        self._figures = {
+            name: tuple((step, float(value)) for step, value in pairs) for name, pairs in self._figures.items()
+        }
+        return self._figures
 
     @property
     def speeds(self) -> tuple[tuple[int, float], ...]:
         """Pairs of the step at which an epoch ended and its steps per second, for epochs that this process ran."""
-        return self._speeds
+        return self._figures.get("steps_per_second", ())
 
     @classmethod
     def from_rows(cls, rows: Sequence[Mapping[str, Any]]) -> Self:
@@ -134,7 +148,8 @@ class History(Sequence[Row]):
         kept = [(index, row) for index, row in enumerate(self._recent) if row["step"] <= step]
         self._recent = tuple(row for _, row in kept)
         self._unread = sum(index >= first_unread for index, _ in kept)
-        self._speeds = tuple(speed for speed in self._speeds if speed[0] <= step)
+        figures = {name: tuple(pair for pair in pairs if pair[0] <= step) for name, pairs in self._figures.items()}
+        self._figures = {name: pairs for name, pairs in figures.items() if pairs}
 
     def to_dict(self) -> dict[str, list[Any]]:
         """Returns columns of equal length, None for missing values, in a form for ``pandas.DataFrame``."""
@@ -160,10 +175,10 @@ class History(Sequence[Row]):
     def plot(self, path: str | os.PathLike[str] | None = None, metrics: Collection[str] | None = None) -> Any:
         """Plots the history: training and validation metrics together, learning rate, gradient norm, throughput.
 
-        Learning rate and gradient norm appear if the trainer reports them: ``report=["learning_rate",
-        "gradient_norm"]``. The throughput covers the epochs that this process ran, except those spent mostly on
-        compilation, such as the first epoch of a short run.
-
+        The gradient norm appears if the trainer reports it: ``report=["gradient_norm"]``. The learning rate is that of
+        every step if it is reported, else that of each epoch's last update, if the optimizer's rate can be known. That
+        and the throughput cover the epochs that this process ran; the throughput not those spent mostly on compilation,
+        such as the first epoch of a short run.
 
         Args:
             path: Where to write the plot; ends in ``.png``, ``.svg`` or ``.pdf``.
@@ -182,11 +197,12 @@ class History(Sequence[Row]):
         return plot_runs({"": self}, path, metrics)
 
     def to_draw(self) -> Sequence[Mapping[str, Any]]:
-        """Returns the rows with the weights of their batches, and rows of throughput, as far as known."""
-        from trainer.metrics.plots import speed_rows, with_weights
+        """Returns the rows with the weights of their batches, and rows of the figures of epochs, as far as known."""
+        from trainer.metrics.plots import figure_rows, with_weights
 
         rows = self._rows()
-        return [*(rows if self._batches is None else with_weights(rows, *self._batches)), *speed_rows(self._speeds)]
+        weighted = rows if self._batches is None else with_weights(rows, *self._batches)
+        return [*weighted, *figure_rows(self.figures, rows)]
 
     def series(self, name: str) -> tuple[list[int], list[Any]]:
         """Returns the steps at which ``name`` was logged, and its values at those steps.
@@ -292,9 +308,9 @@ class History(Sequence[Row]):
         return [*(row for chunk in self._whole_chunks() for row in chunk.rows), *self._recent]
 
 
-def thinned(speeds: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:
-    """Returns the pairs, or every second one if there are more than `MAX_SPEEDS`; the latest is kept."""
-    return speeds if len(speeds) <= MAX_SPEEDS else speeds[(len(speeds) - 1) % 2 :: 2]
+def thinned(pairs: tuple[tuple[int, Any], ...]) -> tuple[tuple[int, Any], ...]:
+    """Returns the pairs, or every second one if there are more than `MAX_EPOCHS`; the latest is kept."""
+    return pairs if len(pairs) <= MAX_EPOCHS else pairs[(len(pairs) - 1) % 2 :: 2]
 
 
 def is_recordable(value: Any) -> bool:

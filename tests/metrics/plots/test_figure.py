@@ -8,13 +8,15 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
 from tests.problems import Linear, config, regression, squared_error
-from trainer import ArgumentError, History, Trainer, plot_runs
+from trainer import ArgumentError, History, ReduceLROnPlateau, SchedulerConfig, Trainer, plot_runs
 from trainer.commands.histories import read_rows
 from trainer.features.search import RateSearch
+from trainer.fit import speeds
 from trainer.metrics.plots import panels_of
 from trainer.metrics.plots.figure import COLOURS
 
@@ -53,6 +55,50 @@ def test_a_run_of_a_trainer_is_drawn_with_what_it_reports(tmp_path):
     assert speed.get_xdata().tolist() == [8, 12]  # not of the epoch that compiled
     assert trainer.history.plot().axes[-1].get_ylim()[0] == 0
     assert speed.get_ydata()[-1] == pytest.approx(trainer.throughput.steps_per_second)
+
+
+SCHEDULES = {
+    "constant": {},
+    "cosine": {"scheduler": SchedulerConfig(scheduler_type="cosine", warmup_steps=3)},
+    "plateau": {},
+}
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_without_a_report_the_learning_rate_is_that_of_each_epochs_last_update(kind, monkeypatch):
+    monkeypatch.setattr(speeds, "_RATE_EVERY", 0.0)
+
+    def trained(**options):
+        # Every epoch but the first is no improvement.
+        callbacks = [ReduceLROnPlateau("loss", patience=1, min_delta=1e9)] if kind == "plateau" else []
+        settings = config(log_frequency=1, **SCHEDULES[kind])
+        trainer = Trainer(Linear(4), settings, loss_fn=squared_error, callbacks=callbacks, **options)
+        trainer.train(regression(32), 4, 8)
+        return trainer.history
+
+    reported, silent = trained(report=["learning_rate"]), trained()
+    expected = dict(zip(*reported.series("learning_rate"), strict=True))
+    rates = silent.figures["learning_rate"]
+    assert [step for step, _ in rates] == [4, 8, 12, 16]
+    assert [rate for _, rate in rates] == pytest.approx([expected[step] for step, _ in rates], rel=1e-6)
+    assert (len({rate for _, rate in rates}) == 1) == (kind == "constant")
+    assert "learning rate" in [axes.get_title() for axes in silent.plot().axes]
+    assert all("learning_rate" not in row for row in silent)
+    drawn_steps = [row["step"] for row in reported.to_draw() if "learning_rate" in row]
+    assert drawn_steps == list(range(1, 17))
+
+
+def test_a_rate_that_is_not_known_is_not_drawn():
+    trainer = Trainer(Linear(4), config(), optax.adam(1e-3), loss_fn=squared_error)
+    trainer.train(regression(32), 4, 8)
+    assert "learning_rate" not in trainer.history.figures
+
+
+def test_of_short_epochs_the_rate_is_computed_now_and_then(monkeypatch):
+    monkeypatch.setattr(speeds, "_RATE_EVERY", 1e9)
+    trainer = Trainer(Linear(4), config(), loss_fn=squared_error)
+    trainer.train(regression(32), 4, 8)
+    assert trainer.history.figures["learning_rate"] == ((4, pytest.approx(1e-2)),)
 
 
 def test_short_last_batches_of_data_in_memory_are_known(tmp_path):

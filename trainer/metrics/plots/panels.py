@@ -171,9 +171,20 @@ def with_weights(rows: Rows, first_step: int, num_examples: int, batch_size: int
     ]
 
 
-def speed_rows(speeds: Iterable[tuple[int, float]]) -> list[Mapping[str, Any]]:
-    """Returns a row for each speed: the step at which an epoch ended, and its steps per second."""
-    return [{"step": step, STEPS_PER_SECOND: value} for step, value in speeds]
+def figure_rows(figures: Mapping[str, Iterable[tuple[int, float]]], rows: Rows) -> list[Mapping[str, Any]]:
+    """Returns a row for each figure of an epoch, with the step at which the epoch ended.
+
+    Args:
+        figures: As `trainer.History.figures`.
+        rows: The rows of the history. If they hold the learning rate, that of epochs is left out.
+    """
+    has_rate = any(name in row for row in rows for name in _LEARNING_RATES)
+    return [
+        {"step": step, STEPS_PER_SECOND if name == "steps_per_second" else name: value}
+        for name, pairs in figures.items()
+        if not (has_rate and name in _LEARNING_RATES)
+        for step, value in pairs
+    ]
 
 
 def _panel(name: str, columns: Mapping[str, Mapping[str, tuple[Array, Array]]]) -> Panel:

@@ -328,7 +328,7 @@ class TestDamage:
                 try:
                     load_state({str(copy)!r}, like=like)
                 except UnreadableError as error:
-                    print(str(error).replace("\n", " "))
+                    print(repr(str(error)))
             attempt()
             before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
             import os

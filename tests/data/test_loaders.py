@@ -403,7 +403,7 @@ def test_what_is_never_seen_of_a_loader_without_a_length_is_said_once(loader, ca
         (functools.partial(iter, itertools.cycle(BATCHES)), 2),
         (lambda epoch: iter(BATCHES[epoch % 2 :] * 2), 2),
     ],
-    ids=str,
+    ids=["all", "one more", "endless", "one batch", "an iterator of one", "a cycle", "a shared cycle", "by the epoch"],
 )
 def test_of_a_loader_that_leaves_out_nothing_nothing_is_said(loader, limit):
     assert {len(drawn) for drawn in passes(loader, limit)} <= {2, 3}  # warnings are errors

@@ -47,7 +47,7 @@ def test_the_history_is_that_of_the_newest_checkpoint_with_the_speeds_of_the_log
 def test_without_a_log_the_speeds_are_those_of_the_run_file(tmp_path):
     trainer = Trainer(Linear(4), config(), loss_fn=squared_error, workdir=tmp_path / "run", save_interval=4)
     trainer.train(regression(32), 3, 8)
-    speeds = dict(trainer.history.speeds)
+    speeds = dict(trainer.history.figures.get("steps_per_second", ()))
     name = "speed/steps_per_second"
     read = {row["step"]: row[name] for row in read_rows(tmp_path / "run") if name in row}
     assert read == speeds

@@ -305,7 +305,10 @@ class TestFiguresOfEpochs:
         history.record(4, {"loss": 1.0})
         copied = history.copy()
         copied.know_epoch(4, steps_per_second=10.0)
-        assert (history.speeds, copied.speeds) == ((), ((4, 10.0),))
+        assert (history.figures.get("steps_per_second", ()), copied.figures.get("steps_per_second", ())) == (
+            (),
+            ((4, 10.0),),
+        )
         assert copied.packed() == history.packed()
         assert list(copied) == list(history)
         assert copied.to_draw() == [{"step": 4, "loss": 1.0}, {"step": 4, "speed/steps_per_second": 10.0}]
@@ -315,15 +318,15 @@ class TestFiguresOfEpochs:
         for step in (4, 8, 12):
             history.know_epoch(step, steps_per_second=float(step))
         history.rewind(8)
-        assert history.speeds == ((4, 4.0), (8, 8.0))
+        assert history.figures.get("steps_per_second", ()) == ((4, 4.0), (8, 8.0))
 
     def test_of_many_the_latest_stays_and_the_number_is_bounded(self):
         history = History()
         for step in range(1, 5001):
             history.know_epoch(step, steps_per_second=float(step))
-            assert history.speeds[-1][0] == step
-        assert 500 <= len(history.speeds) <= history_module.MAX_EPOCHS
-        assert history.speeds == tuple(sorted(history.speeds))
+            assert history.figures["steps_per_second"][-1][0] == step
+        assert 500 <= len(history.figures.get("steps_per_second", ())) <= history_module.MAX_EPOCHS
+        assert history.figures.get("steps_per_second", ()) == tuple(sorted(history.figures.get("steps_per_second", ())))
 
     def test_a_rate_on_the_device_is_read_on_demand_and_drawn_unless_the_rows_hold_it(self):
         history = History()
@@ -332,6 +335,6 @@ class TestFiguresOfEpochs:
         assert history.copy().to_draw() == [{"step": 4, "loss": 1.0}, {"step": 4, "learning_rate": 0.5}]
         assert history.figures == {"learning_rate": ((4, 0.5),)}
         assert type(history.figures["learning_rate"][0][1]) is float
-        assert history.speeds == ()
+        assert history.figures.get("steps_per_second", ()) == ()
         history.record(5, {"learning_rate": 0.25})
         assert history.to_draw() == list(history)

@@ -390,7 +390,7 @@ def _leave(trainer: Trainer, plan: FitPlan) -> None:
 def _save_end(trainer: Trainer) -> None:
     """Starts a save of the run at the end of an epoch."""
     run = trainer.run
-    trainer.hold(trainer.setup.without_lost_position(run))
+    trainer.hold(trainer.setup.with_known_position(run))
     try:
         trainer.save_checkpoint(background="if_finite")
     finally:

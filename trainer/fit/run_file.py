@@ -55,9 +55,11 @@ def write_figures(setup: Setup, run: Run) -> None:
         return
 
     def change(starts: list[Any], before: dict[str, Figures]) -> tuple[list[Any], str, Figures]:
-        first = min(pairs[0][0] for pairs in own.values())
-        kept = _until(first - 1, before.get(run.id, {}))
-        return starts, run.id, {name: (*kept.get(name, ()), *own.get(name, ())) for name in _FIGURES}
+        # A resumed run continues those of the process before it; each name by itself, since an epoch may have only one.
+        joined = before.get(run.id, {})
+        for name, pairs in own.items():
+            joined = {**joined, name: (*(pair for pair in joined.get(name, ()) if pair[0] < pairs[0][0]), *pairs)}
+        return starts, run.id, joined
 
     # A RuntimeError, if the step that a learning rate is read from has failed: the call raises that itself.
     with contextlib.suppress(OSError, ValueError, RuntimeError):

@@ -357,14 +357,18 @@ class Setup:
             return
         to_plain(states, "callbacks")
 
-    def without_lost_position(self, run: Run) -> Run:
-        """Returns the run, without a position if its loader cannot report it, so that a finished run can be saved."""
+    def with_known_position(self, run: Run) -> Run:
+        """Returns the run with its loader's position, or without a position if the loader cannot report it.
+
+        So a finished run can be saved, and the save need not ask the loader again, which may be slow.
+        """
         position = run.position
         try:
             if self.placement.num_processes > 1:
                 self._with_positions(run)  # raises in all processes or in none
             elif isinstance(position, FromLoader) and isinstance(position.loader, LoaderPass):
-                position.loader.position(position.batch)
+                found = position.loader.position(position.batch)
+                return run.replace(position=dataclasses.replace(position, loader=found))
         except CheckpointError:
             return run.replace(position=None)
         return run

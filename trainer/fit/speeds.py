@@ -22,8 +22,11 @@ _WRITE_EVERY = 5.0
 def note_epoch(trainer: Any, meter: Meter) -> None:
     """Records the throughput of the epoch that has just ended, for ``trainer.throughput``, plots and loggers.
 
-    For plots also the learning rate of its last update, if known. It does not wait for the device.
+    For plots also the learning rate of its last update, if known. It does not wait for steps of this epoch.
     """
+    # The learning rate of this epoch is still being computed, so only those before it are written.
+    if time.monotonic() - trainer.setup.live.figures_written >= _WRITE_EVERY:
+        _write(trainer)
     setup, run = trainer.setup, trainer.run
     figures: dict[str, Any] = {}
     setup.live.throughput = speed = meter.read(run.leaves[0].sharding.device_set)
@@ -40,8 +43,6 @@ def note_epoch(trainer: Any, meter: Meter) -> None:
         history.know_epoch(run.step, **figures)
         trainer.hold(run.replace(history=history))
     setup.fanout.log_throughput(run.step, speed)
-    if time.monotonic() - setup.live.figures_written >= _WRITE_EVERY:
-        _write(trainer)
 
 
 @contextlib.contextmanager

@@ -124,11 +124,6 @@ class History(Sequence[Row]):
         }
         return self._figures
 
-    @property
-    def speeds(self) -> tuple[tuple[int, float], ...]:
-        """Pairs of the step at which an epoch ended and its steps per second, for epochs that this process ran."""
-        return self._figures.get("steps_per_second", ())
-
     @classmethod
     def from_rows(cls, rows: Sequence[Mapping[str, Any]]) -> Self:
         """Returns a history of these rows."""

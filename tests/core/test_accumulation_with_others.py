@@ -96,7 +96,7 @@ def place(request):
 
 
 @pytest.mark.parametrize("nonfinite", ["ignore", "skip", "raise"])
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_an_overflow_in_one_micro_batch_skips_the_update_and_halves_the_scale(nonfinite, place):
     precision = Precision("float16", initial_scale=1024)
     options = {"precision": precision, "nonfinite": nonfinite}
@@ -114,7 +114,7 @@ def test_an_overflow_in_one_micro_batch_skips_the_update_and_halves_the_scale(no
 
 @pytest.mark.parametrize("policy", ["skip", "raise"])
 @pytest.mark.parametrize("loss_fn", [weighted, squared_error])
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 def test_nan_in_one_micro_batch_leaves_every_bit_as_it_was(policy, loss_fn, place):
     step = jax.jit(fuse_steps(made(loss_fn, nonfinite=policy), 3))
     batches = [rows(features=4, seed=seed) for seed in range(3)]
@@ -150,7 +150,7 @@ def test_nan_in_one_micro_batch_leaves_every_bit_as_it_was(policy, loss_fn, plac
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-@pytest.mark.few(5)
+@pytest.mark.few(2)
 def test_three_fused_steps_are_those_of_the_whole_batches(options, tolerance, place):
     batches = stacked(*(rows(seed=seed) for seed in range(3)))
     state, batches = place(create(**options), batches)
@@ -168,7 +168,7 @@ def test_three_fused_steps_are_those_of_the_whole_batches(options, tolerance, pl
 
 @pytest.mark.parametrize("devices", [None, 8])
 @pytest.mark.parametrize(("precision", "tolerance"), [("bfloat16", 2 * EIGHT_BITS), (FLOAT16, 2 * ELEVEN_BITS)])
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_a_trainer_with_all_of_them_learns_what_it_learns_from_whole_batches(devices, precision, tolerance, tmp_path):
     data = rows(128)
     data["target"][17] = np.nan  # one batch of four is left out

@@ -303,7 +303,7 @@ print(fingerprint([objective, MethodsOf(Model), Counting(), optax.adamw(1e-3), S
 """
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("seed", ["0", "1", "random"])
 def test_they_are_equal_in_all_processes(seed, tmp_path):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(map(str, sys.path))}

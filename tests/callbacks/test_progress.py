@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -581,6 +582,35 @@ class TestEnd:
         assert lines[0] == "resumed at step 6, after 1 epoch"
         (line,) = [line for line in lines if line.startswith("best")]
         assert line == "best loss 0.25 at step 4" + (f", kept in {tmp_path / 'best' / '4'}" if keeps else "")
+
+    @pytest.mark.parametrize("is_first", [False, True])
+    @pytest.mark.parametrize("which", ["first", "second"])
+    def test_a_resumed_run_is_told_its_own_best_though_another_did_better_or_renamed_it(
+        self, which, is_first, tmp_path, capsys
+    ):
+        def make(losses, *callbacks):
+            adding = LambdaCallback(on_epoch_end=lambda trainer, epoch, logs: logs.update(loss=losses[epoch]))
+            others = [adding, *callbacks, ModelCheckpoint(tmp_path / "best", "loss")]
+            return build(tmp_path / "run", callbacks=[Progress(), *others] if is_first else others, save_interval=6)
+
+        own = {"first": (0.3, 0.1, 0.2, 0.4), "second": (0.7, 0.9, 0.8, 1.0)}
+        first = make(own["first"])
+        first.train(regression(32), 3, 8)
+        second = make(own["second"], Fails(KeyboardInterrupt(), 12))
+        with pytest.warns(UserWarning, match="later than this run's step 0"), pytest.raises(KeyboardInterrupt):
+            second.train(regression(32), 4, 8)
+        renamed = tmp_path / "best" / f"8.{first.run.id}"
+        assert renamed.exists()
+        capsys.readouterr()
+        resumed = make(own[which])
+        with warnings.catch_warnings(action="ignore"):
+            resumed.train(
+                regression(32), 4, 8, resume=True if which == "second" else tmp_path / "run" / "checkpoint_12.msgpack"
+            )
+        assert resumed.run.id == {"first": first, "second": second}[which].run.id
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("best")]
+        told = f"0.1 at step 8, kept in {renamed}"
+        assert line == f"best loss {told if which == 'first' else f'0.7 at step 4, kept in {tmp_path}/best/4'}"
 
     @pytest.mark.parametrize(
         ("error", "why"), [(KeyboardInterrupt(), "interrupted"), (ZeroDivisionError(), "failed (ZeroDivisionError)")]

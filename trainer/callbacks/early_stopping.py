@@ -114,9 +114,9 @@ class EarlyStopping(Checking):
         from trainer.callbacks.model_checkpoint import ModelCheckpoint  # here, since few runs need it
 
         for callback in flatten([trainer.callbacks]):
-            path = callback.best_by(self._monitor) if isinstance(callback, ModelCheckpoint) else None
-            if path is not None:
-                return _evaluated_parts(trainer, load_state(path, trainer.state))
+            best = callback.best_by(self._monitor, trainer.run.id) if isinstance(callback, ModelCheckpoint) else None
+            if best is not None:
+                return _evaluated_parts(trainer, load_state(best.path, trainer.state))
         return None
 
     @property

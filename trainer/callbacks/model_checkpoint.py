@@ -117,10 +117,17 @@ class ModelCheckpoint(Checking):
         best = self._best(self._finished())
         return None if best is None else self._path(best)
 
-    def best_by(self, monitor: Monitor) -> Path | None:
-        """Returns `best_model_path` if ``monitor`` has this callback's metric and mode, otherwise None."""
+    def best_by(self, monitor: Monitor, run: str) -> "Best | None":
+        """Returns the best checkpoint of a run. Waits for a save in flight.
+
+        None if this callback has another metric or mode, keeps no best, or has not heard of the run.
+        """
         is_same = (monitor.name, monitor.mode) == (self._monitor.name, self._monitor.mode)
-        return self.best_model_path if is_same and self._save_top_k else None
+        if not is_same or not self._save_top_k or self._run != run:
+            return None
+        scores = self._finished()
+        best = self._best(scores)
+        return None if best is None else Best(self._path(best), _number(scores[best]), _step(best))
 
     @property
     def best_model_score(self) -> float | None:
@@ -362,6 +369,14 @@ class ModelCheckpoint(Checking):
     def _order(self, name: str, scores: Mapping[str, float | None]) -> tuple[float, int]:
         # Of equal scores, the earlier one wins: its checkpoint exists, and training longer gained nothing.
         return self._monitor.rank(_number(scores[name])), -_step(name)
+
+
+class Best(NamedTuple):
+    """The best checkpoint of a run: its path, score and step."""
+
+    path: Path
+    score: float
+    step: int
 
 
 class _Found(NamedTuple):

@@ -75,6 +75,7 @@ class Progress(Callback):
     _validation: Mapping[str, float]  # the latest
     _monitors: list[Monitor]
     _best: dict[tuple[str, str], tuple[float, int]]  # by the name and mode of a monitor: the value and its step
+    _has_earlier: bool  # whether it was resumed, so that there may be a better one of an earlier epoch
     _rows: int
     _row_at: float  # when the latest of them became due
     _shown_at: float  # when rows were shown
@@ -113,6 +114,7 @@ class Progress(Callback):
             self._began = now
             self._monitors = _monitors(trainer.callbacks)
             if not trainer.is_new_run:
+                self._has_earlier = True
                 self._say(f"resumed at step {trainer.step}, after {_epochs(trainer.epoch)}")
                 self._note_earlier(trainer)
         self._validating, self._ask_at = None, now + 2 * ASK_EVERY
@@ -210,7 +212,7 @@ class Progress(Callback):
         self._pending, self._metrics, self._validation = [], {}, {}
         self._rate_asked = self._rate_known = None
         self._ask_at = 0.0
-        self._monitors, self._best = [], {}
+        self._monitors, self._best, self._has_earlier = [], {}, False
         self._rows, self._row_at, self._shown_at = 0, 0.0, 0.0
         self._has_compiled = False
         self._began = self._next_line = self._paused = self._compiled = 0.0
@@ -226,13 +228,16 @@ class Progress(Callback):
         if not isinstance(value, int | float):  # not measured, or an array
             return
         key = (monitor.name, monitor.mode)
-        if key not in self._best or monitor.rank(value) > monitor.rank(self._best[key][0]):
+        known = self._best.get(key)
+        # Of equal values, the earlier one.
+        if known is None or (monitor.rank(value), -step) > (monitor.rank(known[0]), -known[1]):
             self._best[key] = (float(value), step)
 
     def _note_earlier(self, trainer: Any) -> None:
         """Remembers the best values from before a run was resumed.
 
-        Those of validations are in the history. It does not hold averages of epochs, but callbacks know their best.
+        Those of validations are in the history. It does not hold averages of epochs, but callbacks know their best;
+        a `ModelCheckpoint` only after its own ``on_train_begin``, so it is asked at the end.
         """
         for monitor in self._monitors:
             if monitor.of_validation:
@@ -242,9 +247,6 @@ class Progress(Callback):
             for one in _members(trainer.callbacks):
                 if _is_same(monitor, getattr(one, "_monitor", None)):
                     self._note(monitor, getattr(one, "best_score", None), getattr(one, "best_step", None) or 0)
-                    path = getattr(one, "best_model_path", None)
-                    if path is not None:
-                        self._note(monitor, one.best_model_score, int(path.name))
 
     def _open(self) -> Display | None:
         display = open_display(self._stream)
@@ -355,11 +357,14 @@ class Progress(Callback):
         else:
             yield f"stopped {at}: {reasons}" if reasons and is_early else f"finished {at}"
         for monitor in self._monitors:
+            asked = [one for one in _members(trainer.callbacks) if hasattr(one, "best_by")]
+            kept = next(filter(None, (one.best_by(monitor, trainer.run.id) for one in asked)), None)
+            if kept is not None and self._has_earlier and not monitor.of_validation:
+                self._note(monitor, kept.score, kept.step)
             best = self._best.get((monitor.name, monitor.mode))
             if best is not None:
-                kept = [one.best_by(monitor) for one in _members(trainer.callbacks) if hasattr(one, "best_by")]
-                path = next(filter(None, kept), None)
-                yield f"best {monitor.name} {number(best[0])} at step {best[1]}" + (f", kept in {path}" if path else "")
+                where = "" if kept is None else f", kept in {kept.path}"
+                yield f"best {monitor.name} {number(best[0])} at step {best[1]}{where}"
         path = trainer.setup.checkpointer.saved_path(trainer.run)
         if path is not None:
             yield f"checkpoint {path}"

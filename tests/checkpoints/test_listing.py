@@ -1,10 +1,12 @@
 """Several runs in a directory, and things that are no checkpoints: nothing is lost or adopted in silence."""
 
+import dataclasses
 import os
 import shutil
 import warnings
 
 import jax
+import jax.numpy as jnp
 import optax
 import pytest
 
@@ -147,6 +149,31 @@ class TestPruning:
         first.save_checkpoint()  # which removes its own of step 0, under whatever name
         assert run_in(mine) == second.run.id
         assert names_in(tmp_path).keys() == {mine.name, "checkpoint_1.msgpack"}
+
+    def test_two_runs_of_one_object_keep_their_own_number_each(self, tmp_path):
+        checkpoints = Checkpointer(tmp_path, max_checkpoints=2)
+        state = TrainState.create(Linear(), optax.sgd(0.1), rng=jax.random.key(0))
+        one, two = Run.start(state), Run.start(state)
+
+        def save(run, step):
+            at = Run.start(state.replace(step=jnp.asarray(step, jnp.int32)))
+            checkpoints.save(dataclasses.replace(at, id=run.id))
+
+        for step in (1, 2, 3):
+            save(one, step)
+        for step in (11, 12, 13):
+            save(two, step)
+        assert list(names_in(tmp_path).values()) == [2, 3, 12, 13]
+        with pytest.warns(UserWarning, match="is of another run"):
+            save(two, 3)
+        assert names_in(tmp_path).keys() == {
+            *(f"checkpoint_{step}.msgpack" for step in (2, 3, 13)),
+            f"checkpoint_3.{one.id}.msgpack",
+        }
+        for step in (4, 5):  # the renamed one counts too
+            save(one, step)
+        assert {entry.step for entry in entries_in(tmp_path) if entry.run == one.id} == {4, 5}
+        assert {entry.step for entry in entries_in(tmp_path) if entry.run == two.id} == {3, 13}
 
     def test_none_keeps_all(self, tmp_path):
         train(build(tmp_path, keep=None), 3)

@@ -91,15 +91,21 @@ class Written:
             self._runs.add(run)
             earlier = [entry.name for entry in entries_in(self._directory) if entry.run == run]
             self._found = {known: (run, self._identity(known)) for known in earlier} | self._found
-        self._found.pop(name, None)
+        other, known = self._found.pop(name, (run, None))
+        renamed = aside(self._directory / name, other).name
+        if other != run and known is not None and known == self._identity(renamed):
+            self._found[renamed] = other, known
         self._found[name] = run, self._identity(name)
 
     def prune(self, keep: int) -> None:
-        """Removes all but the last ``keep`` written, sparing any that another run has replaced since.
+        """Removes all but the last ``keep`` written of each run, sparing any that another run has replaced since.
 
         Orbax directories belong to all processes; only process 0 removes them, atomically.
         """
-        names = list(self._found)[:-keep]
+        written: dict[str, list[str]] = {}
+        for name, (run, _) in self._found.items():
+            written.setdefault(run, []).append(name)
+        names = [name for own in written.values() for name in own[:-keep]]
         # Locked, so that no other run takes the name between the comparison and the removal.
         with locked(self._directory) if names else contextlib.nullcontext():
             for name in names:

@@ -12,7 +12,8 @@ import warnings
 import pytest
 
 from trainer.checkpoints import atomic
-from trainer.checkpoints.atomic import NewDirectory, remove_directory, replacing, restore, sweep
+from trainer.checkpoints.atomic import NewDirectory, locked, remove, replacing, restore, sweep
+from trainer.checkpoints.listing import Written, keep_aside
 
 CALLS = ("open", "posix_fallocate", "write", "fsync", "chmod", "replace", "close")
 CALLS_OF_DIRECTORIES = ("mkdir", "open", "fsync", "chmod", "rename", "unlink", "rmdir", "close")
@@ -367,7 +368,7 @@ class TestWithoutLocks:
         write_directory(aside, b"old")  # by a writer that was killed after both renames
         write_directory(tmp_path / "a", b"new")
         assert os.listdir(tmp_path) == ["a"]
-        remove_directory(tmp_path / "a")
+        remove(tmp_path / "a")
         sweep(tmp_path)
         assert "a" not in os.listdir(tmp_path)
 
@@ -375,6 +376,61 @@ class TestWithoutLocks:
         (tmp_path / TestDebris.name).write_text("perhaps of a living process")
         write(tmp_path / "a")
         assert len(contents(tmp_path)) == 2
+
+
+class TestTheLockOfADirectory:
+    """Another process waits for it at most half a second, and a large checkpoint takes longer to remove."""
+
+    @pytest.fixture
+    def removed(self, tmp_path, monkeypatch):
+        """The names of what was removed while nobody held the lock."""
+        original, removed = atomic._remove, []
+
+        def remove_later(path):
+            descriptor = os.open(tmp_path, os.O_RDONLY)
+            atomic.fcntl.flock(descriptor, atomic.fcntl.LOCK_EX | atomic.fcntl.LOCK_NB)
+            os.close(descriptor)
+            removed.append(path.name)
+            original(path)
+
+        monkeypatch.setattr(atomic, "_remove", remove_later)
+        return removed
+
+    def test_it_is_released_before_contents_are_removed(self, removed, tmp_path):
+        write(tmp_path / "file")
+        write_directory(tmp_path / "directory")
+        with locked(tmp_path):
+            for name in ("file", "directory", "absent"):
+                remove(tmp_path / name)
+            assert not any((tmp_path / name).exists() for name in ("file", "directory"))
+        assert [name.split(".")[1] for name in removed] == ["file", "directory"]
+        assert os.listdir(tmp_path) == []
+        write(tmp_path / "file")
+        remove(tmp_path / "file")
+        assert os.listdir(tmp_path) == []
+
+    def test_so_it_is_where_a_save_replaces_and_renames(self, removed, tmp_path):
+        for name in ("7", "7.0123456789abcdef"):
+            write_directory(tmp_path / name, b"old")
+        new = NewDirectory(tmp_path / "7", lambda: keep_aside(tmp_path / "7", "0123456789abcdef"))
+        new.commit()
+        new = NewDirectory(tmp_path / "7", lambda: None)
+        (new.temporary / "file").write_bytes(b"newer")
+        new.commit()
+        assert len(removed) == 2
+        assert sorted(os.listdir(tmp_path)) == ["7", "7.0123456789abcdef"]
+        assert (tmp_path / "7" / "file").read_bytes() == b"newer"
+
+    def test_so_it_is_where_old_checkpoints_are_removed(self, removed, tmp_path):
+        written = Written(tmp_path)
+        for step in range(3):
+            write(tmp_path / f"checkpoint_{step}.msgpack")
+            write_directory(tmp_path / f"checkpoint_{step}.orbax")
+            for suffix in ("msgpack", "orbax"):
+                written.add(f"checkpoint_{step}.{suffix}", "a run")
+        written.prune(2)
+        assert len(removed) == 4
+        assert sorted(os.listdir(tmp_path)) == ["checkpoint_2.msgpack", "checkpoint_2.orbax"]
 
 
 class TestDirectories:

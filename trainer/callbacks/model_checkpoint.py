@@ -18,7 +18,7 @@ import jax
 
 from trainer.callbacks.base import flatten
 from trainer.callbacks.monitor import Checking, Monitor
-from trainer.checkpoints.atomic import locked, remove_directory, restore
+from trainer.checkpoints.atomic import locked, remove, restore
 from trainer.checkpoints.background import BackgroundSaver
 from trainer.checkpoints.listing import aside, keep_aside
 from trainer.checkpoints.names import refuse_file_name
@@ -276,7 +276,7 @@ class ModelCheckpoint(Checking):
                 # Another run in the same directory may have replaced it.
                 found = _read(path) if path.exists() else None
                 if found is not None and found.monitor == self._monitor.name and self._is_same(found.run):
-                    remove_directory(path)
+                    remove(path)
 
     def _check_alone(self, trainer: Any) -> None:
         """Refuses a run in which two such callbacks would replace each other's checkpoints."""

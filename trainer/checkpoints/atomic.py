@@ -17,6 +17,7 @@ import secrets
 import shutil
 import stat
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,6 +36,9 @@ _LOCK = ".lock"
 """A lock on this file is the lock of its directory. The file is created first and never removed."""
 
 _LOCK_SECONDS = 0.5
+
+_doomed = threading.local()
+"""What this thread has to remove once it has released the lock of a directory: ``paths``, while it is `locked`."""
 
 _SLICE = 16 * 2**20  # Linux writes at most 2 GiB per call, and Python handles signals between calls
 
@@ -164,7 +168,8 @@ class NewDirectory:
                     raise
                 break
             # The new directory is in place, so failing to remove the old one is not an error. The next sweep retries.
-            _remove(aside)
+            with contextlib.suppress(OSError):
+                remove(aside)  # which no sweep restores from then on, whatever becomes of the new one
 
     def _unlock(self) -> None:
         # The lock file stays: replacing this directory needs its lock again.
@@ -178,7 +183,8 @@ class NewDirectory:
 def locked(directory: Path) -> Iterator[None]:
     """Locks a directory against other processes that do the same, for changes that take milliseconds.
 
-    Continues without the lock if it is not free within half a second, or the file system has no locks.
+    Continues without the lock if it is not free within half a second, or the file system has no locks. What the block
+    removes with `remove` is only renamed in the block: the contents of a large checkpoint go once the lock is released.
 
     Raises:
         OSError: The directory cannot be opened.
@@ -187,6 +193,7 @@ def locked(directory: Path) -> Iterator[None]:
         yield
         return
     descriptor = os.open(directory, os.O_RDONLY)
+    before, _doomed.paths = getattr(_doomed, "paths", None), []
     try:
         end = time.monotonic() + _LOCK_SECONDS
         while time.monotonic() < end:
@@ -198,16 +205,28 @@ def locked(directory: Path) -> Iterator[None]:
                 break
         yield
     finally:
+        paths, _doomed.paths = _doomed.paths, before
         with contextlib.suppress(OSError):
             os.close(descriptor)
+        for path in paths:
+            _remove_unlocked(path)
 
 
-def remove_directory(path: Path) -> None:
-    """Removes a directory atomically: its path is either complete or absent. It may already be absent."""
+def remove(path: Path) -> None:
+    """Removes a file or directory atomically: its path is either complete or absent. It may already be absent."""
     removed = _temporary_name(path)
     with contextlib.suppress(FileNotFoundError):
         os.rename(path, removed)
-        _remove(removed)
+        _remove_unlocked(removed)
+
+
+def _remove_unlocked(path: Path) -> None:
+    """Removes a temporary, after the end of the `locked` block if this thread is in one."""
+    paths = getattr(_doomed, "paths", None)
+    if paths is None:
+        _remove(path)
+    else:
+        paths.append(path)
 
 
 def sweep(directory: Path) -> None:

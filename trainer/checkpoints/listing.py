@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import xxhash
 
-from trainer.checkpoints.atomic import locked, remove_directory, restore
+from trainer.checkpoints.atomic import locked, remove, restore
 from trainer.checkpoints.file_format import END, MAGIC, Bundle
 from trainer.errors import CheckpointError
 
@@ -155,7 +155,7 @@ def keep_aside(path: Path, run: str) -> None:
     target = aside(path, run)
     try:
         if target.is_dir():
-            remove_directory(target)  # what the same run saved at the same step before
+            remove(target)  # what the same run saved at the same step before
         os.replace(path, target)
     except FileNotFoundError:  # another process was faster
         pass
@@ -213,10 +213,8 @@ def _run_and_time(path: Path) -> tuple[str | None, float, bool]:
 
 
 def _remove(path: Path) -> None:
-    if path.suffix == ".msgpack":
-        path.unlink(missing_ok=True)
-    elif jax.process_index() == 0:
-        remove_directory(path)
+    if path.suffix == ".msgpack" or jax.process_index() == 0:
+        remove(path)
 
 
 def _modified(path: Path) -> float:

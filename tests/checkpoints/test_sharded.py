@@ -549,6 +549,49 @@ class TestTwoProcesses:
             assert "7` could not be written (ZeroDivisionError: " in said["refused"]
             assert said["after"] == ["5", "6"]
 
+    @pytest.mark.slow
+    def test_a_link_of_another_run_is_renamed_by_one_and_a_failure_raised_in_both(self, tmp_path):
+        body = """
+        from trainer import Checkpointer
+        from trainer.checkpoints import checkpointer
+        from trainer.run import Run
+
+        warnings.simplefilter("ignore")
+        first, second = Run.start(sharded(mesh)), Run.start(sharded(mesh, seed=1))
+        path = Checkpointer(directory).save(first)
+        barrier("saved")
+        if process == 0:
+            path.rename(directory / "elsewhere.orbax")
+            path.symlink_to("elsewhere.orbax")
+        barrier("linked")
+        calls, rename = [], os.replace
+
+        def refuse(source, target):
+            calls.append(str(target))
+            raise PermissionError("not yours")
+
+        os.replace = refuse
+        said["refused"] = refused(lambda: Checkpointer(directory).save(second))
+        os.replace = rename
+        barrier("refused")
+        said["calls"] = len(calls)
+        said["still"] = os.path.islink(path)
+        barrier("asked")
+        Checkpointer(directory).save(second)
+        barrier("renamed")
+        said["left"] = sorted(path.name for path in directory.iterdir() if path.name.endswith(".orbax"))
+        said["link"] = os.path.islink(path)
+        said["id"] = first.id
+        """
+        one, other = together(body_of(body), tmp_path)
+        assert [one["calls"], other["calls"]] == [1, 0]
+        for process, said in enumerate((one, other)):
+            assert said["refused"].endswith("not yours")
+            assert ("process 0 failed: " in said["refused"]) == (process == 1)
+            assert said["still"]
+            assert not said["link"]
+            assert said["left"] == sorted(["checkpoint_0.orbax", f"checkpoint_0.{one['id']}.orbax", "elsewhere.orbax"])
+
 
 def body_of(text):
     """Takes the indentation of a method away."""

@@ -289,7 +289,8 @@ class ModelCheckpoint(Checking):
 
     def _check_name(self, name: str) -> None:
         """Refuses, in all processes, to replace a directory that is not a checkpoint of this callback."""
-        path, failure = self.dirpath / name, None
+        path = self.dirpath / name
+        failure: Exception | None = None
         if jax.process_index() == 0 and os.path.lexists(path):
             found = _read(path)
             if found is None or found.monitor != self._monitor.name:
@@ -305,7 +306,11 @@ class ModelCheckpoint(Checking):
                     f"directory of its own for each run."
                 )
             if failure is None and path.is_symlink():  # otherwise, the directory that it points to would be replaced
-                self._free_name(name)
+                try:
+                    with locked(self.dirpath):
+                        self._free_name(name)
+                except (CheckpointError, OSError) as error:
+                    failure = error
         AllOrNone(f"name {path.name}").sync(failure)
 
     def _free_name(self, name: str) -> None:

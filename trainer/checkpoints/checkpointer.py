@@ -9,6 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import jax
+
+from trainer.checkpoints.atomic import locked
 from trainer.checkpoints.background import BackgroundSaver
 from trainer.checkpoints.detach import detach
 from trainer.checkpoints.listing import Written, aside, entries_in, keep_last_of_another, names_in, run_of
@@ -237,27 +240,31 @@ class Checkpointer:
 
     def _check_name(self, target: Path, run: Run) -> None:
         """Refuses, in all processes, to replace anything but a checkpoint. Warns, once, if it is another run's."""
-        failure, other = None, self._written.holder(target.name)
-        if other is None and os.path.lexists(target):
+        failure: Exception | None = None
+        is_of_another = False
+        # Of a directory, process 0 decides for all what is there: the others may see its changes later.
+        if target.suffix != ".orbax" or jax.process_index() == 0:
             try:
-                other = run_of(target)
-            except CheckpointError as error:
+                other = self._written.holder(target.name)
+                if other is None and os.path.lexists(target):
+                    other = run_of(target)
+                is_of_another = other not in (None, run.id)
+                if is_of_another and target.is_symlink():
+                    with locked(target.parent):  # otherwise, the file that it points to would be replaced
+                        self._free_name(target, run.id)
+            except (CheckpointError, OSError) as error:
                 failure = error
         if target.suffix == ".orbax":
-            AllOrNone(f"name {target.name}").sync(failure)
+            is_of_another = AllOrNone(f"name {target.name}").sync(failure, is_of_another)
         elif failure is not None:
             raise failure
-        if other in (None, run.id):
-            return
-        if not self._has_warned:
+        if is_of_another and not self._has_warned:
             self._has_warned = True
             warn(
                 f"`{target}` is of another run, which may be saving in this directory too. Of the checkpoints whose "
                 f"steps this run saves, only the last one of the other run is kept, under another name. Use a "
                 f"directory of its own for each run."
             )
-        if target.is_symlink():  # otherwise, the file that it points to would be replaced
-            self._free_name(target, run.id)
 
 
 def warn_of_state(step: int | None) -> None:

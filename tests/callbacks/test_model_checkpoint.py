@@ -286,6 +286,14 @@ class TestInARun:
         assert best.best_model_path == tmp_path / "best" / "5"
 
 
+class OfRun(Scripted):
+    """One that has a run, which the callback asks for its id."""
+
+    def __init__(self, tmp_path):
+        super().__init__(tmp_path)
+        self.run = self.real.run
+
+
 class TestTwoRuns:
     def test_the_best_of_another_run_stays_and_does_not_count(self, tmp_path):
         first = ModelCheckpoint(tmp_path / "best", save_top_k=1)
@@ -344,12 +352,32 @@ class TestTwoRuns:
         )
         assert [step for step, run_id in found if run_id != trainer.run.id] == [5, 10]
 
-    def test_what_another_run_has_replaced_is_not_removed(self, tmp_path):
-        class OfRun(Scripted):
-            def __init__(self, tmp_path):
-                super().__init__(tmp_path)
-                self.run = self.real.run
+    def test_what_a_run_saves_again_counts_and_not_what_was_renamed_before(self, tmp_path, monkeypatch):
+        one, two, options = OfRun(tmp_path), OfRun(tmp_path), {"save_top_k": 2, "background": False}
+        one.play(ModelCheckpoint(tmp_path / "best", **options), [5, 1])
+        two.step = 0
+        with pytest.warns(UserWarning, match="holds checkpoints of another run up to step 2"):
+            two.play(ModelCheckpoint(tmp_path / "best", **options), [8, 9])
+        renamed = tmp_path / "best" / f"2.{one.run.id}"
+        assert renamed.exists()
+        one.is_new_run, one.step, first = False, 1, ModelCheckpoint(tmp_path / "best", **options)
+        monkeypatch.setattr(ModelCheckpoint, "_remove", lambda *_: None)  # as if it was killed before that
+        with pytest.warns(UserWarning, match="another run"):
+            one.play(first, [7], first=2)
+        monkeypatch.undo()
+        again = ModelCheckpoint(tmp_path / "best", **options)
+        again.on_train_begin(one)
+        for callback in (first, again, ModelCheckpoint(tmp_path / "best")):
+            assert (callback.best_model_path, callback.best_model_score) == (tmp_path / "best" / "2", 7)
+            assert callback.last_model_path == tmp_path / "best" / "2"
+        # What is dropped is dropped under both names.
+        for step, score in ((3, 3), (4, 2)):
+            one.step = step
+            again.on_validation_end(one, {"loss": score})
+        again.on_train_end(one)
+        assert sorted(path.name for path in (tmp_path / "best").iterdir()) == ["1", f"2.{two.run.id}", "3", "4"]
 
+    def test_what_another_run_has_replaced_is_not_removed(self, tmp_path):
         first, second = ModelCheckpoint(tmp_path / "best", save_top_k=1), ModelCheckpoint(tmp_path / "best")
         one, two = OfRun(tmp_path), OfRun(tmp_path)
         one.play(first, [3])

@@ -175,6 +175,18 @@ class TestPruning:
         assert {entry.step for entry in entries_in(tmp_path) if entry.run == one.id} == {4, 5}
         assert {entry.step for entry in entries_in(tmp_path) if entry.run == two.id} == {3, 13}
 
+    def test_a_restored_run_names_what_it_saved_again_and_not_what_was_renamed_before(self, tmp_path):
+        first = train(build(tmp_path), 1)
+        with pytest.warns(UserWarning, match=LATER):
+            second = train(build(tmp_path), 1)
+        with pytest.warns(UserWarning, match="is of another run"):
+            path = first.save_checkpoint()
+        assert (tmp_path / f"checkpoint_4.{first.run.id}.msgpack").exists()
+        checkpoints = Checkpointer(tmp_path)
+        restored = checkpoints.load(path, second.run).run
+        assert restored.id == first.run.id
+        assert checkpoints.saved_path(restored) == path
+
     def test_none_keeps_all(self, tmp_path):
         train(build(tmp_path, keep=None), 3)
         assert list(names_in(tmp_path).values()) == [2, 4, 6, 8, 10, 12]

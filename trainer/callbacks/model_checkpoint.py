@@ -262,8 +262,8 @@ class ModelCheckpoint(Checking):
                 setup.checkpointer.add_complete(self.dirpath / name, step)
             if jax.process_index() == 0:
                 # With what this run saved at the same step before, and another run has renamed.
-                renamed = [] if self._run is None else [aside(self.dirpath / name, self._run)]
-                self._remove([*map(self._path, scores.keys() - kept), *renamed])
+                dropped = [path for known in scores.keys() - kept for path in self._places(known)]
+                self._remove([*dropped, *self._places(name)[1:]])
 
         self._scores = {known: scores[known] for known in scores if known in kept}
         self._saver.start(write)
@@ -324,9 +324,14 @@ class ModelCheckpoint(Checking):
 
     def _path(self, name: str) -> Path:
         """Returns the path of a checkpoint of this run, which another run may have renamed."""
+        path, *renamed = self._places(name)
+        is_taken = bool(renamed) and renamed[0].exists() and ((found := _read(path)) is None or found.run != self._run)
+        return renamed[0] if is_taken else path
+
+    def _places(self, name: str) -> list[Path]:
+        """Returns where a checkpoint of this run may be: under its name, or where another run has renamed it to."""
         path = self.dirpath / name
-        renamed = path if self._run is None else aside(path, self._run)
-        return renamed if renamed.exists() else path
+        return [path] if self._run is None else [path, aside(path, self._run)]
 
     def _known(self) -> dict[str, float | None]:
         """Returns the scores of this callback's checkpoints, in step order, the same in all processes."""
@@ -352,11 +357,17 @@ class ModelCheckpoint(Checking):
         return [_Found(*one) for one in found]
 
     def _on_disk(self) -> list["_Found"]:
-        """Returns the checkpoints of every ModelCheckpoint, in step order; of one step, a renamed one is first."""
+        """Returns the checkpoints of every ModelCheckpoint, in step order; of one step, a renamed one is first.
+
+        Of a run that saved a step again after another run had renamed its checkpoint of that step, only the new one
+        counts.
+        """
         restore(self.dirpath)  # otherwise, a save killed while replacing a checkpoint would hide it
         names = os.listdir(self.dirpath) if self.dirpath.is_dir() else []
-        own = sorted(filter(_NAME.fullmatch, names), key=lambda name: (_step(name), -len(name), name))
-        return [found for found in (_read(self.dirpath / name) for name in own) if found is not None]
+        names = sorted(filter(_NAME.fullmatch, names), key=lambda name: (_step(name), -len(name), name))
+        found = [one for one in (_read(self.dirpath / name) for name in names) if one is not None]
+        latest = {(one.step, one.run, one.monitor): one for one in found}
+        return [one for one in found if one is latest[one.step, one.run, one.monitor]]
 
     def _kept(self, scores: Mapping[str, float | None]) -> set[str]:
         """Returns the names to keep: the best, and the last one in the mapping."""

@@ -14,7 +14,7 @@ import jax
 from trainer.checkpoints.atomic import locked
 from trainer.checkpoints.background import BackgroundSaver
 from trainer.checkpoints.detach import detach
-from trainer.checkpoints.listing import Written, aside, entries_in, keep_last_of_another, names_in, run_of
+from trainer.checkpoints.listing import Written, aside, entries_in, is_of, keep_last_of_another, names_in, run_of
 from trainer.checkpoints.names import refuse_foreign, suffix_of
 from trainer.checkpoints.plain_values import to_plain
 from trainer.checkpoints.run_record import Restored, restore, snapshot_run
@@ -177,7 +177,8 @@ class Checkpointer:
         if self._saved is None or self._saved[0] != run.id:
             return None
         path = self._saved[2]
-        if self._written.holder(path.name) != run.id and aside(path, run.id).exists():
+        is_own = self._written.holder(path.name) == run.id
+        if not is_own and aside(path, run.id).exists() and not is_of(path, run.id):
             return aside(path, run.id)  # another run has taken the name
         return path if path.exists() else None
 

@@ -140,6 +140,11 @@ def run_of(path: Path) -> str | None:
     return _run_and_time(path)[0]
 
 
+def is_of(path: Path, run: str) -> bool:
+    """Tells whether there is a checkpoint that the named run wrote."""
+    return _run_and_time(path)[0] == run
+
+
 def aside(path: Path, run: str) -> Path:
     """Returns where `keep_aside` keeps the checkpoint of a run: ``checkpoint_7.<run>.msgpack``, or ``7.<run>``."""
     name = run if _RUN.fullmatch(run) else xxhash.xxh3_64_hexdigest(run.encode("utf-8", "backslashreplace"))

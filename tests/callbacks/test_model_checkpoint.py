@@ -377,6 +377,18 @@ class TestTwoRuns:
         again.on_train_end(one)
         assert sorted(path.name for path in (tmp_path / "best").iterdir()) == ["1", f"2.{two.run.id}", "3", "4"]
 
+    def test_what_goes_while_a_name_is_freed_is_not_missed(self, tmp_path, monkeypatch):
+        """Another process of the other run may remove its checkpoint between two looks at it."""
+        one, two = OfRun(tmp_path), OfRun(tmp_path)
+        one.play(ModelCheckpoint(tmp_path / "best"), [5])
+        two.step, second = 0, ModelCheckpoint(tmp_path / "best", background=False)
+        with pytest.warns(UserWarning, match="another run"):
+            second.on_train_begin(two)
+        monkeypatch.setattr(second, "_on_disk", list)
+        two.step = 1
+        second.on_validation_end(two, {"loss": 1.0})
+        assert second.best_model_path == tmp_path / "best" / "1"
+
     def test_what_another_run_has_replaced_is_not_removed(self, tmp_path):
         first, second = ModelCheckpoint(tmp_path / "best", save_top_k=1), ModelCheckpoint(tmp_path / "best")
         one, two = OfRun(tmp_path), OfRun(tmp_path)

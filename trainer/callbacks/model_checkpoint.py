@@ -319,7 +319,7 @@ class ModelCheckpoint(Checking):
         if found is None or found.run is None or self._is_same(found.run):
             return
         scores = {one.name: one.score for one in self._on_disk() if one[1:3] == (found.monitor, found.run)}
-        if name in (self._best(scores), list(scores)[-1]):
+        if name in (self._best(scores), *list(scores)[-1:]):
             keep_aside(self.dirpath / name, found.run)
 
     def _path(self, name: str) -> Path:

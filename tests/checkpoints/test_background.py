@@ -1,11 +1,14 @@
 """Saves beside the training: what is saved is the state of the call, and no failure goes unheard."""
 
+import functools
+import gc
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +18,7 @@ import pytest
 from tests.problems import Busy, Counting, config, regression, squared_error
 from tests.test_api import Recorder, assert_same_bits
 from trainer import Callback, CheckpointError, Trainer, TrainingConfig, latest_checkpoint
-from trainer.checkpoints import checkpointer, detach
+from trainer.checkpoints import background, checkpointer, detach
 from trainer.checkpoints.background import BackgroundSaver
 from trainer.checkpoints.saving import copied_to_host
 
@@ -395,6 +398,35 @@ class TestFailures:
             trainer.setup.checkpointer._saver._pending.exception(timeout=60)
         with pytest.raises(CheckpointError, match="the disk is gone"):
             getattr(trainer, ask)()
+
+    def test_one_that_nobody_asks_for_keeps_no_arrays(self, monkeypatch):
+        monkeypatch.setattr(background, "_unheard", {})
+
+        class Arrays:
+            pass
+
+        def fails(arrays):
+            raise OSError("the disk is gone")
+
+        saver, arrays = BackgroundSaver(), Arrays()
+        held = weakref.ref(arrays)
+        saver.start(functools.partial(fails, arrays))
+        saver._pending.exception(timeout=60)
+        del saver, arrays
+        gc.collect()
+        assert held() is None
+        with pytest.warns(UserWarning, match=r"no later call could raise it: OSError\('the disk is gone'\)"):
+            background._wait_for_all()
+
+    def test_one_that_was_raised_is_not_told_again(self, monkeypatch):
+        monkeypatch.setattr(background, "_unheard", {})
+        saver = BackgroundSaver()
+        for _ in range(2):
+            saver.start(lambda: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                saver.wait()
+        background._wait_for_all()
+        assert background._unheard == {}
 
     @pytest.mark.parametrize("ask", ["close", "save_checkpoint"])
     def test_one_after_a_call_is_raised_by_the_next(self, ask, tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """Background saves: one at a time, and every failure is raised."""
 
+import functools
+import itertools
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
@@ -7,8 +9,12 @@ from typing import Any
 from trainer.core.private_api import before_executors_shut_down
 from trainer.errors import warn
 
-# Saves in flight, and those that failed where nobody has asked for the result yet.
-_unheard: set[Future[Any]] = set()
+_in_flight: set[Future[Any]] = set()
+
+# What those that failed have raised, by number, until somebody asks for the result. Only the text: the exception has a
+# traceback, with frames that hold the arrays.
+_unheard: dict[int, str] = {}
+_numbers = itertools.count()
 
 
 class BackgroundSaver:
@@ -16,6 +22,7 @@ class BackgroundSaver:
 
     def __init__(self) -> None:
         self._pending: Future[Any] | None = None
+        self._number = -1
         # The thread lives from the first save until this object is freed: starting one takes up to 4 ms, since the
         # starting thread waits for the new one, which then holds the GIL.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -27,9 +34,10 @@ class BackgroundSaver:
             Exception: What the previous save raised; the new one is then not started.
         """
         self.wait()
-        self._pending = pending = self._thread.submit(save)
-        _unheard.add(pending)
-        pending.add_done_callback(_forget_if_written)
+        self._number = next(_numbers)
+        self._pending = pending = self._thread.submit(functools.partial(_attempt, save, self._number))
+        _in_flight.add(pending)
+        pending.add_done_callback(_in_flight.discard)
 
     def check(self) -> Any:
         """Returns the result or raises the error of a finished save, once; does not wait for a save in flight."""
@@ -42,21 +50,24 @@ class BackgroundSaver:
             # A signal may interrupt the wait; the save is then still in flight, and its failure not yet raised.
             wait([pending])
             self._pending = None
-            _unheard.discard(pending)
+            _unheard.pop(self._number, None)
             return pending.result()
         return None
 
 
-def _forget_if_written(save: Future[Any]) -> None:
-    if save.exception() is None:
-        _unheard.discard(save)
+def _attempt(save: Callable[[], Any], number: int) -> Any:
+    try:
+        return save()
+    except BaseException as error:
+        _unheard[number] = repr(error)  # before the future is done, so before anybody can ask
+        raise
 
 
 def _wait_for_all() -> None:
     """Waits for the saves in flight, and warns of those that failed where no call has raised it."""
-    wait(set(_unheard))
-    for failure in filter(None, (save.exception() for save in set(_unheard))):
-        warn(f"a save in the background failed, and no later call could raise it: {failure!r}")
+    wait(set(_in_flight))
+    for failure in list(_unheard.values()):
+        warn(f"a save in the background failed, and no later call could raise it: {failure}")
 
 
 # Interpreter exit first closes executors to new work, but Orbax submits some while it finishes a save.

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -207,3 +208,21 @@ def test_arrays_are_printed_as_lists():
     assert shown({"weights": np.arange(2.0), "more": [(np.ones(1, int),)]}) == (
         '{"weights": [0.0, 1.0], "more": [{"$tuple": [[1]]}]}'
     )
+
+
+@pytest.mark.parametrize(
+    ("array", "expected"),
+    [
+        (np.array([[1 + 2j], [-0.5j]], np.complex64), '[["(1+2j)"], ["(-0-0.5j)"]]'),
+        (np.array([1], np.complex128), '["(1+0j)"]'),
+        (np.array([90, "NaT"], "m8[s]"), '["90 seconds", "NaT"]'),
+        (np.array(["2026-11-02T01:02:03.000000004"], "M8[ns]"), '["2026-11-02T01:02:03.000000004"]'),
+        (np.ones(2, jnp.bfloat16), "[1.0, 1.0]"),
+        (np.array([b"a"]), '[{"$bytes": "YQ=="}]'),
+    ],
+)
+def test_arrays_of_every_kind_that_a_checkpoint_holds_are_printed(array, expected, tmp_path):
+    state = TrainState.create(Linear(), optax.sgd(0.1), rng=jax.random.key(0))
+    status, printed = run("inspect", save_state(tmp_path / "s.msgpack", state, {"metrics": {"loss": array}}))
+    assert status == 0
+    assert f'{{"loss": {expected}}}' in printed

@@ -27,9 +27,9 @@ def shown(value: Any) -> str:
 
 
 def _listed(value: Any) -> Any:
-    """Returns a value with lists in place of its arrays."""
+    """Returns a value with lists in place of its arrays; complex numbers, dates and durations in them become text."""
     if isinstance(value, np.ndarray):
-        return value.tolist()
+        return (value.astype(str) if value.dtype.kind in "cmM" else value).tolist()
     if isinstance(value, dict):
         return {key: _listed(held) for key, held in value.items()}
     return type(value)(map(_listed, value)) if type(value) in (list, tuple) else value

@@ -148,7 +148,8 @@ class Checkpointer:
         loaded = load_latest(self.directory, current.peek(), entries)
         if loaded is None:
             return None
-        runs = {entry.run for entry in entries} - {None}
+        # The last checkpoint of an earlier run, kept under another name, is no other run that saves here too.
+        runs = {entry.run for entry in entries if not entry.is_renamed or entry.name == loaded.path.name} - {None}
         if len(runs) > 1:
             warn(
                 f"`{self.directory}` holds checkpoints of {len(runs)} runs; `{loaded.path.name}` is of the one that "

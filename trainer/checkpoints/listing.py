@@ -35,6 +35,11 @@ class Entry(NamedTuple):
     run: str | None
     time: float
 
+    @property
+    def is_renamed(self) -> bool:
+        """Whether `keep_aside` renamed it, since another run needed its name."""
+        return self.name.count(".") > 1
+
 
 def names_in(directory: Path) -> dict[str, int]:
     """Returns the default names in a directory with their steps, sorted by step. Opens no file."""

@@ -1,6 +1,7 @@
 """Loaders as people write them: how they are opened, and one pass over them."""
 
 import functools
+import io
 import itertools
 import re
 
@@ -414,6 +415,51 @@ def test_the_comparison_takes_nothing_from_an_iterator_that_continues():
     batches = ({"x": np.full(2, next(numbers) % 2)} for _ in itertools.repeat(None))  # every pass begins with 0
     passes(lambda: batches, 2)
     assert next(numbers) == 6
+
+
+class Rewound:
+    """Begins every pass by setting one position back, which all its iterators share, as a file does."""
+
+    def __init__(self, batches):
+        self.batches, self.position = batches, 0
+
+    def __iter__(self):
+        self.position = 0
+        while self.position < len(self.batches):
+            self.position += 1
+            yield self.batches[self.position - 1]
+
+
+class OneFile:
+    """The same of a file that stays open."""
+
+    def __init__(self, batches):
+        self.batches, self.file = batches, io.BytesIO(bytes(range(len(batches))))
+
+    def __iter__(self):
+        self.file.seek(0)
+        while index := self.file.read(1):
+            yield self.batches[index[0]]
+
+
+@pytest.mark.parametrize("kind", [Rewound, OneFile])
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_the_comparison_takes_nothing_from_a_pass_of_one_position_for_all(kind, ahead):
+    batches = [{"x": np.full((4, 4), number, np.float32), "y": np.zeros(4, np.float32)} for number in range(4)]
+
+    def first(model, batch, rng, step):
+        loss, _ = squared_error(model, {"input": batch["x"], "target": batch["y"]}, rng, step)
+        return loss, {"first": batch["x"][0, 0]}
+
+    def seen(limit):
+        trainer = Trainer(Linear(4), config(steps_per_epoch=limit, log_frequency=1), loss_fn=first, prefetch=ahead)
+        trainer.train(kind(batches), 4, 4, val_interval=None)
+        return [row["first"] for row in trainer.history if "first" in row]
+
+    with pytest.warns(UserWarning, match="begins with the same batch") as caught:
+        assert seen(3) == [0, 1, 2] * 4
+    assert len(caught) == 1
+    assert seen(4) == [0, 1, 2, 3] * 4  # there is no further batch, and warnings are errors
 
 
 def test_endless_loaders_are_bounded_in_training_and_validation():

@@ -209,7 +209,7 @@ def check_seen_again(loader: Any, rest: Iterator[Batch], name: str, limit: int, 
 
     Args:
         loader: The loader.
-        rest: The iterator of the pass before, which ended after ``limit`` batches. One more is drawn from it: if there
+        rest: The iterator of the second, which has ended after ``limit`` batches. One more is drawn from it: if there
             is none, or if it is the first one again, nothing is left out.
         name: Its name in the warning.
         limit: The maximum number of batches in a pass.
@@ -217,7 +217,7 @@ def check_seen_again(loader: Any, rest: Iterator[Batch], name: str, limit: int, 
     """
     try:
         further = digest_of(next(rest))
-    except Exception:  # the pass before has ended, whatever it raises now
+    except Exception:  # the pass has ended, whatever it raises now
         return
     if further not in (None, first):
         _warn_of_unseen(loader, name, "begins with the same batch", limit, "what comes after")

@@ -146,6 +146,7 @@ class LoaderPass:
         self._compares: bool = previous is not None and previous._compares and previous._loader is loader
         self._first: bytes | None = None
         self._before = previous if self._compares else None
+        self._begins_again = False
         if self._to_restore is not None:
             self._latest = dataclasses.replace(self._to_restore, drawn=0)
         elif previous is not None and previous.over:
@@ -161,6 +162,9 @@ class LoaderPass:
         if self.over:
             raise StopIteration
         if self._limit is not None and self.drawn >= self._limit:
+            if self._begins_again:
+                self._begins_again = False
+                check_seen_again(self._loader, self._iterator, self._name, self._limit, self._first)
             self.over = self._remembered is None
             raise StopIteration
         try:
@@ -282,18 +286,17 @@ class LoaderPass:
         return iter(loader) if iterator is None else iterator
 
     def _compare(self, batch: Batch) -> None:
-        """Compares the first batch of the first two passes that this process begins, see `check_seen_again`."""
+        """Compares the first batch of the first two passes that this process begins.
+
+        If they are equal, `check_seen_again` draws one more batch at the end of this pass. Before, it could take that
+        batch from the pass: two iterators of a loader may share one file, or one counter.
+        """
         before, self._before, self._first = self._before, None, digest_of(batch)
         if before is None or before._first is None:
             return
         self._compares = False
-        # Drawing one more from the pass before must disturb nothing: neither this pass nor a position to be saved.
-        shares = before._iterator is self._iterator or (
-            before._stateful is not None and self._stateful is not None and before._stateful[0] is self._stateful[0]
-        )
         is_same = before.over and not before._exhausted and self._first == before._first
-        if self._limit is not None and is_same and not shares:
-            check_seen_again(self._loader, before._iterator, self._name, self._limit, self._first)
+        self._begins_again = is_same and self._stateful is None and before._iterator is not self._iterator
 
     def _set(self, position: LoaderPosition, loader: Any) -> None:
         assert position.state is not None

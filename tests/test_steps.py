@@ -236,23 +236,23 @@ class TestMetrics:
             one_step(objective)
 
     @pytest.mark.parametrize("precision", [None, "bfloat16"])
-    def test_another_metric_named_loss_is_dropped_with_a_warning(self, precision):
+    def test_the_returned_loss_is_reported_as_loss(self, precision):
         def regularized(model, batch, rng, step):
             data_loss, _ = squared_error(model, batch, rng, step)
             return data_loss + 1.0, {"loss": data_loss}
 
         step = make_train_step(regularized, SGD, precision=precision)
-        with pytest.warns(UserWarning, match=r"a metric `loss` that is not the loss itself.*another name, such as `da"):
-            _, metrics = jax.jit(step)(create(Linear(4)), regression())
+        _, metrics = jax.jit(step)(create(Linear(4)), regression())
         bare = make_train_step(squared_error, SGD, precision=precision)(create(Linear(4)), regression())[1]
         np.testing.assert_allclose(metrics["loss"], bare["loss"] + 1, rtol=1e-3)
 
     @pytest.mark.parametrize("precision", [None, "bfloat16"])
-    def test_the_loss_itself_among_the_metrics_is_no_news(self, precision):
+    @pytest.mark.parametrize("report", [lambda loss: loss, jax.lax.stop_gradient, lambda loss: loss.astype(float)])
+    def test_the_loss_itself_among_the_metrics_is_no_news(self, precision, report):
         def twice(model, batch, rng, step):
             loss, _ = squared_error(model, batch, rng, step)
             loss = loss.astype(jnp.bfloat16) if precision else loss
-            return loss, {"loss": loss}
+            return loss, {"loss": report(loss)}
 
         for options in ({}, {"accumulate_steps": 2}, {"remat": "dots_saveable"}):
             step = make_train_step(twice, SGD, precision=precision, **options)

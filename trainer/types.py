@@ -42,8 +42,8 @@ class LossFn(Protocol):
               metrics are zero. It is still an update, so momentum and weight decay act.
             * ``model_outputs``: any tree, passed to the extensions and not reported. Without it, an enabled
               extension costs a second call of the model.
-            * ``loss`` is replaced by the total, extensions included, with a warning if it was another value; ``step``
-              raises an error.
+            * ``loss`` is replaced by the total: the returned loss, extensions included; report any other value under
+              another name. ``step`` raises an error.
         """
         ...
 

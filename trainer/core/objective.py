@@ -14,7 +14,7 @@ from trainer.core.modes import in_training_mode
 from trainer.core.module_views import View
 from trainer.core.nnx_bridge import Flat, refuse_changed_attributes, static_attributes, variables_of, with_variables
 from trainer.core.partial_metrics import partial_metrics
-from trainer.errors import ArgumentError, ArgumentTypeError, ObjectiveError, warn
+from trainer.errors import ArgumentError, ArgumentTypeError, ObjectiveError
 from trainer.state import TrainState
 from trainer.types import BATCH_WEIGHT, MODEL_OUTPUTS, Batch, ExtensionLike, LossFn, Metrics
 
@@ -43,14 +43,9 @@ def call_objective(
             f"`loss_fn` returned {_describe_result(result)}; it must return a pair (loss, metrics), "
             f"with an empty mapping where there are no metrics."
         )
-    returned, metrics = result
-    loss = check_loss(returned, "`loss_fn` returned a loss that")
+    loss, metrics = result
+    loss = check_loss(loss, "`loss_fn` returned a loss that")
     metrics = as_metrics(metrics, "loss_fn")
-    if "loss" in metrics and metrics["loss"] is not returned:
-        warn(
-            "`loss_fn` returned a metric `loss` that is not the loss itself, and it is dropped: `loss` is the name of "
-            "the loss that is minimized. To see both, report the metric under another name, such as `data_loss`."
-        )
     if "step" in metrics:
         raise ObjectiveError(
             "`loss_fn` returned a metric `step`, which is the name of the number of updates finished; use another name."

@@ -91,6 +91,44 @@ def test_what_no_loss_reads_and_what_was_set_before_the_first_step_compiles_noth
     assert compilations.names == ["train_step"]
 
 
+class Counted(Extension):
+    """Its hook sets an attribute of the name of what the loss reads of other objects."""
+
+    def __init__(self):
+        super().__init__()
+        self.step = self.input = 0
+
+    def loss_fn(self, batch, model_outputs, **kwargs):
+        assert kwargs["step"].shape == ()
+        return jnp.mean(batch["input"]) * self.weight * self.enabled
+
+    def on_call_end(self, trainer, step, logs):
+        self.step = self.input = step
+        self.weight *= 0.5
+
+
+class Bare:
+    """The same with attributes in place of the properties of `Extension`."""
+
+    def __init__(self):
+        self.weight, self.enabled, self.step = 1.0, True, 0
+
+    def is_enabled(self):
+        return self.enabled
+
+    loss_fn, on_call_end = Counted.loss_fn, Counted.on_call_end
+
+
+@pytest.mark.parametrize("kind", [Counted, Bare])
+def test_what_is_read_of_something_else_is_no_constant(kind):
+    compilations = Compilations()
+    trainer = build(kind(), steps_per_call=1, callbacks=[compilations])
+    trainer.train(regression(8), 3, 4)  # warnings are errors
+    for _ in range(3):
+        trainer.train_step(regression(4))
+    assert compilations.names == ["train_step"]
+
+
 class Frozen:
     """An extension of a class of its own, with slots."""
 

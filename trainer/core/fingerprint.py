@@ -54,8 +54,8 @@ def fingerprint(value: Any, reads: Iterable[str] = ()) -> str:
     return fingerprint_and_reads(value, reads)[0]
 
 
-def fingerprint_and_reads(value: Any, reads: Iterable[str] = ()) -> tuple[str, frozenset[str]]:
-    """Returns the `fingerprint`, and the names of all attributes and methods that the code in it reads."""
+def fingerprint_and_reads(value: Any, reads: Iterable[str] = ()) -> tuple[str, Reads]:
+    """Returns the `fingerprint`, and what the code in it reads."""
     found, cache = Reads(names={"__call__", *reads}), {}  # type: Reads, dict[int, Any]
     for _ in range(_ROUNDS):  # a method that is found reads attributes, which may have methods
         size, text = found.size, _Walk(found, cache).digest(value, 0, "self")
@@ -63,7 +63,7 @@ def fingerprint_and_reads(value: Any, reads: Iterable[str] = ()) -> tuple[str, f
             break
     python, versions = sys.version_info, f"jax {jax.__version__}, flax {flax.__version__}, optax {optax.__version__}"
     about = f"python {python[0]}.{python[1]}, {versions}, scheme {_SCHEME}"
-    return f"{about}: {hashlib.sha256(text.encode(errors='replace')).hexdigest()[:16]}", frozenset(found.names)
+    return f"{about}: {hashlib.sha256(text.encode(errors='replace')).hexdigest()[:16]}", found
 
 
 def are_comparable(before: str, now: str) -> bool:

@@ -167,7 +167,7 @@ def assemble(
     eval_params = _resolved_eval_params(eval_params, run, training_config, optimizer_parts, params_average)
     _warn_of_mode(run.peek().model(), wrt)
     live = Live(weakref.ref(trainer), validates=val_data_loader is not None)
-    constants = Constants(losses)
+    constants = Constants(losses if placement.num_processes == 1 else {})
     make = functools.partial(make_train_step, objective, wrt=wrt, extensions=losses, precision=precision, **settings)
 
     check_step = functools.partial(

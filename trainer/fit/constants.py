@@ -7,6 +7,9 @@ from typing import Any
 from trainer.core.fingerprint import fingerprint_and_reads
 from trainer.errors import warn
 
+_NO_CONSTANTS = {"weight", "enabled"}
+"""Attributes of extensions that a step takes as an argument, or that select its program."""
+
 _PLAIN = (bool, int, float, str, bytes, type(None))
 
 
@@ -17,7 +20,8 @@ class Constants:
     changed an attribute. So `update` is called when an epoch begins, and steps are traced within `in_force`.
 
     Args:
-        extensions: The extensions with a loss, by name.
+        extensions: The extensions with a loss, by name. None with several processes, which may differ in an attribute
+            and would not compile together: their steps keep the values with which they were traced first.
 
     Attributes:
         token: Identifies the values; part of the variant of a step.
@@ -25,7 +29,7 @@ class Constants:
 
     def __init__(self, extensions: Mapping[str, Any]) -> None:
         self._extensions = extensions
-        self._read: dict[str, frozenset[str]] | None = None
+        self._read: dict[str, set[str]] | None = None
         self._values: dict[tuple[str, str], Any] = {}
         self._is_traced = self._has_warned = False
         self.token = ""
@@ -78,7 +82,8 @@ class Constants:
     def _current(self) -> dict[tuple[str, str], Any]:
         if self._read is None:
             self._read = {
-                name: fingerprint_and_reads(extension, ["loss_fn"])[1] for name, extension in self._extensions.items()
+                name: fingerprint_and_reads(extension, ["loss_fn"])[1].of.get("self", set()) - _NO_CONSTANTS
+                for name, extension in self._extensions.items()
             }
         return {
             (name, attribute): value

@@ -27,7 +27,7 @@ def fingerprints_of(
     for name, function in (("loss_fn", loss_fn), ("step_fn", step_fn)):
         if function is not None or name == "loss_fn":
             told[name], reads = fingerprint_and_reads(function)
-            called |= reads
+            called |= reads.names
     # Dropout rates and activations are static attributes of the model.
     attributes = [{name: getattr(attribute, "value", None)} for name, attribute in graphdef.attributes]
     kinds = {kind for node in graphdef.nodes if isinstance(kind := getattr(node, "type", None), type)}

@@ -126,8 +126,9 @@ def test_an_epoch_that_nobody_can_pass_is_refused():
     for loader in (lambda epoch, n: n, lambda epoch, /: epoch):
         with pytest.raises(ArgumentError, match="nothing but `batch_size` and `epoch` are passed to it"):
             check_loader(loader, "loader", has_epoch=True)
-    with pytest.raises(ArgumentError, match="`val_data_loader` is a callable that requires `epoch`, and nothing but"):
-        Trainer(Linear(), config(), loss_fn=squared_error, val_data_loader=lambda epoch: BATCHES[epoch:])
+    trainer = Trainer(Linear(), config(), loss_fn=squared_error)
+    with pytest.raises(ArgumentError, match="`data` is a callable that requires `epoch`, and nothing but"):
+        trainer.evaluate(lambda epoch: BATCHES[epoch:], 2)
 
 
 def test_training_passes_the_number_of_finished_epochs():
@@ -141,6 +142,24 @@ def test_training_passes_the_number_of_finished_epochs():
     trainer.train(batches, 2, 4)
     trainer.train_epoch()
     assert seen == [(0, 4), (1, 4), (2, 32)]
+
+
+def test_validation_passes_it_too_and_so_does_the_search_for_a_learning_rate():
+    seen = []
+
+    def batches(epoch, batch_size):
+        seen.append((epoch, batch_size))
+        return [regression(batch_size, 3, seed) for seed in range(5)]
+
+    loaders = {"train_data_loader": lambda batch_size: [regression(4, 3)] * 2, "val_data_loader": batches}
+    trainer = Trainer(Linear(), config(batch_size=4), loss_fn=squared_error, **loaders)
+    trainer.train([regression(8, 3)] * 2, 2, 8, batches, val_interval=2)
+    assert seen == [(0, 8), (1, 8)]
+    trainer.train_epoch()
+    assert seen[2:] == [(2, 4)]
+    trainer = Trainer(Linear(), config(batch_size=4), loss_fn=squared_error, train_data_loader=batches)
+    trainer.find_learning_rate(steps=10, high=10.0)
+    assert seen[3:] == [(0, 4), (1, 4)]
 
 
 def test_batches_by_their_index_are_a_loader():

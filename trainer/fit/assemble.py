@@ -114,7 +114,7 @@ def assemble(
         check_optimizer(params_average, "params_average")
     for name, loader in {"train_data_loader": train_data_loader, "val_data_loader": val_data_loader}.items():
         if loader is not None:
-            check_loader(loader, name, has_epoch=name == "train_data_loader")
+            check_loader(loader, name, has_epoch=True)
     extensions = check_extensions(extensions)
     losses = with_losses(extensions)
     settings: dict[str, Any] = {

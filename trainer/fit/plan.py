@@ -236,10 +236,10 @@ def search_batches(setup: Setup, data: Any, batch_size: int | None) -> Iterator[
         held = setup.in_memory(data, size, name)
         yield lambda number: held.shuffled(setup.seed, number)
         return
-    check_loader(data, name)
+    check_loader(data, name, has_epoch=True)
     limit = setup.config.steps_per_epoch
     with left_in_place(data, name):
-        yield lambda number: setup.padded(one_pass(data, size, name, limit, bound=""), size)
+        yield lambda number: setup.padded(one_pass(data, size, name, limit, bound="", epoch=number), size)
 
 
 def first_batch(setup: Setup, plan: FitPlan) -> Batch:
@@ -290,12 +290,12 @@ def _all_of(loader: Any, batch_size: int) -> Iterator[Batch]:
 
 def _passes_over(setup: Setup, loader: Any, batch_size: int, name: str) -> Callable[[], Iterator[Batch]]:
     """Returns a function that opens a pass over a validation loader, limited to ``validation_steps`` batches."""
-    check_loader(loader, name)
+    check_loader(loader, name, has_epoch=True)
     limit = setup.config.validation_steps
 
     def opened() -> Iterator[Batch]:
-        bound = "set `TrainingConfig.validation_steps`"
-        return setup.padded(one_pass(loader, batch_size, name, limit, bound=bound))
+        bound, epoch = "set `TrainingConfig.validation_steps`", setup.live.trainer().run.epoch
+        return setup.padded(one_pass(loader, batch_size, name, limit, bound=bound, epoch=epoch))
 
     return opened
 

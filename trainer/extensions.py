@@ -39,7 +39,9 @@ class Extension(nnx.Module, Callback):
     carries them into the next state; no optimizer updates them. The hooks of `trainer.Callback` run
     outside compiled code, on the object that was passed to the trainer, with its Python attributes. A
     number or text in an attribute that `loss_fn` reads becomes a constant of the step when an epoch
-    begins: if a hook has changed it, the step is compiled again.
+    begins: if a hook has changed it, the step is compiled again. A hook that changes one within an
+    epoch changes the next epoch; if the run is resumed within that epoch, its rest has the value of
+    the save. Several processes keep the value of the first step.
 
     Example::
 

@@ -70,6 +70,28 @@ def test_all_batches_of_an_epoch_have_the_same_the_short_last_one_too(steps_per_
     assert heat.temperature == 0.25**calls
 
 
+class Asking(Callback):
+    def on_batch_end(self, trainer, step, logs):
+        trainer.compile(regression(4))
+
+
+def test_a_callback_that_compiles_changes_none_within_an_epoch():
+    trainer = build(Heat("on_call_end"), callbacks=[Asking()])
+    with pytest.warns(UserWarning, match=SAID):
+        trainer.train(regression(10), 2, 4)
+    assert heats(trainer) == [1.0] * 3 + [0.125] * 3
+
+
+def test_compiling_before_a_step_takes_the_current_value():
+    heat, compilations = Heat("never"), Compilations()
+    trainer = build(heat, callbacks=[compilations], steps_per_call=1)
+    heat.temperature = 2.0
+    trainer.compile(regression(4))
+    trainer.train(regression(8), 1, 4)
+    assert heats(trainer) == [2.0] * 2
+    assert compilations.names == ["train_step"]
+
+
 def test_a_step_by_itself_has_the_current_value():
     heat, batch = Heat("never"), regression(4)
     trainer = build(heat)

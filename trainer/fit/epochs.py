@@ -312,7 +312,8 @@ def compile_step(trainer: Trainer, batch: Batch, without_remat: bool) -> Program
     """Compiles the step for batches like this one; see `Trainer.compile`."""
     setup = trainer.setup
     batch, _ = setup.placement.abstract_batch(setup.with_mask(batch))
-    setup.constants.update()
+    if not setup.live.is_running:  # within an epoch they stay as they are
+        setup.constants.update()
     run = setup.with_weights(trainer.run).with_edits()
     run.peek().check_alive()
     start = time.perf_counter()

@@ -20,6 +20,9 @@ from trainer.state import TrainState
 from trainer.steps import fuse_steps
 from trainer.types import Batch, Metrics
 
+_MOST_VARIANTS = 4
+"""How many variants of a step keep their programs: an attribute of an extension may have a new value in every epoch."""
+
 Step = Callable[..., tuple[TrainState, Metrics]]
 """``(state, batch, *arguments) -> (state, metrics)``; the arguments are those of `CompiledStep`."""
 
@@ -155,7 +158,7 @@ class CompiledStep:
             steps that compute little, judged from the traced step and never by timing; a `FusionPolicy` does so with
             limits of your own; 1 never fuses.
         variant: Returns what the traced step depends on besides its arguments, such as which extensions are
-            enabled. Each new value compiles its own program.
+            enabled. Each new value compiles its own program; the programs of the last four values are kept.
         arguments: More traced arguments of the step, computed from the run.
         replicated: The sharding of metrics on a mesh. With it, a step keeps the shardings of its state.
         one_call_at_a_time: Whether a call must finish before the next is dispatched.
@@ -194,6 +197,7 @@ class CompiledStep:
         self._traced: dict[Any, Any] = {}
         self._work: dict[Any, tuple[float | None, Any]] = {}
         self._plans: dict[Any, DispatchPlan] = {}
+        self._recent: list[Hashable] = []
         self._latest: Program | None = None
 
     def __call__(self, run: Run, batch: Batch, examples: int | None = None) -> tuple[Run, Metrics]:
@@ -288,7 +292,7 @@ class CompiledStep:
     def _program(self, run: Run) -> Program:
         if run.layout is not self._layout:
             self._adopt(run)
-        variant = self._current_variant()
+        variant = self._used_variant()
         program = self._single.get(variant)
         if program is None:
             function = _on_leaves(self._step, run.layout)
@@ -297,6 +301,19 @@ class CompiledStep:
 
     def _current_variant(self) -> Hashable:
         return None if self._variant is None else self._variant()
+
+    def _used_variant(self) -> Hashable:
+        """Returns the current variant, and drops the programs of the one that was not used for longest."""
+        variant = self._current_variant()
+        if not self._recent or self._recent[-1] != variant:
+            self._recent = [*(one for one in self._recent if one != variant), variant]
+            if len(self._recent) > _MOST_VARIANTS:
+                dropped = self._recent.pop(0)
+                self._single.pop(dropped, None)
+                for programs in (self._fused, self._traced, self._work, self._plans):
+                    for key in [key for key in programs if key[0] == dropped]:
+                        del programs[key]
+        return variant
 
     def _more(self, run: Run) -> tuple[Any, ...]:
         return () if self._arguments is None else self._arguments(run)
@@ -332,7 +349,7 @@ class CompiledStep:
     def _key(self, run: Run, batch: Any) -> tuple[Any, ...]:
         if run.layout is not self._layout:
             self._adopt(run)
-        return self._current_variant(), str(jax.tree.structure(batch)), describe(batch)
+        return self._used_variant(), str(jax.tree.structure(batch)), describe(batch)
 
 
 def explain_lost_state(state: TrainState, error: Exception) -> None:

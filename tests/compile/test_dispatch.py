@@ -3,6 +3,7 @@
 import gc
 import weakref
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -64,3 +65,18 @@ def test_variants_in_turn_are_compiled_once_each(programs):
         trainer.train_step(regression(4))
     assert told.names == ["train_step"] * 2
     assert len(programs) == 2
+
+
+def test_only_a_batch_that_compiles_is_described(monkeypatch):
+    described = []
+
+    def describe(batch):
+        described.append(batch)
+        return str(jax.tree.map(jnp.shape, batch))
+
+    trainer = Trainer(Linear(4), config(), loss_fn=squared_error)
+    monkeypatch.setattr(dispatch, "describe", describe)
+    for _ in range(3):
+        trainer.validate_step(regression(4))
+    trainer.evaluate(regression(30), 4)
+    assert len(described) == 2  # the last batch has two rows

@@ -94,7 +94,7 @@ class Program:
         self.name = name
         donated = (0,) if donates else ()
         self._jitted = jax.jit(counted, donate_argnums=donated, out_shardings=out_shardings)
-        self._traces, self._reported = traces, 0
+        self._traces, self._described, self._reported = traces, 0, 0
         self._seconds = 0.0
         self._batch = self._previous = ""
         self._has_warned = False
@@ -108,7 +108,8 @@ class Program:
         """Runs the function."""
         start = time.perf_counter()
         result = self._jitted(state, *args)
-        if self._traces[0] != self._reported:
+        if self._traces[0] != self._described:  # `report` is not called after every call
+            self._described = self._traces[0]
             self._seconds = time.perf_counter() - start
             self._previous, self._batch = self._batch, describe(args[0])
         return result
@@ -142,7 +143,7 @@ class Program:
         """Compiles the result of `trace`; a later call does not compile again."""
         compiled = traced.lower().compile()
         # The caller reports this compilation, so `report` must not.
-        self._reported = self._traces[0]
+        self._described = self._reported = self._traces[0]
         return compiled
 
 

@@ -11,6 +11,7 @@ from flax import nnx
 
 from tests.problems import Busy, Linear, config, regression, squared_error
 from trainer import Callback, Trainer
+from trainer.fit import copies
 
 SAID = r"the params of a module from `trainer.model` were changed \(`layer/kernel`\). It is a copy, so the run trains"
 
@@ -79,7 +80,16 @@ def dropped(trainer, model):
     edit(trainer.model)
 
 
-@pytest.mark.parametrize("use", [evaluated, retrained, adopted, other_state, dropped])
+def halved(trainer, model):
+    half = jax.tree.map(lambda array: array.astype(jnp.bfloat16), nnx.state(model))
+    nnx.update(model, half)
+
+
+def widened(trainer, model):
+    model.layer.kernel = nnx.Param(jnp.zeros((4, 3)))
+
+
+@pytest.mark.parametrize("use", [evaluated, retrained, adopted, other_state, dropped, halved, widened])
 def test_what_is_no_lost_change_is_not_said(use):
     trainer = build()
     copy = trainer.model
@@ -114,3 +124,21 @@ def test_it_keeps_no_copy_alive():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(trainer)
+
+
+class Far:
+    is_fully_addressable = False
+
+
+def test_of_arrays_of_several_processes_nothing_is_computed(monkeypatch):
+    trainer = build()
+    copy = trainer.model
+    edit(copy)
+    computed = []
+    monkeypatch.setattr(copies, "with_eval_params", lambda *given: computed.append(given))
+
+    class Spread:
+        step, leaves = trainer.step, [Far()]
+
+    trainer.setup.latest_copy.check(Spread())
+    assert not computed

@@ -53,6 +53,8 @@ class LatestCopy:
         model = copy.model()
         if model is None or copy.step != run.step:
             return
+        if not all(leaf.is_fully_addressable for leaf in run.leaves):  # of several processes
+            return
         params = split_variables(model, self._wrt)[0]
         replaced = {
             path: params[path] for path, array in copy.arrays.items() if path in params and params[path] is not array()
@@ -74,6 +76,7 @@ class LatestCopy:
 def _differ(changed: Any, own: Any) -> bool:
     if not isinstance(changed, jax.Array) or changed.is_deleted():
         return False
-    if not (changed.is_fully_addressable and own.is_fully_addressable):  # of several processes
+    # Of another dtype or shape it was converted for something else: such params could not be trained on.
+    if (changed.shape, changed.dtype) != (own.shape, own.dtype) or not changed.is_fully_addressable:
         return False
-    return changed.shape != own.shape or not bool(jnp.array_equal(jax.device_get(changed), jax.device_get(own)))
+    return not bool(jnp.array_equal(jax.device_get(changed), jax.device_get(own)))

@@ -89,3 +89,24 @@ class Late(Seen):
 
 def test_a_callback_without_a_state_before_its_first_event_trains(tmp_path):
     assert train(build(Late(), workdir=tmp_path)).step == 2
+
+
+class Counting(Seen):
+    def __init__(self):
+        super().__init__([1])
+        self.asked = 0
+
+    def state_dict(self):
+        self.asked += 1
+        return super().state_dict()
+
+
+def test_states_that_were_found_savable_are_not_read_before_every_call(tmp_path):
+    counting = Counting()
+    settings = config(num_epochs=9, save_frequency=1000)
+    trainer = build(counting, settings=settings, workdir=tmp_path, train_data_loader=[regression(4)])
+    trainer.train_epoch()
+    after_first = counting.asked
+    for _ in range(3):
+        trainer.train_epoch()
+    assert (after_first, counting.asked) == (2, 2)  # to be checked, and in the first save

@@ -45,8 +45,8 @@ def fit(trainer: Trainer, plan: FitPlan, resume: bool | str | os.PathLike[str]) 
     setup, before = trainer.setup, trainer.run
     setup.live.validates = plan.held_out is not None
     setup.latest_copy.check(before)
-    if _may_save(setup, plan, before):
-        setup.check_savable()
+    if not setup.live.is_savable and _may_save(setup, plan, before):
+        setup.live.is_savable = setup.check_savable()
     restored = find(setup, before, plan, resume)
     setup.live.planned, setup.live.failure, setup.live.has_ended = plan.planned, "", False
     setup.live.unsaved_step = None

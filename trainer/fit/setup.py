@@ -92,6 +92,7 @@ class Live:
         rate_asked: When the learning rate of an epoch was last computed, as `time.monotonic`.
         has_advised: Whether fusing was recommended.
         has_warned: Whether there was a warning that the loss is not finite.
+        is_savable: Whether `Setup.check_savable` found that checkpoints can be saved.
     """
 
     trainer: Callable[[], Any]
@@ -107,6 +108,7 @@ class Live:
     rate_asked: float = -math.inf
     has_advised: bool = False
     has_warned: bool = False
+    is_savable: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -344,8 +346,11 @@ class Setup:
     def _info(self) -> dict[str, Any]:
         return {"name": self.config.name, "metadata": self.config.to_dict()["metadata"]}
 
-    def check_savable(self) -> None:
+    def check_savable(self) -> bool:
         """Checks that checkpoints can hold the metadata and the states of callbacks and extensions.
+
+        Returns:
+            Whether all of them could be read; a callback may have no state before its first event.
 
         Raises:
             CheckpointError: They cannot.
@@ -353,9 +358,10 @@ class Setup:
         to_plain(self._info, "info")
         try:
             states = self.events.state_dict()
-        except Exception:  # one that has a state only after its first event
-            return
+        except Exception:
+            return False
         to_plain(states, "callbacks")
+        return True
 
     def with_known_position(self, run: Run) -> Run:
         """Returns the run with its loader's position, or without a position if the loader cannot report it.

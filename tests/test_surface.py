@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import trainer
-from trainer.fit.setup import Live
+from trainer.fit.setup import Live, Setup
 
 ROOT = Path(__file__).parent.parent
 
@@ -188,6 +188,19 @@ def test_of_a_trainers_parts_only_the_fields_of_live_are_assigned():
         (owner, field) for owner in ("live", "setup.live", "trainer.setup.live") for field in fields
     }
     assert {path.split("/")[0] for path, _ in found - others} == {"fit"}
+
+
+def test_of_the_classes_in_fit_those_that_setup_names_change_themselves():
+    changing = {
+        node.name
+        for path in files_of("fit")
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef)
+        for method in node.body
+        if isinstance(method, ast.FunctionDef) and method.name != "__init__" and list(assigned_attributes(method))
+    }
+    named = {type_of for name, type_of in Setup.__annotations__.items() if f"``{name}``" in Setup.__doc__}
+    assert changing == {one.__name__ for one in named if one.__module__.startswith("trainer.fit.")} - {"Live"}
 
 
 @pytest.mark.parametrize(

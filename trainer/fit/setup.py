@@ -1,4 +1,4 @@
-"""`Setup`: the parts of a trainer that are checked once and never change, with one exception, `Live`."""
+"""`Setup`: the parts of a trainer, which are checked once and never replaced; and `Live`, what a call changes."""
 
 import contextlib
 import dataclasses
@@ -115,8 +115,10 @@ class Live:
 class Setup:
     """The parts of a trainer, built by `trainer.fit.assemble`; attributes named like the arguments of `Trainer`.
 
-    No attribute is ever rebound, and of what they hold, ``live`` is the one object whose fields are
-    (``trainer.setup.live.meter = meter``); `trainer.fit` does so while a call runs.
+    No attribute is ever rebound. Of what they hold, ``live`` is the one object whose fields others assign
+    (``trainer.setup.live.meter = meter``); `trainer.fit` does so while a call runs. Other parts keep a record that only
+    their own methods change: ``constants``, ``latest_copy`` and ``rate`` of this package, and the ``events``,
+    ``fanout``, ``checkpointer`` and compiled steps.
     """
 
     config: TrainingConfig

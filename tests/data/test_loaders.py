@@ -169,6 +169,8 @@ def test_batches_by_their_index_are_a_loader():
     assert loader.ends == 2
     assert passed(loader, 2) == BATCHES[:2]
     assert loader.ends == 2
+    assert passed(loader, 3) == BATCHES
+    assert loader.ends == 3
     with pytest.raises(ArgumentError, match="yielded no batch"):
         passed(Indexed([]))
     with pytest.warns(UserWarning, match="`train_data_loader` has 3 batches and starts over in every epoch"):
@@ -186,6 +188,36 @@ def test_a_trainer_takes_batches_by_their_index_wherever_it_takes_a_loader():
     assert indexed.train_epoch() == listed.train_epoch()
     assert indexed.evaluate(Indexed(batches), 8) == listed.evaluate(batches, 8)
     assert indexed.setup.live.planned.steps_per_epoch == 4
+
+
+class Shuffling:
+    """Shuffles in place, as some do, the array of which its batches are views."""
+
+    def __init__(self):
+        self.numbers = np.arange(8, dtype=np.float32)
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        numbers = self.numbers[2 * index : 2 * index + 2]
+        return {"input": numbers[:, None] + np.zeros(4, np.float32), "target": numbers, "number": numbers}
+
+    def on_epoch_end(self):
+        self.numbers[:] = np.roll(self.numbers, 1)
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+@pytest.mark.parametrize("limit", [None, 4])
+def test_a_sequence_shuffles_after_its_last_batch_at_a_limit_too(limit, ahead):
+    def loss_fn(model, batch, rng, step):
+        return squared_error(model, batch, rng, step)[0], {"last": batch["number"][-1]}
+
+    settings = config(steps_per_epoch=limit, log_frequency=1)
+    trainer = Trainer(Linear(4), settings, loss_fn=loss_fn, prefetch=ahead)
+    trainer.train(Shuffling(), 3, 2, val_interval=None)
+    seen = [row["last"] for row in trainer.history if "last" in row]
+    assert seen == [1, 3, 5, 7, 0, 2, 4, 6, 7, 1, 3, 5]
 
 
 def test_examples_by_their_index_are_refused():

@@ -9,9 +9,10 @@ import copy
 import functools
 import hashlib
 import inspect
+import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -78,11 +79,38 @@ class _InOrder:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
+        return _Indexed(self._batches)
+
+
+class _Indexed:
+    """One pass over the batches of an `_InOrder`."""
+
+    def __init__(self, batches: Any) -> None:
         # Up to its length: Keras asks for no IndexError beyond, and slices of arrays raise none.
-        for index in range(len(self._batches)):
-            yield self._batches[index]
-        if callable(end := getattr(self._batches, "on_epoch_end", None)):
-            end()
+        self._batches, self._indices = batches, iter(range(len(batches)))
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        for index in self._indices:
+            return self._batches[index]
+        self.finish()
+        raise StopIteration
+
+    def finish(self) -> None:
+        """Calls ``on_epoch_end()``, once, if all batches have been drawn. The caller no longer needs the last one."""
+        batches = self._batches
+        if batches is not None and not operator.length_hint(self._indices):
+            self._batches = None
+            if callable(end := getattr(batches, "on_epoch_end", None)):
+                end()
+
+
+def finish_pass(iterator: Iterator[Batch]) -> None:
+    """Tells an iterator of `open_loader` that its pass has ended at a limit, which may be its last batch."""
+    if isinstance(iterator, _Indexed):
+        iterator.finish()
 
 
 def check_loader(loader: Any, name: str, *, has_epoch: bool = False) -> None:
@@ -139,6 +167,7 @@ def one_pass(
         check_drawn(batch, drawn, loader, name, limit, bound)
         drawn += 1
         yield batch
+    finish_pass(iterator)
 
 
 def first_batches(loader: Any, batch_size: int, name: str, count: int) -> list[Batch]:

@@ -19,6 +19,7 @@ from trainer.data.loaders import (
     check_seen,
     check_seen_again,
     digest_of,
+    finish_pass,
     is_factory,
     no_batch,
     open_loader,
@@ -165,6 +166,7 @@ class LoaderPass:
             if self._begins_again:
                 self._begins_again = False
                 check_seen_again(self._loader, self._iterator, self._name, self._limit, self._first)
+            finish_pass(self._iterator)
             self.over = self._remembered is None
             raise StopIteration
         try:

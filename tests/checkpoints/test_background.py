@@ -95,7 +95,7 @@ class TestSaver:
 
         def save():
             waiting.wait(timeout=60)
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
             gate.wait(timeout=10)  # for a signal that came just before the wait began
             failing()
 

@@ -157,15 +157,16 @@ def test_a_second_signal_does_not_wait(number, tmp_path):
 class Phase:
     """Sends signals during some work, once; during a step, as its objective.
 
-    Without a number it compiles to the same programs, and sends nothing.
+    With ``times=0`` it compiles to the same programs, and sends nothing. Resuming compares what its methods read, of
+    which only ``left``, that they change, may be another.
     """
 
-    def __init__(self, name, number=None, times=1):
+    def __init__(self, name, number=signal.SIGTERM, times=1):
         self.name, self.number, self.left = name, number, times
 
     def send(self):
         times, self.left = self.left, 0
-        for _ in range(times if self.number is not None else 0):
+        for _ in range(times):
             os.kill(os.getpid(), self.number)
 
     def __call__(self, model, batch, rng, step):
@@ -193,7 +194,7 @@ class Phase:
 
 @functools.cache
 def never_interrupted(phase, call):
-    trainer = Phase(phase).build(None, call=call)
+    trainer = Phase(phase, times=0).build(None, call=call)
     return run(trainer, call), trainer
 
 
@@ -229,7 +230,7 @@ def test_whatever_is_under_way_the_run_ends_in_order_and_resumes_to_the_same_bit
     # A second one may come between the call of a step, which consumes the state, and its return.
     if times == 1 or phase not in ("step", "save"):
         interrupted.state.check_alive()
-    resumed = Phase(phase).build(tmp_path / "part", call=call)
+    resumed = Phase(phase, number, times=0).build(tmp_path / "part", call=call)
     assert run(resumed, call, resume=True) == returned
     assert_same_bits(resumed.state, whole.state)
     assert resumed.history.to_dict() == whole.history.to_dict()

@@ -2,7 +2,6 @@
 
 import functools
 import gc
-import os
 import signal
 import subprocess
 import sys

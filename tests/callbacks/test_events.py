@@ -95,6 +95,8 @@ def test_every_hook_is_in_the_table():
     ),
 )
 @pytest.mark.few(3)
+# The extension that raises is of another class than the one that resumes.
+@pytest.mark.filterwarnings("ignore:.*`extensions.size` differs:UserWarning")
 def test_one_that_raises_ends_the_run_at_the_last_finished_step(event, nth, step, base, tmp_path, undisturbed):
     returned, states = undisturbed
     error, recorder = ZeroDivisionError("the user's own"), Recorder()

@@ -159,7 +159,7 @@ class Stacked(nnx.Module):
 
     def __init__(self, rngs, remat=False):
         self.embed = nnx.Linear(4, 8, rngs=rngs)
-        self.layers = nnx.vmap(Layer, in_axes=0, out_axes=0)(rngs.fork(split=3))
+        self.layers = nnx.vmap(Layer, in_axes=0, out_axes=0)(rngs.split(3))
         self.head = nnx.Linear(8, 1, rngs=rngs)
         self.remat = remat
 

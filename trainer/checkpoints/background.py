@@ -11,8 +11,8 @@ from trainer.errors import warn
 
 _in_flight: set[Future[Any]] = set()
 
-# What those that failed have raised, by number, until somebody asks for the result. Only the text: the exception has a
-# traceback, with frames that hold the arrays.
+# The errors of failed saves by number, until `wait` raises them. Only their text: an exception has a traceback, whose
+# frames hold the arrays.
 _unheard: dict[int, str] = {}
 _numbers = itertools.count()
 

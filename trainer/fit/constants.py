@@ -20,8 +20,8 @@ class Constants:
     changed an attribute. So `update` is called when an epoch begins, and steps are traced within `in_force`.
 
     Args:
-        extensions: The extensions with a loss, by name. None with several processes, which may differ in an attribute
-            and would not compile together: their steps keep the values with which they were traced first.
+        extensions: The extensions with a loss, by name. Empty with several processes, which may differ in an
+            attribute and would not compile together: their steps keep the values with which they were traced first.
 
     Attributes:
         token: Identifies the values; part of the variant of a step.

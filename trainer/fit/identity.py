@@ -104,7 +104,7 @@ def _difference(name: str, before: str, now: str) -> str:
 
 
 def _describe_loader(name: str, loader: Any) -> dict[str, str]:
-    """Returns what can be told of a loader without drawing from it."""
+    """Returns what identifies a loader without drawing from it."""
     told: dict[str, str] = {}
     if isinstance(loader, Sized) and isinstance(loader, Iterable) and not hasattr(loader, "__next__"):
         with contextlib.suppress(Exception):  # a torch loader of an iterable data set raises TypeError

@@ -10,7 +10,7 @@ import pytest
 import trainer.metrics.average as average_module
 import trainer.metrics.history as history_module
 from trainer import History, WeightedAverage
-from trainer.metrics.average import MAX_PENDING, read
+from trainer.metrics.average import MAX_PENDING, MAX_PENDING_ON_HOST, read
 
 
 @pytest.fixture
@@ -126,14 +126,14 @@ def test_metrics_may_be_reused_by_the_caller():
 def test_an_average_reads_an_old_call_for_each_new_one(reads):
     average = WeightedAverage()
     values = jnp.arange(1000.0)
-    for i in range(MAX_PENDING):
+    for i in range(MAX_PENDING_ON_HOST):
         average.add({"loss": values[i]}, 1)
     assert reads == []
-    for i in range(MAX_PENDING, 1000):
+    for i in range(MAX_PENDING_ON_HOST, 1000):
         average.add({"loss": values[i]}, 1)
-    assert reads == [1] * (1000 - MAX_PENDING)
+    assert reads == [1] * (1000 - MAX_PENDING_ON_HOST)
     assert average.compute() == {"loss": 499.5}
-    assert reads[-1] == MAX_PENDING
+    assert reads[-1] == MAX_PENDING_ON_HOST
 
 
 def test_an_average_collects_copies_from_an_accelerator(far_away):

@@ -166,10 +166,15 @@ class Checkpointer:
         restored = self.load_latest(run)
         return run if restored is None else restored.run
 
+    def leave_out(self, run: Run) -> None:
+        """Warns that the state is not finite, so it is not saved."""
+        self._saved = run.id, run.step, self.directory / default_name(run.step, run.leaves)
+        warn_of_state(run.step)
+
     def saved_step(self, run: Run) -> int | None:
         """Returns the step of the latest checkpoint of the run with a default name, or None if there is none.
 
-        A save that "if_finite" skipped counts, and so does the checkpoint that the run was restored from.
+        One that was left out counts, or skipped by "if_finite", and so does the checkpoint that the run came from.
         """
         return self._saved[1] if self._saved is not None and self._saved[0] == run.id else None
 

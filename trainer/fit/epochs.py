@@ -25,7 +25,7 @@ from trainer.fit.finite import hold_if_finite, react_if_not_finite
 from trainer.fit.plan import FitPlan
 from trainer.fit.resume import checked, find, planned_end, put_back
 from trainer.fit.run_file import write_start
-from trainer.fit.running import running
+from trainer.fit.running import running, save_if_finite
 from trainer.fit.setup import Planned, Setup
 from trainer.fit.speeds import figures_written, note_epoch
 from trainer.loggers.base import prefixed
@@ -383,17 +383,20 @@ def _leave(trainer: Trainer, plan: FitPlan) -> None:
     if plan.caller != "train_epoch" or not setup.is_directory_given or setup.checkpointer.saved_step(run) == run.step:
         return
     if plan.planned.num_epochs is None:
-        _save_end(trainer)
+        _save_end(trainer, background=True)
     else:
         setup.live.unsaved_step = run.step
 
 
-def _save_end(trainer: Trainer) -> None:
-    """Starts a save of the run at the end of an epoch."""
+def _save_end(trainer: Trainer, *, background: bool = False) -> None:
+    """Saves the run at the end of an epoch, or starts to."""
     run = trainer.run
     trainer.hold(trainer.setup.with_known_position(run))
     try:
-        trainer.save_checkpoint(background="if_finite")
+        if background:
+            trainer.save_checkpoint(background="if_finite")
+        else:
+            save_if_finite(trainer)
     finally:
         trainer.hold(run)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.checkpoints.checkpointer import warn_of_state
 from trainer.distributed.signals import Signals
 from trainer.errors import TrainingInterrupted
 
@@ -57,6 +57,14 @@ def running(trainer: Trainer) -> Iterator[Signals]:
             raise _noted(failures[0], failures)
 
 
+def save_if_finite(trainer: Trainer) -> Path | None:
+    """Saves without a copy of the arrays, as no training goes on beside it; returns None if the state is not finite."""
+    if trainer.run.state_with_edits().is_finite():
+        return trainer.save_checkpoint()
+    trainer.setup.checkpointer.leave_out(trainer.run)
+    return None
+
+
 def _end(trainer: Trainer) -> list[BaseException]:
     """Emits the last event of a run, waits for saves that callbacks start in it, and returns the failures."""
     failures = trainer.setup.events.emit_to_all("on_train_end", trainer)
@@ -84,12 +92,8 @@ def _finish_saves(trainer: Trainer, signals: Signals, error: BaseException) -> N
         error.add_note(f"and a save in the background raised {unsaved!r}")
     if signals.received is None:
         return
-    path = None
     try:
-        if trainer.run.state_with_edits().is_finite():
-            path = trainer.save_checkpoint()
-        else:
-            warn_of_state(trainer.run.step)
+        path = save_if_finite(trainer)
     except Exception as failure:
         error.add_note(f"the state could not be saved: {failure}")
         return

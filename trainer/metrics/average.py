@@ -14,6 +14,9 @@ from trainer.types import BATCH_WEIGHT, SKIPPED
 MAX_PENDING = 64
 """At most this many calls keep their metrics on the device. Calls this old have long finished."""
 
+MAX_PENDING_ON_HOST = 16
+"""The same where reading is free. The first step of an epoch reads what the one before left: 0.4 ms for 64 calls."""
+
 
 def read(metrics: Any) -> Any:
     """Returns a tree of arrays as Python numbers, or lists of them."""
@@ -79,7 +82,7 @@ class WeightedAverage:
         {'loss': 2.0}
     """
 
-    __slots__ = ("_merged", "_pending", "_read_at_once", "_sums", "_weights", "not_finite", "skipped")
+    __slots__ = ("_is_on_host", "_merged", "_pending", "_sums", "_weights", "not_finite", "skipped")
 
     def __init__(self) -> None:
         # (metrics, examples per batch, number of batches or None for a single one) for each call.
@@ -87,7 +90,7 @@ class WeightedAverage:
         self._sums: dict[str, float] = {}
         self._weights: dict[str, float] = {}
         self._merged: dict[str, Any] = {}
-        self._read_at_once: int | None = None
+        self._is_on_host: bool | None = None
         self.not_finite: tuple[int, float] | None = None
         self.skipped = 0
 
@@ -101,12 +104,15 @@ class WeightedAverage:
             count: The number of batches.
         """
         self._pending = (*self._pending, (dict(metrics), examples, count))
-        if len(self._pending) > MAX_PENDING:
+        if len(self._pending) > MAX_PENDING_ON_HOST:
             # If reading is free, read one call per new call, so that all steps take equally long. From an accelerator,
             # read many at once.
-            if self._read_at_once is None:
-                self._read_at_once = 1 if all(map(is_on_host, metrics.values())) else MAX_PENDING // 2
-            self._read(self._read_at_once)
+            if self._is_on_host is None:
+                self._is_on_host = all(map(is_on_host, metrics.values()))
+            if self._is_on_host:
+                self._read(1)
+            elif len(self._pending) > MAX_PENDING:
+                self._read(MAX_PENDING // 2)
 
     def compute(self) -> dict[str, Any]:
         """Returns the averages so far, without ``step``. Waits for the device.
@@ -121,7 +127,7 @@ class WeightedAverage:
         """Returns an equal, independent average."""
         copied = type(self)()
         copied._pending, copied._sums, copied._weights = self._pending, self._sums, self._weights
-        copied._read_at_once, copied.not_finite = self._read_at_once, self.not_finite
+        copied._is_on_host, copied.not_finite = self._is_on_host, self.not_finite
         copied._merged, copied.skipped = self._merged, self.skipped
         return copied
 

@@ -100,12 +100,14 @@ def keras_model(workload):
             for layer in (layers.Conv2D(features, 3, padding="same", activation="relu"), layers.MaxPool2D())
         ]
         return keras.Sequential([layers.Input((28, 28, 1)), *convolutions, layers.Flatten(), layers.Dense(10)])
-    width = workloads.WIDTH
-    tokens = layers.Input((workloads.CONTEXT,), dtype="int32")
+    ours = workload.make_model()
+    context, width = ours.position.embedding.shape
+    heads = ours.blocks[0].attention.num_heads
+    tokens = layers.Input((context,), dtype="int32")
     x = Position()(layers.Embedding(workloads.VOCABULARY, width)(tokens))
-    for _ in range(workloads.BLOCKS):
+    for _ in ours.blocks:
         y = layers.LayerNormalization()(x)
-        x = x + layers.MultiHeadAttention(workloads.HEADS, width // workloads.HEADS)(y, y, use_causal_mask=True)
+        x = x + layers.MultiHeadAttention(heads, width // heads)(y, y, use_causal_mask=True)
         y = layers.Dense(4 * width, "gelu")(layers.LayerNormalization()(x))
         x = x + layers.Dense(width)(y)
     return keras.Model(tokens, layers.Dense(workloads.VOCABULARY)(layers.LayerNormalization()(x)))

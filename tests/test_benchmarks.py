@@ -1,5 +1,6 @@
 """The benchmarks measure what they say: baselines do the work of a step, turns are fair, tables hold what was found."""
 
+import ast
 import json
 import os
 import platform
@@ -23,6 +24,14 @@ try:
     import workloads
 finally:
     sys.path.remove(str(ROOT / "benchmarks"))
+
+
+def test_what_they_name_of_the_workloads_exists():
+    """Also where the package that it is for is not installed here."""
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "workloads":
+                assert hasattr(workloads, node.attr), f"{path.name}: workloads.{node.attr}"
 
 
 def our_last_loss(workload, epochs):

@@ -571,6 +571,20 @@ class TestTraining:
         _, metrics = step(state, jax.device_put(batch(), NamedSharding(mesh, P("data", "tensor"))))
         assert np.isfinite(metrics["loss"])
 
+    def test_over_cpu_devices_a_step_is_done_when_it_returns(self):
+        """They share threads, and two calls in flight can deadlock."""
+        state = create({"data": 8})
+        step = jit_step(make_train_step(squared_error, ADAM), state)
+        for _ in range(5):
+            state, metrics = step(state, batch())
+            assert all(leaf.is_ready() for leaf in jax.tree.leaves([state.params, state.opt_state, metrics]))
+
+    def test_it_can_be_traced(self):
+        state, examples = create({"data": 8}), batch()
+        step = jit_step(make_train_step(squared_error, ADAM), state)
+        _, metrics = jax.jit(lambda state: jax.lax.scan(lambda one, _: step(one, examples), state, length=3))(state)
+        assert metrics["step"].tolist() == [1, 2, 3]
+
 
 class TestBatch:
     MESH = property(lambda self: make_mesh({"data": 2, "fsdp": 2, "sequence": 2}))

@@ -4,7 +4,6 @@ import atexit
 import contextlib
 import json
 import os
-import secrets
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -103,8 +102,9 @@ class TensorBoardLogger(Logger):
     def _write_event(self, event: Any) -> None:
         if self._writer is None:
             self.directory.mkdir(parents=True, exist_ok=True)
-            # The default name has the time only in seconds, and an existing file of that name would be replaced.
-            self._writer = self._open(str(self.directory / "events"), f".{os.getpid()}.{secrets.token_hex(4)}")
+            # The default name has the time in seconds only, and an existing file of that name would be replaced. What
+            # follows grows with time, as readers sort files by name.
+            self._writer = self._open(str(self.directory / "events"), f".{time.time_ns()}.{os.getpid()}")
             atexit.register(self.close)
         event.wall_time = time.time()
         try:

@@ -125,6 +125,16 @@ def check_batch_fits(batch: Batch, sharding: Any) -> None:
         raise BatchError(f"`batch` cannot be split evenly over the mesh {dict(mesh.shape)}. {found}.")
 
 
+def shares_threads(mesh: Mesh) -> bool:
+    """Tells whether devices of this process share a thread pool, as those of the CPU do.
+
+    Two calls with collectives in flight could then occupy all threads while each waits for the other, and XLA ends the
+    process after 40 seconds. So a call must finish before the next is dispatched.
+    """
+    local = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    return len(local) > 1 and local[0].platform == "cpu"
+
+
 def multiples_near(length: int, parts: int) -> list[int]:
     """Returns the nearest positive multiples of ``parts``, the lower one first."""
     return [size for size in (length // parts * parts, -(-length // parts) * parts) if size]

@@ -22,7 +22,7 @@ from trainer.data.memory import Epoch, dtype_in_jax
 from trainer.errors import ArgumentError, ArgumentTypeError, BatchError, warn
 from trainer.sharding.arrays import gather_rows, to_global
 from trainer.sharding.create import create_sharded
-from trainer.sharding.mesh import BATCH_AXES, batch_sharding, multiples_near, with_auto_axes
+from trainer.sharding.mesh import BATCH_AXES, batch_sharding, multiples_near, shares_threads, with_auto_axes
 from trainer.sharding.partition import partition
 from trainer.state import TrainState
 from trainer.types import Batch
@@ -212,10 +212,7 @@ class OverMesh:
         self.is_primary_process = jax.process_index() == 0
         self.replicated = NamedSharding(mesh, PartitionSpec())
         self._ints = _cached_ints(self.replicated)
-        local = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
-        # On the CPU, the devices of a process share a thread pool. Two calls with collectives in flight could
-        # occupy all threads while each waits for the other: a deadlock.
-        self.one_call_at_a_time = local[0].platform == "cpu" and len(local) > 1
+        self.one_call_at_a_time = shares_threads(mesh)
         shards = self._batch_sharding(self._shards).addressable_devices_indices_map((self._shards,))
         self._own_shards = len({index[0].start for index in shards.values() if index is not None})
 

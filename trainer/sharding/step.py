@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from trainer.sharding.mesh import batch_sharding, check_batch_fits
+from trainer.sharding.mesh import batch_sharding, check_batch_fits, shares_threads
 from trainer.sharding.partition import shardings_of
 
 
@@ -36,7 +36,8 @@ def jit_step(step: Callable[..., Any], state: Any, batch: Any = None) -> Any:
     Returns:
         The compiled ``(state, batch) -> (state, metrics)``, with ``lower`` and ``trace`` like a ``jax.jit``
         function. For a batch that cannot be split evenly, it raises `BatchError` from `check_batch_fits`
-        instead of JAX's error, and does not donate the state.
+        instead of JAX's error, and does not donate the state. Over several CPU devices it returns when the step is
+        done, since two calls in flight can deadlock there.
 
     Raises:
         ArgumentTypeError: The sharding of a leaf of ``state`` is not over a mesh.
@@ -50,19 +51,21 @@ def jit_step(step: Callable[..., Any], state: Any, batch: Any = None) -> Any:
         out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
     )
-    return _ShardedStep(compiled, split)
+    return _ShardedStep(compiled, split, waits=shares_threads(mesh))
 
 
 class _ShardedStep:
     """A compiled step that explains why JAX rejects a batch. It checks only after a failure: a good batch is free."""
 
-    def __init__(self, compiled: Any, batch_sharding: Any) -> None:
+    def __init__(self, compiled: Any, batch_sharding: Any, *, waits: bool) -> None:
         self._compiled = compiled
         self._batch_sharding = batch_sharding
+        self._waits = waits
         functools.update_wrapper(self, compiled)
 
     def __call__(self, state: Any, batch: Any) -> Any:
-        return self._explaining(self._compiled, state, batch)
+        result = self._explaining(self._compiled, state, batch)
+        return jax.block_until_ready(result) if self._waits else result
 
     def lower(self, state: Any, batch: Any) -> Any:
         return self._explaining(self._compiled.lower, state, batch)

@@ -124,9 +124,9 @@ format: $(READY)
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-# Ten minutes on two quiet cores. `make bench ARGS=--quick` shows only that everything runs; one alone is
+# A quarter of an hour on two quiet cores. `make bench ARGS=--quick` shows only that everything runs; one alone is
 # `make bench BENCHMARKS=tail`. The first run of peers needs a package index.
-BENCHMARKS := dispatch sharding processes end_to_end peers input prefetch memory compile tail metrics checkpoint \
+BENCHMARKS := dispatch sharding processes end_to_end peers layers input prefetch memory compile tail metrics checkpoint \
 	features progress
 bench: $(READY)
 	for name in $(BENCHMARKS); do $(RUN) benchmarks/$$name.py --json .bench/$$name.json $(ARGS) || exit 1; done

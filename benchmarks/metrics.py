@@ -20,9 +20,9 @@ def main():
         for name, every in frequencies.items():
             if every is not None:
                 loggers.append(FileLogger(Path(directory) / f"{every}.jsonl"))
-            trainer = workload.trainer(
-                every or 10**9, logger=loggers[-1] if every else None, workdir=directory, save_interval=10**9
-            )
+            workdir = Path(directory) / name
+            logger = loggers[-1] if every else None
+            trainer = workload.trainer(every or 10**9, logger=logger, workdir=workdir, save_interval=10**9)
             contenders[name] = per(
                 workload.steps, lambda trainer=trainer: trainer.train(workload.data, 1, workload.batch_size)
             )

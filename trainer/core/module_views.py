@@ -8,10 +8,9 @@ merging by nnx work as before.
 import contextlib
 import functools
 import re
-import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import jax
 from flax import nnx
@@ -25,6 +24,8 @@ View = Callable[[Any], AbstractContextManager[None]]
 
 Wrapper = Callable[[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any]
 """Maps ``__call__`` of a class, a module and arguments to outputs; hashable, since subclasses are cached by it."""
+
+_NODES = "_pytree__nodes"  # seen in Flax 0.12.8
 
 
 def no_view(model: Any) -> AbstractContextManager[None]:
@@ -104,6 +105,28 @@ def raw_value(leaf: Any) -> Any:
     return leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf
 
 
+def hidden_subclass(name: str, kind: Any, namespace: dict[str, Any], *mixins: type) -> type:
+    """Returns a subclass of a module's class, made without ``__init_subclass__`` and metaclass of that class.
+
+    These are the user's: they may enter every subclass in a registry by name, count them, or require keywords. So the
+    class is made as a subclass of nnx's own class, and gets its bases afterwards, which calls neither.
+
+    Args:
+        name: The name of the subclass.
+        kind: The class.
+        namespace: The attributes of the subclass.
+        *mixins: Subclasses of `nnx.Module` that come before ``kind`` in the bases.
+    """
+    base: Any = nnx.Module if issubclass(kind, nnx.Module) else nnx.Pytree
+    # nnx collects from annotations which attributes are data. It sees only the annotations of `base` here.
+    nodes = {key: is_data for each in (*mixins, kind) for key, is_data in getattr(each, _NODES, {}).items()}
+    # A module declared with `pytree=False` may have plain list attributes, which a pytree may not.
+    keywords = {} if getattr(kind, "_pytree__is_pytree", True) else {"pytree": False}
+    made = type(base).__new__(type(kind), name, (*mixins, base), {**namespace, _NODES: nodes}, **keywords)
+    made.__bases__ = (*mixins, kind)
+    return cast(type, made)
+
+
 @functools.cache
 def _wrapped(kind: Any, wrapper: Wrapper) -> type:
     """Returns a subclass with a wrapped ``__call__``; cached, since JAX keeps every registered node class alive."""
@@ -113,13 +136,8 @@ def _wrapped(kind: Any, wrapper: Wrapper) -> type:
     def wrapped(self: Any, /, *args: Any, **kwargs: Any) -> Any:
         return wrapper(call, self, args, kwargs)
 
-    def fill(namespace: dict[str, Any]) -> None:
-        kept = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-        namespace.update(kept, __call__=wrapped)
-
-    # A module declared with `pytree=False` may have plain list attributes, which a pytree may not.
-    keywords = {} if getattr(kind, "_pytree__is_pytree", True) else {"pytree": False}
-    return types.new_class(kind.__name__, (kind,), keywords, fill)
+    kept = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return hidden_subclass(kind.__name__, kind, {**kept, "__call__": wrapped})
 
 
 def _set_class(module: Any, kind: type) -> None:

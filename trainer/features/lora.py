@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from trainer.core.checks import check_count, check_number
+from trainer.core.module_views import hidden_subclass
 from trainer.core.path_patterns import check_pattern, matches, matches_nothing
 from trainer.errors import ArgumentError, ArgumentTypeError
 from trainer.state import check_model
@@ -241,7 +242,7 @@ _KINDS: dict[type, type[_LowRank]] = {
 @functools.cache  # equal models have equal classes, and compile once
 def _subclass(base: type) -> type[_LowRank]:
     kind = next(kind for layer, kind in _KINDS.items() if issubclass(base, layer))
-    return type(base)(f"LoRA{base.__name__}", (kind, base), {"__module__": __name__, "base": base})
+    return hidden_subclass(f"LoRA{base.__name__}", base, {"__module__": __name__, "base": base}, kind)
 
 
 # With names, the classes of Flax's own layers can be pickled.

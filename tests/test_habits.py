@@ -549,8 +549,9 @@ class TestNumbersInAState:
 
     def test_a_number_is_no_array(self, tmp_path):
         trainer = make(tmp_path)
-        with pytest.raises(StateError, match=r"`rng` of uint32\(2,\) was given the number 0\."):
-            trainer.state = trainer.state.replace(rng=0)
+        bias = next(iter(trainer.state.params["layer"]))
+        with pytest.raises(StateError, match=r"`params/layer/bias` of float32\(1,\) was given the number 0\."):
+            trainer.state = trainer.state.replace(params={"layer": {**trainer.state.params["layer"], bias: 0}})
         trainer.train_step(regression(8))
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from tests.problems import Busy, Counting, config, regression, squared_error
 from tests.test_api import assert_same_bits, build
@@ -21,7 +22,9 @@ from trainer import (
     StateError,
     Trainer,
     TrainState,
+    ema_of_params,
     load_run,
+    make_mesh,
     make_train_step,
     save_run,
 )
@@ -294,3 +297,55 @@ def test_the_length_of_a_history_hardly_matters_to_a_save(tmp_path):
     again, more = history.copy().packed()
     assert count == again == 5000
     assert sum(one is other for one, other in zip(pieces, more, strict=True)) >= len(pieces) - 1
+
+
+class TestAssignedStates:
+    """What the caller holds survives the steps after the assignment, which donate the state."""
+
+    def pretrained(self):
+        return Busy(rngs=nnx.Rngs(7))
+
+    @pytest.mark.parametrize("mesh", [None, {"data": 8}], ids=["one device", "a mesh"])
+    def test_arrays_of_the_caller_are_copied(self, mesh):
+        trainer = build(**({} if mesh is None else {"mesh": make_mesh(mesh)}))
+        trainer.train_step(DATA)
+        given = nnx.to_pure_dict(nnx.state(self.pretrained(), nnx.Param))
+        trainer.state = trainer.state.replace(params=given)
+        for _ in range(2):
+            trainer.train_step(DATA)
+        assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(given))
+
+    def test_two_trainers_do_not_share_a_state(self):
+        one, other = build(), build()
+        one.train_step(DATA)
+        other.state = one.state
+        other.train_step(DATA)
+        one.train_step(DATA)
+        assert_same_bits(one.state, other.state)
+
+    @pytest.mark.parametrize(
+        "optimizer",
+        [optax.lbfgs(), optax.contrib.prodigy(), optax.chain(optax.adam(1e-2), ema_of_params(0.9))],
+        ids=["lbfgs", "prodigy", "an average"],
+    )
+    def test_an_optimizer_state_that_shares_the_params(self, optimizer):
+        trainer = Trainer(Busy(), config(), optimizer, loss_fn=squared_error)
+        trainer.train_step(DATA)
+        trainer.state = trainer.state.replace(opt_state=optimizer.init(trainer.state.params))
+        for _ in range(2):
+            trainer.train_step(DATA)
+        assert trainer.step == 3
+
+    def test_arrays_of_the_run_are_not_copied(self):
+        trainer = build()
+        leaves = trainer.run.leaves
+        trainer.state = trainer.state.replace(step=4)
+        kept = {id(leaf) for leaf in leaves} & {id(leaf) for leaf in trainer.run.leaves}
+        assert len(kept) >= len(leaves) - 2  # the step is another, and a typed key is wrapped anew
+
+    def test_a_donated_one_is_refused(self):
+        one, other = build(), build()
+        state = one.state
+        one.train_step(DATA)
+        with pytest.raises(StateError, match="`state` was donated"):
+            other.state = state

@@ -12,8 +12,17 @@ import optax
 import pytest
 from flax import nnx
 
-from tests.problems import Busy, Counting, Linear, regression, squared_error
-from trainer import ArgumentError, ArgumentTypeError, StateError, TrainState, make_train_step
+from tests.problems import Busy, Counting, Linear, config, regression, squared_error
+from trainer import (
+    ArgumentError,
+    ArgumentTypeError,
+    Run,
+    StateError,
+    Trainer,
+    TrainState,
+    ema_of_params,
+    make_train_step,
+)
 
 
 class Tied(nnx.Module):
@@ -410,3 +419,108 @@ def test_metadata_that_cannot_be_hashed_is_kept():
     assert state.graphdef != create(noted("b")).graphdef
     module.noted.get_metadata()["note"].append("c")
     assert state.model().noted.get_metadata()["note"] == ["a"]
+
+
+@pytest.mark.parametrize("where", ["a state that was donated", "a state that lives"])
+def test_a_model_whose_arrays_were_donated_is_named(where):
+    state = create(Linear())
+    model = (state if where == "a state that was donated" else state.copy()).model()
+    jax.jit(make_train_step(squared_error, optax.adam(1e-2)), donate_argnums=0)(state, regression(8, 3))
+    if where == "a state that lives":
+        create(model)
+        return
+    with pytest.raises(StateError, match=r"`params/layer/bias` was donated: its buffer is gone. The model shares its"):
+        create(model)
+
+
+def test_a_key_that_was_donated_is_refused():
+    key = jax.random.key(1)
+    key.delete()
+    with pytest.raises(StateError, match="`rng` was donated to a step"):
+        create(Linear(), rng=key)
+
+
+class TestReplace:
+    @pytest.mark.parametrize("step", [5, np.int64(5), np.uint8(5)], ids=lambda step: type(step).__name__)
+    def test_a_number_of_steps_is_the_array_of_the_state(self, step, compilations):
+        state = create(Linear())
+        train = jax.jit(make_train_step(squared_error, optax.adam(1e-2)))
+        train(state, regression(8, 3))
+        after, _ = train(state.replace(step=step), regression(8, 3))
+        assert (int(after.step), compilations["jit(train_step)"]) == (6, 1)
+
+    @pytest.mark.parametrize("step", [5.0, True, np.float32(5)], ids=str)
+    def test_what_is_no_number_of_steps_is_refused(self, step):
+        with pytest.raises(ArgumentTypeError, match=r"`step` is .*; it must be an integer"):
+            create(Linear()).replace(step=step)
+
+    @pytest.mark.parametrize("kind", [jax.random.PRNGKey, jax.random.key, lambda n: jax.random.key(n, impl="rbg")])
+    def test_an_integer_is_the_seed_of_a_key_as_the_state_has_one(self, kind):
+        found, wanted = create(Linear(), rng=kind(0)).replace(rng=3).rng, kind(3)
+        assert found.dtype == wanted.dtype
+        assert jnp.all(found == wanted)
+
+    def test_a_float_is_no_seed(self):
+        with pytest.raises(ArgumentTypeError, match=r"`rng` is 0.5 of type float; it must be one key"):
+            create(Linear()).replace(rng=0.5)
+
+    def test_params_may_be_a_state_of_nnx(self):
+        state, pretrained = create(Busy()), Busy(rngs=nnx.Rngs(5))
+        params, rest = nnx.state(pretrained, nnx.Param), nnx.state(pretrained, nnx.Not(nnx.Param))
+        wanted = create(pretrained)
+        found = state.replace(params=params, model_state=rest)
+        chex.assert_trees_all_equal(found.params, wanted.params)
+        assert jax.tree.structure(found) == jax.tree.structure(wanted)
+        jax.jit(make_train_step(squared_error, optax.adam(1e-2)))(found, regression(8))
+
+
+class TestWithOptimizer:
+    OPTIMIZERS = {
+        "lbfgs": optax.lbfgs(),
+        "prodigy": optax.contrib.prodigy(),
+        "an average": optax.chain(optax.adam(1e-2), ema_of_params(0.9)),
+        "lookahead": optax.lookahead(optax.sgd(0.1), 5, 0.5),
+    }
+
+    @pytest.mark.parametrize("name", OPTIMIZERS)
+    def test_training_continues_with_it_and_the_state_is_donated(self, name):
+        optimizer, data = self.OPTIMIZERS[name], regression(8, 3)
+        state, _ = jax.jit(make_train_step(squared_error, optax.adam(1e-2)))(create(Linear()), data)
+        other = state.with_optimizer(optimizer)
+        fresh = TrainState.create(state.model(), optimizer, rng=state.rng)
+        chex.assert_trees_all_equal(other.opt_state, fresh.opt_state)
+        chex.assert_trees_all_equal(other.params, state.params)
+        train = jax.jit(make_train_step(squared_error, optimizer), donate_argnums=0)
+        for _ in range(2):
+            other, metrics = train(other, data)
+        assert (int(other.step), bool(jnp.isfinite(metrics["loss"]))) == (3, True)
+
+    def test_what_is_none_is_refused(self):
+        with pytest.raises(ArgumentTypeError, match="`optimizer` is of type float"):
+            create(Linear()).with_optimizer(1e-3)
+
+
+class TestStacked:
+    """The states of an ensemble: `jax.vmap` over the creation."""
+
+    def members(self, optimizer=None):
+        def member(key):
+            return TrainState.create(Linear(rngs=nnx.Rngs(key)), optimizer or optax.adam(1e-2), rng=key)
+
+        return jax.vmap(member)(jax.random.split(jax.random.key(0), 3))
+
+    def test_a_scalar_of_each_member_may_be_infinite(self):
+        members = self.members(optax.contrib.reduce_on_plateau())
+        assert bool(members.is_finite())
+        assert not bool(members.replace(params=jax.tree.map(lambda leaf: leaf / 0, members.params)).is_finite())
+        gone = jax.tree.map(lambda leaf: leaf * jnp.nan if leaf.dtype == jnp.float32 else leaf, members.opt_state)
+        assert not bool(members.replace(opt_state=gone).is_finite())
+
+    def test_a_run_needs_one_step_count(self):
+        message = (
+            r"`state.step` has the shape \(3,\): the state is that of several models, .*make_sweep\(step_fn, state\)"
+        )
+        with pytest.raises(ArgumentError, match=message):
+            Run.start(self.members())
+        with pytest.raises(ArgumentError, match=message):
+            Trainer(self.members(), config(), optax.adam(1e-2), loss_fn=squared_error)

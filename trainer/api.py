@@ -29,7 +29,7 @@ from trainer.fit.plan import plan_epoch, plan_evaluation, plan_run
 from trainer.loggers.base import Logger, MetricsLoggerLike, prefixed
 from trainer.loop import evaluate, evaluate_batch
 from trainer.run import Run
-from trainer.state import TrainState
+from trainer.state import TrainState, own_except
 from trainer.types import Batch, EvalParams, ExtensionLike, LogCallback, LossFn, Metrics, NonFinite, Remat, StepFn
 
 
@@ -364,7 +364,7 @@ class Trainer(Inspection):
 
     @property
     def state(self) -> TrainState:
-        """The training state; the next step donates it. Assign another state to continue from it."""
+        """The training state; the next step donates it. Assign another state to continue from a copy of it."""
         return self.run.state
 
     @state.setter
@@ -372,4 +372,5 @@ class Trainer(Inspection):
         if not isinstance(state, TrainState):
             raise ArgumentTypeError(f"`state` is of type {type(state).__name__}; it must be a trainer.TrainState.")
         state = self.setup.placement.adopt(self.run.with_arrays(state))
+        state = own_except(state, self.run.leaves)
         self.hold(self.run.with_state(state, keeps_position=self.setup.live.is_running))

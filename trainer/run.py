@@ -20,7 +20,7 @@ from trainer.data.resumable import LoaderPass, LoaderPosition
 from trainer.errors import ArgumentError, StateError
 from trainer.metrics.average import WeightedAverage, metrics_at
 from trainer.metrics.history import History
-from trainer.state import TrainState, is_gone
+from trainer.state import TrainState, is_gone, step_of_one
 from trainer.types import Metrics
 
 
@@ -163,10 +163,11 @@ class Run:
 
         Raises:
             StateError: The state was donated to a step.
+            ArgumentError: It is that of several models, stacked.
         """
         state.check_alive()
         leaves, layout = flatten_state(state)
-        step = int(state.step)
+        step = step_of_one(state)
         return cls(leaves, layout, step, position=position or FromLoader(first_step=step))
 
     @property
@@ -232,7 +233,7 @@ class Run:
         layout = self.layout if layout == self.layout else layout
         if step is None:
             state.check_alive()
-            step = int(state.step)
+            step = step_of_one(state)
         position = self.position if keeps_position or step == self.step else None
         changes = {"leaves": leaves, "layout": layout, "step": step, "position": position, "weights": None}
         # The state returned earlier is replaced along with the edits made to it so far. Later edits to it would be

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 import jax
@@ -17,14 +17,15 @@ import numpy as np
 import optax
 from flax import nnx
 
+from trainer.core.keys import is_key, key_impl
 from trainer.core.learning_rate import with_learning_rate
-from trainer.core.nnx_bridge import Flat, GraphDef, Path, lookup, nest, split_module, variables_of
+from trainer.core.nnx_bridge import Flat, GraphDef, Path, lookup, nest, split_module, values_of, variables_of
 from trainer.core.nonfinite import check_policy, record_of
 from trainer.core.optimizer import adapt_optimizer
 from trainer.core.precision import Precision, as_precision
 from trainer.core.tree_paths import join_path, leaf_path
 from trainer.errors import ArgumentError, ArgumentTypeError, StateError
-from trainer.types import LOSS_SCALE, NONFINITE, ExtensionLike, NonFinite
+from trainer.types import LOSS_SCALE, MEMBERS, NONFINITE, ExtensionLike, NonFinite
 
 if TYPE_CHECKING:  # importing chex takes a tenth of the time of `import trainer`
     import chex
@@ -95,10 +96,15 @@ class TrainState:
             ArgumentTypeError: ``model``, ``optimizer`` or ``rng`` has the wrong type.
             ArgumentError: A variable holds no array, the optimizer cannot update a selected variable, a pattern in
                 ``wrt`` selects nothing, or an extension has the name of a record.
+            StateError: An array of the model was donated to a step.
         """
         check_model(model)
         check_optimizer(optimizer)
         rng = as_key(rng)
+        if is_gone(rng):
+            raise StateError(
+                "`rng` was donated to a step with `donate_argnums=0`: its buffer is gone; pass another key."
+            )
         graphdef, selected, rest = split_module(model, wrt)
         params = nest(_own_all(selected, "params"))
         _check_trainable(params)
@@ -138,8 +144,37 @@ class TrainState:
         return self.graphdef.merge([flat[path] for path in self.graphdef.paths])
 
     def replace(self, **changes: Any) -> Self:
-        """Returns a copy with some fields replaced, as ``dataclasses.replace`` does."""
+        """Returns a copy with some fields replaced, as ``dataclasses.replace`` does.
+
+        Integers become arrays: ``step=0`` an int32 scalar, ``rng=1`` a key of the kind that the state holds. An
+        `nnx.State` as ``params`` or ``model_state`` becomes nested plain dicts. The arrays are not copied, so a step
+        with donation takes them too.
+
+        Raises:
+            ArgumentTypeError: ``step`` or ``rng`` is a number that is no integer.
+        """
+        for name, value in changes.items():
+            if name in ("params", "model_state") and isinstance(value, nnx.State):
+                changes[name] = values_of(value)
+            elif name in ("step", "rng") and isinstance(value, int | float | np.number):
+                changes[name] = _as_step(value) if name == "step" else _as_key_like(value, self.rng)
         return dataclasses.replace(self, **changes)
+
+    def with_optimizer(self, optimizer: optax.GradientTransformation) -> Self:
+        """Returns a copy with the initial state of another optimizer, to continue with a step made for it.
+
+        It is ``state.replace(opt_state=optimizer.init(state.params))``, but for any optimizer: every array of the new
+        optimizer state is a copy, so that a step may donate it (L-BFGS, Prodigy and averages keep the params
+        themselves), and `optax.lookahead` gets its pair of params. Params, step and key stay.
+
+        Raises:
+            ArgumentTypeError: ``optimizer`` is not an optax transformation.
+            ArgumentError: It cannot be initialized with the params.
+            StateError: The state was donated to a step.
+        """
+        check_optimizer(optimizer)
+        self.check_alive()
+        return self.replace(opt_state=_init_optimizer(optimizer, self.params))
 
     def with_learning_rate(self, value: float) -> Self:
         """Returns a copy with another learning rate, if the optimizer keeps the rate in its state.
@@ -196,11 +231,16 @@ class TrainState:
         """Returns whether the state holds no NaN or infinity, as a boolean scalar on the device.
 
         Checks ``params``, ``model_state`` and ``opt_state``. Scalars in ``opt_state`` may be infinite, but not NaN:
-        the best loss so far starts at infinity.
+        the best loss so far starts at infinity. In stacked states, a scalar is one of each member.
         """
         self.check_alive()
         held = jax.tree.leaves(self.opt_state)
-        arrays, scalars = [leaf for leaf in held if leaf.ndim], [leaf for leaf in held if not leaf.ndim]
+        members = self.extensions.get(MEMBERS, {})  # of a sweep, whose own step is one for all
+        stacked = jnp.ndim(members["step"] if members.keys() == {"step", "rng"} else self.step)
+        arrays, scalars = (
+            [leaf for leaf in held if leaf.ndim > stacked],
+            [leaf for leaf in held if leaf.ndim <= stacked],
+        )
         finite: jax.Array = _is_finite((self.params, self.model_state, arrays), scalars)
         return finite
 
@@ -234,10 +274,50 @@ def is_gone(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted()
 
 
+def own_except(state: TrainState, kept: Iterable[Any]) -> TrainState:
+    """Returns the state with a copy of every leaf that is none of ``kept``, or that occurs a second time.
+
+    So the state can be donated: what the caller holds survives, and no buffer is donated twice.
+
+    Raises:
+        StateError: The state was donated to a step.
+    """
+    state.check_alive()
+    free = {id(leaf) for leaf in kept}
+
+    def own(leaf: Any) -> Any:
+        if id(leaf) in free:
+            free.remove(id(leaf))
+            return leaf
+        return _own(leaf)
+
+    owned: TrainState = jax.tree.map(own, state)
+    return owned
+
+
+def step_of(state: TrainState) -> int:
+    """Returns the step as an integer; of stacked states, which step together, the largest. Waits for the device."""
+    return int(np.asarray(state.step).max())
+
+
+def step_of_one(state: TrainState) -> int:
+    """Returns the step as an integer. Waits for the device.
+
+    Raises:
+        ArgumentError: The state is that of several models, stacked.
+    """
+    if jnp.ndim(state.step):
+        raise ArgumentError(
+            f"`state.step` has the shape {jnp.shape(state.step)}: the state is that of several models, stacked, and a "
+            f"run has one step count. make_sweep(step_fn, state) makes a state and a `step_fn` of them."
+        )
+    return int(state.step)
+
+
 @jax.jit
 def _is_finite(tree: Any, scalars: list[Any]) -> jax.Array:
     finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    numbers = [~jnp.isnan(leaf) for leaf in scalars if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    numbers = [~jnp.any(jnp.isnan(leaf)) for leaf in scalars if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     return jnp.all(jnp.stack([*finite, *numbers]))
 
 
@@ -302,6 +382,12 @@ def _init_optimizer(optimizer: optax.GradientTransformation, params: chex.ArrayT
 
 def _own_all(flat: Flat, where: str) -> Flat:
     def own(path: Path, leaf: Any) -> Any:
+        if is_gone(leaf):
+            raise StateError(
+                f"`{join_path(where, path)}` was donated: its buffer is gone. The model shares its arrays with a state "
+                f"that was given to a step with `donate_argnums=0`, as that of `state.model()` does; make the model "
+                f"from the state that the step returned, or from a `state.copy()`."
+            )
         try:
             return _own(leaf)
         except (TypeError, ValueError) as error:
@@ -320,6 +406,17 @@ def _own(leaf: Any) -> jax.Array:
     # The first step returns a weakly typed leaf as strongly typed, so the second step would compile again.
     copied = jnp.array(leaf, copy=True)
     return copied.astype(copied.dtype) if getattr(copied, "weak_type", False) else copied
+
+
+def _as_step(value: Any) -> jax.Array:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise ArgumentTypeError(f"`step` is {value!r:.60}; it must be an integer, the number of updates finished.")
+    return jnp.asarray(value, jnp.int32)
+
+
+def _as_key_like(seed: Any, held: Any) -> jax.Array:
+    raw = as_key(seed)
+    return jax.random.key(int(seed), impl=key_impl(held)) if is_key(held) else raw
 
 
 def _check_trainable(params: chex.ArrayTree) -> None:

@@ -121,6 +121,9 @@ LOSS_SCALE = "loss_scale"
 NONFINITE = "nonfinite"
 """The entry of ``state.extensions`` that records steps that were not finite."""
 
+MEMBERS = "members"
+"""The entry of ``state.extensions`` under which a sweep holds the step counts and keys of its members."""
+
 RECORDS = (NONFINITE, LOSS_SCALE)
 """The entries of ``state.extensions`` that are not extensions, but records kept by the step."""
 

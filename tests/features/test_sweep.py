@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from sklearn.datasets import load_digits
 
 from tests.fit.test_resume import StoppedError, Watching
-from tests.problems import Busy, config, regression, squared_error
+from tests.problems import Busy, Linear, config, regression, squared_error
 from tests.test_api import assert_same_bits, on_host
 from trainer import (
     ArgumentError,
@@ -195,6 +195,18 @@ class TestTrainer:
         assert averages["skipped"] == [0, 0, 0, 3, 0, 0, 0, 0]  # the first update is large, and finite
         agree(sweep_members(trainer.state, 4).params, sweep_members(other.state, 4).params)
         assert trainer.state.is_finite()
+        assert latest_checkpoint(tmp_path) is not None
+
+    def test_scalars_of_optimizers_that_start_at_infinity_are_saved(self, tmp_path):
+        optimizer = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(accumulation_size=100))
+
+        def make():
+            create = jax.vmap(lambda key: TrainState.create(Linear(4, rngs=nnx.Rngs(key)), optimizer, rng=key))
+            return create(jax.random.split(jax.random.key(0), 2)), make_train_step(squared_error, optimizer)
+
+        trainer = sweeping(tmp_path, make=make)
+        trainer.train(regression(16), 1, 8)
+        assert np.isinf(trainer.state.opt_state[1].best_value).all()
         assert latest_checkpoint(tmp_path) is not None
 
 

@@ -21,7 +21,7 @@ from trainer.core.tree_paths import parts_of
 from trainer.distributed.agreement import AllOrNone
 from trainer.errors import ArgumentError, CheckpointError, warn
 from trainer.sharding.arrays import is_multiprocess
-from trainer.state import TrainState
+from trainer.state import TrainState, step_of
 
 Progress = Mapping[str, Any] | Callable[[], bytes] | None
 """Plain values, or a function that packs them. With several processes, an error in one is raised in all."""
@@ -90,7 +90,7 @@ def _snapshot(state: TrainState, info: Mapping[str, Any] | None, progress: Progr
         leaves.append((described, jax.random.key_data(leaf) if described.key is not None else leaf))
     to_plain(info or {}, "info")  # raises before anything is copied
     about = {
-        "step": int(state.step),
+        "step": step_of(state),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds"),
         "versions": versions(),
         **(info or {}),

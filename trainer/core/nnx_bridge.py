@@ -112,6 +112,11 @@ def variables_of(module: Any) -> Flat:
     return _values(_flatten(module)[1]) if isinstance(module, nnx.Module) else {}
 
 
+def values_of(state: nnx.State[Any, Any]) -> dict[Any, Any]:
+    """Returns the arrays in an `nnx.State` as nested plain dicts, as they are: without hooks of its variables."""
+    return nest(_values(nnx.to_flat_state(state)))
+
+
 def with_variables(module: Any, variables: chex.ArrayTree) -> Any:
     """Returns a copy of a module that holds ``variables``; an object that is not a module is returned unchanged."""
     if not isinstance(module, nnx.Module):

@@ -17,10 +17,7 @@ from trainer.core.partial_metrics import Histogram, PartialMetric, vector
 from trainer.core.tree_paths import leaf_path
 from trainer.errors import ArgumentError, ArgumentTypeError, ObjectiveError
 from trainer.state import TrainState
-from trainer.types import BATCH_WEIGHT, SKIPPED, Batch, Metrics, StepFn
-
-MEMBERS = "members"
-"""The name in ``extensions`` under which the state of a sweep holds the step counts and keys of its members."""
+from trainer.types import BATCH_WEIGHT, MEMBERS, SKIPPED, Batch, Metrics, StepFn
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["metric"], meta_fields=[])

@@ -34,8 +34,14 @@ def write_pickle(file: BinaryIO, state: TrainState) -> None:
             become plain tuples.
 
     Raises:
-        CheckpointError: A key of the state has a PRNG implementation that `read_pickle` does not know.
+        CheckpointError: The state is that of several models, or a key of it has a PRNG implementation that
+            `read_pickle` does not know.
     """
+    if state.step.ndim:
+        raise CheckpointError(
+            f"a pickle holds one step, and `state.step` has the shape {state.step.shape}, that of several models, "
+            f"stacked; save a name in .msgpack or .orbax."
+        )
     content = (
         int(state.step),
         state.opt_state,

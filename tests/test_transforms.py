@@ -248,6 +248,18 @@ class TestVmap:
         np.testing.assert_allclose(metrics["loss"], np.repeat(expected["loss"], 4), rtol=1e-5)
 
 
+class Complex(Busy):
+    """Its statistics include a complex one."""
+
+    def __init__(self):
+        super().__init__()
+        self.spectrum = nnx.BatchStat(jnp.zeros((), jnp.complex64))
+
+    def __call__(self, x):
+        self.spectrum[...] = x.mean() + 1j * x.std()
+        return super().__call__(x)
+
+
 class Normalizing(nnx.Module):
     """Batch normalization whose statistics, where ``axis_name`` is given, are those of all devices together."""
 
@@ -404,7 +416,7 @@ class TestDevices:
         np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-4)
 
     def test_batch_statistics_are_averaged_and_frozen_variables_untouched(self):
-        model = Busy()
+        model = Complex()
         model.frozen = nnx.BatchStat(jnp.full(3, 0.1))
         step = make_train_step(squared_error, ADAM, axis_name="data")
         state = create(model)
@@ -415,8 +427,9 @@ class TestDevices:
             make_train_step(squared_error, ADAM)(state, jax.tree.map(lambda x, i=i: x[2 * i : 2 * i + 2], data))[0]
             for i in range(6)
         ]
-        mean = np.mean([np.asarray(one.model_state["norm"]["mean"]) for one in each], axis=0)
-        np.testing.assert_allclose(after.model_state["norm"]["mean"], mean, rtol=1e-5, atol=1e-7)
+        for statistic in (lambda held: held["norm"]["mean"], lambda held: held["spectrum"]):
+            mean = np.mean([np.asarray(statistic(one.model_state)) for one in each], axis=0)
+            np.testing.assert_allclose(statistic(after.model_state), mean, rtol=1e-5, atol=1e-7)
         # An average of six equal numbers need not be that number; so what did not change is not averaged.
         np.testing.assert_array_equal(after.model_state["frozen"], state.model_state["frozen"])
         assert int(after.model_state["dropout"]["rngs"]["count"]) == 1

@@ -19,6 +19,7 @@ from tests.test_api import assert_same_bits
 from trainer import (
     CheckpointError,
     Trainer,
+    abstract_state,
     create_sharded,
     latest_checkpoint,
     load_state,
@@ -94,6 +95,15 @@ class TestOneProcess:
             assert shardings(loaded.state) == shardings(like)
             save_state(path, loaded.state, progress={"epoch": 2})  # the next comes from fewer
         assert_same_bits(load_state(path, like=sharded(mesh_of(8), seed=3)), whole)
+
+    @pytest.mark.parametrize("suffix", ["orbax", "msgpack"])
+    def test_to_where_shapes_say_without_any_array_before(self, suffix, tmp_path):
+        how = {"rng": jax.random.key(0), "mesh": mesh_of(2), "rules": RULES}
+        state = create_sharded(lambda rngs: Busy(rngs=rngs), ADAM, **how)
+        like = abstract_state(lambda rngs: Busy(rngs=rngs), ADAM, **how)
+        loaded = load_state(save_state(tmp_path / f"s.{suffix}", state), like=like)
+        assert_same_bits(loaded, state)
+        assert shardings(loaded) == shardings(state)
 
     def test_to_one_device_that_is_no_mesh(self, tmp_path):
         trainer = Trainer(Busy(), config(), loss_fn=squared_error, workdir=tmp_path)

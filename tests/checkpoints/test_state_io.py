@@ -30,6 +30,7 @@ from trainer import (
     save_state,
 )
 from trainer.checkpoints.file_format import Bundle, write_bundle
+from trainer.checkpoints.open import open_source
 from trainer.checkpoints.state_io import describe_leaf, load_with_progress
 from trainer.config.optimizers import OPTIMIZER_FIELDS
 
@@ -344,3 +345,44 @@ def test_numbers_and_arrays_of_callbacks_come_back_and_other_objects_are_refused
     again = load_with_progress(tmp_path / "s.msgpack", state).progress
     assert again["listeners"][0].pop("counts").tolist() == [0, 1, 2]
     assert again == found
+
+
+@pytest.mark.parametrize("suffix", ["msgpack", "orbax", "pkl"])
+class TestTemplatesWithoutArraysOfJax:
+    SAVED = staticmethod(lambda: create(Busy(rngs=nnx.Rngs(1)), rng=jax.random.key(1, impl="rbg")))
+    LIKE = {
+        "shapes": lambda: jax.eval_shape(TestTemplatesWithoutArraysOfJax.SAVED),
+        "arrays of NumPy": lambda: jax.device_get(TestTemplatesWithoutArraysOfJax.SAVED()),
+    }
+
+    @pytest.mark.parametrize("like", LIKE)
+    def test_a_state_comes_back_equal(self, like, suffix, tmp_path, compilations):
+        saved = self.SAVED()
+        loaded = load_state(save_state(tmp_path / f"s.{suffix}", saved), like=self.LIKE[like]())
+        assert_equal(loaded, saved)
+        step = jax.jit(make_train_step(squared_error, optax.adam(1e-2)))
+        step(saved, regression())
+        step(loaded, regression())
+        assert compilations["jit(train_step)"] == 1
+
+    def test_of_shapes_only_what_is_named_takes_memory(self, suffix, tmp_path):
+        saved = self.SAVED()
+        loaded = load_state(save_state(tmp_path / f"s.{suffix}", saved), like=self.LIKE["shapes"](), only=["params"])
+        assert_equal(loaded.params, saved.params)
+        assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves((loaded.opt_state, loaded.rng)))
+
+
+@pytest.mark.parametrize("suffix", ["msgpack", "orbax"])
+def test_the_states_of_an_ensemble_come_back(suffix, tmp_path):
+    members = jax.vmap(lambda key: create(Linear(rngs=nnx.Rngs(key)), rng=key))(jax.random.split(jax.random.key(0), 3))
+    members = members.replace(step=jnp.int32([4, 6, 5]))
+    path = save_state(tmp_path / f"s.{suffix}", members)
+    assert_equal(load_state(path, like=members), members)
+    with open_source(path) as source:
+        assert source.info["step"] == 6  # for people
+
+
+def test_a_pickle_has_one_step(tmp_path):
+    members = jax.vmap(lambda key: create(Linear(rngs=nnx.Rngs(key)), rng=key))(jax.random.split(jax.random.key(0), 3))
+    with pytest.raises(CheckpointError, match=r"a pickle holds one step, and `state.step` has the shape \(3,\)"):
+        save_state(tmp_path / "s.pkl", members)

@@ -234,3 +234,21 @@ def test_a_mode_that_a_model_overrides_is_called():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nnx.Dropout, "__call__", lambda self, x: x * (1.0 if self.rate == 0.0 else jnp.nan))
         assert jnp.isfinite(step_of()(state, regression())[1]["loss"])
+
+
+@pytest.mark.parametrize("norm", [nnx.WeightNorm, nnx.SpectralNorm], ids=lambda norm: norm.__name__)
+def test_normalized_weights_hold_for_one_pass(norm):
+    class Normed(nnx.Module):
+        def __init__(self):
+            self.layer = norm(nnx.Linear(4, 1, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1))
+
+        def __call__(self, x):
+            return self.layer(x)[:, 0]
+
+    model, data, still = Normed(), regression(8, 4), optax.sgd(0.0)
+    state = create(model, still)
+    after, metrics = jax.jit(make_train_step(squared_error, still))(state, data)
+    chex.assert_trees_all_equal(after.params, state.params)
+    assert metrics["loss"] == pytest.approx(float(squared_error(model, data, None, 0)[0]), rel=1e-5)
+    with pytest.raises(AssertionError):  # a call outside a step normalizes the params of the module
+        chex.assert_trees_all_equal(create(model, still).params, state.params)

@@ -263,7 +263,7 @@ class TestNamesInMetadata:
         expected = (
             r"by the names \('embed', 'mlp'\) in its metadata as P\('embed', 'tensor'\), and the mesh has no axis"
         )
-        with pytest.raises(ArgumentError, match=expected):
+        with pytest.raises(ArgumentError, match=expected + r".*`with flax.core.spmd.logical_axis_rules\(\.\.\.\):`"):
             self.abstract(logical_axes={"mlp": "tensor"})
 
     def test_a_rule_that_names_overrule_is_refused(self):
@@ -661,3 +661,9 @@ class TestBatch:
         state = create({"data": 8})
         with pytest.raises(error, match="of the objective"):
             jit_step(make_train_step(failing, ADAM), state)(state, batch())
+
+    def test_a_number_in_a_batch_is_told_as_what_it_is(self):
+        state = create({"data": 8})
+        with pytest.raises(BatchError, match=r"`batch/lam`: no dimension 0 to split over data; give it a sharding of"):
+            jit_step(make_train_step(squared_error, ADAM), state)(state, {**batch(), "lam": 1.0})
+        state.check_alive()

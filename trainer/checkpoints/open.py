@@ -21,6 +21,7 @@ from trainer.checkpoints.atomic import restore
 from trainer.checkpoints.file_format import Bundle, Leaf
 from trainer.checkpoints.plain_values import unpack
 from trainer.checkpoints.weights_files import WeightsFile, weights_kind
+from trainer.core.keys import key_impl
 from trainer.core.tree_paths import LeafPath, parts_of
 from trainer.distributed.agreement import AllOrNone
 from trainer.errors import CheckpointError
@@ -123,12 +124,12 @@ def read_progress(source: Source) -> dict[str, Any] | None:
     return progress
 
 
-def describe(path: LeafPath, leaf: jax.Array) -> Leaf:
-    """Returns the `Leaf` that a file would hold for an array; for a key, that of its key data."""
+def describe(path: LeafPath, leaf: Any) -> Leaf:
+    """Returns the `Leaf` that a file would hold for an array, or for its shape; for a key, that of its key data."""
     if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return Leaf(path, _name_of(leaf.dtype), tuple(leaf.shape))
     words = _words_of(leaf.dtype)
-    return Leaf(path, str(words.dtype), (*leaf.shape, *words.shape), str(jax.random.key_impl(leaf)))
+    return Leaf(path, str(words.dtype), (*leaf.shape, *words.shape), str(key_impl(leaf)))
 
 
 _name_of = functools.cache(str)  # NumPy rebuilds a dtype's name on each call

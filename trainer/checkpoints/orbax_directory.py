@@ -43,7 +43,7 @@ from trainer.core.checksums import bits, from_bits, prepare_digests
 from trainer.core.tree_paths import LeafPath
 from trainer.distributed.agreement import AllOrNone
 from trainer.errors import CheckpointError, UnreadableError
-from trainer.sharding.arrays import as_key, is_multiprocess, place_like, sharding_of
+from trainer.sharding.arrays import as_key, is_committed, is_multiprocess, place_like, sharding_of
 
 FORMAT = "nnx-trainer orbax 1"
 
@@ -373,7 +373,7 @@ class OrbaxDirectory:
                 items, hows = items.setdefault(name, {}), hows.setdefault(name, {})
             items[last] = jax.ShapeDtypeStruct(leaf.shape, _stored_dtype(leaf))
             hows[last] = ocp.RestoreArgs(restore_type=np.ndarray)
-            if like is not None and like.committed:
+            if like is not None and is_committed(like):
                 hows[last] = ocp.ArrayRestoreArgs(sharding=sharding_of(like), global_shape=leaf.shape)
         restore = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
         try:

@@ -89,7 +89,8 @@ def load_state(
             warning names them. Nothing in a pickle is executed, but it has no checksums; save it again
             in our format. Of a directory of checkpoints, the newest undamaged one.
         like: A state of the same model, optimizer and extensions. Its values are used only for what is not
-            loaded; if everything is loaded, it may be donated. Its sharding may differ from that of the
+            loaded; if everything is loaded, it may be donated, or be the shapes alone:
+            ``jax.eval_shape(lambda: TrainState.create(...))``. Its sharding may differ from that of the
             saved state. If it spans several processes, all must load at the same point, and a failure in
             one is raised in all.
         strict: Whether everything must fit. If False, whatever does not fit keeps its value from
@@ -97,7 +98,8 @@ def load_state(
         only: Names of the fields (``"params"``, ``"opt_state"``, …) to load; the others are copied.
 
     Returns:
-        A new state, each array placed like its counterpart in ``like``.
+        A new state, each array placed like its counterpart in ``like``: on the default device if that is a NumPy array
+        or a shape without a sharding. A shape whose array is not loaded stays a shape.
 
     Raises:
         CheckpointError: The file is missing, damaged, of another kind or version, or does not fit;
@@ -274,8 +276,12 @@ def _fitted(source: Source, like: TrainState, fields: set[str], *, strict: bool 
     if problems and strict:
         raise CheckpointError(f"`{source.path}` does not fit the state: {shown}.")
     loaded = source.read({key: leaf for key, leaf in wanted.items() if key in found and key not in unfit})
-    new = [loaded[key] if key in loaded else jnp.array(leaf, copy=True) for key, leaf in wanted.items()]
+    new = [loaded[key] if key in loaded else _kept(leaf) for key, leaf in wanted.items()]
     return cast(TrainState, jax.tree.unflatten(structure, new)), shown
+
+
+def _kept(leaf: Any) -> Any:
+    return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.array(leaf, copy=True)
 
 
 def _mismatches(wanted: Mapping[LeafPath, jax.Array], found: Mapping[LeafPath, Leaf]) -> Iterator[tuple[LeafPath, str]]:

@@ -74,12 +74,12 @@ def zero_unless(weight: Any, tree: Any) -> Any:
 def average_if_changed(axis_name: AxisName | None) -> Callable[[Any, Any], Any]:
     """Returns the ``reduce`` of `merge_updated` that averages variables assigned in the forward pass over the axis.
 
-    Only floating variables are averaged. Variables that were not assigned are already equal on all devices, and
-    averaging them could round.
+    Only floating and complex variables are averaged. Variables that were not assigned are already equal on all
+    devices, and averaging them could round.
     """
 
     def reduce(old: Any, new: Any) -> Any:
-        changed = axis_name is not None and new is not old and jnp.issubdtype(new.dtype, jnp.floating)
+        changed = axis_name is not None and new is not old and jnp.issubdtype(new.dtype, jnp.inexact)
         return jax.lax.pmean(new, axis_name) if changed else new
 
     return reduce

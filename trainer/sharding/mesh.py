@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from trainer.batches import check_batch
@@ -111,12 +112,13 @@ def check_batch_fits(batch: Batch, sharding: Any) -> None:
     mesh = jax.tree.leaves(shardings)[0].mesh
     uneven: dict[str, list[str]] = {}
     for (path, leaf), split in zip(jax.tree.leaves_with_path(batch), jax.tree.leaves(shardings), strict=True):
+        shape = np.shape(leaf)
         for dimension, axes in enumerate(map(as_tuple, split.spec)):
             parts = math.prod(mesh.shape[axis] for axis in axes)
-            if axes and dimension >= len(leaf.shape):
+            if axes and dimension >= len(shape):
                 why = f"no dimension {dimension} to split over {', '.join(axes)}; give it a sharding of its own"
-            elif axes and leaf.shape[dimension] % parts:
-                why = _uneven(dimension, leaf.shape[dimension], parts, axes)
+            elif axes and shape[dimension] % parts:
+                why = _uneven(dimension, shape[dimension], parts, axes)
             else:
                 continue
             uneven.setdefault(why, []).append(f"`batch/{leaf_path(path)}`")

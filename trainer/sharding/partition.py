@@ -286,7 +286,10 @@ def _misfits(path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh,
     unknown = [axis for axis in axes if axis not in mesh.axis_names]
     if unknown:
         hint = did_you_mean(unknown[0], mesh.axis_names).rstrip(".")
-        return [f"{subject}, and the mesh has no axis {unknown[0]!r}: {hint} (`logical_axes` maps names to axes)"]
+        return [
+            f"{subject}, and the mesh has no axis {unknown[0]!r}: {hint} (`logical_axes` maps names to axes, and so "
+            f"does `with flax.core.spmd.logical_axis_rules(...):` around the call)"
+        ]
     if len(set(axes)) < len(axes):
         return [f"{subject}, which uses an axis twice"]
     wrong = []

@@ -15,7 +15,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
-from trainer.core.tree_paths import leaf_path
+from trainer.core.assigned_values import as_arrays, with_edits_as_arrays
 from trainer.data.resumable import LoaderPass, LoaderPosition
 from trainer.errors import ArgumentError, StateError
 from trainer.metrics.average import WeightedAverage, metrics_at
@@ -242,18 +242,8 @@ class Run:
         return self.replace(**changes, _given=[state, jax.tree.leaves(state)], _consumed=replaced, _cached=[])
 
     def with_arrays(self, state: TrainState) -> TrainState:
-        """Returns a state with numbers as scalars, ``replace(step=0)``; `StateError` for those in place of others."""
-        if jax.tree.structure(state) != self.layout.treedef:
-            return state
-
-        def as_array(path: Any, leaf: Any, held: jax.Array) -> Any:
-            if hasattr(leaf, "dtype"):
-                return leaf
-            if held.shape or jnp.issubdtype(held.dtype, jax.dtypes.extended):
-                raise StateError(f"`{leaf_path(path)}` of {held.dtype}{held.shape} was given the number {leaf!r}.")
-            return jnp.asarray(leaf, held.dtype)
-
-        after: TrainState = jax.tree.map_with_path(as_array, state, self.peek())
+        """Returns a state that was assigned with arrays in place of numbers and NumPy arrays, see `as_arrays`."""
+        after: TrainState = as_arrays(state, self.peek())
         return after
 
     def with_edits(self) -> Self:
@@ -275,7 +265,7 @@ class Run:
             return self
         given, recorded = self._given
         _, held = self.layout.unflatten(self.leaves)
-        leaves, _ = flatten_state(_as_arrays(given, recorded, held, self.layout))
+        leaves, _ = flatten_state(with_edits_as_arrays(given, recorded, held, self.layout.treedef))
         # The caller still holds the containers of `given` and may edit them again: track them, not the converted copy.
         return self.replace(leaves=leaves, _given=[given, jax.tree.leaves(given)], _cached=[])
 
@@ -401,34 +391,3 @@ def _is_changed(given: list[Any]) -> bool:
     now = jax.tree.leaves(state)
     # By identity and without a Python loop: every step after a read of `Run.state` runs this.
     return len(now) != len(leaves) or any(map(operator.is_not, now, leaves))
-
-
-def _as_arrays(state: TrainState, recorded: list[Any], held: list[Any], layout: Layout) -> TrainState:
-    """Returns an edited state with arrays of the types the step was compiled for.
-
-    Args:
-        state: The edited state.
-        recorded: Its leaves at the last comparison.
-        held: The run's arrays for these leaves. They differ where an earlier edit was converted.
-        layout: The structure that it must have.
-    """
-    if jax.tree.structure(state) != layout.treedef:
-        raise StateError(
-            "the state was changed to another structure than it had, which the next step cannot take; assign "
-            "`trainer.state` of a new trainer, or change values only."
-        )
-    arrays = []
-    for (path, new), before, old in zip(jax.tree.leaves_with_path(state), recorded, held, strict=True):
-        if new is before:
-            arrays.append(old)
-            continue
-        shape = jnp.shape(new)
-        if shape != old.shape:
-            raise StateError(f"`{leaf_path(path)}` of shape {old.shape} was given a value of shape {shape}.")
-        array = jnp.asarray(new) if jnp.issubdtype(old.dtype, jax.dtypes.extended) else jnp.asarray(new, old.dtype)
-        # Copied: the step donates it, and the caller's array must survive that.
-        array = jnp.array(array, copy=True) if array is new else array
-        # An uncommitted array must stay uncommitted, or the step would be compiled again.
-        arrays.append(jax.device_put(array, old.sharding) if old.committed else array)
-    edited: TrainState = jax.tree.unflatten(layout.treedef, arrays)
-    return edited

@@ -21,7 +21,7 @@ from trainer.core.keys import is_key, key_impl
 from trainer.core.learning_rate import with_learning_rate
 from trainer.core.nnx_bridge import Flat, GraphDef, Path, lookup, nest, split_module, values_of, variables_of
 from trainer.core.nonfinite import check_policy, record_of
-from trainer.core.optimizer import adapt_optimizer
+from trainer.core.optimizer import initial_opt_state
 from trainer.core.precision import Precision, as_precision
 from trainer.core.tree_paths import join_path, leaf_path
 from trainer.errors import ArgumentError, ArgumentTypeError, StateError
@@ -374,7 +374,7 @@ def _init_optimizer(optimizer: optax.GradientTransformation, params: chex.ArrayT
     plus one leaf, not 400 MB.
     """
     # `leaves` holds our only reference to each leaf.
-    leaves, treedef = jax.tree.flatten(adapt_optimizer(optimizer).init(params))
+    leaves, treedef = jax.tree.flatten(initial_opt_state(optimizer, params))
     for index in range(len(leaves)):
         leaves[index] = _own(leaves[index])
     return jax.tree.unflatten(treedef, leaves)

@@ -9,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from trainer import ConfigError, OptimizerConfig, make_optimizer
+from tests.problems import Linear, squared_error
+from trainer import ConfigError, OptimizerConfig, Trainer, TrainingConfig, make_optimizer
 from trainer.config.optimizers import OPTIMIZER_FIELDS
 
 RATE = 0.03
@@ -252,6 +253,18 @@ def test_value_is_clipped_before_norm_and_decay_is_not_clipped():
     # clip to (1, -0.75), of norm 1.25, so halved to (0.5, -0.375); then + 0.5 * (10, 0).
     updates = first_update(make("sgd", **config), params, grads)
     np.testing.assert_allclose(updates["w"], [-RATE * 5.5, RATE * 0.375], rtol=1e-6)
+
+
+def test_the_norm_of_a_training_config_is_clipped_before_the_value():
+    settings = TrainingConfig(
+        optimizer=OptimizerConfig(optimizer_type="sgd", learning_rate=RATE, gradient_clip_value=0.5),
+        gradient_clip_norm=1.25,
+    )
+    optimizer = Trainer(Linear(), settings, loss_fn=squared_error).optimizer
+    # (3, -4), of norm 5, becomes (0.75, -1), and then (0.5, -0.5).
+    grads = {"w": np.array([3.0, -4.0], np.float32)}
+    updates = first_update(optimizer, grads, grads)
+    np.testing.assert_allclose(updates["w"], [-RATE * 0.5, RATE * 0.5], rtol=1e-6)
 
 
 def test_small_gradients_are_not_clipped():

@@ -164,6 +164,32 @@ class TestWhereItCannot:
             trainer.set_learning_rate(0.1)
         trainer.train_step(BATCH)  # nothing has happened
 
+    OTHER_NAMES = {
+        "polyak": (
+            lambda: optax.inject_hyperparams(optax.polyak_sgd)(max_learning_rate=0.1),
+            r"keeps `hyperparams/eps`, .*assign the rate in `opt_state`, as in hyperparams\['max_learning_rate'\] =",
+        ),
+        "in a chain": (
+            lambda: optax.chain(optax.inject_hyperparams(lambda lr: optax.sgd(lr))(lr=0.1)),
+            r"optax.inject_hyperparams keeps `0/hyperparams/lr`. Under another name, .* hyperparams\['lr'\] = 1e-3",
+        ),
+        "of NumPy": (
+            lambda: optax.inject_hyperparams(optax.sgd)(np.float32(0.1)),
+            r"such as np.float32\(1e-3\), is compiled into the step: pass a Python float",
+        ),
+    }
+
+    @pytest.mark.parametrize("name", OTHER_NAMES)
+    def test_hyperparameters_of_another_name_are_listed(self, name):
+        make, message = self.OTHER_NAMES[name]
+        with pytest.raises(ArgumentError, match=message):
+            linear(make()).set_learning_rate(0.2)
+
+    def test_a_report_names_them_too(self):
+        optimizer = self.OTHER_NAMES["polyak"][0]()
+        with pytest.raises(ArgumentError, match=r"none under that name .*opt_state.hyperparams\['max_learning_rate'\]"):
+            linear(optimizer, report=["learning_rate"]).train_step(BATCH)
+
     def test_a_schedule_would_replace_it(self):
         with pytest.raises(ArgumentError, match=r"follows a schedule, which sets it anew in every step"):
             linear(injected(optax.linear_schedule(0.1, 0.0, 10))).set_learning_rate(0.1)

@@ -359,3 +359,58 @@ def test_gradients_of_single_examples_are_not_there():
     state = TrainState.create(Perceptron(rngs=nnx.Rngs(0)), optimizer, rng=jax.random.key(0))
     with pytest.raises(ValueError, match="batch dimension"):
         make_train_step(loss_fn, optimizer)(state, batches()[0])
+
+
+class Mixed(nnx.Module):
+    def __init__(self):
+        self.norm = nnx.LayerNorm(4, rngs=nnx.Rngs(0))
+        self.inner = nnx.Linear(4, 2, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(1))
+
+    def __call__(self, x):
+        return self.inner(self.norm(x))
+
+
+MIXED = {
+    "adam": lambda: optax.inject_hyperparams(optax.adam)(RATE),
+    "momentum": lambda: optax.inject_hyperparams(optax.sgd)(RATE, momentum=0.9),
+    "MultiSteps": lambda: optax.MultiSteps(optax.inject_hyperparams(optax.adam)(RATE), 2),
+    "without hyperparameters": lambda: optax.adam(RATE),
+    "lbfgs": optax.lbfgs,
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_with_params_of_two_dtypes_steps_are_fused_and_runs_are_resumed(name, tmp_path):
+    def make(**options):
+        options = {"loss_fn": loss_fn, "workdir": tmp_path, "rng": jax.random.key(0), **options}
+        return Trainer(Mixed(), config(), MIXED[name](), **options)
+
+    data = {key: np.concatenate([batch[key] for batch in batches()]) for key in batches()[0]}
+    alone, fused = make(workdir=None, steps_per_call=1), make(steps_per_call=2)
+    alone.train(data, 2, 16)
+    fused.train(data, 1, 16)
+    resumed = make(steps_per_call=1)
+    dtypes = [leaf.dtype for leaf in jax.tree.leaves(resumed.opt_state)]
+    resumed.train(data, 2, 16, resume=True)
+    assert [leaf.dtype for leaf in jax.tree.leaves(resumed.opt_state)] == dtypes
+    close = partial(np.testing.assert_allclose, rtol=2e-2, atol=2e-3)
+    jax.tree.map(close, *(jax.tree.map(np.float32, trainer.state.params) for trainer in (alone, resumed)))
+
+
+def test_with_params_of_two_dtypes_it_trains_as_by_hand():
+    optimizer = MIXED["adam"]()
+    state = TrainState.create(Mixed(), optimizer, rng=jax.random.key(0))
+    by_optax = state.replace(opt_state=optimizer.init(state.params))
+    step = jax.jit(make_train_step(loss_fn, optimizer))
+    for batch in batches():
+        (state, _), (by_optax, _) = step(state, batch), step(by_optax, batch)
+    assert_same((state.params, state.opt_state), (by_optax.params, by_optax.opt_state))
+    assert state.opt_state.inner_state[0].mu["inner"]["kernel"].dtype == jnp.float32
+
+
+def test_an_optimizer_of_one_dtype_is_not_traced_when_its_state_is_created():
+    def update(updates, opt_state, params=None):
+        raise AssertionError
+
+    optimizer = optax.GradientTransformation(optax.adam(RATE).init, update)
+    TrainState.create(Perceptron(rngs=nnx.Rngs(0)), optimizer, rng=jax.random.key(0))

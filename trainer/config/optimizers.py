@@ -104,7 +104,8 @@ class OptimizerConfig(Config):
         initial_accumulator_value: The initial value of the accumulators of adagrad (None is 0.1) and
             rmsprop (None is 0).
         gradient_clip_norm: Gradients with a larger global norm are scaled down to this norm.
-        gradient_clip_value: Every entry is clipped to ± this value, before ``gradient_clip_norm``.
+        gradient_clip_value: Every entry is clipped to ± this value, before ``gradient_clip_norm`` of this class, and
+            after that of `TrainingConfig`.
         decay_mask: Decay only leaves with at least two dimensions, so neither biases nor norm scales;
             with muon, only the matrices that muon itself updates.
     """

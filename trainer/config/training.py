@@ -24,7 +24,7 @@ class TrainingConfig(Config):
             take it.
         num_epochs: Epochs of a run with ``train_epoch``; sets the horizon of its schedule.
         gradient_clip_norm: Gradients with a larger global norm are scaled down to this norm, including with
-            an optimizer passed by the caller.
+            an optimizer passed by the caller. It comes first, also before ``gradient_clip_value`` of the optimizer.
         checkpoint_dir: The checkpoint directory, if the Trainer is not given one. Another than the default also asks
             for saves at the end of a run. The default, written out, does not: equal configurations do the same, and a
             file made by `to_yaml` holds all fields, given or not.

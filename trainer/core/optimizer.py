@@ -1,8 +1,9 @@
-"""The extra arguments of optax transformations, beyond gradients and params."""
+"""Calling optax transformations: their initial state, and the extra arguments beyond gradients and params."""
 
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from trainer.core.assigned_values import widened
+from trainer.core.learning_rate import with_floating_rates
 from trainer.core.mapped_axes import AxisName, average_over_axis, per_device, zero_unless
 from trainer.errors import ArgumentError
 from trainer.types import BATCH_WEIGHT, Metrics
@@ -63,6 +66,44 @@ def extra_arguments(
 
     value_at = _averaged(objective, axis_name, metrics.get(BATCH_WEIGHT))
     return {"value": metrics["loss"], "grad": grads, "value_fn": value_fn, "obj_fn": value_at, "grad_fn": grad_fn}
+
+
+def initial_opt_state(optimizer: optax.GradientTransformation, params: chex.ArrayTree) -> Any:
+    """Returns the initial state of an optimizer, in the dtypes that its updates return.
+
+    They may differ from those of ``init``: with params of several dtypes, the float32 hyperparameters of
+    `optax.inject_hyperparams` turn bfloat16 moments into float32 ones. The second step would be compiled again, steps
+    could not be fused, and a checkpoint would not fit a new state. An integer learning rate becomes a float.
+
+    Raises:
+        ArgumentError: ``init`` fails.
+    """
+    adapted = adapt_optimizer(optimizer)
+    opt_state = with_floating_rates(adapted.init(params), params)
+    # Tracing an update takes as long as ten times `init`, and in one dtype nothing can change.
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves((opt_state, params)) if hasattr(leaf, "dtype")}
+    if sum(jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes) < 2:
+        return opt_state
+
+    def objective(params: chex.ArrayTree) -> tuple[jax.Array, Any]:
+        return sum((jnp.sum(jnp.abs(leaf)).astype(jnp.float32) for leaf in jax.tree.leaves(params)), jnp.zeros(())), {}
+
+    def update(opt_state: Any, params: chex.ArrayTree) -> Any:
+        extra = extra_arguments(objective, {"loss": objective(params)[0]}, params, None)
+        return adapted.update(params, opt_state, params, **extra)[1]
+
+    structure: Any = jax.tree.structure(opt_state)
+    for _ in range(3):  # a wider leaf may widen another
+        try:
+            after = jax.eval_shape(update, opt_state, params)
+        except Exception:  # an update that needs a mapped axis, or that fails; then the step says so
+            return opt_state
+        if jax.tree.structure(after) != structure:
+            return opt_state
+        before, opt_state = opt_state, jax.tree.map(lambda leaf, like: widened(leaf, like.dtype), opt_state, after)
+        if all(map(operator.is_, jax.tree.leaves(before), jax.tree.leaves(opt_state))):
+            break
+    return opt_state
 
 
 def adapt_optimizer(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

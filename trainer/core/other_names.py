@@ -75,6 +75,7 @@ ATTRIBUTES = {
     "lightning_module": "`model`",
     "load_weights": "`load_checkpoint(path)`, or `load_weights(path, model)` of the package",
     "logged_metrics": "`history`",
+    "params": "`state.params`; assign `state`, as in `trainer.state = trainer.state.replace(params=...)`",
     "predict_on_batch": "`predict(batch, batch_size)`",
     "save": "`save_checkpoint(path)`",
     "save_weights": '`save_checkpoint("weights.safetensors")`',

@@ -180,8 +180,13 @@ def averaged_params(opt_state: Any, params: Any) -> Any:
         )
     ((_, node),) = found
     average = node.average.fast if isinstance(node.average, optax.LookaheadParams) else node.average
+
+    def is_masked(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    # A mask or labels may be a prefix of the params: then a MaskedNode stands for a subtree.
     return jax.tree.map(
-        lambda leaf, mean: leaf if isinstance(mean, optax.MaskedNode) else mean.astype(leaf.dtype), params, average
+        lambda mean, leaf: leaf if is_masked(mean) else mean.astype(leaf.dtype), average, params, is_leaf=is_masked
     )
 
 

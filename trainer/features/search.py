@@ -16,7 +16,7 @@ import optax
 from trainer.batches import batch_length
 from trainer.compile.cost import ProgramCost, cost_of
 from trainer.core.checks import check_count, check_number
-from trainer.core.optimizer import adapt_optimizer
+from trainer.core.optimizer import adapt_optimizer, initial_opt_state
 from trainer.errors import ArgumentError, BatchError
 from trainer.state import TrainState
 from trainer.steps import make_train_step
@@ -113,7 +113,7 @@ def find_learning_rate(
     rates = rates_between(low, high, steps)
     optimizer = adapt_optimizer(optax.inject_hyperparams(make_optimizer)(learning_rate=float(rates[0])))
     start = state.copy()
-    start = start.replace(opt_state=jax.tree.map(jax.numpy.array, optimizer.init(start.params)))
+    start = start.replace(opt_state=jax.tree.map(jax.numpy.array, initial_opt_state(optimizer, start.params)))
     return try_rates(make_train_step(loss_fn, optimizer, **options), start, _endless(batches), rates)
 
 

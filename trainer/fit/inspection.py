@@ -15,7 +15,7 @@ from trainer.batches import batch_length
 from trainer.compile.cost import ProgramCost, cost_of
 from trainer.config import make_optimizer
 from trainer.core.checks import check_count
-from trainer.core.optimizer import adapt_optimizer
+from trainer.core.optimizer import adapt_optimizer, initial_opt_state
 from trainer.core.other_names import missing_attribute
 from trainer.errors import ArgumentError
 from trainer.fit.plan import plan_prediction, search_batches
@@ -118,7 +118,7 @@ class Inspection(ReadOnly):
         state = self.run.state_with_edits().copy()
         optimizer = self.optimizer if setup.given_optimizer is not None else self._optimizer_at(first)
         if setup.given_optimizer is None:
-            opt_state = jax.tree.map(jax.numpy.array, adapt_optimizer(optimizer).init(state.params))
+            opt_state = jax.tree.map(jax.numpy.array, initial_opt_state(optimizer, state.params))
             state = setup.placement.adopt(state.replace(opt_state=opt_state))
         state.with_learning_rate(first)  # raises here, before anything is compiled
 

@@ -29,7 +29,7 @@ from trainer.fit.plan import plan_epoch, plan_evaluation, plan_run
 from trainer.loggers.base import Logger, MetricsLoggerLike, prefixed
 from trainer.loop import evaluate, evaluate_batch
 from trainer.run import Run
-from trainer.state import TrainState, own_except
+from trainer.state import TrainState
 from trainer.types import Batch, EvalParams, ExtensionLike, LogCallback, LossFn, Metrics, NonFinite, Remat, StepFn
 
 
@@ -44,6 +44,7 @@ class Trainer(Inspection):
             batch statistics, disabled dropout); a warning is given if all are. With a ``mesh`` it may be a callable
             that makes the module, ``lambda rngs: Model(rngs=rngs)``: then no device ever holds the whole model. Or a
             state to start from, which is copied; the key is then the state's, and ``wrt`` the one it was created with.
+            ``state.replace(opt_state=optimizer.init(state.params))`` starts a new optimizer.
         training_config: How to train.
         optimizer: Any optax transformation; if left out, it is built from ``training_config``.
         train_data_loader: What `train_epoch` trains on: an iterable of batches, or a callable that returns one and
@@ -364,13 +365,15 @@ class Trainer(Inspection):
 
     @property
     def state(self) -> TrainState:
-        """The training state; the next step donates it. Assign another state to continue from a copy of it."""
+        """The training state; the next step donates it. Assign another to continue from a copy, as to `opt_state`."""
         return self.run.state
 
     @state.setter
     def state(self, state: TrainState) -> None:
         if not isinstance(state, TrainState):
             raise ArgumentTypeError(f"`state` is of type {type(state).__name__}; it must be a trainer.TrainState.")
-        state = self.setup.placement.adopt(self.run.with_arrays(state))
-        state = own_except(state, self.run.leaves)
-        self.hold(self.run.with_state(state, keeps_position=self.setup.live.is_running))
+        self.hold(self.setup.with_state(self.run, state))
+
+    @Inspection.opt_state.setter
+    def opt_state(self, opt_state: Any) -> None:
+        self.hold(self.setup.with_state(self.run, self.run.state.replace(opt_state=opt_state)))

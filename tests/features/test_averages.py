@@ -195,6 +195,22 @@ def test_params_of_other_groups_are_returned_as_they_are():
     assert np.abs(found["layer"]["kernel"] - state.params["layer"]["kernel"]).max() > 1e-3
 
 
+PREFIXES = {
+    "labels": lambda chain: optax.multi_transform(
+        {"train": chain, "frozen": optax.set_to_zero()}, {"inner": "frozen", "norm": "frozen", "outer": "train"}
+    ),
+    "mask": lambda chain: optax.masked(chain, {"inner": False, "norm": False, "outer": True}),
+}
+
+
+@pytest.mark.parametrize("name", PREFIXES)
+def test_a_mask_may_be_a_prefix_of_the_params(name):
+    state = TrainState.create(Busy(), PREFIXES[name](adam_and_ema()), rng=jax.random.key(0))
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    found = averaged_params(state.opt_state, zeros)
+    assert_same_bits(found, {**zeros, "outer": state.params["outer"]})
+
+
 @pytest.mark.parametrize(
     ("optimizer", "message"),
     [
@@ -346,6 +362,21 @@ class TestTrainer:
         wanted = contrib.schedule_free_eval_params(own, trainer.state.params)
         jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(trainer.model, nnx.Param)), wanted)
         assert set(seen) == {jax.tree.structure(optimizer.init(trainer.state.params))}
+
+    def test_averaged_params_as_eval_params_says_the_same(self, tmp_path):
+        trainer, other = (
+            build(tmp_path / str(index), ema_of_params(0.5), **options)
+            for index, options in enumerate(({}, {"eval_params": averaged_params}))
+        )
+        for each in (trainer, other):
+            each.train(regression(40), 1, 8)
+        assert_same_bits(nnx.state(trainer.model), nnx.state(other.model))
+
+    def test_a_function_that_looks_for_the_average_is_told_where_it_is(self, tmp_path):
+        look = lambda opt_state, params: averaged_params(opt_state, params)  # noqa: E731
+        with pytest.raises(ArgumentError, match="holds no averages of params") as caught:
+            build(tmp_path, ema_of_params(0.5), eval_params=look)
+        assert "leave it out, and that average is evaluated" in caught.value.__notes__[-1]
 
     @pytest.mark.parametrize("average", [ema_of_params(0.9, warmup=10), polyak_average(4)])
     @pytest.mark.few(1)

@@ -53,7 +53,7 @@ def with_edits_as_arrays(state: Any, recorded: list[Any], held: list[Any], treed
 
 
 def as_arrays(state: Any, held: Any) -> Any:
-    """Returns a state that was assigned, with arrays of its own in place of numbers and NumPy arrays.
+    """Returns a state that was assigned, with arrays in place of numbers and NumPy arrays.
 
     These take the dtype and the sharding that the run holds, if it has the same structure. A JAX array keeps its dtype,
     except in ``opt_state`` where it has fewer bits than the run holds, as moments of a new `optax` state may.
@@ -78,13 +78,6 @@ def as_arrays(state: Any, held: Any) -> Any:
             if schedule and not set(schedule) & set(changed):
                 raise StateError(_scheduled(paths[index]))
             leaves[index] = _as_array(paths[index], leaves[index], old_leaves[index])
-    # Of two leaves that are one array, as params and the optimizer state made from them may be, a step would donate
-    # the buffer twice.
-    seen: set[int] = set()
-    for index, leaf in enumerate(leaves):
-        if id(leaf) in seen:
-            leaves[index] = jnp.array(leaf, copy=True)
-        seen.add(id(leaf))
     return jax.tree.unflatten(treedef, leaves)
 
 

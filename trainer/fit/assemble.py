@@ -18,14 +18,13 @@ from trainer.callbacks.progress import progress_for
 from trainer.checkpoints.checkpointer import Checkpointer
 from trainer.compile.dispatch import CompiledStep, Program
 from trainer.compile.fusion import FusionPolicy
-from trainer.config import TrainingConfig, make_optimizer, make_schedule
+from trainer.config import TrainingConfig
 from trainer.config.schedules import check_horizon, needs_horizon
 from trainer.core.averaged_params import resolve_eval_params
 from trainer.core.checks import check_bool, check_call, check_count, check_interval
 from trainer.core.modes import evaluated_as_a_whole
 from trainer.core.module_views import check_view, combined
 from trainer.core.objective import check_extensions, check_loss_fn, requiring_weight, with_losses
-from trainer.core.optimizer import adapt_optimizer
 from trainer.core.own_step import check_own_step, no_loss_fn, own_step
 from trainer.core.precision import Precision, as_precision, in_precision
 from trainer.core.remat import in_parts, plan_of
@@ -41,6 +40,7 @@ from trainer.fit.fingerprint import fingerprints_of
 from trainer.fit.rate import RateInForce, configured_rate
 from trainer.fit.setup import Live, Setup
 from trainer.fit.unused_settings import warn_beside_optimizer, warn_beside_own_step
+from trainer.fit.whole_optimizer import ANY_HORIZON, WholeOptimizer
 from trainer.loggers.base import Logger, MetricsLoggerLike, names_checked
 from trainer.loggers.fanout import MetricFanout, as_loggers, check_metrics_logger
 from trainer.loggers.wandb import WandbLogger
@@ -53,9 +53,6 @@ from trainer.types import Batch, EvalParams, ExtensionLike, LogCallback, LossFn,
 
 # An interval that no run reaches.
 _NEVER = 2**62
-
-# A placeholder horizon, used if only the structure of the optimizer state matters.
-_ANY_HORIZON = 2**31 - 1
 
 
 def assemble(
@@ -161,10 +158,10 @@ def assemble(
     rng = as_key(0 if rng is None else rng)
     precision = as_precision(precision)
     held = {"wrt": wrt, "extensions": losses, "nonfinite": nonfinite}
-    make_whole = functools.partial(build_optimizer, training_config, optimizer, optimizer_parts, params_average)
-    run = _initial_run(model, rng, make_whole(_ANY_HORIZON), held, placement, precision)
+    whole = WholeOptimizer(training_config, optimizer, optimizer_parts, params_average)
+    run = _initial_run(model, rng, whole, held, placement, precision, has_own_step=step_fn is not None)
     check_view(combined(in_precision(precision), in_parts(plan_of(remat))), run.peek())
-    eval_params = _resolved_eval_params(eval_params, run, training_config, optimizer_parts, params_average)
+    eval_params = _resolved_eval_params(eval_params, run, whole)
     _warn_of_mode(run.peek().model(), wrt)
     live = Live(weakref.ref(trainer), validates=val_data_loader is not None)
     constants = Constants(losses if placement.num_processes == 1 else {})
@@ -178,7 +175,7 @@ def assemble(
     def compiled(remat: Remat) -> CompiledStep:
         step, arguments = (
             _made_step(
-                functools.partial(make, remat=remat), report, asked, training_config, optimizer, make_whole, placement
+                functools.partial(make, remat=remat), report, asked, training_config, optimizer, whole.build, placement
             )
             if step_fn is None
             else (own_step(step_fn), None)
@@ -192,8 +189,7 @@ def assemble(
         config=training_config,
         loss_fn=loss_fn,
         given_optimizer=optimizer,
-        optimizer_parts=optimizer_parts,
-        params_average=params_average,
+        whole_optimizer=whole,
         train_data_loader=train_data_loader,
         val_data_loader=val_data_loader,
         metrics_logger=metrics_logger,
@@ -254,14 +250,18 @@ def assemble(
 def _initial_run(
     model: Any,
     rng: jax.Array,
-    optimizer: optax.GradientTransformation,
+    whole: WholeOptimizer,
     held: Mapping[str, Any],
     placement: Placement,
     precision: Precision | None,
+    has_own_step: bool,
 ) -> Run:
     if isinstance(model, TrainState):
-        return Run.start(placement.adopt(model.copy())).replace(position=None)
-    state = placement.create(model, optimizer, rng, held)
+        state = model.copy()
+        if not has_own_step:
+            state = state.replace(opt_state=whole.fitted(state.opt_state, state.params))
+        return Run.start(placement.adopt(state)).replace(position=None)
+    state = placement.create(model, whole.build(ANY_HORIZON), rng, held)
     if not jax.tree.leaves(state.params):
         raise ArgumentError(
             f"`model` has no parameters: `wrt` = {held['wrt']!r} selects none of its variables, so there is nothing to "
@@ -270,56 +270,22 @@ def _initial_run(
     return Run.start(placement.adopt(state.with_precision(precision))).replace(position=None)
 
 
-def _resolved_eval_params(
-    given: EvalParams | None,
-    run: Run,
-    config: TrainingConfig,
-    parts: Sequence[optax.GradientTransformation],
-    average: optax.GradientTransformation | None,
-) -> EvalParams | None:
+def _resolved_eval_params(given: EvalParams | None, run: Run, whole: WholeOptimizer) -> EvalParams | None:
     """Returns the function for evaluation params: the caller's, else one for the average that the optimizer keeps."""
-    if given is None and average is not None:
-        from trainer.features.averages import averaged_params  # few runs need it
+    if whole.average is None:
+        return resolve_eval_params(given, run.peek(), whole.own_state)
+    from trainer.features.averages import averaged_params  # few runs need it
 
+    if given is None or given is averaged_params:
         return resolve_eval_params(averaged_params, run.peek(), lambda opt_state: opt_state)
-
-    def own_state(opt_state: Any) -> Any:
-        opt_state = opt_state if average is None else opt_state[0]
-        opt_state = opt_state[0] if parts else opt_state
-        return opt_state if config.gradient_clip_norm is None else opt_state[1]
-
-    return resolve_eval_params(given, run.peek(), own_state)
-
-
-def build_optimizer(
-    config: TrainingConfig,
-    given: optax.GradientTransformation | None,
-    parts: Sequence[optax.GradientTransformation],
-    average: optax.GradientTransformation | None,
-    horizon: Any,
-) -> optax.GradientTransformation:
-    """Returns the chain of gradient clipping, the given or configured optimizer, and the average of the params.
-
-    Args:
-        config: The configuration.
-        given: The caller's optimizer.
-        parts: Transformations that callbacks append to it, as `trainer.ReduceLROnPlateau` does.
-        average: The last transformation of the chain, see `trainer.ema_of_params`.
-        horizon: The step at which a computed schedule ends; it may be traced, so that a longer run compiles nothing.
-
-    Raises:
-        ConfigError: The schedule needs a horizon, but none is known.
-    """
-    optimizer = given
-    if optimizer is None:
-        rate, scheduler = config.optimizer.learning_rate, config.scheduler
-        schedule = None if scheduler is None else make_schedule(scheduler, rate, horizon)
-        optimizer = make_optimizer(config.optimizer, schedule)
-    if config.gradient_clip_norm is not None:
-        optimizer = optax.chain(optax.clip_by_global_norm(config.gradient_clip_norm), adapt_optimizer(optimizer))
-    if parts:
-        optimizer = optax.chain(adapt_optimizer(optimizer), *parts)
-    return optimizer if average is None else optax.chain(adapt_optimizer(optimizer), average)
+    try:
+        return resolve_eval_params(given, run.peek(), whole.own_state)
+    except Exception as error:
+        error.add_note(
+            "`eval_params` is given the state of `optimizer` without that of `params_average`; leave it out, and that "
+            "average is evaluated"
+        )
+        raise
 
 
 def _made_step(

@@ -8,7 +8,6 @@ from trainer.checkpoints.run_record import snapshot_run
 from trainer.checkpoints.saving import Snapshot
 from trainer.core.averaged_params import with_eval_params
 from trainer.core.modes import in_evaluation_mode
-from trainer.fit.assemble import build_optimizer
 from trainer.fit.setup import Setup
 from trainer.loggers.fanout import AllLoggers
 from trainer.run import Run
@@ -28,7 +27,7 @@ class ReadOnly:
     train_metrics = property(lambda self: self.history.of_training(), doc="See `trainer.History.of_training`.")
     val_metrics = property(lambda self: self.history.of_validation(), doc="See `trainer.History.of_validation`.")
     rng = property(lambda self: self.run.state.rng, doc="The key from which every step draws its own.")
-    opt_state = property(lambda self: self.run.state.opt_state, doc="The state of the optimizer.")
+    opt_state = property(lambda self: self.run.state.opt_state, doc="The state of the optimizer; assignable.")
     is_new_run = property(lambda self: self.run.is_new, doc="Whether the run is neither resumed nor continued.")
 
     # The arguments of the trainer, or what was made from them; read-only, since they are compiled into the step.
@@ -81,10 +80,4 @@ class ReadOnly:
         Raises:
             ConfigError: Its schedule ends with the run, whose length is not known yet.
         """
-        return build_optimizer(
-            self.setup.config,
-            self.setup.given_optimizer,
-            self.setup.optimizer_parts,
-            self.setup.params_average,
-            self.run.horizon,
-        )
+        return self.setup.whole_optimizer.build(self.run.horizon)

@@ -30,13 +30,14 @@ from trainer.errors import ArgumentError, CheckpointError, warn
 from trainer.fit.constants import Constants
 from trainer.fit.copies import LatestCopy
 from trainer.fit.rate import RateInForce
+from trainer.fit.whole_optimizer import WholeOptimizer, has_same_shapes
 from trainer.loggers.base import Logger, MetricsLoggerLike
 from trainer.loggers.fanout import MetricFanout
 from trainer.loop import prefetched
 from trainer.metrics.throughput import Meter, Throughput
 from trainer.run import FromLoader, Run
 from trainer.sharding.placement import Placement
-from trainer.state import TrainState
+from trainer.state import TrainState, own_except
 from trainer.types import Batch, EvalParams, ExtensionLike, LogCallback, LossFn, NonFinite, StepFn
 
 _BYTES_COMPARED = 256 * 2**20
@@ -124,8 +125,7 @@ class Setup:
     config: TrainingConfig
     loss_fn: LossFn | None
     given_optimizer: optax.GradientTransformation | None
-    optimizer_parts: tuple[optax.GradientTransformation, ...]
-    params_average: optax.GradientTransformation | None
+    whole_optimizer: WholeOptimizer
     train_data_loader: Any
     val_data_loader: Any
     metrics_logger: MetricsLoggerLike | None
@@ -285,6 +285,17 @@ class Setup:
         # Other entries, such as the loss scale, are kept.
         state = self.placement.adopt(state.replace(extensions={**state.extensions, **held}))
         return run.with_state(state, step=run.step).replace(weights=weights)
+
+    def with_state(self, run: Run, state: TrainState) -> Run:
+        """Returns the run with a state that the caller assigned, in the structure and types that the steps take."""
+        state.check_alive()
+        state, held = run.with_arrays(state), run.peek().opt_state
+        if self.step_fn is None and not has_same_shapes(state.opt_state, held):
+            opt_state = self.whole_optimizer.fitted(state.opt_state, state.params, held)
+            state = state.replace(opt_state=opt_state)
+        # Last, since arrays made of NumPy arrays, or placed on the device that they are on, may share memory with them.
+        state = own_except(self.placement.adopt(state), run.leaves)
+        return run.with_state(state, keeps_position=self.live.is_running)
 
     def with_learning_rate(self, run: Run, value: float) -> Run:
         """Returns the run with another learning rate in its state; see `TrainState.with_learning_rate`."""

@@ -47,7 +47,7 @@ from trainer.loggers.wandb import WandbLogger
 from trainer.paths import in_home
 from trainer.run import Run
 from trainer.sharding.placement import Placement, placement_of
-from trainer.state import TrainState, as_key, check_model, check_optimizer
+from trainer.state import TrainState, step_of_one, as_key, check_model, check_optimizer
 from trainer.steps import make_eval_step, make_predict_step, make_train_step
 from trainer.types import Batch, EvalParams, ExtensionLike, LogCallback, LossFn, NonFinite, Remat, StepFn
 
@@ -258,6 +258,7 @@ def _initial_run(
 ) -> Run:
     if isinstance(model, TrainState):
         state = model.copy()
+        step_of_one(state)  # raises if the state is stacked
         if not has_own_step:
             state = state.replace(opt_state=whole.fitted(state.opt_state, state.params))
         return Run.start(placement.adopt(state)).replace(position=None)

@@ -37,7 +37,7 @@ from trainer.loop import prefetched
 from trainer.metrics.throughput import Meter, Throughput
 from trainer.run import FromLoader, Run
 from trainer.sharding.placement import Placement
-from trainer.state import TrainState, own_except
+from trainer.state import TrainState, own_except, step_of_one
 from trainer.types import Batch, EvalParams, ExtensionLike, LogCallback, LossFn, NonFinite, StepFn
 
 _BYTES_COMPARED = 256 * 2**20
@@ -289,6 +289,7 @@ class Setup:
     def with_state(self, run: Run, state: TrainState) -> Run:
         """Returns the run with a state that the caller assigned, in the structure and types that the steps take."""
         state.check_alive()
+        step_of_one(state)  # raises if the state is stacked
         state, held = run.with_arrays(state), run.peek().opt_state
         if self.step_fn is None and not has_same_shapes(state.opt_state, held):
             opt_state = self.whole_optimizer.fitted(state.opt_state, state.params, held)

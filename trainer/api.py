@@ -23,6 +23,7 @@ from trainer.errors import ArgumentTypeError
 from trainer.fit import epochs
 from trainer.fit import resume as resuming
 from trainer.fit.assemble import assemble
+from trainer.fit.common_batches import compare_single
 from trainer.fit.finite import hold_if_finite
 from trainer.fit.inspection import Inspection
 from trainer.fit.plan import plan_epoch, plan_evaluation, plan_run
@@ -172,6 +173,7 @@ class Trainer(Inspection):
             metrics = jax.jit(make_eval_step(loss_fn))(trainer.state, batch)
         """
         batch, _ = self.setup.placement.place_batch(self.setup.with_mask(batch), at_once=True)
+        compare_single(self.setup.live.passes, self.setup.placement, "validate_step", batch)
         state = self.run.state_with_edits()
         metrics = evaluate_batch(self.setup.eval_step, state, batch, 0, self.setup.placement)
         self.hold(self.run.recorded(metrics, prefix="val_"))

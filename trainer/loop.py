@@ -29,7 +29,8 @@ from trainer.errors import ArgumentError, ArgumentTypeError, BatchError
 from trainer.metrics.average import WeightedAverage
 from trainer.metrics.throughput import Meter
 from trainer.run import FromLoader, Run
-from trainer.sharding.placement import Placement, SingleDevice, next_batch_from
+from trainer.sharding.placement import Placement, next_batch_from
+from trainer.sharding.single_device import SingleDevice
 from trainer.state import TrainState
 from trainer.types import Batch, Metrics
 

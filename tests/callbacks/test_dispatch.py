@@ -382,3 +382,18 @@ def test_it_keeps_nothing_alive():
         assert alive() is None
     finally:
         gc.enable()
+
+
+def test_a_wish_to_stop_counts_whichever_process_it_is_from():
+    own = EarlyStopping("loss")
+    own.should_stop, own.reason = False, "the loss stalls"
+    dispatcher = CallbackDispatcher(CallbackList([own]), {})
+    dispatcher.share_stop([[], ["the time is up"]])
+    assert dispatcher.should_stop
+    assert dispatcher.stop_reasons() == ["the time is up, in process 1"]
+    assert dispatcher.own_stop_reasons() == []
+    own.should_stop = True
+    assert dispatcher.stop_reasons() == dispatcher.own_stop_reasons() == ["the loss stalls"]
+    own.should_stop = False
+    dispatcher.share_stop([[], []])
+    assert not dispatcher.should_stop

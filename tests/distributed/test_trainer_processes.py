@@ -450,3 +450,33 @@ def test_where_the_time_of_one_process_is_up_all_end_after_the_same_epoch():
     found = [json.loads(out.splitlines()[-1]) for _, out, _ in results]
     assert [elapsed for elapsed, *_ in found] == [0.0, 12.0]
     assert found[0][1:] == found[1][1:] == [2, 2 * -(-len(data()["input"]) // 16), "the time of 0:00:10 is up", True]
+
+
+STOPPED = """
+import tempfile
+from tests.distributed.test_trainer_processes import trainer_on
+from tests.sharding.test_trainer_mesh import data
+from trainer import Callback, make_mesh
+
+class Stops(Callback):
+    def on_epoch_end(self, trainer, epoch, logs):
+        self.should_stop = process == 1 and epoch >= 1
+
+parts = [{name: column[process::2] for name, column in data(16).items()}] * 2
+trainer = trainer_on(make_mesh({"data": 2}), tempfile.mkdtemp(), callbacks=[Stops()], train_data_loader=parts)
+trainer.train(data(), 5, 16)
+found = [trainer.epoch, trainer.should_stop, trainer.setup.events.stop_reasons()]
+trainer = trainer_on(make_mesh({"data": 2}), tempfile.mkdtemp(), callbacks=[Stops()], train_data_loader=parts)
+while trainer.epoch < 5 and not trainer.should_stop:
+    trainer.train_epoch()
+print(json.dumps([*found, trainer.epoch]))
+"""
+
+
+@pytest.mark.slow
+def test_where_a_callback_of_one_process_asks_to_stop_all_end_after_the_same_epoch():
+    results, _ = finish(start(JOIN + STOPPED, 2), timeout=90)
+    assert [status for status, _, _ in results] == [0, 0], results
+    found = [json.loads(out.splitlines()[-1]) for _, out, _ in results]
+    assert found[0] == [2, True, ["Stops asked for it, in process 1"], 2]
+    assert found[1] == [2, True, ["Stops asked for it"], 2]

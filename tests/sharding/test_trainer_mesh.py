@@ -235,6 +235,68 @@ class TestState:
         assert trainer.model(data()["input"]).shape == (EXAMPLES, 256)
 
 
+CALLS = {
+    "train": lambda trainer: trainer.train(data(), 1, BATCH),
+    "train on a loader": lambda trainer: trainer.train([batch()], 1, BATCH),
+    "train_step": lambda trainer: trainer.train_step(batch()),
+    "validate_step": lambda trainer: trainer.validate_step(batch()),
+    "evaluate": lambda trainer: trainer.evaluate(data(), BATCH),
+    "predict": lambda trainer: trainer.predict(data(), BATCH),
+    "compile": lambda trainer: trainer.compile(batch()),
+    "summary": lambda trainer: trainer.summary(batch=batch()),
+    "find_learning_rate": lambda trainer: trainer.find_learning_rate(data(), BATCH, steps=10),
+}
+
+
+class TestAMeshOfOneDevice:
+    """Batches that are elsewhere already are placed on it, as over several devices."""
+
+    @pytest.mark.parametrize("explicit", [True, False], ids=["explicit axes", "another device"])
+    def test_batches_from_elsewhere_are_placed(self, explicit, tmp_path):
+        first, last = jax.devices()[0], jax.devices()[-1]
+        mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Explicit,), devices=[last])
+        place = NamedSharding(mesh, P("data")) if explicit else first
+        trainers = [
+            Trainer(Perceptron(nnx.Rngs(0)), config(), loss_fn=objective, workdir=tmp_path / str(index), mesh=one)
+            for index, one in enumerate((mesh if explicit else make_mesh({"data": 1}, [last]), None))
+        ]
+        parts = [batch(), batch(8)]
+        for trainer, batches in zip(trainers, (jax.device_put(parts, place), parts), strict=True):
+            trainer.train(batches, 1, BATCH, batches)
+            trainer.train_step(batches[0])
+            trainer.validate_step(batches[0])
+            trainer.evaluate(batches, BATCH)
+            trainer.compile(batches[0])
+        assert_same_bits(*(jax.device_put(jax.device_get(trainer.state.params)) for trainer in trainers))
+        assert all(leaf.devices() == {last} for leaf in jax.tree.leaves(trainers[0].state.params))
+
+
+class TestAxesThatSplitNothing:
+    @pytest.mark.parametrize("axis", ["batch", "dp"])
+    def test_they_are_told_once(self, axis, tmp_path):
+        trainer = Trainer(Perceptron, config(), loss_fn=objective, workdir=tmp_path, mesh=make_mesh({axis: 8}))
+        with pytest.warns(UserWarning, match=f"`mesh` has the axes '{axis}', and nothing is split") as caught:
+            trainer.train(data(), 2, BATCH)
+        trainer.train_step(batch())  # a second warning would be an error
+        assert len(caught) == 1
+
+    @pytest.mark.parametrize(
+        ("axes", "rules"),
+        [({"data": 8}, None), ({"batch": 1}, None), ({"tensor": 8}, RULES)],
+        ids=["of a batch", "of one device", "of a rule"],
+    )
+    def test_others_are_not(self, axes, rules, tmp_path):
+        (size,) = axes.values()
+        mesh = make_mesh(axes, jax.devices()[:size])
+        options = {"loss_fn": objective, "workdir": tmp_path, "mesh": mesh, "partition_rules": rules}
+        Trainer(Perceptron, config(), **options).train(data(), 1, BATCH)
+
+    def test_nor_for_batches_that_the_caller_has_split(self, tmp_path):
+        mesh = make_mesh({"batch": 8})
+        split = jax.device_put(batch(), batch_sharding(mesh, "batch"))
+        Trainer(Perceptron, config(), loss_fn=objective, workdir=tmp_path, mesh=mesh).train([split], 1, BATCH)
+
+
 class TestAxesOfTypeExplicit:
     """Those of `jax.make_mesh`, unless it is told otherwise."""
 
@@ -263,6 +325,18 @@ class TestAxesOfTypeExplicit:
         ours = make_mesh({"data": 8})
         with jax.set_mesh(ours):
             Trainer(Perceptron(nnx.Rngs(0)), config(), loss_fn=objective, mesh=ours).train_step(data(16))
+
+    @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+    @pytest.mark.parametrize("devices", [1, 8])
+    def test_one_that_is_set_later_is_refused_by_each_call(self, call, devices, tmp_path):
+        trainer = build(tmp_path, "data" if devices == 8 else "one device")
+        with (
+            jax.set_mesh(jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Explicit,))),
+            pytest.raises(ArgumentError, match="set_mesh has set a mesh with axes of type Exp"),
+        ):
+            call(trainer)
+        assert trainer.step == 0
+        trainer.train_step(batch())
 
     def test_a_state_is_created_partitioned_and_trained(self):
         mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Explicit,))

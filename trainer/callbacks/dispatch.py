@@ -34,6 +34,7 @@ class CallbackDispatcher:
         self._extensions = extensions
         self._all = CallbackList((callbacks, *extensions.values(), *([] if display is None else [display])))
         self.emit = self._all.emit  # three times in every step
+        self._reasons_elsewhere: list[str] = []
         # Taken before any event changes them.
         self._made = [(callback, _attributes_of(callback)) for callback in flatten([callbacks])]
         self._made += [(one, {"class": _short(type(one).__qualname__)}) for one in extensions.values()]
@@ -57,13 +58,21 @@ class CallbackDispatcher:
 
     @property
     def should_stop(self) -> bool:
-        """Whether any callback or extension asks to end the run."""
-        return self._all.should_stop
+        """Whether any callback or extension asks to end the run, here or at the last `share_stop` in any process."""
+        return self._all.should_stop or bool(self._reasons_elsewhere)
 
     def stop_reasons(self) -> list[str]:
         """Returns why callbacks ask to end the run: their ``reason``, or their class name."""
+        return self.own_stop_reasons() or self._reasons_elsewhere
+
+    def own_stop_reasons(self) -> list[str]:
+        """Returns why callbacks of this process ask to end the run."""
         asking = [one for one in self._all.in_order() if asks_to_stop(one)]
         return [getattr(one, "reason", None) or f"{type(one).__name__} asked for it" for one in asking]
+
+    def share_stop(self, reasons: Sequence[Sequence[str]]) -> None:
+        """Takes the `own_stop_reasons` of each process, in process order: the run ends in all if it does in one."""
+        self._reasons_elsewhere = [f"{why}, in process {process}" for process, own in enumerate(reasons) for why in own]
 
     def state_dict(self) -> list[dict[str, Any]]:
         """Returns the states of the callbacks and extensions that have ``state_dict`` and ``load_state_dict``.

@@ -116,7 +116,7 @@ def exchange(name: str, value: Any, timeout_seconds: float, *, once: bool = Fals
             if verdict.outcome == _COMPLETE:
                 held = _look(directory)[number].values
                 _leave(directory, number)
-                values = {other: msgpack.unpackb(base64.b64decode(text)) for other, text in sorted(held.items())}
+                values = {other: _unpacked(text) for other, text in sorted(held.items())}
                 return Exchanged(values, verdict.identity)
             # A process that was given up on is late, and joins the next round.
             if verdict.outcome == _GIVEN_UP and (once or process not in verdict.missing):
@@ -141,6 +141,12 @@ def leave_unfinished(name: str, reason: str) -> None:
     _decide(_directory_of(name), 0, _given_up([jax.process_index()], f", since it {reason}"))
 
 
+def values_so_far(name: str) -> dict[int, Any]:
+    """Returns the value of each process that has come to a one-time round which is not complete; does not wait."""
+    seen = _look(_directory_of(name)).get(0, _Seen())
+    return {} if seen.verdict else {process: _unpacked(text) for process, text in seen.values.items()}
+
+
 def delete_round(name: str) -> None:
     """Deletes the rest of a one-time round, once all processes are done with it."""
     delete_directory(_directory_of(name))
@@ -160,6 +166,10 @@ def announce_end() -> None:
 def rounds_in_store() -> list[str]:
     """Returns the keys of all rounds, for tests and for inspecting what a run left behind."""
     return sorted(unquote(key) for key in read_directory(_ROUNDS))
+
+
+def _unpacked(text: str) -> Any:
+    return msgpack.unpackb(base64.b64decode(text))
 
 
 def _directory_of(name: str) -> str:

@@ -14,18 +14,19 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from trainer.callbacks.base import flatten, runs_last
 from trainer.checkpoints.run_record import Restored
 from trainer.compile.cost import ProgramCost, cost_of
 from trainer.compile.dispatch import CompileReport
 from trainer.distributed.signals import Signals
 from trainer.errors import ObjectiveError, warn
 from trainer.fit.cadence import steps_due
+from trainer.fit.common_batches import compare_single
+from trainer.fit.ends import is_end, is_to_be_saved, leave, may_save, save_end
 from trainer.fit.finite import hold_if_finite, react_if_not_finite
 from trainer.fit.plan import FitPlan
 from trainer.fit.resume import checked, find, planned_end, put_back
 from trainer.fit.run_file import write_start
-from trainer.fit.running import running, save_if_finite
+from trainer.fit.running import running
 from trainer.fit.setup import Planned, Setup
 from trainer.fit.speeds import figures_written, note_epoch
 from trainer.loggers.base import prefixed
@@ -45,7 +46,7 @@ def fit(trainer: Trainer, plan: FitPlan, resume: bool | str | os.PathLike[str]) 
     setup, before = trainer.setup, trainer.run
     setup.live.validates = plan.held_out is not None
     setup.latest_copy.check(before)
-    if not setup.live.is_savable and _may_save(setup, plan, before):
+    if not setup.live.is_savable and may_save(setup, plan, before):
         setup.live.is_savable = setup.check_savable()
     restored = find(setup, before, plan, resume)
     setup.live.planned, setup.live.failure, setup.live.has_ended = plan.planned, "", False
@@ -76,13 +77,15 @@ def fit(trainer: Trainer, plan: FitPlan, resume: bool | str | os.PathLike[str]) 
         if plan.data is not None:
             plan.data.finish_import()
         raise
-    _leave(trainer, plan)
+    leave(trainer, plan)
     return trainer.run
 
 
 def train_step(trainer: Trainer, batch: Batch) -> Metrics:
     """Runs one step on a placed batch and emits its events; see `Trainer.train_step`."""
     setup = trainer.setup
+    if not setup.live.is_running:  # else the loop has compared it
+        compare_single(setup.live.passes, setup.placement, "train_step", batch)
     setup.events.emit("on_batch_begin", trainer, trainer.run.step)
     if not setup.live.is_running:  # else the run has done both
         setup.latest_copy.check(trainer.run)
@@ -103,7 +106,7 @@ def finish(trainer: Trainer) -> None:
     # Of several processes, one may close because of an exception, and the others would not take part in the save.
     if setup.live.unsaved_step == run.step and run.position is not None and setup.placement.num_processes == 1:
         setup.live.unsaved_step = None
-        _save_end(trainer)
+        save_end(trainer)
     setup.finish_saves()
 
 
@@ -113,7 +116,7 @@ def validate(trainer: Trainer, held_out: Callable[[], Iterator[Batch]], check: C
     hold_if_finite(trainer)
     setup.events.emit("on_validation_begin", trainer)
     state = trainer.run.state_with_edits()
-    with setup.ahead(held_out(), may_be_short=True) as batches:
+    with setup.ahead(held_out(), "validation") as batches:
         averages = evaluate(_telling(trainer), state, batches, placement=setup.placement, check=check)
     trainer.hold(trainer.run.validated(averages))
     setup.fanout.report("val", trainer.run.step, averages)
@@ -153,6 +156,7 @@ def _run_epochs(
             setup.fanout.log_text("training", plan.about, trainer.run.step)
         first = plan.position.first_epoch if restored is None else _position(trainer.run).first_epoch
         average = None
+        setup.share_stop()
         for epoch in range(trainer.run.epoch, first + plan.num_epochs):
             # A run that was asked to stop after its last epoch, and is resumed there, stays stopped.
             if trainer.run.batch == 0 and epoch > first and setup.events.should_stop:
@@ -161,7 +165,7 @@ def _run_epochs(
                 setup.fanout.log_text("training", f"{done}: {why}", trainer.run.step)
                 break
             batches = _open_epoch(trainer, plan, opening)
-            with rare_collections(), setup.ahead(batches, may_be_short=trainer.run.batch > 0) as batches:
+            with rare_collections(), setup.ahead(batches, "training", first=trainer.run.batch) as batches:
                 _run_epoch(trainer, plan, signals, batches, is_last=epoch + 1 == first + plan.num_epochs)
             opening = contextlib.nullcontext()
             # The average of the previous epoch: the device has finished it, so reading does not wait.
@@ -174,13 +178,13 @@ def _run_epochs(
         react_if_not_finite(trainer, trainer.run.average)
         setup.fanout.flush()
         # A callback may have stopped the run before the end of the epoch at which validation was due.
-        if plan.held_out is not None and _not_validated(trainer.run) and _is_end(setup, plan, trainer.run):
+        if plan.held_out is not None and _not_validated(trainer.run) and is_end(setup, plan, trainer.run):
             validate(trainer, plan.held_out, signals.check)
         if plan.caller == "train" and trainer.run.validation is not None and plan.held_out is not None:
             setup.fanout.log_test_metrics(trainer.run.validation.averages)
-        if _is_to_be_saved(setup, plan, trainer.run):
-            _save_end(trainer)
-        setup.live.has_ended = _is_end(setup, plan, trainer.run)
+        if is_to_be_saved(setup, plan, trainer.run):
+            save_end(trainer)
+        setup.live.has_ended = is_end(setup, plan, trainer.run)
 
 
 def _run_epoch(trainer: Trainer, plan: FitPlan, signals: Signals, batches: Iterator[Batch], *, is_last: bool) -> None:
@@ -247,6 +251,7 @@ def _run_epoch(trainer: Trainer, plan: FitPlan, signals: Signals, batches: Itera
     # Computing the average waits for the device, so it is done only if the event is handled.
     if setup.events.handles("on_epoch_end"):
         setup.events.emit("on_epoch_end", trainer, epoch, {**trainer.run.average.compute(), **validation})
+    setup.share_stop()
 
 
 def _open_epoch(trainer: Trainer, plan: FitPlan, opening: contextlib.AbstractContextManager[None]) -> Iterator[Batch]:
@@ -345,65 +350,6 @@ def tell_compilation(trainer: Trainer, report: CompileReport, step: int, meter: 
     setup.fanout.log_text("compilation", f"{report.name} took {report.seconds:.1f} s to compile", step)
     if report.warning is not None:
         warn(report.warning)
-
-
-def _may_save(setup: Setup, plan: FitPlan, run: Run) -> bool:
-    """Returns whether a call is going to save: at its end, at an interval that it reaches, or by a callback.
-
-    With several processes, their horizons may differ, and a save that cannot be written fails in all of them.
-    """
-    if setup.placement.num_processes > 1:
-        return False
-    every, steps = plan.save_every, plan.horizon
-    reaches = every is not None and steps is not None and run.step // every < (run.step + steps) // every
-    saves_itself = not setup.fast_dev_run and any(map(runs_last, flatten([setup.callbacks])))
-    return setup.is_directory_given or reaches or saves_itself
-
-
-def _is_to_be_saved(setup: Setup, plan: FitPlan, run: Run) -> bool:
-    """Returns whether to save so that no training is lost: at the end of a run whose latest step is in no checkpoint.
-
-    A call to ``train_epoch`` may be the last one, so the first call also saves if there is no checkpoint yet.
-    """
-    saved = setup.checkpointer.saved_step(run)
-    if not setup.is_directory_given or saved == run.step:
-        return False
-    return _is_end(setup, plan, run) or saved is None
-
-
-def _leave(trainer: Trainer, plan: FitPlan) -> None:
-    """Sees to it that an epoch of ``train_epoch`` is not lost if no other call follows.
-
-    If the configuration leaves ``num_epochs`` at its default, every call may be the last, and few loops call `close`.
-    So each call saves, but in the background and after its last event, so that it does not wait for the save: the next
-    epoch runs beside it, and only a save that takes longer than an epoch delays the next one. Of a known number, the
-    last call saves; a loop that ends before leaves the rest to `close`.
-    """
-    setup, run = trainer.setup, trainer.run
-    if plan.caller != "train_epoch" or not setup.is_directory_given or setup.checkpointer.saved_step(run) == run.step:
-        return
-    if plan.planned.num_epochs is None:
-        _save_end(trainer, background=True)
-    else:
-        setup.live.unsaved_step = run.step
-
-
-def _save_end(trainer: Trainer, *, background: bool = False) -> None:
-    """Saves the run at the end of an epoch, or starts to."""
-    run = trainer.run
-    trainer.hold(trainer.setup.with_known_position(run))
-    try:
-        if background:
-            trainer.save_checkpoint(background="if_finite")
-        else:
-            save_if_finite(trainer)
-    finally:
-        trainer.hold(run)
-
-
-def _is_end(setup: Setup, plan: FitPlan, run: Run) -> bool:
-    """Returns whether the end of a call is the end of the run, by its length or because a callback stopped it."""
-    return plan.ends_run(setup.config, run.epoch) or setup.events.should_stop
 
 
 def _resumed(plan: FitPlan, position: Position) -> Planned:

@@ -40,6 +40,8 @@ class Inspection(ReadOnly):
         """Returns a table of the model, to print, with operation counts for a batch: see `trainer.summarize`."""
         from trainer.features.summary import summarize  # here, as below: runs do not need it
 
+        if batch is not None:
+            self.setup.placement.check_context()
         return summarize(self.run.peek(), depth, loss_fn=None if batch is None else self.setup.loss_fn, batch=batch)
 
     def predict(self, data: Any, batch_size: int, fn: Callable[[Any, Batch], Any] | None = None) -> Any:
@@ -111,6 +113,7 @@ class Inspection(ReadOnly):
         from trainer.features.search import rates_between, try_rates
 
         setup = self.setup
+        setup.placement.check_context()
         if setup.make_step is None:
             raise ArgumentError("the learning rate of a `step_fn` is its own, and cannot be searched.")
         rates = rates_between(low, high, steps)

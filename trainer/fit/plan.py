@@ -15,6 +15,7 @@ from trainer.data.loaders import check_loader, gives_batches, one_pass, takes_ba
 from trainer.data.memory import InMemoryData
 from trainer.data.resumable import left_in_place
 from trainer.errors import ArgumentError, ArgumentTypeError, warn
+from trainer.fit.common_batches import common_batches, length_of
 from trainer.fit.identity import describe_call
 from trainer.fit.setup import Planned, Setup
 from trainer.fit.unused_settings import warn_of_overridden
@@ -115,9 +116,11 @@ def plan_run(
     told = {"val_interval": common["validate_every"]}
     given = {"train_data": train_data, "val_data": val_data}
     loaders = {name: one for name, one in given.items() if _is_loader(one)}
+    limits = {"train_data": setup.config.steps_per_epoch, "val_data": setup.config.validation_steps}
+    lengths = {name: length_of(one, limits[name]) for name, one in loaders.items()}
     if not in_memory:
         common["arguments"] = describe_call(setup, told, val_data=val_in_memory, loaders=loaders)
-        setup.agree_on_run("train", run, counts, val_data=val_in_memory)
+        setup.agree_on_run("train", run, counts, lengths, val_data=val_in_memory)
         horizon = setup.horizon_of(train_data, num_epochs) or None
         common["planned"] = Planned(run.step, horizon, setup.horizon_of(train_data, 1), run.epoch, num_epochs)
         return _over_loader(run, train_data, "train_data", horizon=horizon, first_step=run.step, **common)
@@ -131,7 +134,7 @@ def plan_run(
             f"`batch_size` is {batch_size} but `train_data` has {data.num_examples} examples; every epoch is "
             f"one batch of {data.num_examples}."
         )
-    setup.agree_on_run("train", run, counts, train_data=data, val_data=val_in_memory)
+    setup.agree_on_run("train", run, counts, lengths, train_data=data, val_data=val_in_memory)
     common["arguments"] = describe_call(setup, told, data, val_in_memory, loaders)
     return FitPlan(
         position=InMemory(setup.seed, data.examples_per_epoch, batch_size, run.epoch, run.step),
@@ -152,8 +155,10 @@ def plan_epoch(setup: Setup, run: Run, resume: Any) -> FitPlan:
             "`train_data_loader` was not given to the Trainer, and train_epoch() trains on nothing else; "
             "pass one, or call train(data, num_epochs, batch_size)."
         )
-    setup.agree_on_run("train_epoch", run, {"resume": str(resume)})
     size, loader, held_out = setup.config.batch_size, setup.val_data_loader, None
+    lengths = {"train_data_loader": length_of(setup.train_data_loader, setup.config.steps_per_epoch)}
+    lengths["val_data_loader"] = length_of(loader, setup.config.validation_steps)
+    setup.agree_on_run("train_epoch", run, {"resume": str(resume)}, lengths)
     if loader is not None:
         held_out = _passes_over(setup, loader, size, "val_data_loader")
     training = setup.train_data_loader
@@ -202,19 +207,21 @@ def plan_evaluation(setup: Setup, run: Run, data: Any, batch_size: int) -> Itera
         )
     held = None if _is_loader(data) else setup.in_memory(data, batch_size, "data")
     batches = setup.padded(_all_of(data, batch_size)) if held is None else held.in_order()
-    setup.agree_on_run("evaluate", run, {"batch_size": batch_size}, data=held)
-    return batches
+    lengths = {"data": length_of(data)} if held is None else {}
+    setup.agree_on_run("evaluate", run, {"batch_size": batch_size}, lengths, data=held)
+    return common_batches(batches, setup.placement, "evaluation")
 
 
 def plan_prediction(setup: Setup, run: Run, data: Any, batch_size: int) -> Iterator[Batch]:
     """Returns the batches of a call to ``predict``, on which all processes agree."""
     if _is_loader(data):
         batches = _all_of(data, batch_size)
-        setup.agree_on_run("predict", run, {"batch_size": batch_size})
+        setup.agree_on_run("predict", run, {"batch_size": batch_size}, {"data": length_of(data)})
         # With several processes, none knows which rows of a batch are the padding of another process.
-        return setup.padded(batches, mask=False) if setup.placement.num_processes == 1 else batches
+        batches = setup.padded(batches, mask=False) if setup.placement.num_processes == 1 else batches
+        return common_batches(batches, setup.placement, "prediction")
     held = setup.in_memory(data, batch_size, "data", mask=False)
-    setup.agree_on_run("predict", run, {"batch_size": batch_size}, data=held)
+    setup.agree_on_run("predict", run, {"batch_size": batch_size}, {}, data=held)
     return held.in_order()
 
 
@@ -239,7 +246,12 @@ def search_batches(setup: Setup, data: Any, batch_size: int | None) -> Iterator[
     check_loader(data, name, has_epoch=True)
     limit = setup.config.steps_per_epoch
     with left_in_place(data, name):
-        yield lambda number: setup.padded(one_pass(data, size, name, limit, bound="", epoch=number), size)
+
+        def opened(number: int) -> Iterator[Batch]:
+            batches = setup.padded(one_pass(data, size, name, limit, bound="", epoch=number), size)
+            return common_batches(batches, setup.placement, "range test")
+
+        yield opened
 
 
 def first_batch(setup: Setup, plan: FitPlan) -> Batch:

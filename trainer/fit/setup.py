@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,13 +20,15 @@ from trainer.compile.dispatch import CompiledStep, Program
 from trainer.config import TrainingConfig, make_schedule
 from trainer.config.schedules import check_horizon, needs_horizon
 from trainer.core.objective import check_weight, with_losses
-from trainer.data.loaders import first_batches, is_factory
+from trainer.data.loaders import first_batches
 from trainer.data.memory import Epoch, InMemoryData
 from trainer.data.padding import PaddedBatches, with_mask
 from trainer.data.resumable import LoaderPass, LoaderPosition
 from trainer.distributed.agreement import check_agreement, gathered
+from trainer.distributed.passes import CommonPass
 from trainer.distributed.replicas import check_replicas
 from trainer.errors import ArgumentError, CheckpointError, warn
+from trainer.fit.common_batches import check_lengths, common_batches, length_of
 from trainer.fit.constants import Constants
 from trainer.fit.copies import LatestCopy
 from trainer.fit.rate import RateInForce
@@ -94,6 +96,7 @@ class Live:
         has_advised: Whether fusing was recommended.
         has_warned: Whether there was a warning that the loss is not finite.
         is_savable: Whether `Setup.check_savable` found that checkpoints can be saved.
+        passes: What compares the batches of single steps with those of other processes, by the name of the method.
     """
 
     trainer: Callable[[], Any]
@@ -110,6 +113,7 @@ class Live:
     has_advised: bool = False
     has_warned: bool = False
     is_savable: bool = False
+    passes: dict[str, CommonPass] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -174,9 +178,36 @@ class Setup:
             prints = {name: None if held is None else held.fingerprint(_BYTES_COMPARED) for name, held in data.items()}
             check_agreement({what: {**parts, **prints}})
 
-    def agree_on_run(self, what: str, run: Run, arguments: Mapping[str, Any], **data: InMemoryData | None) -> None:
-        """Checks that all processes have the same arguments, data and progress, before a call does anything."""
+    def agree_on_run(
+        self,
+        what: str,
+        run: Run,
+        arguments: Mapping[str, Any],
+        lengths: Mapping[str, int | None],
+        **data: InMemoryData | None,
+    ) -> None:
+        """Checks that all processes have the same arguments, data and progress, before a call does anything.
+
+        Args:
+            what: The call.
+            run: The run.
+            arguments: The arguments to compare.
+            lengths: The result of `length_of` for each loader, by name.
+            **data: The data in memory, by name.
+
+        Raises:
+            ArgumentError: The call is inside `jax.set_mesh` of a mesh that the state is not on.
+            DistributedError: In all processes, if one of them differs.
+        """
+        self.placement.check_context()
         self.agree(what, {**arguments, "step": run.step, "epoch": run.epoch, "rng": list(self.seed)}, **data)
+        if lengths and self.placement.num_processes > 1:
+            check_lengths(lengths)
+
+    def share_stop(self) -> None:
+        """Makes all processes end the run after the same epoch if a callback of any of them asks for it."""
+        if self.placement.num_processes > 1:
+            self.events.share_stop(gathered(self.events.own_stop_reasons(), name="reasons to stop"))
 
     def agree_on_state(self, run: Run) -> None:
         """Checks that replicated arrays of the state are equal in all processes, before a run trains on it.
@@ -230,13 +261,24 @@ class Setup:
         """Returns the batches of a loader, padded if ``pad_to`` is set; arguments as for `PaddedBatches`."""
         return batches if self.pad_to is None else PaddedBatches(batches, size, mask=mask, setting=setting)
 
-    def ahead(
-        self, batches: Iterator[Batch], *, may_be_short: bool
-    ) -> contextlib.AbstractContextManager[Iterator[Batch]]:
-        """Returns a context manager for the batches of an epoch or validation, prefetched if ``prefetch`` is set."""
-        if not self.prefetch or isinstance(batches, Epoch):
-            return contextlib.nullcontext(batches)
-        return prefetched(batches, self.prefetch, placement=self.placement, may_be_short=may_be_short)
+    @contextlib.contextmanager
+    def ahead(self, batches: Iterator[Batch], name: str, *, first: int = 0) -> Iterator[Iterator[Batch]]:
+        """A context with the batches of a pass: prefetched if ``prefetch`` is set, and the same in all processes.
+
+        Args:
+            batches: The batches.
+            name: Names the pass, for messages.
+            first: The number of the first batch. Only batch 0 of a training pass cannot be a short last one.
+        """
+        may_be_short = first > 0 or name != "training"
+        with contextlib.ExitStack() as exits:
+            if self.prefetch and not isinstance(batches, Epoch):
+                ahead = prefetched(batches, self.prefetch, placement=self.placement, may_be_short=may_be_short)
+                batches = exits.enter_context(ahead)
+            common = common_batches(batches, self.placement, name, first=first, may_be_short=may_be_short)
+            if common is not batches:
+                exits.callback(common.close)  # type: ignore[attr-defined]
+            yield common
 
     def check_micro_batches(self, data: InMemoryData) -> None:
         """Checks that every training batch has enough examples for the micro-batches of a step.
@@ -307,9 +349,8 @@ class Setup:
     def horizon_of(self, loader: Any, num_epochs: int | None = None) -> int | None:
         """Returns the number of steps of all epochs over a loader; None if its length is unknown."""
         steps = self.config.steps_per_epoch
-        if steps is None and isinstance(loader, Sized) and not is_factory(loader):
-            with contextlib.suppress(TypeError):  # an iterable-style torch loader has no length after all
-                steps = len(loader)
+        if steps is None:
+            steps = length_of(loader)
         num_epochs = self.config.num_epochs if num_epochs is None else num_epochs
         return None if steps is None else steps * num_epochs
 

@@ -7,27 +7,27 @@ by its indices, and each process gathers only the rows that its devices hold.
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, final
 
 import jax
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from trainer.batches import checked_batch, summarize
-from trainer.data.host_arrays import flat_copy, private_copy
+from trainer.data.host_arrays import private_copy
 from trainer.data.memory import Epoch, dtype_in_jax
 from trainer.errors import ArgumentError, ArgumentTypeError, BatchError, warn
 from trainer.sharding.arrays import gather_rows, to_global
 from trainer.sharding.create import create_sharded
 from trainer.sharding.mesh import BATCH_AXES, batch_sharding, multiples_near, shares_threads, with_auto_axes
 from trainer.sharding.partition import partition
+from trainer.sharding.single_device import SingleDevice, cached_ints, number_of_examples
 from trainer.state import TrainState
 from trainer.types import Batch
 
-_CACHED_INTS = 256
 _END = object()
 
 
@@ -71,6 +71,16 @@ class Placement(Protocol):
 
         Raises:
             ArgumentError: They cannot.
+        """
+
+    def own_examples(self, examples: int) -> int:
+        """Returns how many examples of a global batch of this size come from this process."""
+
+    def check_context(self) -> None:
+        """Checks that arrays on these devices can be used where this is called.
+
+        Raises:
+            ArgumentError: `jax.set_mesh` has set a mesh that the arrays are not on.
         """
 
     def place_batch(
@@ -125,66 +135,6 @@ class Placement(Protocol):
 
 
 @final
-class SingleDevice:
-    """JAX's default device.
-
-    Batches stay uncommitted, so a compiled step moves them to wherever its state is.
-    """
-
-    num_processes = 1
-    one_call_at_a_time = False
-    is_primary_process = True
-    replicated: NamedSharding | None = None
-
-    def __init__(self) -> None:
-        self._ints = _cached_ints(None)
-
-    def create(
-        self,
-        model: Any,
-        optimizer: optax.GradientTransformation,
-        rng: jax.Array,
-        held: Mapping[str, Any],
-    ) -> TrainState:
-        return TrainState.create(model, optimizer, rng=rng, **held)
-
-    def adopt(self, state: TrainState) -> TrainState:
-        return state
-
-    def check_batch_size(self, batch_size: int) -> None:
-        del batch_size
-
-    def place_batch(
-        self, batch: Any, *, may_be_short: bool = True, at_once: bool = False, is_private: bool = False
-    ) -> tuple[Batch, int]:
-        del may_be_short
-        known = None if is_private else flat_copy(batch)
-        if known is not None:
-            return known if at_once else (jax.device_put(known[0]), known[1])
-        batch, length = checked_batch(batch)
-        batch = batch if is_private else private_copy(batch)
-        return batch if at_once else jax.device_put(batch), _examples(length)
-
-    def abstract_batch(self, batch: Any) -> tuple[Any, int]:
-        batch, length = checked_batch(batch)
-        return batch, _examples(length)
-
-    def next_batch(self, epoch: Epoch, *, at_once: bool = False) -> tuple[Batch, int] | None:
-        batch = next(epoch, None)
-        return None if batch is None else (batch if at_once else jax.device_put(batch), epoch.drawn)
-
-    def next_batches(self, epoch: Epoch, count: int, capacity: int) -> Batch:
-        batches: Batch = jax.device_put(epoch.stacked(count, capacity))
-        return batches
-
-    def abstract_batch_of(self, epoch: Epoch) -> Any:
-        return epoch.specification()
-
-    def replicated_int(self, value: int) -> jax.Array:
-        return self._ints(value)
-
-
-@final
 class OverMesh:
     """The devices of a mesh, see `trainer.sharding`.
 
@@ -204,6 +154,7 @@ class OverMesh:
 
     def __init__(self, mesh: Mesh, rules: Mapping[str, PartitionSpec] | None) -> None:
         _check_mesh(mesh)
+        self.check_context()
         self.mesh, self._rules = mesh, rules = with_auto_axes(mesh), rules
         self._single = SingleDevice() if mesh.size == 1 else None
         self._axes = tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
@@ -211,10 +162,11 @@ class OverMesh:
         self.num_processes = jax.process_count()
         self.is_primary_process = jax.process_index() == 0
         self.replicated = NamedSharding(mesh, PartitionSpec())
-        self._ints = _cached_ints(self.replicated)
+        self._ints = cached_ints(self.replicated)
         self.one_call_at_a_time = shares_threads(mesh)
         shards = self._batch_sharding(self._shards).addressable_devices_indices_map((self._shards,))
         self._own_shards = len({index[0].start for index in shards.values() if index is not None})
+        self._is_first_state, self._is_idle = True, False
 
     def create(
         self,
@@ -224,19 +176,18 @@ class OverMesh:
         held: Mapping[str, Any],
     ) -> TrainState:
         if callable(model) and not isinstance(model, nnx.Module):
-            return create_sharded(model, optimizer, rng=rng, mesh=self.mesh, rules=self._rules, **held)
+            return self.adopt(create_sharded(model, optimizer, rng=rng, mesh=self.mesh, rules=self._rules, **held))
         return self.adopt(TrainState.create(model, optimizer, rng=rng, **held))
 
     def adopt(self, state: TrainState) -> TrainState:
-        if all(map(self._is_placed, jax.tree.leaves(state))):
-            return state
-        state.check_alive()
-
-        def place(leaf: Any, sharding: NamedSharding) -> Any:
-            return leaf if self._is_placed(leaf) else to_global(leaf, sharding)
-
-        adopted: TrainState = jax.tree.map(place, state, partition(state, self.mesh, self._rules))
-        return adopted
+        if not all(map(self._is_placed, jax.tree.leaves(state))):
+            state = self._placed(state)
+        if self._is_first_state:
+            self._is_first_state = False
+            leaves = jax.tree.leaves(state)
+            is_split = self._axes or not all(leaf.sharding.is_fully_replicated for leaf in leaves)
+            self._is_idle = self.mesh.size > 1 and not is_split
+        return state
 
     def check_batch_size(self, batch_size: int) -> None:
         if batch_size % self._shards:
@@ -246,14 +197,30 @@ class OverMesh:
                 f"{self._named_axes()}; the nearest that can is {nearest}."
             )
 
+    def own_examples(self, examples: int) -> int:
+        return examples * self._own_shards // self._shards
+
+    def check_context(self) -> None:
+        if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
+            raise ArgumentError(
+                "jax.set_mesh has set a mesh with axes of type Explicit, and a trainer's arrays are on axes of type "
+                "Auto; make the trainer, and call it, outside of it, or set a mesh of trainer.make_mesh."
+            )
+
     def place_batch(
         self, batch: Any, *, may_be_short: bool = True, at_once: bool = False, is_private: bool = False
     ) -> tuple[Batch, int]:
+        if at_once:
+            self.check_context()
         if self._single is not None:
-            return self._single.place_batch(batch, may_be_short=may_be_short, at_once=at_once, is_private=is_private)
+            batch, examples = self._single.place_batch(
+                batch, may_be_short=may_be_short, at_once=at_once, is_private=is_private
+            )
+            return self._moved(batch), examples
         batch, length = checked_batch(batch)
         if all(map(self._is_placed, jax.tree.leaves(batch))):
-            return batch, _examples(length)
+            return batch, number_of_examples(length)
+        self._warn_if_idle()
         examples, shardings = self._shares(batch, length, may_be_short)
         batch = batch if is_private else private_copy(batch)
         if self.num_processes == 1:
@@ -268,8 +235,10 @@ class OverMesh:
         ), examples
 
     def abstract_batch(self, batch: Any) -> tuple[Any, int]:
+        self.check_context()
         if self._single is not None:
-            return self._single.abstract_batch(batch)
+            batch, examples = self._single.abstract_batch(batch)
+            return self._moved(batch), examples
         batch, length = checked_batch(batch)
         examples, shardings = self._shares(batch, length, may_be_short=False)
 
@@ -287,11 +256,13 @@ class OverMesh:
         index = epoch.next_indices()
         if index is None:
             return None
+        self._warn_if_idle()
         return epoch.gathered(functools.partial(gather_rows, index, self._batch_sharding(len(index)))), epoch.drawn
 
     def next_batches(self, epoch: Epoch, count: int, capacity: int) -> Batch:
         if self._single is not None:
             return self._single.next_batches(epoch, count, capacity)
+        self._warn_if_idle()
         index = epoch.next_several(count, capacity)
         sharding = NamedSharding(self.mesh, PartitionSpec(None, *self._batch_sharding(epoch.batch_size).spec))
         return epoch.gathered(functools.partial(gather_rows, index, sharding))
@@ -306,6 +277,39 @@ class OverMesh:
 
     def replicated_int(self, value: int) -> jax.Array:
         return self._ints(value)
+
+    def _placed(self, state: TrainState) -> TrainState:
+        state.check_alive()
+
+        def place(leaf: Any, sharding: NamedSharding) -> Any:
+            return leaf if self._is_placed(leaf) else to_global(leaf, sharding)
+
+        adopted: TrainState = jax.tree.map(place, state, partition(state, self.mesh, self._rules))
+        return adopted
+
+    def _moved(self, batch: Batch) -> Batch:
+        """Returns a batch for the only device, without arrays that are committed to others or are on another mesh."""
+        if not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(batch)):
+            return batch
+
+        def moved(leaf: Any) -> Any:
+            if not isinstance(leaf, jax.Array) or not leaf.committed or self._is_placed(leaf):
+                return leaf
+            is_here = isinstance(leaf.sharding, SingleDeviceSharding) and leaf.devices() == self.replicated.device_set
+            return leaf if is_here else jax.device_put(leaf, self.replicated)
+
+        return jax.tree.map(moved, batch)
+
+    def _warn_if_idle(self) -> None:
+        """Warns once if the mesh splits neither the state nor a batch that is placed here."""
+        if self._is_idle:
+            self._is_idle = False
+            warn(
+                f"`mesh` has the axes {', '.join(map(repr, self.mesh.axis_names))}, and nothing is split over them: "
+                f"every device holds the whole state and gets every batch whole. An axis that is to split the batch "
+                f"must be named 'data' or 'fsdp', as in make_mesh({{'data': -1}}); or pass batches that are split "
+                f"already."
+            )
 
     def _is_placed(self, leaf: Any) -> bool:
         sharding = getattr(leaf, "sharding", None)
@@ -397,35 +401,11 @@ def next_batch_from(
     return None if batch is _END else placement.place_batch(batch, may_be_short=may_be_short, at_once=at_once)
 
 
-def _examples(length: int | None) -> int:
-    return 1 if length is None else length
-
-
-def _cached_ints(sharding: NamedSharding | None) -> Callable[[int], jax.Array]:
-    """Returns a function from an int to an int32 array on every device, with a bounded cache.
-
-    The values are the number of steps in a call, which repeats, and the index of an evaluation batch, which is
-    unbounded.
-    """
-
-    @functools.lru_cache(maxsize=_CACHED_INTS)
-    def replicated_int(value: int) -> jax.Array:
-        array = jax.device_put(np.int32(value))
-        return array if sharding is None else to_global(array, sharding)
-
-    return replicated_int
-
-
 def _check_mesh(mesh: Any) -> None:
     if not isinstance(mesh, Mesh):
         raise ArgumentTypeError(
             f"`mesh` is of type {type(mesh).__name__}; it must be a jax.sharding.Mesh, such as "
             f"trainer.make_mesh({{'data': -1}})."
-        )
-    if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
-        raise ArgumentError(
-            "jax.set_mesh has set a mesh with axes of type Explicit, and a trainer's arrays are on axes of type Auto; "
-            "make the trainer, and call it, outside of it, or set a mesh of trainer.make_mesh."
         )
     absent = set(range(jax.process_count())) - {device.process_index for device in mesh.devices.flat}
     if absent:

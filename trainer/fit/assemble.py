@@ -47,7 +47,7 @@ from trainer.loggers.wandb import WandbLogger
 from trainer.paths import in_home
 from trainer.run import Run
 from trainer.sharding.placement import Placement, placement_of
-from trainer.state import TrainState, step_of_one, as_key, check_model, check_optimizer
+from trainer.state import TrainState, as_key, check_model, check_optimizer, step_of_one
 from trainer.steps import make_eval_step, make_predict_step, make_train_step
 from trainer.types import Batch, EvalParams, ExtensionLike, LogCallback, LossFn, NonFinite, Remat, StepFn
 

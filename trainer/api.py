@@ -57,7 +57,8 @@ class Trainer(Inspection):
         metrics_logger: Receives the metrics of training, of validation, and of the end of a run.
         logger: A logger, or several: they get the same metrics, epoch averages, texts, … The caller closes them.
         checkpoint_dir: The directory for checkpoints without a path, created at the first save.
-        save_interval: `train` saves a checkpoint at multiples of this step; None: only at its end.
+        save_interval: `train` saves a checkpoint at multiples of this step; None: only at its end. Without a directory,
+            the default saves none; another number asks for them.
         log_callback: Called as ``log_callback(step, metrics, prefix="train")``, or ``"val"``.
         callbacks: A `trainer.CallbackList`, or any sequence of callbacks.
         extensions: Extensions that contribute losses or handle events, by name.
@@ -265,6 +266,7 @@ class Trainer(Inspection):
         run = epochs.fit(self, plan, resume)
         return dict(run.validation.averages) if plan.held_out and run.validation else run.average.compute()
 
+    @takes_no("Trainer.evaluate")
     def evaluate(self, data: Any, batch_size: int) -> dict[str, float]:
         """Averages the objective over in-memory data or a loader, every example exactly once.
 
@@ -284,7 +286,8 @@ class Trainer(Inspection):
         """
         batches = plan_evaluation(self.setup, self.run, data, check_count(batch_size, "batch_size"))
         state = self.run.state_with_edits()
-        return evaluate(self.setup.eval_step, state, batches, placement=self.setup.placement)
+        with self.setup.evaluating(state):
+            return evaluate(self.setup.eval_step, state, batches, placement=self.setup.placement)
 
     def set_learning_rate(self, value: float) -> None:
         """Sets the learning rate from the next step on. Callbacks may call it; checkpoints include the rate.

@@ -464,3 +464,43 @@ def test_an_interpreter_that_exits_tells_of_a_failure(tmp_path):
 
 def test_a_pickle_is_written_at_once(tmp_path):
     assert build(tmp_path).save_checkpoint(tmp_path / "s.pkl", background=True).exists()
+
+
+class TestWithoutADirectory:
+    """Nothing is saved or read there unless the caller asks."""
+
+    @pytest.fixture(autouse=True)
+    def here(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+
+    def test_the_default_interval_saves_nothing(self, tmp_path):
+        trainer = build(None, steps_per_call=1000)
+        trainer.train([regression(2)] * 1100, 1, 2)
+        assert trainer.step == 1100
+        assert list(tmp_path.iterdir()) == []
+
+    def test_nor_does_that_of_train_epoch(self, tmp_path):
+        data = [regression(2)] * 1100
+        Trainer(Busy(), config(), loss_fn=squared_error, train_data_loader=data, steps_per_call=1000).train_epoch()
+        assert list(tmp_path.iterdir()) == []
+
+    def test_an_interval_of_the_callers_own_asks_for_saves(self, tmp_path):
+        build(None, save_interval=6).train(regression(24), 1, 4)
+        assert latest_checkpoint("checkpoints").name == "checkpoint_6.msgpack"
+        settings = config(save_frequency=5)
+        with pytest.warns(UserWarning, match="holds checkpoints up to step 6"):  # it is about to save there
+            Trainer(Busy(), settings, loss_fn=squared_error, train_data_loader=[regression(8)] * 5).train_epoch()
+        assert len(list(tmp_path.glob("checkpoints/*.msgpack"))) == 2
+
+    @pytest.mark.parametrize(
+        "options", [{}, {"save_interval": None}, {"save_interval": 10**6}, {"fast_dev_run": True}], ids=str
+    )
+    def test_a_run_that_saves_nothing_does_not_warn_of_what_is_there(self, options):
+        build(None, save_interval=6).train(regression(24), 1, 4)
+        build(None, **options).train(regression(8), 1, 4)
+
+    def test_a_dry_run_resumes_nothing(self):
+        build(None, save_interval=6).train(regression(24), 1, 4)
+        dry = build(None, fast_dev_run=True)
+        dry.train(regression(8), 1, 4, resume=True)
+        assert dry.step == 1

@@ -5,11 +5,13 @@ import weakref
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
+from flax import nnx
 
 from tests.fit.test_constants import Compilations
-from tests.problems import Counting, Linear, config, regression, squared_error
-from trainer import Extension, Trainer
+from tests.problems import Busy, Counting, Linear, config, regression, squared_error
+from trainer import ArgumentError, Extension, Trainer
 from trainer.compile import dispatch
 
 
@@ -80,3 +82,37 @@ def test_only_a_batch_that_compiles_is_described(monkeypatch):
         trainer.validate_step(regression(4))
     trainer.evaluate(regression(30), 4)
     assert len(described) == 2  # the last batch has two rows
+
+
+class TestCountedCompilations:
+    def test_a_step_that_was_only_planned_for_is_not_counted(self):
+        trainer = Trainer(Busy(), config(), loss_fn=squared_error)
+        for size in (16, 8, 32, 24):  # the last has a short batch, the first that runs alone
+            trainer.train(regression(64), 1, size)
+
+    def test_without_jit_none_is(self):
+        compilations = Compilations()
+        trainer = Trainer(Linear(4), config(), loss_fn=squared_error, callbacks=[compilations])
+        with jax.disable_jit():
+            for size in (8, 7, 6, 5, 4):
+                trainer.train_step(regression(size))
+        assert compilations.names == ["train_step"]
+
+
+def test_a_state_that_grows_is_told_by_five_paths():
+    def update(updates, state, params=None):
+        return updates, {**state, "moments": updates}
+
+    model = nnx.Sequential(*[nnx.Linear(4, 4, rngs=nnx.Rngs(0)) for _ in range(5)], lambda y: y[:, 0])
+    trainer = Trainer(model, config(), optax.GradientTransformation(lambda params: {}, update), loss_fn=squared_error)
+    with pytest.raises(ArgumentError, match=r"`opt_state/moments/layers/0/bias`, .* and 5 more are new") as caught:
+        trainer.train_step(regression(4))
+    assert len(str(caught.value)) < 500
+
+
+def test_a_state_that_shrinks_is_told_too():
+    optimizer = optax.GradientTransformation(
+        lambda params: {"count": jnp.zeros(())}, lambda updates, state, params=None: (updates, {})
+    )
+    with pytest.raises(ArgumentError, match=r"started with: `opt_state/count` is missing\. A step must be able to"):
+        Trainer(Linear(4), config(), optimizer, loss_fn=squared_error).train_step(regression(4))

@@ -4,6 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal, Optional
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from tests.config.examples import ADAM, FULL, MINIMAL, optimizer, scheduler, training
@@ -300,3 +302,59 @@ def test_aliases_are_fine_where_they_are_few(tmp_path):
     )
     config = TrainingConfig.from_yaml(path)
     assert config.metadata["again"] == config.metadata["twice"] == {"optimizer_type": "adam", "learning_rate": 1e-3}
+
+
+class TestNumbersOfArrays:
+    @pytest.mark.parametrize("kind", [np.int64, np.int32, jnp.int32, np.array], ids=["int64", "int32", "jnp", "array"])
+    def test_whole_ones(self, kind):
+        made = training(batch_size=kind(16))
+        assert (made.batch_size, type(made.batch_size)) == (16, int)
+
+    @pytest.mark.parametrize(
+        "kind", [np.float32, np.float64, jnp.float32, np.array], ids=["float32", "float64", "jnp", "array"]
+    )
+    def test_others(self, kind):
+        made = training(gradient_clip_norm=kind(0.5), optimizer=optimizer(learning_rate=kind(0.25)))
+        assert (made.gradient_clip_norm, made.optimizer.learning_rate) == (0.5, 0.25)
+        assert made.to_dict() == training(gradient_clip_norm=0.5, optimizer=optimizer(learning_rate=0.25)).to_dict()
+
+    def test_what_the_field_is_not_stays_refused(self):
+        with pytest.raises(ConfigError, match=r"batch_size` is 1.5 of type float; it must be int"):
+            training(batch_size=np.float32(1.5))
+        with pytest.raises(ConfigError, match=r"batch_size` is True of type bool"):
+            training(batch_size=np.bool_(True))
+        with pytest.raises(ConfigError, match=r"batch_size` is array\(\[1, 2\]\) of type ndarray"):
+            training(batch_size=np.array([1, 2]))
+
+    def test_in_metadata_they_become_plain(self, tmp_path):
+        made = training(metadata={"score": np.float64(0.5), "seeds": [np.int64(1), jnp.asarray(2)]})
+        made.to_yaml(tmp_path / "c.yaml")
+        assert TrainingConfig.from_yaml(tmp_path / "c.yaml").metadata == {"score": 0.5, "seeds": [1, 2]}
+
+
+def test_metadata_that_yaml_cannot_hold_is_said_and_nothing_is_written(tmp_path):
+    with pytest.raises(ConfigError, match=r"`TrainingConfig.metadata` holds an object of type ndarray, which YAML"):
+        training(metadata={"a": {"b": np.ones(2)}}).to_yaml(tmp_path / "c.yaml")
+    assert not (tmp_path / "c.yaml").exists()
+
+
+def test_metadata_that_contains_itself():
+    metadata = {}
+    metadata["self"] = metadata
+    with pytest.raises(ConfigError, match=r"`TrainingConfig.metadata` contains itself"):
+        training(metadata=metadata).to_dict()
+
+
+@pytest.mark.parametrize("content", [b"a: [1,", b"a: b: c", b"\xff\xfe\x00"], ids=["open", "nested", "bytes"])
+def test_a_file_that_is_no_yaml(content, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"config.yaml` is no YAML: "):
+        TrainingConfig.from_yaml(path)
+
+
+@pytest.mark.parametrize("field", ["optimizer", "batch_size", "name", "gradient_clip_norm"])
+def test_a_value_longer_than_a_line_is_cut(field):
+    with pytest.raises(ConfigError) as caught:
+        training(**{field: list(range(10_000))})
+    assert len(str(caught.value)) < 250

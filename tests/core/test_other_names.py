@@ -9,7 +9,7 @@ import pytest
 
 import trainer
 from tests.problems import Linear, config, regression, squared_error
-from trainer import ArgumentError, ArgumentTypeError, EarlyStopping, Precision, Trainer
+from trainer import ArgumentError, ArgumentTypeError, Callback, EarlyStopping, Precision, Trainer
 from trainer.core.other_names import ARGUMENTS, ATTRIBUTES, NAMES, PRECISIONS
 
 HINTS = [
@@ -152,3 +152,27 @@ def test_what_a_hint_names_is_there(kind, name, hint):
             known = keywords | own | {"nnx", "loss_fn", "batch_weight", "val_", "dirpath", "trainer", "XLA_FLAGS"}
             known |= {"polyak_average", "summarize", "monitor", "num_epochs"}
             assert first in known or hasattr(held, first), code
+
+
+@pytest.mark.parametrize("name", ["should_stop", "stop_training"])
+def test_an_assignment_that_ends_a_run_elsewhere_says_how_it_does_here(name):
+    class Ends(Callback):
+        def on_epoch_end(self, trainer, epoch, logs):
+            setattr(trainer, name, True)
+
+    class Own(Trainer):  # without slots, it would take any attribute
+        pass
+
+    for kind in (Trainer, Own):
+        held = kind(Linear(4), config(), loss_fn=squared_error, progress=False, callbacks=[Ends()])
+        with pytest.raises(AttributeError, match=r"in a callback, set `self\.should_stop = True`"):
+            held.train(regression(8), 1, 8)
+    assert held.should_stop is False
+
+
+def test_the_history_of_keras():
+    history = build().history
+    with pytest.raises(AttributeError, match=r"has no attribute 'history'; here, `series\('loss'\)` returns"):
+        _ = history.history
+    with pytest.raises(AttributeError, match="'History' object has no attribute 'hystory'"):
+        _ = history.hystory

@@ -240,3 +240,12 @@ class TestRefusals:
             trainer = Trainer(state, config(**settings), step_fn=step_fn, loss_fn=None, **options)
         trainer.train(regression(16), 1, 8)  # it does nothing, and hinders nothing
         assert trainer.step == 2
+
+
+@pytest.mark.parametrize("as_loader", [False, True])
+def test_validation_without_an_objective_is_refused_before_the_first_step(as_loader, tmp_path):
+    trainer = build(tmp_path, "a buffer", loss_fn=None)
+    held_out = [regression(8)] if as_loader else regression(8)
+    with pytest.raises(ArgumentError, match="`loss_fn` is None, so there is nothing to validate"):
+        trainer.train(regression(8), 1, 8, val_data=held_out)
+    assert trainer.step == 0

@@ -534,3 +534,20 @@ def test_endless_loaders_are_bounded_in_training_and_validation():
         assert trainer.run.validation.step == 3
         whole = trainer.evaluate(regression(8, 3), 8)
         assert trainer.run.validation.averages["loss"] == whole["loss"]
+
+
+@pytest.mark.parametrize("error", [TypeError("none"), NotImplementedError("none")], ids=["type", "not implemented"])
+@pytest.mark.parametrize("steps", [None, 2])
+def test_a_loader_that_has_no_length_after_all(error, steps):
+    class Loader:
+        def __iter__(self):
+            return iter([regression(8)] * 2)
+
+        def __len__(self):
+            raise error
+
+    settings = config(steps_per_epoch=steps)
+    trainer = Trainer(Linear(4), settings, loss_fn=squared_error, train_data_loader=Loader())
+    trainer.train_epoch()
+    trainer.train(Loader(), 1, 8, val_data=Loader())
+    assert trainer.step == 4

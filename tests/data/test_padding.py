@@ -299,3 +299,41 @@ def test_batches_of_ones_own_loader_are_padded_to_the_first():
     batches = PaddedBatches((batch["input"] for batch in loader(21, 8)), mask=False)
     outputs = predict(jax.jit(lambda state, batch: state.model()(batch)), state, batches)
     np.testing.assert_allclose(outputs, state.model()(regression(21)["input"]), rtol=1e-5, atol=1e-6)
+
+
+class TestLoadersOfEvaluations:
+    SIZES = (5, 16, 16, 7)
+
+    def batches(self, *sizes):
+        data, ends = regression(sum(sizes)), np.cumsum(sizes)
+        pairs = zip(ends - sizes, ends, strict=True)
+        return [{name: leaf[start:end] for name, leaf in data.items()} for start, end in pairs]
+
+    def test_a_short_first_batch_is_padded_to_the_batch_size(self):
+        trainer, given, seen = build(None, pad_to="batch"), self.batches(*self.SIZES), []
+
+        def outputs(model, batch):
+            seen.append(len(batch["input"]))
+            return model(batch["input"])
+
+        data = regression(sum(self.SIZES))
+        assert trainer.evaluate(given, BATCH)["loss"] == pytest.approx(trainer.evaluate(data, BATCH)["loss"])
+        found = trainer.predict(given, BATCH, outputs)
+        np.testing.assert_allclose(found, trainer.predict(data, BATCH, outputs), rtol=1e-6)
+        assert set(seen) == {BATCH}
+        assert trainer.train(data, 1, BATCH, val_data=given)["batch_weight"] == sum(self.SIZES)
+
+    def test_longer_batches_are_taken_as_they_are(self):
+        trainer = build(None, pad_to="batch")
+        expected = trainer.evaluate(regression(60), BATCH)["loss"]
+        assert trainer.evaluate(self.batches(16, 20, 20, 4), BATCH)["loss"] == pytest.approx(expected)
+
+    def test_a_mask_of_the_loader_is_kept(self):
+        trainer, given = build(None, pad_to="batch"), self.batches(16, 16, 5)
+        own = [{**batch, "mask": np.arange(len(batch["input"])) % 2 == 0} for batch in given]
+        assert trainer.evaluate(own, BATCH)["batch_weight"] == 8 + 8 + 3
+        assert trainer.train(own, 1, BATCH)["batch_weight"] == 8 + 8 + 3
+        assert trainer.train(regression(16), 1, BATCH, val_data=own)["batch_weight"] == 8 + 8 + 3
+        wide = [{**batch, "mask": np.ones((len(batch["input"]), 3))} for batch in given]
+        with pytest.raises(BatchError, match="`batch` has an entry 'mask' already"):
+            trainer.evaluate(wide, BATCH)

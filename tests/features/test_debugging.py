@@ -16,9 +16,11 @@ from trainer import (
     ArgumentError,
     ArgumentTypeError,
     Callback,
+    ConfigError,
     FileLogger,
     ModelCheckpoint,
     NonFiniteError,
+    SchedulerConfig,
     Trainer,
     TrainState,
     make_check_step,
@@ -495,3 +497,14 @@ class TestOverfitBatches:
     def test_other_values(self, given):
         with pytest.raises((ArgumentError, ArgumentTypeError), match="`overfit_batches`"):
             Trainer(Busy(), config(), loss_fn=squared_error, overfit_batches=given)
+
+    @pytest.mark.parametrize("options", [{"fast_dev_run": True}, {"overfit_batches": 1}], ids=str)
+    @pytest.mark.parametrize("kind", ["cosine", "one_cycle", "linear"])
+    def test_a_warm_up_longer_than_a_limited_run_is_no_mistake(self, options, kind):
+        settings = config(scheduler=SchedulerConfig(scheduler_type=kind, warmup_steps=10))
+        trainer = Trainer(Busy(), settings, loss_fn=squared_error, report=["learning_rate"], **options)
+        trainer.train(regression(640), 3, 16)
+        assert [row["learning_rate"] for row in trainer.history][:1] == [0.0]
+        assert trainer.optimizer is not None
+        with pytest.raises(ConfigError, match=r"`SchedulerConfig\.warmup_steps` is 10, but the run ends after 3"):
+            Trainer(Busy(), settings, loss_fn=squared_error).train(regression(16), 3, 16)

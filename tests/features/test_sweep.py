@@ -271,3 +271,18 @@ class TestRefused:
         state, step = make_sweep(lambda state, batch: state, members)
         with pytest.raises(ObjectiveError, match="`step_fn` returned a value of type TrainState"):
             step(state, regression(8))
+
+
+@pytest.mark.parametrize("call", ["predict", "evaluate", "train"])
+def test_an_evaluation_of_all_members_as_one_model_says_how_to(call):
+    members, step = busy()
+    state, step_fn = make_sweep(step, members)
+    trainer = Trainer(state, config(), loss_fn=squared_error, step_fn=step_fn, progress=False)
+    data = regression(8)
+    with pytest.raises(Exception, match="shape") as caught:
+        {
+            "predict": lambda: trainer.predict(data, 8, lambda model, batch: model(batch["input"])),
+            "evaluate": lambda: trainer.evaluate(data, 8),
+            "train": lambda: trainer.train(data, 1, 8, val_data=data),
+        }[call]()
+    assert any("sweep_members(trainer.state, 0)" in note for note in caught.value.__notes__)

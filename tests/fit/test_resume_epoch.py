@@ -550,7 +550,9 @@ class TestRefusals:
 
     def test_checkpoints_of_other_runs(self, path, tmp_path):
         trainer, _ = build(tmp_path, MakesPositioned())
-        with pytest.raises(CheckpointError, match=r"was not saved during train\(\), so there is no run to resume"):
+        with pytest.raises(
+            CheckpointError, match=r"over a loader, and train\(\) is called with data in memory, so there "
+        ):
             trainer.train(DATA, 1, BATCH, resume=path)
         trainer.save_checkpoint(tmp_path / "none.msgpack")
         self.refuse(
@@ -560,7 +562,10 @@ class TestRefusals:
         trainer.train(DATA, 1, BATCH)
         trainer.save_checkpoint(tmp_path / "train.msgpack")
         self.refuse(
-            CheckpointError, r"was not saved during train_epoch\(\)", MakesPositioned(), tmp_path / "train.msgpack"
+            CheckpointError,
+            r"saved in a run over data in memory, and train_epoch\(\) is called with a loader, so there is no epoch",
+            MakesPositioned(),
+            tmp_path / "train.msgpack",
         )
 
     @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from trainer.compile.fusion import FusionPolicy, as_function
 from trainer.core.checks import check_count
 from trainer.core.flops import known_flops, product_dtype
 from trainer.core.private_api import is_about_lost_array
+from trainer.core.tree_paths import leaf_path
 from trainer.errors import ArgumentError, StateError
 from trainer.run import Layout, Run, flatten_state
 from trainer.state import TrainState
@@ -87,7 +88,8 @@ class Program:
         traces = [0]
 
         def counted(*args: Any) -> Any:
-            traces[0] += 1
+            # Without jit every call comes here, and none compiles.
+            traces[0] += not (jax.config.jax_disable_jit and traces[0])  # type: ignore[attr-defined]
             return function(*args)
 
         counted.__name__ = name
@@ -95,7 +97,7 @@ class Program:
         donated = (0,) if donates else ()
         self._jitted = jax.jit(counted, donate_argnums=donated, out_shardings=out_shardings)
         self._traces, self._described, self._reported = traces, 0, 0
-        self._seconds = 0.0
+        self._seconds, self._num_compiled = 0.0, 0
         self._batch = self._previous = ""
         self._has_warned = False
 
@@ -110,7 +112,7 @@ class Program:
         result = self._jitted(state, *args)
         if self._traces[0] != self._described:  # `report` is not called after every call
             self._described = self._traces[0]
-            self._seconds = time.perf_counter() - start
+            self._seconds, self._num_compiled = time.perf_counter() - start, self._num_compiled + 1
             self._previous, self._batch = self._batch, describe(args[0])
         return result
 
@@ -120,11 +122,11 @@ class Program:
             return None
         self._reported = self._traces[0]
         warning = None
-        # The short last batch of an epoch is an expected second shape.
-        if self._traces[0] > 2 and not self._has_warned and self._previous != self._batch:
+        # The short last batch of an epoch is an expected second shape. A trace that only plans is no compilation.
+        if self._num_compiled > 2 and not self._has_warned and self._previous not in ("", self._batch):
             self._has_warned = True
             warning = (
-                f"`{self.name}` was compiled {self._traces[0]} times: the batch is {self._batch} and was "
+                f"`{self.name}` was compiled {self._num_compiled} times: the batch is {self._batch} and was "
                 f"{self._previous} before. Every new shape or dtype costs a compilation: pad or crop to a few shapes, "
                 f"and keep the dtypes."
             )
@@ -375,12 +377,23 @@ def _on_leaves(step: Step, layout: Layout) -> Callable[..., Any]:
         after, found = flatten_state(state)
         if found != layout:
             raise ArgumentError(
-                f"`optimizer` returned a state of another structure than the one it started with: {found.treedef} "
-                f"after {layout.treedef}. A step must be able to follow itself."
+                f"`optimizer` returned a state of another structure than the one it started with: "
+                f"{_differences(layout.unflatten(leaves)[0], state)}. A step must be able to follow itself."
             )
         return after, metrics
 
     return on_leaves
+
+
+def _differences(before: TrainState, after: TrainState) -> str:
+    """Returns which leaves are new and which are missing, at most five of each."""
+    old, new = ([leaf_path(path) for path, _ in jax.tree.leaves_with_path(state)] for state in (before, after))
+    parts = []
+    for paths, others, is_what in ((new, set(old), "new"), (old, set(new), "missing")):
+        if one_sided := [f"`{path}`" for path in paths if path not in others]:
+            more = f" and {len(one_sided) - 5} more" if len(one_sided) > 5 else ""
+            parts.append(f"{', '.join(one_sided[:5])}{more} {'is' if len(one_sided) == 1 else 'are'} {is_what}")
+    return "; ".join(parts) or "the leaves are the same, but their containers, or data beside the arrays, are not"
 
 
 def _fused_on_leaves(step: Callable[..., Any], capacity: int) -> Callable[..., Any]:

@@ -69,25 +69,51 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Returns nested dicts of plain values, labels last, for `from_dict`, JSON and YAML.
 
-        A Path becomes a string, and comes back as one: plain values do not tell which of the two it was.
+        A Path becomes a string, and comes back as one: plain values do not tell which of the two it was. A number of
+        NumPy or JAX becomes one of Python.
+
+        Raises:
+            ConfigError: ``metadata`` contains itself, or is nested too deeply.
         """
         names = sorted((field.name for field in _arguments(type(self))), key=_LABELS.__contains__)
-        return {name: _plain(getattr(self, name)) for name in names}
+        try:
+            return {name: _plain(getattr(self, name)) for name in names}
+        except RecursionError:
+            raise ConfigError(f"`{self._path('metadata')}` contains itself, or is nested too deeply.") from None
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str]) -> Self:
         """Reads the configuration from a YAML file; ``1e-3`` is read as a number.
 
         Raises:
-            ConfigError: As in `from_dict`; or the file is nested too deeply, or its aliases expand too far.
+            ConfigError: As in `from_dict`; or the file is no YAML, is nested too deeply, or its aliases expand too far.
         """
-        return cls.from_dict(load_yaml(Path(in_home(path)).read_text(encoding="utf-8"), f"`{path}`"))
-
-    def to_yaml(self, path: str | os.PathLike[str]) -> None:
-        """Writes a YAML file: fields in declaration order, labels last."""
         import yaml
 
-        Path(in_home(path)).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+        try:
+            data = load_yaml(Path(in_home(path)).read_text(encoding="utf-8"), f"`{path}`")
+        except yaml.constructor.ConstructorError:
+            raise  # it is YAML, and asks for an object
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"`{path}` is no YAML: {error}") from error
+        return cls.from_dict(data)
+
+    def to_yaml(self, path: str | os.PathLike[str]) -> None:
+        """Writes a YAML file: fields in declaration order, labels last.
+
+        Raises:
+            ConfigError: ``metadata`` holds an object that YAML cannot, such as an array. Nothing is written then.
+        """
+        import yaml
+
+        try:
+            text = yaml.safe_dump(self.to_dict(), sort_keys=False)
+        except yaml.representer.RepresenterError as error:
+            raise ConfigError(
+                f"`{self._path('metadata')}` holds an object of type {type(error.args[-1]).__name__}, which YAML "
+                f"cannot hold; take numbers, strings, lists and mappings of these."
+            ) from error
+        Path(in_home(path)).write_text(text, encoding="utf-8")
 
     def replace(self, **changes: Any) -> Self:
         """Returns a checked copy with some fields replaced."""
@@ -98,7 +124,7 @@ class Config:
 
     def _require(self, field: str, wanted: str, holds: bool) -> None:
         if not holds:
-            raise ConfigError(f"`{self._path(field)}` is {getattr(self, field)!r}; it must be {wanted}.")
+            raise ConfigError(f"`{self._path(field)}` is {getattr(self, field)!r:.60}; it must be {wanted}.")
 
     def _positive(self, *fields: str) -> None:
         for field in fields:
@@ -118,7 +144,7 @@ class Config:
         """
         chosen = getattr(self, kind)
         if chosen not in readers:
-            raise ConfigError(f"`{self._path(kind)}` is {chosen!r}; {did_you_mean(chosen, readers)}")
+            raise ConfigError(f"`{self._path(kind)}` is {chosen!r:.60}; {did_you_mean(chosen, readers)}")
         unread = []
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -127,10 +153,10 @@ class Config:
                 continue
             if chosen != "none":
                 raise ConfigError(
-                    f"`{self._path(field.name)}` is {value!r}, but {chosen!r} does not read it, "
+                    f"`{self._path(field.name)}` is {value!r:.60}, but {chosen!r} does not read it, "
                     f"so it would do nothing; remove it, or choose one that does: {', '.join(others)}."
                 )
-            unread.append(f"`{self._path(field.name)}` ({value!r})")
+            unread.append(f"`{self._path(field.name)}` ({value!r:.60})")
         if unread:  # switched off, with its settings left in the file
             verb = "does" if len(unread) == 1 else "do"
             warn(f"{', '.join(unread)} {verb} nothing, because `{kind}` is 'none'.")
@@ -194,6 +220,8 @@ def _config_class(hint: Any) -> type[Config] | None:
 
 def _coerce(value: Any, hint: Any, path: str) -> Any:
     """Returns ``value`` as the annotated type; raises if the conversion would lose or invent information."""
+    if hasattr(value, "dtype") and getattr(value, "shape", None) == ():  # a number of NumPy or JAX
+        value = value.item()
     union = typing.get_origin(hint) in (types.UnionType, typing.Union)
     options = typing.get_args(hint) if union else (hint,)
     for option in options:
@@ -217,7 +245,7 @@ def _coerce(value: Any, hint: Any, path: str) -> Any:
         if isinstance(value, origin) and not (isinstance(value, bool) and origin is not bool):
             return value
     wanted = " or ".join("None" if option is types.NoneType else _type_name(option) for option in options)
-    raise ConfigError(f"`{path}` is {value!r} of type {type(value).__name__}; it must be {wanted}.")
+    raise ConfigError(f"`{path}` is {value!r:.60} of type {type(value).__name__}; it must be {wanted}.")
 
 
 def _type_name(option: Any) -> str:
@@ -231,6 +259,8 @@ def _plain(value: Any) -> Any:
         return {key: _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(entry) for entry in value]
+    if hasattr(value, "dtype") and getattr(value, "shape", None) == ():
+        return value.item()
     return str(value) if isinstance(value, Path) else value
 
 

@@ -24,6 +24,8 @@ _EPOCHS = "`train(data, num_epochs, batch_size)`"
 _BATCHES = "`TrainingConfig(steps_per_epoch=..., validation_steps=...)`"
 _DEVICES = '`Trainer(mesh=make_mesh({"data": -1}))`; JAX\'s default device if left out'
 _SILENT = "the display says it; `Trainer(progress=False)` turns that off"
+_DIRECTORY = "`directory`, one for each run"
+_COMPILED = "a step is always compiled; `Trainer(debug=True)` looks into it"
 _OBJECTIVE = "`Trainer(loss_fn=...)`, whose `loss_fn(model, batch, rng, step)` returns the loss and a dict of metrics"
 _WEIGHTS = "weigh in the `loss_fn`, and report `batch_weight`"
 
@@ -80,7 +82,7 @@ ATTRIBUTES = {
     "save": "`save_checkpoint(path)`",
     "save_weights": '`save_checkpoint("weights.safetensors")`',
     "set_weights": "assign `state`, as in `trainer.state = trainer.state.replace(params=...)`",
-    "stop_training": "`should_stop`, which a callback sets on itself",
+    "stop_training": "`should_stop`; in a callback, set `self.should_stop = True`",
     "test": "`evaluate(data, batch_size)`",
     "test_on_batch": "`validate_step(batch)`",
     "train_on_batch": "`train_step(batch)`",
@@ -92,6 +94,7 @@ _OF_TRAINER = {
     "accelerator": _DEVICES,
     "accumulate_grad_batches": "`accumulate_steps`: parts of one batch, not several batches",
     "args": "`training_config`, a `TrainingConfig`",
+    "config": "`training_config`, a `TrainingConfig`",
     "batch_size": _EPOCHS,
     "check_val_every_n_epoch": "`TrainingConfig(epochs_per_validation=...)`",
     "compute_metrics": "the second result of the `loss_fn`, a dict of metrics",
@@ -106,10 +109,14 @@ _OF_TRAINER = {
     "eval_dataset": _LOADERS,
     "gradient_clip_algorithm": "`OptimizerConfig(gradient_clip_value=...)` clips by value",
     "gradient_clip_val": "`TrainingConfig(gradient_clip_norm=...)`",
+    "jit_compile": _COMPILED,
+    "learning_rate": "`OptimizerConfig(learning_rate=...)` in the `TrainingConfig`, or in your `optimizer`",
     "limit_train_batches": _BATCHES,
     "limit_val_batches": _BATCHES,
     "log_every_n_steps": "`TrainingConfig(log_frequency=...)`",
     "loss": "`loss_fn`",
+    "lr": "`OptimizerConfig(learning_rate=...)` in the `TrainingConfig`, or in your `optimizer`",
+    "lr_scheduler": _RATE,
     "max_epochs": _EPOCHS,
     "max_steps": f"{_EPOCHS}; `TrainingConfig(steps_per_epoch=...)` bounds an epoch",
     "max_time": "the callback `Timer(duration)`",
@@ -120,11 +127,21 @@ _OF_TRAINER = {
     "num_train_epochs": _EPOCHS,
     "profiler": "the callback `JAXProfiler(directory)`",
     "resume_from_checkpoint": "`train(..., resume=path)`",
+    "run_eagerly": _COMPILED,
+    "scheduler": _RATE,
     "seed": _SEED,
+    "steps_per_epoch": _BATCHES,
+    "steps_per_execution": "small steps are fused by themselves; `steps_per_call` says how many",
     "strategy": _DEVICES,
     "sync_batchnorm": "over a `mesh` a batch is normalized as a whole",
+    "train_data": _LOADERS,
+    "train_dataloaders": "`train_data_loader`, for `train_epoch`; or `train(loader, num_epochs, batch_size)`",
     "train_dataset": _LOADERS,
+    "tx": "`optimizer`",
+    "val_data": _LOADERS,
+    "val_dataloaders": "`val_data_loader`, for `train_epoch`; or `train(..., val_data=loader)`",
     "val_check_interval": "`train(..., val_interval=...)`, in steps",
+    "verbose": "`progress=False`",
 }
 _OF_TRAIN = {
     "callbacks": "`Trainer(callbacks=[...])`",
@@ -134,6 +151,7 @@ _OF_TRAIN = {
     "epochs": "`num_epochs`",
     "initial_epoch": "`resume=True` continues where a run was",
     "max_epochs": "`num_epochs`",
+    "max_steps": "`num_epochs`; `TrainingConfig(steps_per_epoch=...)` bounds an epoch",
     "model": "`Trainer(model, ...)`",
     "resume_from_checkpoint": "`resume=path`, or `resume=True` for the latest",
     "sample_weight": _WEIGHTS,
@@ -150,12 +168,29 @@ _OF_TRAIN = {
     "y": "all arrays of the data are one argument, the first: `{'x': x, 'y': y}`, or `(x, y)`",
 }
 _OF_COMPILE = {
-    "jit_compile": "a step is always compiled; `Trainer(debug=True)` looks into it",
+    "jit_compile": _COMPILED,
     "loss": _OBJECTIVE,
     "metrics": _OBJECTIVE,
     "optimizer": "`Trainer(optimizer=...)`, or `TrainingConfig(optimizer=...)`",
-    "run_eagerly": "a step is always compiled; `Trainer(debug=True)` looks into it",
+    "run_eagerly": _COMPILED,
     "steps_per_execution": "small steps are fused by themselves; `Trainer(steps_per_call=...)` says how many",
+}
+_OF_EVALUATE = {
+    "callbacks": "an evaluation emits no events",
+    "dataloaders": "`data`, which may be a loader",
+    "return_dict": "the averages are always a dict",
+    "sample_weight": _WEIGHTS,
+    "steps": "a part of a loader as `data`, such as itertools.islice(loader, steps)",
+    "verbose": "an evaluation shows nothing",
+    "x": "all arrays of the data are one argument, the first: `{'x': x, 'y': y}`, or `(x, y)`",
+    "y": "all arrays of the data are one argument, the first: `{'x': x, 'y': y}`, or `(x, y)`",
+}
+_OF_PREDICT = {
+    "callbacks": "a prediction emits no events",
+    "dataloaders": "`data`, which may be a loader",
+    "steps": "a part of a loader as `data`, such as itertools.islice(loader, steps)",
+    "verbose": "a prediction shows nothing",
+    "x": "`data`",
 }
 _OF_EARLY_STOPPING = {
     "baseline": "`stopping_threshold` and `divergence_threshold` compare with a value",
@@ -181,8 +216,19 @@ ARGUMENTS: dict[str, Mapping[str, str]] = {
     "Trainer": _OF_TRAINER,
     "Trainer.train": _OF_TRAIN,
     "Trainer.compile": _OF_COMPILE,
+    "Trainer.evaluate": _OF_EVALUATE,
+    "Trainer.predict": _OF_PREDICT,
     "EarlyStopping": _OF_EARLY_STOPPING,
     "ModelCheckpoint": _OF_MODEL_CHECKPOINT,
+    "CSVLogger": {
+        "append": "a resumed run continues its table, and a new run starts one",
+        "filename": _DIRECTORY,
+        "name": _DIRECTORY,
+        "save_dir": _DIRECTORY,
+        "separator": "the table has commas",
+        "version": _DIRECTORY,
+    },
+    "TensorBoardLogger": dict.fromkeys(("log_dir", "name", "save_dir", "version"), _DIRECTORY),
     "ReduceLROnPlateau": {"verbose": _SILENT, "min_learning_rate": "`min_lr`", "threshold": "`min_delta`"},
 }
 """By callable: the keyword arguments that it has in other libraries, and what to pass here."""
@@ -218,6 +264,18 @@ def takes_no(owner: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         return checked
 
     return decorate
+
+
+def not_assigned(owner: Any, value: Any) -> None:
+    """Raises an AttributeError: a callback that ends the run sets ``should_stop`` on itself.
+
+    For the setter of a property.
+    """
+    del value
+    raise AttributeError(
+        f"`should_stop` of {type(owner).__name__!r} cannot be assigned; in a callback, set `self.should_stop = True`, "
+        f"which ends the run after the epoch."
+    )
 
 
 def missing_attribute(owner: Any, name: str) -> Any:

@@ -225,7 +225,7 @@ def check_seen(loader: Any, batches: Iterable[Batch], name: str, limit: int | No
         return False
     try:
         length = len(batches)  # type: ignore[arg-type]
-    except TypeError:  # an iterable-style torch loader has `__len__`, but no length
+    except (TypeError, NotImplementedError):  # an iterable-style torch loader has `__len__`, but no length
         return True
     if length > limit:
         rest = f"unless it shuffles, the rest ({length - limit} of {length})"

@@ -104,8 +104,10 @@ class PaddedBatches(Iterator[Batch]):
     Args:
         batches: The batches.
         size: The number of rows; None for that of the first batch.
-        mask: Whether to add a mask, as `pad_batch` does.
+        mask: Whether to add a mask, as `pad_batch` does. A batch with a ``mask`` of shape ``(batch_size,)`` keeps it,
+            with 0 for the rows added.
         setting: The source of ``size``, for a warning if the first batch has fewer rows; None for no warning.
+        grows: Whether a batch with more rows is the size from then on, where it would be refused.
 
     Attributes:
         source: The batches.
@@ -113,9 +115,15 @@ class PaddedBatches(Iterator[Batch]):
     """
 
     def __init__(
-        self, batches: Iterator[Batch], size: int | None = None, *, mask: bool = True, setting: str | None = None
+        self,
+        batches: Iterator[Batch],
+        size: int | None = None,
+        *,
+        mask: bool = True,
+        setting: str | None = None,
+        grows: bool = False,
     ) -> None:
-        self.source, self._size, self._mask, self._setting = batches, size, mask, setting
+        self.source, self._size, self._mask, self._setting, self._grows = batches, size, mask, setting, grows
         self.drawn = 0
 
     def __iter__(self) -> Self:
@@ -123,9 +131,10 @@ class PaddedBatches(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         batch, length = checked_batch(next(self.source))
-        size = self._size = length or 1 if self._size is None else self._size
+        size = length or 1 if self._size is None else self._size
+        size = self._size = max(size, length or 1) if self._grows else size
         if self._mask:
-            padded, self.drawn = pad_batch(batch, size), length or 1
+            padded, self.drawn = _pad_with_mask(batch, size), length or 1
         else:
             padded, self.drawn = pad_rows(batch, size)
         if self._setting is not None and self.drawn < size:
@@ -135,3 +144,13 @@ class PaddedBatches(Iterator[Batch]):
             )
         self._setting = None
         return padded
+
+
+def _pad_with_mask(batch: Any, size: int) -> dict[str, Any]:
+    """Returns what `pad_batch` does; a mask of the caller's, with an entry for each row, stays."""
+    own = batch.get(MASK) if isinstance(batch, Mapping) else None
+    if own is None or np.ndim(own) != 1:
+        return pad_batch(batch, size)
+    rows, length = pad_rows(batch, size)
+    is_added = np.arange(size) >= length
+    return {**rows, MASK: np.where(is_added, 0, rows[MASK]).astype(rows[MASK].dtype) if length < size else rows[MASK]}

@@ -18,7 +18,8 @@ def length_of(loader: Any, limit: int | None = None) -> int | None:
     """Returns the number of batches in a pass over a loader, at most ``limit``; None if it is unknown."""
     length: int | None = None
     if isinstance(loader, Sized) and not is_factory(loader):
-        with contextlib.suppress(TypeError):  # an iterable-style torch loader has no length after all
+        # An iterable-style torch loader has no length after all.
+        with contextlib.suppress(TypeError, NotImplementedError):
             length = len(loader)
     return length if length is None or limit is None else min(length, limit)
 

@@ -21,10 +21,8 @@ def may_save(setup: Setup, plan: FitPlan, run: Run) -> bool:
     """
     if setup.placement.num_processes > 1:
         return False
-    every, steps = plan.save_every, plan.horizon
-    reaches = every is not None and steps is not None and run.step // every < (run.step + steps) // every
     saves_itself = not setup.fast_dev_run and any(map(runs_last, flatten([setup.callbacks])))
-    return setup.is_directory_given or reaches or saves_itself
+    return setup.is_directory_given or plan.reaches_save(run.step, if_unknown=False) or saves_itself
 
 
 def is_to_be_saved(setup: Setup, plan: FitPlan, run: Run) -> bool:

@@ -54,7 +54,7 @@ def fit(trainer: Trainer, plan: FitPlan, resume: bool | str | os.PathLike[str]) 
     opening: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if restored is None:
         run = before.replace(position=plan.position, arguments=plan.arguments)
-        if run.is_new:
+        if run.is_new and (setup.is_directory_given or plan.reaches_save(run.step, if_unknown=True)):
             setup.checkpointer.warn_of_later(run)
         setup.agree_on_state(run)
         trainer.hold(setup.with_horizon(run, planned_end(run.step, plan)))
@@ -116,7 +116,7 @@ def validate(trainer: Trainer, held_out: Callable[[], Iterator[Batch]], check: C
     hold_if_finite(trainer)
     setup.events.emit("on_validation_begin", trainer)
     state = trainer.run.state_with_edits()
-    with setup.ahead(held_out(), "validation") as batches:
+    with setup.evaluating(state), setup.ahead(held_out(), "validation") as batches:
         averages = evaluate(_telling(trainer), state, batches, placement=setup.placement, check=check)
     trainer.hold(trainer.run.validated(averages))
     setup.fanout.report("val", trainer.run.step, averages)

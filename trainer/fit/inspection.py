@@ -16,7 +16,7 @@ from trainer.compile.cost import ProgramCost, cost_of
 from trainer.config import make_optimizer
 from trainer.core.checks import check_count
 from trainer.core.optimizer import adapt_optimizer, initial_opt_state
-from trainer.core.other_names import missing_attribute
+from trainer.core.other_names import ATTRIBUTES, missing_attribute, not_assigned, takes_no
 from trainer.errors import ArgumentError
 from trainer.fit.plan import plan_prediction, search_batches
 from trainer.fit.read_only import ReadOnly
@@ -33,8 +33,18 @@ class Inspection(ReadOnly):
 
     __slots__ = ()
 
+    # Keras and Lightning assign these; see `trainer.core.other_names`.
+    should_stop = ReadOnly.should_stop.setter(not_assigned)
+    stop_training = property(
+        lambda self: missing_attribute(self, "stop_training"),
+        lambda self, value: missing_attribute(self, "stop_training"),
+    )
+
     def __getattr__(self, name: str) -> Any:
         return missing_attribute(self, name)
+
+    def __dir__(self) -> list[str]:
+        return [name for name in super().__dir__() if name not in ATTRIBUTES]
 
     def summary(self, depth: int | None = None, batch: Batch | None = None) -> str:
         """Returns a table of the model, to print, with operation counts for a batch: see `trainer.summarize`."""
@@ -44,6 +54,7 @@ class Inspection(ReadOnly):
             self.setup.placement.check_context()
         return summarize(self.run.peek(), depth, loss_fn=None if batch is None else self.setup.loss_fn, batch=batch)
 
+    @takes_no("Trainer.predict")
     def predict(self, data: Any, batch_size: int, fn: Callable[[Any, Batch], Any] | None = None) -> Any:
         """Returns the model's predictions, in evaluation mode, for every example, in order.
 
@@ -65,7 +76,8 @@ class Inspection(ReadOnly):
         """
         batches = plan_prediction(self.setup, self.run, data, check_count(batch_size, "batch_size"))
         state = self.run.state_with_edits()
-        return predict(self.setup.predict_step(fn), state, batches, placement=self.setup.placement)
+        with self.setup.evaluating(state):
+            return predict(self.setup.predict_step(fn), state, batches, placement=self.setup.placement)
 
     def export_prediction(
         self,

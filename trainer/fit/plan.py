@@ -11,6 +11,7 @@ import numpy as np
 from trainer.batches import is_indexed
 from trainer.config import TrainingConfig
 from trainer.core.checks import check_count, check_interval
+from trainer.core.own_step import no_loss_fn
 from trainer.data.loaders import check_loader, gives_batches, one_pass, takes_batch_size
 from trainer.data.memory import InMemoryData
 from trainer.data.resumable import left_in_place
@@ -77,6 +78,13 @@ class FitPlan:
             return True
         return is_last and self.ends_run(config, finished)
 
+    def reaches_save(self, step: int, *, if_unknown: bool) -> bool:
+        """Returns whether a call from ``step`` on reaches a multiple of its interval of saves."""
+        every = self.save_every
+        if every is None or self.horizon is None:
+            return every is not None and if_unknown
+        return step // every < (step + self.horizon) // every
+
     def ends_run(self, config: TrainingConfig, finished: int) -> bool:
         """Returns whether the call's end ends the run, by its length: more calls to ``train_epoch`` may follow."""
         return self.caller == "train" or finished >= config.num_epochs
@@ -106,7 +114,7 @@ def plan_run(
         "caller": "train",
         "num_epochs": num_epochs,
         "batch_size": batch_size,
-        "save_every": setup.save_interval,
+        "save_every": setup.save_every(setup.save_interval),
         "validate_every": None if held_out is None else val_interval,
         "held_out": held_out,
     }
@@ -160,6 +168,8 @@ def plan_epoch(setup: Setup, run: Run, resume: Any) -> FitPlan:
     lengths["val_data_loader"] = length_of(loader, setup.config.validation_steps)
     setup.agree_on_run("train_epoch", run, {"resume": str(resume)}, lengths)
     if loader is not None:
+        if setup.loss_fn is None:
+            no_loss_fn()
         held_out = _passes_over(setup, loader, size, "val_data_loader")
     training = setup.train_data_loader
     if setup.is_limited:
@@ -186,7 +196,7 @@ def plan_epoch(setup: Setup, run: Run, resume: Any) -> FitPlan:
             setup.config.num_epochs if is_counted else None,
         ),
         first_step=first_step,
-        save_every=setup.config.save_frequency,
+        save_every=setup.save_every(setup.config.save_frequency),
         validate_every=None,
         held_out=held_out,
         arguments=describe_call(setup, {}, loaders={"train_data_loader": training, "val_data_loader": loader}),
@@ -206,7 +216,7 @@ def plan_evaluation(setup: Setup, run: Run, data: Any, batch_size: int) -> Itera
             f"set, (x, y), or iter(...) of it if they are batches."
         )
     held = None if _is_loader(data) else setup.in_memory(data, batch_size, "data")
-    batches = setup.padded(_all_of(data, batch_size)) if held is None else held.in_order()
+    batches = setup.padded(_all_of(data, batch_size), batch_size, grows=True) if held is None else held.in_order()
     lengths = {"data": length_of(data)} if held is None else {}
     setup.agree_on_run("evaluate", run, {"batch_size": batch_size}, lengths, data=held)
     return common_batches(batches, setup.placement, "evaluation")
@@ -218,7 +228,8 @@ def plan_prediction(setup: Setup, run: Run, data: Any, batch_size: int) -> Itera
         batches = _all_of(data, batch_size)
         setup.agree_on_run("predict", run, {"batch_size": batch_size}, {"data": length_of(data)})
         # With several processes, none knows which rows of a batch are the padding of another process.
-        batches = setup.padded(batches, mask=False) if setup.placement.num_processes == 1 else batches
+        if setup.placement.num_processes == 1:
+            batches = setup.padded(batches, batch_size, mask=False, grows=True)
         return common_batches(batches, setup.placement, "prediction")
     held = setup.in_memory(data, batch_size, "data", mask=False)
     setup.agree_on_run("predict", run, {"batch_size": batch_size}, {}, data=held)
@@ -307,7 +318,8 @@ def _passes_over(setup: Setup, loader: Any, batch_size: int, name: str) -> Calla
 
     def opened() -> Iterator[Batch]:
         bound, epoch = "set `TrainingConfig.validation_steps`", setup.live.trainer().run.epoch
-        return setup.padded(one_pass(loader, batch_size, name, limit, bound=bound, epoch=epoch))
+        batches = one_pass(loader, batch_size, name, limit, bound=bound, epoch=epoch)
+        return setup.padded(batches, batch_size, grows=True)
 
     return opened
 
@@ -322,6 +334,8 @@ def _held_out(
     """Returns the function that opens the validation data, and the data itself if it is in memory."""
     if val_data is None:
         return None, None
+    if setup.loss_fn is None:
+        no_loss_fn()  # raises before an epoch is trained
     if _is_loader(val_data):
         return _passes_over(setup, val_data, batch_size, "val_data"), None
     held_out = setup.in_memory(val_data, batch_size, "val_data", limit=setup.config.validation_steps)

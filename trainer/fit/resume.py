@@ -54,6 +54,8 @@ def find(setup: Setup, run: Run, plan: FitPlan, resume: Any) -> Restored | None:
         return None
     if resume is not True and resume != "latest":
         return setup.checkpointer.load(resume, run)
+    if setup.fast_dev_run:  # it has no directory, and what is in the default one is of other runs
+        return None
     here = run.position
     if plan.caller == "train_epoch" and isinstance(here, FromLoader) and _is_over(here):
         # This trainer has just finished an epoch: `while trainer.epoch < n` must terminate.
@@ -66,6 +68,13 @@ def checked(setup: Setup, plan: FitPlan, restored: Restored) -> Run:
     run = restored.run
     if not isinstance(run.position, InMemory if plan.data is not None else FromLoader):
         what = "epoch" if plan.caller == "train_epoch" else "run"
+        kinds = {InMemory: "data in memory", FromLoader: "a loader"}
+        if run.position is not None:
+            raise CheckpointError(
+                f"`{restored.path}` was saved in a run over {kinds[type(run.position)]}, and {plan.caller}() is called "
+                f"with {kinds[InMemory if plan.data is not None else FromLoader]}, so there is no {what} to resume; "
+                f"pass the same kind of data, or load_checkpoint() and train on."
+            )
         raise CheckpointError(
             f"`{restored.path}` was not saved during {plan.caller}(), so there is no {what} to resume; "
             f"load_checkpoint() and train on."

@@ -251,15 +251,31 @@ class Setup:
         """Returns the validation batches of a run: with ``overfit_batches``, its training batches."""
         return held_out if held_out is None or self.overfit_batches is None else training
 
+    @contextlib.contextmanager
+    def evaluating(self, state: TrainState) -> Iterator[None]:
+        """Adds a note to an error of an evaluation if the state is that of a sweep, of whose members it takes one."""
+        try:
+            yield
+        except Exception as error:
+            if "members" in state.extensions and not isinstance(error, ArgumentError):
+                error.add_note(
+                    "the state is that of a sweep, and its arrays have a leading axis of members; take one member, as "
+                    "in sweep_members(trainer.state, 0), or jax.vmap(make_eval_step(loss_fn), in_axes=(0, None))"
+                )
+            raise
+
+    def save_every(self, interval: int | None) -> int | None:
+        """Returns ``interval``, or None for no saves: neither a directory nor an interval of the caller's was given."""
+        is_own = interval != TrainingConfig.save_frequency  # also the default of `save_interval`
+        return interval if self.is_directory_given or (is_own and not self.fast_dev_run) else None
+
     def with_mask(self, batch: Any) -> Any:
         """Returns a single batch, with the mask that the objective expects if batches are padded."""
         return batch if self.pad_to is None else with_mask(batch)
 
-    def padded(
-        self, batches: Iterator[Batch], size: int | None = None, *, mask: bool = True, setting: str | None = None
-    ) -> Iterator[Batch]:
+    def padded(self, batches: Iterator[Batch], size: int | None = None, **options: Any) -> Iterator[Batch]:
         """Returns the batches of a loader, padded if ``pad_to`` is set; arguments as for `PaddedBatches`."""
-        return batches if self.pad_to is None else PaddedBatches(batches, size, mask=mask, setting=setting)
+        return batches if self.pad_to is None else PaddedBatches(batches, size, **options)
 
     @contextlib.contextmanager
     def ahead(self, batches: Iterator[Batch], name: str, *, first: int = 0) -> Iterator[Iterator[Batch]]:
@@ -363,6 +379,8 @@ class Setup:
         scheduler = self.config.scheduler
         if horizon is None or self.given_optimizer is not None or scheduler is None or not needs_horizon(scheduler):
             return run
+        if self.is_limited:  # so that its first steps are those of a run that outlasts its warm-up
+            horizon = max(horizon, scheduler.warmup_steps + 1)
         check_horizon(scheduler, horizon)
         if run.horizon is not None and run.horizon != horizon and run.step > 0:
             peak = self.config.optimizer.learning_rate

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from trainer.core.other_names import takes_no
 from trainer.errors import ArgumentError, warn
 from trainer.loggers.base import Logger, as_directory
 from trainer.loggers.jsonl import FileLogger
@@ -41,6 +42,7 @@ class CSVLogger(Logger):
         path: The path of the table.
     """
 
+    @takes_no("CSVLogger")
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         """Makes a logger that writes into a directory. Nothing is created before the first call.
 

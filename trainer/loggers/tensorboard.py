@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from trainer.core.other_names import takes_no
 from trainer.loggers.base import Logger, as_directory, flattened, histogram_of, needed
 from trainer.loggers.images import as_pixels
 
@@ -35,6 +36,7 @@ class TensorBoardLogger(Logger):
         directory: The directory of the event files.
     """
 
+    @takes_no("TensorBoardLogger")
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         """Makes a logger that writes into a directory. Nothing is created before the first call.
 

@@ -65,6 +65,15 @@ class History(Sequence[Row]):
         self._recent: tuple[Row, ...] = ()
         self._unread = 0  # how many of the last recent rows may have values on the device
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "history":  # of Keras: `model.fit(...).history["loss"]`
+            raise AttributeError(
+                "'History' object has no attribute 'history'; here, `series('loss')` returns steps and values, and "
+                "`to_dict()` all columns.",
+                name=name,
+            )
+        return object.__getattribute__(self, name)
+
     def record(self, step: int, metrics: Mapping[str, Any], prefix: str = "") -> None:
         """Adds the metrics of a step, to its existing row if that is the latest."""
         self.extend([(step, metrics)], prefix)

@@ -836,6 +836,7 @@ class TestBadInput:
             ({"val_data_loader": 5}, "`val_data_loader` is of type int; it must be an iterable of batches"),
             ({"log_callback": 5}, "`log_callback` is of type int; it must be callable"),
             ({"callbacks": 5}, "`callbacks` is of type int; it must be a trainer.CallbackList"),
+            ({"extensions": {"a": Counting}}, r"`extensions\['a'\]` is the class Counting; it must be an object of it"),
             ({"extensions": {"a": 5}}, r"`extensions\['a'\]` is of type int and has no is_enabled\(\)"),
             ({"save_interval": 1.5}, "`save_interval` is 1.5 of type float; it must be a positive integer"),
             ({"save_interval": True}, "`save_interval` is True of type bool; it must be a positive integer"),

@@ -1,6 +1,7 @@
 """What a batch is: any pytree of numeric arrays; whatever else is refused in one message."""
 
 import dataclasses
+import enum
 import time
 from collections import namedtuple
 from types import MappingProxyType, SimpleNamespace
@@ -252,3 +253,31 @@ def test_data_in_memory_may_be_any_tree():
         first, last = held.in_order()
         assert jax.tree.structure(first) == jax.tree.structure(data)
         assert (len(jax.tree.leaves(first)[0]), len(jax.tree.leaves(last)[0])) == (2, 1)
+
+
+class Field(enum.Enum):
+    X = 1
+    Y = 2
+
+
+@pytest.mark.parametrize(
+    ("keys", "kinds"), [(("x", 1), "int, str"), ((Field.X, Field.Y), "Field")], ids=["mixed", "enum"]
+)
+def test_keys_that_cannot_be_sorted(keys, kinds):
+    data = dict.fromkeys(keys, np.ones(4))
+    with pytest.raises(BatchError, match=f"`train_data` has keys of {kinds}, which cannot be sorted"):
+        InMemoryData(data, 2, "train_data")
+
+
+def test_abstract_arrays_are_no_data():
+    with pytest.raises(BatchError, match=r"`data` has leaves of jax.ShapeDtypeStruct, which has no values"):
+        InMemoryData({"x": jax.ShapeDtypeStruct((4, 2), np.float32)}, 2)
+
+
+def test_a_table_says_how_it_becomes_an_array():
+    class Table:
+        def to_numpy(self):
+            return np.ones((4, 2))
+
+    with pytest.raises(BatchError, match=r"`data/x` is of type Table, not an array; pass .to_numpy\(\) of it"):
+        InMemoryData({"x": Table()}, 2)

@@ -1,6 +1,7 @@
 """Habits from elsewhere, the reference and Keras among them: taken as they are meant, or answered in one sentence."""
 
 import functools
+import inspect
 import pickle
 import warnings
 from pathlib import Path
@@ -576,3 +577,19 @@ class TestDestinations:
     def test_what_is_none_is_refused(self, given, what, tmp_path):
         with pytest.raises(ArgumentTypeError, match=f"`metrics_logger` is {what}; it must have methods of trainer"):
             make(tmp_path, metrics_logger=given)
+
+
+@pytest.mark.parametrize("name", ["workdir", "checkpoint_dir"])
+@pytest.mark.parametrize("given", [True, 3, b"runs/a"], ids=str)
+def test_a_directory_that_is_no_path(name, given):
+    with pytest.raises(
+        ArgumentTypeError, match=f"`{name}` is {given!r} of type {type(given).__name__}; it must be a path"
+    ):
+        make(None, **{name: given}) if name != "workdir" else make(given)
+
+
+def test_import_of_everything_brings_no_modules():
+    names = {}
+    exec("from trainer import *", names)
+    assert not [name for name, value in names.items() if inspect.ismodule(value)]
+    assert {"Trainer", "TrainingConfig", "EarlyStopping"} <= set(names)

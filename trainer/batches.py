@@ -115,9 +115,12 @@ def checked_data(data: Any, name: str) -> tuple[Any, int]:
         BatchError: As for `batch_length`; or 64-bit integers do not fit into 32 bits.
     """
     data = _as_known_to_jax(data)
+    _check_keys(data, name)
     # Check everything before converting or reading, so that errors come at once.
     length = batch_length(data, name)
     leaves, structure = jax.tree.flatten(data)
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+        raise BatchError(f"`{name}` has leaves of jax.ShapeDtypeStruct, which has no values; pass arrays.")
     if any(map(_is_foreign, leaves)):
         leaves = [np.asarray(leaf) if _is_foreign(leaf) else leaf for leaf in leaves]
         data = jax.tree.unflatten(structure, leaves)
@@ -143,6 +146,18 @@ def summarize(tree: Any) -> str:
     leaves = jax.tree.leaves_with_path(tree)
     text = ", ".join(_entry(leaf)[:160] for leaf in leaves[:_MOST_LEAVES])
     return text + (f", and {len(leaves) - _MOST_LEAVES} more" if len(leaves) > _MOST_LEAVES else "")
+
+
+def _check_keys(data: Any, name: str) -> None:
+    """Checks that JAX can sort the keys of a mapping, which it does by comparing them."""
+    if isinstance(data, Mapping):
+        try:
+            sorted(data)
+        except TypeError:
+            kinds = ", ".join(sorted({type(key).__name__ for key in data}))
+            raise BatchError(
+                f"`{name}` has keys of {kinds}, which cannot be sorted; name its entries by str."
+            ) from None
 
 
 def _checked_length(batch: Any, name: str, *, is_data: bool) -> int | None:
@@ -183,7 +198,7 @@ def _problem(leaf: Any, *, is_data: bool) -> str | None:
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
         if is_data and is_indexed(leaf):
             return f"is a {type(leaf).__name__}, {GIVES_EXAMPLES}"
-        hint = ""
+        hint = "; pass .to_numpy() of it" if hasattr(leaf, "to_numpy") else ""
         if dataclasses.is_dataclass(leaf):
             hint = "; make a tree of it with @jax.tree_util.register_dataclass, above its @dataclasses.dataclass"
         return f"is of type {type(leaf).__name__}, not an array{hint}"

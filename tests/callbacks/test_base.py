@@ -1,13 +1,25 @@
 """Callbacks and lists of callbacks: which methods an event calls, and in which order."""
 
+import copy
 import dataclasses
 import io
+import pickle
 from types import SimpleNamespace
 
 import pytest
 
-from tests.problems import Linear, config, squared_error
-from trainer import ArgumentTypeError, Callback, CallbackList, EarlyStopping, Extension, Progress, Trainer
+from tests.problems import Linear, config, regression, squared_error
+from trainer import (
+    ArgumentTypeError,
+    Callback,
+    CallbackList,
+    EarlyStopping,
+    Extension,
+    ModelCheckpoint,
+    Progress,
+    ReduceLROnPlateau,
+    Trainer,
+)
 from trainer.callbacks.base import EVENTS, as_callback_list, emit, handles
 
 ARGUMENTS = {
@@ -318,3 +330,25 @@ class TestHandlers:
 
     def test_whatever_can_be_called_is_taken(self):
         as_callback_list([self.Loose(), OnEpochEnd(), Recorder("a", [])])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda path: ModelCheckpoint(path, monitor="loss"),
+        lambda path: ReduceLROnPlateau("loss"),
+        lambda path: EarlyStopping("loss"),
+        lambda path: Progress(),
+    ],
+    ids=["ModelCheckpoint", "ReduceLROnPlateau", "EarlyStopping", "Progress"],
+)
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))], ids=["copied", "pickled"]
+)
+def test_callbacks_can_be_copied_for_every_fold(make, copied, tmp_path):
+    given = make(tmp_path / "best")
+    fold = copied(given)
+    trainer = Trainer(Linear(4), config(), loss_fn=squared_error, callbacks=[fold], progress=False)
+    trainer.train(regression(16), 2, 8)
+    assert trainer.step == 4
+    assert type(copied(fold)) is type(given)  # also after it has run

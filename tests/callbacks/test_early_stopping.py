@@ -12,7 +12,16 @@ from tests.core.test_eval_params import CASES
 from tests.marks import slow_unless
 from tests.problems import Busy, config, regression, squared_error
 from tests.test_api import assert_same_bits
-from trainer import ArgumentError, Callback, EarlyStopping, Logger, ModelCheckpoint, Trainer, make_mesh
+from trainer import (
+    ArgumentError,
+    Callback,
+    EarlyStopping,
+    Logger,
+    ModelCheckpoint,
+    ReduceLROnPlateau,
+    Trainer,
+    make_mesh,
+)
 
 nan, inf = math.nan, math.inf
 
@@ -317,3 +326,9 @@ def test_a_metric_that_a_callback_adds_is_fine(tmp_path):
     trainer = build(tmp_path, Adds(), stopping)
     trainer.train(regression(20), 10, 4)
     assert (trainer.epoch, stopping.best_score) == (3, 0.0)
+
+
+@pytest.mark.parametrize("kind", [EarlyStopping, ReduceLROnPlateau])
+def test_a_patience_of_none_says_which_is_the_least(kind):
+    with pytest.raises(ArgumentError, match=r"`patience` is 0; it must be a positive integer; 1 .* at the first check"):
+        kind("val_loss", patience=0)

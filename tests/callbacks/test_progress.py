@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -819,3 +820,16 @@ class TestNotebook:
         shown.shell.execution_count = 2
         trainer.train_epoch()
         assert len(shown.displays) == 2
+
+
+def test_a_score_that_is_not_finite_is_not_the_best(capsys):
+    def objective(model, batch, rng, step):
+        loss, metrics = squared_error(model, batch, rng, step)
+        return jnp.nan * loss, metrics
+
+    trainer = Trainer(Linear(4), config(), loss_fn=objective, callbacks=[EarlyStopping()])
+    with pytest.warns(UserWarning, match="the loss is nan"):
+        trainer.train(regression(16), 2, 8, regression(8))
+    told = capsys.readouterr().err
+    assert "val_loss = nan is not finite" in told
+    assert "best val_loss" not in told

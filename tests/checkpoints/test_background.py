@@ -1,7 +1,9 @@
 """Saves beside the training: what is saved is the state of the call, and no failure goes unheard."""
 
+import copy
 import functools
 import gc
+import pickle
 import signal
 import subprocess
 import sys
@@ -504,3 +506,18 @@ class TestWithoutADirectory:
         dry = build(None, fast_dev_run=True)
         dry.train(regression(8), 1, 4, resume=True)
         assert dry.step == 1
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))], ids=["copied", "pickled"]
+)
+def test_a_copy_of_a_checkpointer_saves_by_itself(copied, tmp_path, held):
+    trainer = build(None)
+    given = checkpointer.Checkpointer(tmp_path)
+    given.save(trainer.run, tmp_path / "a.msgpack", background=True)
+    other = copied(given)  # while the save of the first waits
+    held.set()
+    other.save(trainer.run, tmp_path / "b.msgpack", background=True)
+    for one in (given, other):
+        one.wait()
+    assert sorted(path.name for path in tmp_path.glob("*.msgpack")) == ["a.msgpack", "b.msgpack"]

@@ -13,8 +13,8 @@ import optax
 import pytest
 
 import trainer
-from tests.problems import Linear
-from trainer import TrainState, save_state
+from tests.problems import Linear, config, regression, squared_error
+from trainer import Trainer, TrainState, save_state
 from trainer.checkpoints.file_format import Leaf, write_bundle
 from trainer.commands.main import main
 from trainer.commands.text import human_size, shown
@@ -226,3 +226,21 @@ def test_arrays_of_every_kind_that_a_checkpoint_holds_are_printed(array, expecte
     status, printed = run("inspect", save_state(tmp_path / "s.msgpack", state, {"metrics": {"loss": array}}))
     assert status == 0
     assert f'{{"loss": {expected}}}' in printed
+
+
+def test_a_run_directory_is_converted_by_its_newest_checkpoint(tmp_path):
+    trainer = Trainer(Linear(4), config(), loss_fn=squared_error, workdir=tmp_path / "run", progress=False)
+    trainer.train(regression(16), 1, 8)
+    for source, target in (("run", "a.npz"), ("run/checkpoint_2.msgpack", "b.npz")):
+        assert run("convert", tmp_path / source, tmp_path / target)[0] == 0
+    one, two = (np.load(tmp_path / name) for name in ("a.npz", "b.npz"))
+    assert one.files == two.files
+    np.testing.assert_array_equal(one[one.files[0]], two[one.files[0]])
+
+
+@pytest.mark.parametrize(("name", "what"), [("a.txt", "since it has no `about`"), (None, "since it is empty")])
+def test_a_directory_without_a_checkpoint_says_so(name, what, tmp_path, capsys):
+    if name is not None:
+        (tmp_path / name).touch()
+    assert run("inspect", tmp_path)[0] == 1
+    assert what in capsys.readouterr().err

@@ -307,3 +307,20 @@ def test_the_demo_without_scikit_learn_names_the_extra(tmp_path, monkeypatch, ca
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     assert run("demo")[0] == 1
     assert capsys.readouterr().err == "the demo needs scikit-learn: pip install 'nnx-trainer[demo]'\n"
+
+
+@pytest.mark.parametrize("given", ["workdir=null", "workdir="])
+def test_an_empty_directory_of_a_job_is_one_left_out(given, job):
+    assert config_of(job, given).workdir == "runs/job"
+
+
+def test_a_file_that_is_not_utf_8(job, capsys):
+    job.write_bytes(b"\xff\xfe\x00")
+    assert run("train", job)[0] == 1
+    assert "is no YAML: it is not UTF-8" in capsys.readouterr().err
+
+
+def test_a_module_that_is_not_there_names_each_place_once(job, monkeypatch, capsys):
+    monkeypatch.chdir(job.parent)
+    assert run("train", job, "model=no_such_module:Net")[0] == 1
+    assert capsys.readouterr().err.count(f"`{job.parent}`") == 1

@@ -201,3 +201,10 @@ def test_the_rules_of_a_mesh_take_the_same_patterns():
     assert [tuple(layer["kernel"].spec) for layer in found["layers"]] == [("tensor",), ("tensor",), (None, "tensor")]
     with pytest.raises(ArgumentError, match=re.escape("the rule 'layer/*/kernel' matches no whole path; the nearest")):
         partition(tree, mesh, {"layer/*/kernel": P()})
+
+
+def test_a_set_of_patterns_is_a_list_of_them():
+    selected = [
+        Trainer(Busy(), config(), loss_fn=squared_error, wrt=kind(("outer/**", "inner/**"))) for kind in (set, list)
+    ]
+    assert jax.tree.structure(selected[0].state.params) == jax.tree.structure(selected[1].state.params)

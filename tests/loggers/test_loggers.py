@@ -1,8 +1,11 @@
 """Loggers: what each writes for each event, and when."""
 
+import copy
 import io
 import json
 import math
+import pickle
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -186,3 +189,11 @@ def test_names_of_validation_averages_are_refused():
     check_metric_names({"loss": 1.0, "interval_loss": 2.0, "val": 3.0, "step": 4})
     with pytest.raises(ObjectiveError, match=r"`val_loss`, but names .* rename it, for example to `own_val_loss`"):
         check_metric_names({"loss": 1.0, "val_loss": 2.0})
+
+
+@pytest.mark.parametrize("name", ["stderr", "stdout"])
+def test_a_console_logger_can_be_copied_and_pickled(name, capsys):
+    given = ConsoleLogger(getattr(sys, name))
+    for one in (copy.deepcopy(given), pickle.loads(pickle.dumps(given))):
+        one.log_text("a", "b", 3)
+    assert getattr(capsys.readouterr(), name[3:]) == "step 3  a: b\n" * 2

@@ -70,7 +70,9 @@ class EarlyStopping(Checking):
         restore_best: bool = False,
     ) -> None:
         self._monitor = Monitor(monitor, mode)
-        self._patience = check_count(patience, "patience")
+        self._patience = check_count(
+            patience, "patience", otherwise="; 1 ends at the first check without an improvement"
+        )
         if not 0 <= min_delta < math.inf:
             raise ArgumentError(f"`min_delta` is {min_delta!r}; it must be zero or more, and finite.")
         self._min_delta = float(min_delta)

@@ -93,7 +93,7 @@ class ModelCheckpoint(Checking):
         background: bool = True,
     ) -> None:
         if isinstance(save_top_k, bool) or not isinstance(save_top_k, int) or save_top_k < -1:
-            raise ArgumentError(f"`save_top_k` is {save_top_k!r}; it must be -1 for all, 0, or a positive integer.")
+            raise ArgumentError(f"`save_top_k` is {save_top_k!r:.60}; it must be -1 for all, 0, or a positive integer.")
         self.dirpath = Path(in_home(dirpath)).absolute()
         refuse_file_name(self.dirpath)
         self._monitor = Monitor(monitor, mode)

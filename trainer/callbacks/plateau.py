@@ -1,5 +1,6 @@
 """`ReduceLROnPlateau`: reduces the learning rate when a metric stops improving."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -62,7 +63,7 @@ class ReduceLROnPlateau(Checking):
         for name, value in {"min_delta": min_delta, "min_lr": min_lr, "min_scale": min_scale}.items():
             if not 0 <= value < float("inf"):
                 raise ArgumentError(f"`{name}` is {value!r}; it must be zero or more, and finite.")
-        patience = check_count(patience, "patience")
+        patience = check_count(patience, "patience", otherwise="; 1 reduces at the first check without an improvement")
         cooldown = cooldown and check_count(cooldown, "cooldown")
         # optax requires a nonzero tolerance; this one is below any difference of two numbers.
         atol = max(float(min_delta), float(np.finfo(np.float32).tiny))
@@ -121,14 +122,17 @@ class _PlateauScale(optax.contrib.ReduceLROnPlateauState):  # type: ignore[misc]
 
 
 def _scaling(settings: Mapping[str, Any]) -> optax.GradientTransformation:
-    def init(params: Any) -> Any:
-        return _PlateauScale(*optax.contrib.reduce_on_plateau(**settings).init(params))
+    return optax.GradientTransformation(functools.partial(_initial_scale, settings), _scaled)
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        del params
-        return jax.tree.map(lambda update: update * state.scale.astype(update.dtype), updates), state
 
-    return optax.GradientTransformation(init, update)
+# Not within `_scaling`, so that a callback can be pickled.
+def _initial_scale(settings: Mapping[str, Any], params: Any) -> Any:
+    return _PlateauScale(*optax.contrib.reduce_on_plateau(**settings).init(params))
+
+
+def _scaled(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    del params
+    return jax.tree.map(lambda update: update * state.scale.astype(update.dtype), updates), state
 
 
 def _is_scale(node: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TextIO
@@ -225,7 +226,7 @@ class Progress(Callback):
 
     def _note(self, monitor: Monitor, value: Any, step: int) -> None:
         """Remembers a value of a monitored metric if it is the best so far."""
-        if not isinstance(value, int | float):  # not measured, or an array
+        if not isinstance(value, int | float) or not math.isfinite(value):  # not measured, or an array
             return
         key = (monitor.name, monitor.mode)
         known = self._best.get(key)

@@ -226,9 +226,9 @@ def _seconds(duration: Any) -> float:
     if isinstance(duration, str):
         parts = re.fullmatch(r"(?:(\d+):)?(\d+):(\d{1,2}):(\d{1,2})", duration)
         if parts is None:
-            raise ArgumentError(f"`duration` is {duration!r}; a text must be 'DD:HH:MM:SS' or 'HH:MM:SS'.")
+            raise ArgumentError(f"`duration` is {duration!r:.60}; a text must be 'DD:HH:MM:SS' or 'HH:MM:SS'.")
         days, hours, minutes, seconds = (int(part or 0) for part in parts.groups())
         return ((days * 24 + hours) * 60 + minutes) * 60.0 + seconds
     if isinstance(duration, bool) or not isinstance(duration, int | float) or not 0 <= duration < math.inf:
-        raise ArgumentError(f"`duration` is {duration!r}; it must be seconds, a timedelta, or 'DD:HH:MM:SS'.")
+        raise ArgumentError(f"`duration` is {duration!r:.60}; it must be seconds, a timedelta, or 'DD:HH:MM:SS'.")
     return float(duration)

@@ -27,6 +27,9 @@ class BackgroundSaver:
         # starting thread waits for the new one, which then holds the GIL.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
+    def __reduce__(self) -> Any:
+        return type(self), ()  # a copy has a thread of its own, and no save in flight
+
     def start(self, save: Callable[[], Any]) -> None:
         """Starts a save after the previous one has finished.
 

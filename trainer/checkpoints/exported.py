@@ -104,7 +104,7 @@ def _checked_platforms(platforms: Any) -> Sequence[str]:
     if platforms is None:
         return ()
     if isinstance(platforms, str) or not isinstance(platforms, Sequence) or not platforms:
-        raise ArgumentError(f"`platforms` is {platforms!r}; it must be a list of names, such as ['cpu', 'cuda'].")
+        raise ArgumentError(f"`platforms` is {platforms!r:.60}; it must be a list of names, such as ['cpu', 'cuda'].")
     return platforms
 
 

@@ -337,9 +337,11 @@ class OrbaxDirectory:
         except UnreadableError:
             raise
         except (OSError, ValueError) as error:
+            why = f"its `about` could not be read: {error}"
+            if isinstance(error, FileNotFoundError) and self.path.is_dir():
+                why = "it has no `about`" if any(self.path.iterdir()) else "it is empty"
             raise UnreadableError(
-                f"`{self.path}` is no Orbax directory that this library wrote, since its `about` could not be read: "
-                f"{error}"
+                f"`{self.path}` is no Orbax directory that this library wrote, since {why}"
             ) from error
         try:
             envelope = json.loads(text)

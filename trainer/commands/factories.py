@@ -107,7 +107,7 @@ def _check_module(name: str, where: str) -> None:
     for part in name.split("."):
         whole = f"{parent}.{part}" if parent else part
         if not _exists(whole):
-            places = list(vars(sys.modules[parent]).get("__path__", [])) if parent else sys.path[:2]
+            places = list(vars(sys.modules[parent]).get("__path__", [])) if parent else dict.fromkeys(sys.path[:2])
             near = {path.stem for place in places for path in Path(place or ".").glob("*.py")}
             listed = " and ".join(f"`{place or '.'}`" for place in places) or f"`{parent}`, which is no package"
             raise ConfigError(

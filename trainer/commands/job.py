@@ -100,13 +100,18 @@ class Job:
         Raises:
             ConfigError: The file is not readable as YAML, or an override or a field is invalid.
         """
-        data = _plain(path.read_text(encoding="utf-8"), f"`{path}`")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"`{path}` is no YAML: it is not UTF-8 ({error}).") from error
+        data = _plain(text, f"`{path}`")
         if not isinstance(data, Mapping):
             raise ConfigError(f"`{path}` holds no mapping of fields.")
         data = {name: as_factory(value) if name in _FACTORIES else value for name, value in data.items()}
-        data = {"workdir": f"runs/{path.stem}", **data}
         for override in overrides:
             data = _with_override(data, override)
+        if data.get("workdir") in (None, ""):
+            data = {**data, "workdir": f"runs/{path.stem}"}
         return cls(JobConfig.from_dict(data), (path.absolute().parent, Path.cwd()))
 
     @contextlib.contextmanager
@@ -163,7 +168,9 @@ def _with_override(data: dict[str, Any], override: str) -> dict[str, Any]:
     for depth, name in enumerate(parents):
         below = inner.get(name)
         if below is not None and not isinstance(below, Mapping):
-            raise ConfigError(f"`{dotted}` cannot be set: `{'.'.join(parents[: depth + 1])}` is {below!r}, no mapping.")
+            raise ConfigError(
+                f"`{dotted}` cannot be set: `{'.'.join(parents[: depth + 1])}` is {below!r:.60}, no mapping."
+            )
         inner[name] = dict(below or {})
         inner = inner[name]
     inner[last] = value

@@ -18,7 +18,9 @@ def imported_when_used(held: dict[str, Any], names: Mapping[str, Iterable[str]])
         names: The lazy names, by the module that defines them.
     """
     homes = {name: module for module, defined in names.items() for name in defined}
-    held["__all__"] = [*(name for name in held if not name.startswith("_")), *homes]
+    # Without submodules, some of which have names of the standard library, such as `types`.
+    public = [name for name, value in held.items() if not name.startswith("_") and not inspect.ismodule(value)]
+    held["__all__"] = [*public, *homes]
     held["__dir__"] = lambda: sorted({*held, *homes})
 
     def attribute(name: str) -> Any:

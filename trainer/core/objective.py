@@ -276,6 +276,11 @@ def check_extensions(extensions: Mapping[str, ExtensionLike] | None) -> dict[str
             )
             if not present
         ]
+        if isinstance(extension, type) and (lacks or isinstance(getattr(extension, "weight", None), property)):
+            raise ArgumentTypeError(
+                f"`extensions[{key!r}]` is the class {extension.__name__}; it must be an object of it, such as "
+                f"{extension.__name__}()."
+            )
         if lacks and not _handles_events_only(extension):
             raise ArgumentTypeError(
                 f"`extensions[{key!r}]` is of type {type(extension).__name__} and has no "

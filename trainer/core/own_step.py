@@ -60,7 +60,7 @@ def check_own_step(step_fn: Any, loss_fn: Any, settings: Mapping[str, Any]) -> N
     for name, value in settings.items():
         if value != _DEFAULTS[name]:
             raise ArgumentError(
-                f"`{name}` is {value!r}, but the step is a `step_fn`, which it cannot change; pass it to "
+                f"`{name}` is {value!r:.60}, but the step is a `step_fn`, which it cannot change; pass it to "
                 f"make_train_step if the step is composed of that one."
             )
 

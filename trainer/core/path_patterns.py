@@ -120,7 +120,8 @@ def is_pattern(text: str) -> bool:
 def as_filter(selection: nnx.filterlib.Filter) -> nnx.filterlib.Filter:
     """Returns an nnx filter in which every path pattern is replaced by `by_path` of it.
 
-    A string with a ``*`` or a slash is a pattern: alone, in a list or tuple, or in `nnx.Any`, `nnx.All` or `nnx.Not`.
+    A string with a ``*`` or a slash is a pattern: alone, in a list, tuple or set, or in `nnx.Any`, `nnx.All` or
+    `nnx.Not`.
     """
     if isinstance(selection, nnx.filterlib.WithTag):  # nnx converts strings to this
         return as_filter(selection.tag) if is_pattern(selection.tag) else selection
@@ -128,6 +129,8 @@ def as_filter(selection: nnx.filterlib.Filter) -> nnx.filterlib.Filter:
         return by_path(check_pattern(selection, "wrt")) if is_pattern(selection) else selection
     if isinstance(selection, list | tuple):
         return nnx.Any(*map(as_filter, selection))
+    if isinstance(selection, set | frozenset):  # sorted, since its order differs between processes
+        return nnx.Any(*map(as_filter, sorted(selection, key=repr)))  # type: ignore[unreachable]
     if isinstance(selection, nnx.Any | nnx.All):
         return type(selection)(*map(as_filter, selection.predicates))
     if isinstance(selection, nnx.Not):

@@ -84,7 +84,7 @@ def resolve_report(report: Iterable[str] | Mapping[str, Measure], known: Mapping
                 )
         return dict(report)
     if isinstance(report, str) or not isinstance(report, Iterable):
-        raise ArgumentTypeError(f"`report` is {report!r}; it must be a list of names, or functions by name.")
+        raise ArgumentTypeError(f"`report` is {report!r:.60}; it must be a list of names, or functions by name.")
     for name in (names := list(report)):
         if name not in known:
             raise ArgumentError(f"`report` names {name!r}, which no step measures; {did_you_mean(str(name), known)}")

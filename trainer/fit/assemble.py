@@ -153,6 +153,9 @@ def assemble(
     events = CallbackDispatcher(
         without_savers(callbacks) if dry else callbacks, extensions, progress_for(progress, callbacks)
     )
+    for name, path in {"workdir": workdir, "checkpoint_dir": checkpoint_dir}.items():
+        if path is not None and not isinstance(path, str | os.PathLike):
+            raise ArgumentTypeError(f"`{name}` is {path!r:.60} of type {type(path).__name__}; it must be a path.")
     workdir, checkpoint_dir, configured_dir = map(in_home, (workdir, checkpoint_dir, training_config.checkpoint_dir))
     placement = placement_of(mesh, partition_rules)
     rng = as_key(0 if rng is None else rng)

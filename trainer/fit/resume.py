@@ -47,8 +47,8 @@ def find(setup: Setup, run: Run, plan: FitPlan, resume: Any) -> Restored | None:
     """Returns the checkpoint to resume from; None to start the plan from the current run."""
     if not isinstance(resume, bool) and not (isinstance(resume, str | os.PathLike) and os.fspath(resume)):
         raise ArgumentTypeError(
-            f"`resume` is {resume!r} of type {type(resume).__name__}; it must be a bool, 'latest', or the path of a "
-            f"checkpoint."
+            f"`resume` is {resume!r:.60} of type {type(resume).__name__}; it must be a bool, 'latest', or the path of "
+            f"a checkpoint."
         )
     if resume is False:
         return None

@@ -17,6 +17,16 @@ class ConsoleLogger(Logger):
         """Makes a logger that writes to ``stream``; standard error if left out."""
         self._stream = sys.stderr if stream is None else stream
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns the state for a copy or a pickle, in which a standard stream has its name."""
+        named = next((name for name in ("stderr", "stdout") if getattr(sys, name) is self._stream), None)
+        return {**self.__dict__, "_stream": named or self._stream}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if isinstance(self._stream, str):
+            self._stream = getattr(sys, self._stream)
+
     def log_scalars(self, scalars: Mapping[str, float], step: int | None = None) -> None:
         self._write(step, "  ".join(f"{name} {value:.6g}" for name, value in scalars.items()))
 

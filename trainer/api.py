@@ -24,6 +24,7 @@ from trainer.fit import epochs
 from trainer.fit import resume as resuming
 from trainer.fit.assemble import assemble
 from trainer.fit.common_batches import compare_single
+from trainer.fit.compilation import compile_step
 from trainer.fit.finite import hold_if_finite
 from trainer.fit.inspection import Inspection
 from trainer.fit.plan import plan_epoch, plan_evaluation, plan_run
@@ -249,8 +250,9 @@ class Trainer(Inspection):
                 ``epochs_per_validation``-th.
             resume: Continue an interrupted call at its next batch, bit for bit (on other devices, or with another
                 number of processes, within rounding). True or "latest": from the latest undamaged checkpoint, or from
-                the start if there is none; a path: from that checkpoint. History, averages and callback states are
-                restored. Different data, batches or keys are refused; a warning names any other changed argument.
+                the start if there is none, if this trainer has itself just trained a call to its end, or with
+                ``fast_dev_run``; a path: from that checkpoint. History, averages and callback states are restored.
+                Different data, batches or keys are refused; a warning names any other changed argument.
 
         Returns:
             The final validation averages if ``val_data`` is given, else the averages of the last epoch.
@@ -307,7 +309,7 @@ class Trainer(Inspection):
         Returns:
             Operations, bytes and memory from XLA's own analysis. Warns if the device has less memory.
         """
-        return epochs.compile_step(self, batch, without_remat)
+        return compile_step(self, batch, without_remat)
 
     def save_checkpoint(
         self, path: str | os.PathLike[str] | None = None, *, background: bool | Literal["if_finite"] = False
@@ -352,7 +354,10 @@ class Trainer(Inspection):
         resuming.load(self, path)
 
     def close(self) -> None:
-        """Saves unsaved epochs of `train_epoch`, waits (`CheckpointError` if it failed); closes the loggers it made."""
+        """Ends a run of `train_epoch`: saves it, waits (`CheckpointError` if it failed), restores best params.
+
+        The latter with ``EarlyStopping(restore_best=True)``, if the run had not ended. Closes the loggers it made.
+        """
         try:
             epochs.finish(self)
         finally:

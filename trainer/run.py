@@ -70,10 +70,11 @@ Position = InMemory | FromLoader
 
 @dataclasses.dataclass(frozen=True)
 class Validation:
-    """The averages of the latest validation, and the step of the validated state."""
+    """The averages of the latest validation, the step of the validated state, and the epochs finished before it."""
 
     step: int
     averages: Mapping[str, float]
+    epoch: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,14 +193,13 @@ class Run:
     @property
     def is_new(self) -> bool:
         """Whether the run is at its first step: neither resumed nor continued."""
-        return self.position is None or self.step == self.position.first_step
+        # A state that was rolled back to the first step within an epoch does not make the run a new one.
+        return self.position is None or (self.step == self.position.first_step and not self.position.batch)
 
     @property
     def validation_of_epoch(self) -> Mapping[str, float]:
         """The averages of the latest validation if it ran in the current epoch; else empty."""
-        if self.validation is None or self.validation.step <= self.step - self.batch:
-            return {}
-        return self.validation.averages
+        return {} if self.validation is None or self.validation.epoch != self.epoch else self.validation.averages
 
     @property
     def validation_of_step(self) -> Mapping[str, float]:
@@ -236,6 +236,8 @@ class Run:
             step = step_of_one(state)
         position = self.position if keeps_position or step == self.step else None
         changes = {"leaves": leaves, "layout": layout, "step": step, "position": position, "weights": None}
+        if step != self.step:
+            changes["validation"] = None  # of another state
         # The state returned earlier is replaced along with the edits made to it so far. Later edits to it would be
         # lost silently, so it is checked like a consumed state.
         replaced = self._consumed if self._given is None else [self._given[0], jax.tree.leaves(self._given[0])]
@@ -269,8 +271,8 @@ class Run:
         # The caller still holds the containers of `given` and may edit them again: track them, not the converted copy.
         return self.replace(leaves=leaves, _given=[given, jax.tree.leaves(given)], _cached=[])
 
-    def drawing(self, examples: int) -> Self:
-        """Returns the run with a batch drawn; the next step counts it."""
+    def drawing(self, examples: int | None) -> Self:
+        """Returns the run with a batch drawn, which the next step counts; None for no batch."""
         return self._next(self.leaves, self.step, self.position, self.average, self.metrics, examples)
 
     def advance(self, leaves: list[Any], metrics: Metrics, examples: int | None, count: int | None = None) -> Self:
@@ -322,7 +324,9 @@ class Run:
 
     def validated(self, averages: Mapping[str, float]) -> Self:
         """Returns the run with the averages of a validation of its state, recorded in the history."""
-        return self.replace(validation=Validation(self.step, dict(averages))).recorded(averages, prefix="val_")
+        return self.replace(validation=Validation(self.step, dict(averages), self.epoch)).recorded(
+            averages, prefix="val_"
+        )
 
     def begin_epoch(self) -> Self:
         """Returns the run at the beginning of an epoch; a run resumed within an epoch is returned unchanged."""

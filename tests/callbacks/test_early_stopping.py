@@ -263,6 +263,24 @@ def test_calls_of_train_epoch_are_one_run(tmp_path):
         assert_same_bits(evaluated(trainer), keep.kept[epoch if epoch < 2 else 0])
 
 
+@pytest.mark.parametrize("settings", [{}, {"num_epochs": 9}], ids=["of no number", "left before its end"])
+def test_a_loop_of_another_length_ends_where_it_is_closed(settings, tmp_path):
+    keep, batches = Keep(), [regression(4, seed=seed) for seed in range(3)]
+    loaders = {"train_data_loader": batches, "val_data_loader": [regression(8, seed=9)]}
+    settings = config(epochs_per_validation=1, **settings)
+    with Trainer(
+        Busy(), settings, loss_fn=squared_error, workdir=tmp_path, callbacks=[keep, best_first()], **loaders
+    ) as trainer:
+        for epoch in range(3):
+            trainer.train_epoch()
+            assert_same_bits(evaluated(trainer), keep.kept[epoch])
+    assert_same_bits(evaluated(trainer), keep.kept[0])
+    trainer.close()
+    other = Trainer(Busy(), settings, loss_fn=squared_error, workdir=tmp_path, **loaders)
+    other.load_checkpoint(tmp_path / "checkpoint_9.msgpack")  # the latest state
+    assert_same_bits(evaluated(other), keep.kept[2])
+
+
 @pytest.mark.parametrize("ends", [3, 5], ids=["in the middle", "at its end"])
 def test_a_resumed_run_takes_them_from_the_best_checkpoint(ends, tmp_path):
     def made(directory, *more):

@@ -169,6 +169,29 @@ def test_a_finished_run_has_nothing_left_to_do(uninterrupted):
     assert_same_bits(trainer.state, before)
 
 
+def test_a_call_that_this_trainer_has_just_trained_is_not_resumed(tmp_path):
+    def loop(num_epochs):
+        trainer = Trainer(Busy(), config(), loss_fn=squared_error, workdir=tmp_path, progress=False)
+        for _ in range(num_epochs):
+            trainer.train(regression(8), 1, 4, resume=True)
+        return trainer
+
+    assert (loop(3).epoch, loop(1).epoch) == (3, 3)
+    with pytest.warns(UserWarning, match=r"for the third time in a row, and trains nothing: a loop until"):
+        assert loop(4).epoch == 3  # a repeated program repeats no training
+
+
+def test_a_check_resumes_nothing(tmp_path):
+    def made(**options):
+        settings = config(checkpoint_dir=str(tmp_path))
+        return Trainer(Busy(), settings, loss_fn=squared_error, progress=False, **options)
+
+    made().train(regression(8), 2, 4)
+    checked = made(fast_dev_run=True)
+    checked.train(regression(8), 2, 4, resume=True)
+    assert checked.step == 1
+
+
 def test_with_nothing_saved_it_starts_from_the_start(tmp_path, uninterrupted):
     watching = Watching()
     trainer = build(tmp_path, watching)

@@ -32,7 +32,9 @@ class EarlyStopping(Checking):
         stopping_threshold: A value at least as good as this ends the run.
         divergence_threshold: A value worse than this ends the run.
         restore_best: Whether to restore the params and the model state of the best score at the end of the run, early
-            or not; with ``eval_params`` also the optimizer state, from which those are computed. Everything else stays
+            or not; with ``eval_params`` also the optimizer state, from which those are computed. Calls to
+            ``train_epoch`` end a run after ``TrainingConfig.num_epochs`` epochs; a loop of another length ends, and
+            restores them, in ``trainer.close()`` or at the end of ``with Trainer(...)``. Everything else stays
             the latest, including the result of `train` and the checkpoint at the end of the run. The callback keeps a
             copy of the best parts, which is not in checkpoints: a resumed run that finds nothing better takes them
             from a `ModelCheckpoint` of the same metric; without one it warns and restores nothing.
@@ -97,7 +99,12 @@ class EarlyStopping(Checking):
 
     def on_train_end(self, trainer: Any) -> None:
         # Not if a signal or an exception ends a call: the run may be resumed from the trainer's current state.
-        if not self._restore_best or not getattr(trainer, "has_ended", self.should_stop):
+        if getattr(trainer, "has_ended", self.should_stop):
+            self.restore(trainer)
+
+    def restore(self, trainer: Any) -> None:
+        """Restores the best params if ``restore_best`` is set; at the end of a run the trainer has done so."""
+        if not self._restore_best:
             return
         best, self._best = self._best, None
         if best is None and self.best_score is not None:

@@ -202,8 +202,6 @@ def _with_record(run: Run, plain: Any, epoch: int | None) -> Run:
     for name in _COUNTS:
         _check_count(name, plain[name])
     _check_count("validation_step", plain["validation_step"], least=-1)
-    if plain["batch"] > plain["step"]:
-        raise ValueError(f"it has finished {plain['batch']} batches of an epoch after {plain['step']} steps")
     if not isinstance(plain["seed"], list):
         raise ValueError(f"`seed` is of type {type(plain['seed']).__name__}, not a list")
     for word in plain["seed"]:
@@ -235,12 +233,16 @@ def _with_record(run: Run, plain: Any, epoch: int | None) -> Run:
         if plain["num_examples"]
         else FromLoader(loader=found, **where)
     )
-    validated = plain["validation_step"] >= 0
+    validation = None
+    if (validated := plain["validation_step"]) >= 0:
+        # Of a state that was rolled back, or that steps beside the loop have trained, this may be the epoch before.
+        within = validated > plain["step"] - plain["batch"]
+        validation = Validation(validated, plain["validation"], epoch if within else epoch - 1)
     return run.replace(
         position=position,
         average=WeightedAverage.from_dict(average),
         metrics=plain["metrics"],
-        validation=Validation(plain["validation_step"], plain["validation"]) if validated else None,
+        validation=validation,
         logged_step=plain["logged_step"],
         id=plain.get("id") or run.id,
         arguments=plain.get("arguments"),

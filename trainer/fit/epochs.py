@@ -10,23 +10,23 @@ import contextlib
 import copy
 import dataclasses
 import os
-import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from trainer.callbacks.base import flatten
+from trainer.callbacks.early_stopping import EarlyStopping
 from trainer.checkpoints.run_record import Restored
-from trainer.compile.cost import ProgramCost, cost_of
-from trainer.compile.dispatch import CompileReport
 from trainer.distributed.signals import Signals
-from trainer.errors import ObjectiveError, warn
+from trainer.errors import ObjectiveError
 from trainer.fit.cadence import steps_due
 from trainer.fit.common_batches import compare_single
+from trainer.fit.compilation import tell_compilation
 from trainer.fit.ends import is_end, is_to_be_saved, leave, may_save, save_end
 from trainer.fit.finite import hold_if_finite, react_if_not_finite
 from trainer.fit.plan import FitPlan
 from trainer.fit.resume import checked, find, planned_end, put_back
 from trainer.fit.run_file import write_start
-from trainer.fit.running import running
+from trainer.fit.running import check_not_running, running
 from trainer.fit.setup import Planned, Setup
 from trainer.fit.speeds import figures_written, note_epoch
 from trainer.loggers.base import prefixed
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 def fit(trainer: Trainer, plan: FitPlan, resume: bool | str | os.PathLike[str]) -> Run:
     """Executes a plan, from its start or from a checkpoint, and returns the final run."""
+    check_not_running(trainer, plan.caller)
     setup, before = trainer.setup, trainer.run
     setup.live.validates = plan.held_out is not None
     setup.latest_copy.check(before)
@@ -54,7 +55,8 @@ def fit(trainer: Trainer, plan: FitPlan, resume: bool | str | os.PathLike[str]) 
     opening: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if restored is None:
         run = before.replace(position=plan.position, arguments=plan.arguments)
-        if run.is_new and (setup.is_directory_given or plan.reaches_save(run.step, if_unknown=True)):
+        may_be_saved = setup.is_directory_given or plan.reaches_save(run.step, if_unknown=True)
+        if run.is_new and may_be_saved and not setup.fast_dev_run:
             setup.checkpointer.warn_of_later(run)
         setup.agree_on_state(run)
         trainer.hold(setup.with_horizon(run, planned_end(run.step, plan)))
@@ -71,6 +73,7 @@ def fit(trainer: Trainer, plan: FitPlan, resume: bool | str | os.PathLike[str]) 
         if not _is_finished(plan, run) and plan.loader is not None:
             # The loader may reject its position when it is opened.
             opening = put_back(trainer, before, callback_states)
+    setup.live.start_step = trainer.run.step
     try:
         _run_epochs(trainer, plan, restored, opening)
     except BaseException:
@@ -83,9 +86,11 @@ def fit(trainer: Trainer, plan: FitPlan, resume: bool | str | os.PathLike[str]) 
 
 def train_step(trainer: Trainer, batch: Batch) -> Metrics:
     """Runs one step on a placed batch and emits its events; see `Trainer.train_step`."""
-    setup = trainer.setup
-    if not setup.live.is_running:  # else the loop has compared it
+    setup, drawn = trainer.setup, trainer.run.drawn
+    if setup.placement.num_processes > 1 and not setup.live.is_running:  # else the loop has compared it
         compare_single(setup.live.passes, setup.placement, "train_step", batch)
+    if drawn is not None and setup.events.handles("on_batch_begin"):
+        trainer.hold(trainer.run.drawing(None))  # a callback may run a step of its own
     setup.events.emit("on_batch_begin", trainer, trainer.run.step)
     if not setup.live.is_running:  # else the run has done both
         setup.latest_copy.check(trainer.run)
@@ -94,20 +99,29 @@ def train_step(trainer: Trainer, batch: Batch) -> Metrics:
     if setup.debug is not None:
         run = run.with_edits()
         setup.debug(run.peek(), batch)
-    run, metrics = setup.step(run, batch, run.drawn)
+    position = run.position
+    run, metrics = setup.step(run, batch, drawn)
+    if drawn is None and setup.live.is_running:
+        run = run.replace(position=position)  # a step beside those of the loop moves nothing in the data
     trainer.hold(run)
     _after_call(trainer, metrics, None, defer=False)
     return metrics
 
 
 def finish(trainer: Trainer) -> None:
-    """Saves what `train_epoch` left to a later call, and waits for the save in flight; see `Trainer.close`."""
+    """Saves what `train_epoch` left to a later call, waits for saves, restores best params; see `Trainer.close`."""
     setup, run = trainer.setup, trainer.run
     # Of several processes, one may close because of an exception, and the others would not take part in the save.
     if setup.live.unsaved_step == run.step and run.position is not None and setup.placement.num_processes == 1:
         setup.live.unsaved_step = None
         save_end(trainer)
     setup.finish_saves()
+    # A loop over `train_epoch` whose number of epochs the configuration does not hold ends here.
+    if setup.live.planned is not None and not (setup.live.has_ended or setup.live.failure or setup.live.is_running):
+        setup.live.has_ended = True
+        for callback in flatten([setup.callbacks]):
+            if isinstance(callback, EarlyStopping):
+                callback.restore(trainer)
 
 
 def validate(trainer: Trainer, held_out: Callable[[], Iterator[Batch]], check: Callable[[], None]) -> None:
@@ -311,45 +325,6 @@ def _log_last_step(trainer: Trainer) -> None:
     if run.logged_step != run.step and run.metrics:  # a state that was loaded comes without
         trainer.hold(run.recorded(run.metrics))
         trainer.setup.fanout.report("train", run.step, run.metrics)
-
-
-def compile_step(trainer: Trainer, batch: Batch, without_remat: bool) -> ProgramCost:
-    """Compiles the step for batches like this one; see `Trainer.compile`."""
-    setup = trainer.setup
-    batch, _ = setup.placement.abstract_batch(setup.with_mask(batch))
-    if not setup.live.is_running:  # within an epoch they stay as they are
-        setup.constants.update()
-    run = setup.with_weights(trainer.run).with_edits()
-    run.peek().check_alive()
-    start = time.perf_counter()
-    program, traced = setup.step.trace(run, batch)
-    compiled = program.compile(traced)
-    seconds = time.perf_counter() - start
-    trainer.hold(run)
-    cost = cost_of(compiled, run.leaves, seconds)
-    if without_remat and setup.step_without_remat is not None:
-        program, traced = setup.step_without_remat.trace(run, batch)
-        start = time.perf_counter()
-        compared = cost_of(program.compile(traced), run.leaves, time.perf_counter() - start)
-        cost = dataclasses.replace(cost, without_remat=compared)
-    tell_compilation(trainer, CompileReport(program.name, seconds, None), run.step, setup.live.meter)
-    if not cost.fits:
-        warn(
-            f"a step needs {cost.total:,} bytes and the device has {cost.available:,}: it will not "
-            f"fit. Smaller batches, `remat`, or more devices (trainer.sharding) help."
-        )
-    return cost
-
-
-def tell_compilation(trainer: Trainer, report: CompileReport, step: int, meter: Meter | None = None) -> None:
-    """Reports a compilation at ``step`` to callbacks, loggers, and the meter of the epoch if its steps waited."""
-    setup = trainer.setup
-    if meter is not None:
-        meter.compiled(report.seconds)
-    setup.events.emit("on_compile_end", trainer, report.name, report.seconds)
-    setup.fanout.log_text("compilation", f"{report.name} took {report.seconds:.1f} s to compile", step)
-    if report.warning is not None:
-        warn(report.warning)
 
 
 def _resumed(plan: FitPlan, position: Position) -> Planned:

@@ -13,10 +13,10 @@ import jax
 
 from trainer.checkpoints.run_record import Restored
 from trainer.data.resumable import LoaderPass, LoaderPosition
-from trainer.errors import ArgumentTypeError, CheckpointError
+from trainer.errors import ArgumentTypeError, CheckpointError, warn
 from trainer.fit.identity import check_same_call
 from trainer.fit.plan import FitPlan
-from trainer.fit.setup import Setup
+from trainer.fit.setup import Live, Setup
 from trainer.run import FromLoader, InMemory, Run
 
 if TYPE_CHECKING:
@@ -50,15 +50,15 @@ def find(setup: Setup, run: Run, plan: FitPlan, resume: Any) -> Restored | None:
             f"`resume` is {resume!r:.60} of type {type(resume).__name__}; it must be a bool, 'latest', or the path of "
             f"a checkpoint."
         )
-    if resume is False:
+    if resume is False or setup.fast_dev_run:  # a check begins and ends with itself
         return None
     if resume is not True and resume != "latest":
         return setup.checkpointer.load(resume, run)
-    if setup.fast_dev_run:  # it has no directory, and what is in the default one is of other runs
-        return None
     here = run.position
+    # This trainer has itself just finished the call or the epoch: `while trainer.epoch < n` must terminate.
+    if plan.caller == "train" and here is not None and _has_just_trained(setup.live, run):
+        return None
     if plan.caller == "train_epoch" and isinstance(here, FromLoader) and _is_over(here):
-        # This trainer has just finished an epoch: `while trainer.epoch < n` must terminate.
         return None
     return setup.checkpointer.load_latest(run)
 
@@ -119,6 +119,22 @@ def _own_position(setup: Setup, restored: Restored, position: FromLoader) -> Any
         return LoaderPosition.from_dict(loaders[jax.process_index()])
     except ValueError as error:
         raise CheckpointError(f"`{restored.path}` holds a position that cannot be understood: {error}.") from error
+
+
+def _has_just_trained(live: Live, run: Run) -> bool:
+    """Returns whether the latest call of this trainer has finished, and trained. Warns if it never trains again."""
+    if not live.has_ended or live.failure:
+        return False
+    if run.step != live.start_step:
+        return True
+    live.idle_calls += 1
+    if live.idle_calls == 2:
+        warn(
+            f"train(..., resume=True) finds a finished call at step {run.step} for the third time in a row, and trains "
+            f"nothing: a loop until `trainer.epoch` has some value never ends. Train all epochs in one call, or leave "
+            f"`resume` out to train more."
+        )
+    return False
 
 
 def _is_over(position: FromLoader) -> bool:

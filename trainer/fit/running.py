@@ -8,10 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.distributed.signals import Signals
-from trainer.errors import TrainingInterrupted
+from trainer.errors import ArgumentError, TrainingInterrupted
 
 if TYPE_CHECKING:
     from trainer.api import Trainer
+
+
+def check_not_running(trainer: Trainer, caller: str) -> None:
+    """Raises `ArgumentError` if a callback, an extension or a logger trains the trainer that it was called by."""
+    if trainer.setup.live.is_running:
+        raise ArgumentError(
+            f"{caller}() was called while this trainer is training, and would replace the position of that run; call "
+            f"train_step(batch) for single steps, or train another Trainer."
+        )
 
 
 @contextlib.contextmanager

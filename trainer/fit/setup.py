@@ -88,6 +88,8 @@ class Live:
         meter: Measures the throughput of the current or latest epoch.
         failure: What ended the call, as text, if it raised; empty otherwise.
         has_ended: Whether the call reached the end of a run: all epochs, or a stop requested by a callback.
+        start_step: The step at which the call began or was resumed.
+        idle_calls: How many calls in a row found a finished one to resume, after the first.
         unsaved_step: The step at which a call to ``train_epoch`` left its state to a later call to save; None if it is
             saved.
         throughput: The throughput of the latest epoch.
@@ -106,6 +108,8 @@ class Live:
     meter: Meter | None = None
     failure: str = ""
     has_ended: bool = False
+    start_step: int = 0
+    idle_calls: int = 0
     unsaved_step: int | None = None
     throughput: Throughput | None = None
     figures_written: float = 0.0

@@ -38,10 +38,13 @@ class Extension(nnx.Module, Callback):
     Its variables are part of the training state: `loss_fn` may read and assign them, and the step
     carries them into the next state; no optimizer updates them. The hooks of `trainer.Callback` run
     outside compiled code, on the object that was passed to the trainer, with its Python attributes. A
-    number or text in an attribute that `loss_fn` reads becomes a constant of the step when an epoch
-    begins: if a hook has changed it, the step is compiled again. A hook that changes one within an
-    epoch changes the next epoch; if the run is resumed within that epoch, its rest has the value of
-    the save. Several processes keep the value of the first step.
+    number, text, container or dataclass in an attribute that `loss_fn` reads becomes a constant of the
+    step when an epoch begins: if a hook has changed it, the step is compiled again. A hook that changes
+    one within an epoch changes the next epoch; if the run is resumed within that epoch, its rest has
+    the value of the save. Several processes keep the value of the first step. Of containers with more
+    than 1000 entries or 8 KiB of arrays, only another object counts, not a change in place. An array in
+    an attribute is part of the training state, like a variable: to change it, assign
+    ``trainer.state.extensions[name]["variables"][attribute]``.
 
     Example::
 

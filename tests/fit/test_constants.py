@@ -1,12 +1,16 @@
 """Attributes of extensions that their losses read: a new value takes effect when an epoch begins, and is said."""
 
+import collections
+import dataclasses
+import types
 import warnings
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from tests.problems import Linear, config, regression, squared_error
-from trainer import Callback, Extension, Trainer
+from trainer import Callback, Extension, ExtensionConfig, Trainer
 
 SAID = r"`extensions\['heat'\].temperature` changed, which a compiled step holds as a constant: each new value takes"
 
@@ -171,3 +175,128 @@ def test_an_object_with_slots_trains():
     trainer = build(Frozen())
     trainer.train(regression(8), 2, 4)
     assert heats(trainer) == [2.0] * 4
+
+
+@dataclasses.dataclass
+class Settings:
+    at: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeatConfig(ExtensionConfig):
+    at: float = 1.0
+
+
+def halve_item(extension):
+    extension.held[0] *= 0.5
+
+
+def halve_value(extension):
+    extension.held["at"] *= 0.5
+
+
+def halve_attribute(extension):
+    extension.held.at *= 0.5
+
+
+def halve(extension):
+    extension.held = extension.held * np.float32(0.5)
+
+
+def halve_in_place(extension):
+    extension.held *= 0.5
+
+
+class Holding(Extension):
+    """Its first parameter has another name, as in some code bases."""
+
+    def __init__(this, held, read, change, config=None):  # noqa: N805
+        super().__init__(config)
+        this.held, this._read, this._change = held, read, change
+
+    def loss_fn(this, batch, model_outputs, **kwargs):  # noqa: N805
+        return jnp.float32(this._read(this.held) if this.held is not None else this.config.at)
+
+    def on_epoch_end(this, trainer, epoch, logs):  # noqa: N805
+        this._change(this)
+
+
+class NoModule:
+    weight = 1.0
+
+    def __init__(self, held, read, change):
+        self.held, self._read, self._change = held, read, change
+
+    def is_enabled(self):
+        return True
+
+    loss_fn, on_epoch_end = Holding.loss_fn, Holding.on_epoch_end
+
+
+def itself(held):
+    return held
+
+
+HELD = {
+    "float": lambda kind: kind(1.0, itself, halve),
+    "scalar of NumPy": lambda kind: kind(np.float32(1), itself, halve),
+    "list": lambda kind: kind([1.0], lambda held: held[0], halve_item),
+    "deque": lambda kind: kind(collections.deque([1.0]), lambda held: held[0], halve_item),
+    "dict": lambda kind: kind({"at": 1.0}, lambda held: held["at"], halve_value),
+    "dict of arrays": lambda kind: kind({"at": np.ones(2)}, lambda held: held["at"].mean(), halve_value),
+    "namespace": lambda kind: kind(types.SimpleNamespace(at=1.0), lambda held: held.at, halve_attribute),
+    "dataclass": lambda kind: kind(Settings(), lambda held: held.at, halve_attribute),
+    "array": lambda kind: kind(np.ones(3, np.float32), lambda held: held.mean(), halve),
+    "array in place": lambda kind: kind(np.ones(3, np.float32), lambda held: held.mean(), halve_in_place),
+    "array of JAX": lambda kind: kind(jnp.float32(1), itself, halve),
+    "large array": lambda kind: kind(np.ones(9999, np.float32), lambda held: held.mean(), halve),
+}
+
+
+ARRAYS = [name for name in HELD if "array" in name and "dict" not in name]
+CASES = [(NoModule, name) for name in HELD] + [(Holding, name) for name in HELD if "array" not in name]
+
+
+@pytest.mark.parametrize(("kind", "held"), CASES, ids=[f"{kind.__name__}-{held}" for kind, held in CASES])
+def test_values_of_many_types_take_effect_at_the_next_epoch(kind, held):
+    trainer = build(HELD[held](kind))
+    with pytest.warns(UserWarning, match=r"`extensions\['heat'\].held` changed, which a compiled step holds") as said:
+        trainer.train(regression(8), 3, 4)
+    assert len(said) == 1
+    assert heats(trainer) == [1.0, 1.0, 0.5, 0.5, 0.25, 0.25]
+
+
+@pytest.mark.parametrize("held", ARRAYS)
+def test_an_array_that_is_part_of_the_state_is_not_and_it_is_said_where_to_assign_it(held):
+    trainer = build(HELD[held](Holding))
+    with pytest.warns(UserWarning, match="does nothing") as said:
+        trainer.train(regression(8), 3, 4)
+    assert [str(one.message) for one in said] == [
+        "`extensions['heat'].held` changed, which does nothing: the arrays of an extension are part of the training "
+        "state, and `loss_fn` reads them there. Assign `trainer.state.extensions['heat']['variables']['held']`."
+    ]
+    assert heats(trainer) == [1.0] * 6
+    variables = trainer.state.extensions["heat"]["variables"]
+    variables["held"] = variables["held"] * 0.5
+    assert float(trainer.train_step(regression(4))["heat_loss"]) == 0.5
+
+
+def test_a_field_of_its_configuration_takes_effect_beside_its_weight():
+    def change(extension):
+        extension.config = extension.config.replace(at=extension.config.at * 0.5, weight=extension.weight * 2)
+
+    trainer = build(Holding(None, None, change, HeatConfig()))
+    with pytest.warns(UserWarning, match=r"`extensions\['heat'\].config` changed, which a compiled step holds"):
+        trainer.train(regression(10), 3, 4)
+    assert heats(trainer) == [1.0] * 9
+
+
+def test_another_object_of_the_same_value_compiles_nothing():
+    def same(extension):
+        extension.held = [np.float32(1), jnp.ones(2)]
+
+    compilations = Compilations()
+    heat = NoModule([np.float32(1), jnp.ones(2)], lambda held: held[0], same)
+    trainer = build(heat, callbacks=[compilations], steps_per_call=1)
+    trainer.train(regression(8), 3, 4)  # warnings are errors
+    assert compilations.names == ["train_step"]

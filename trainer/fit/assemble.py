@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -349,7 +349,7 @@ def _compiled_step(
     events: CallbackDispatcher,
     live: Live,
 ) -> CompiledStep:
-    def variant() -> tuple[str, ...]:
+    def variant() -> Hashable:
         return constants.token, *(name for name, extension in extensions.items() if extension.is_enabled())
 
     def before_compile(name: str, text: Callable[[], str]) -> None:

@@ -1,23 +1,64 @@
 """The Python attributes of extensions that their losses read, which are constants of the compiled step."""
 
+import collections
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+import marshal
+import operator
+import types
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
+import jax
+import numpy as np
+from flax import nnx
+
 from trainer.core.fingerprint import fingerprint_and_reads
+from trainer.core.static_values import copy_containers, token
 from trainer.errors import warn
 
 _NO_CONSTANTS = {"weight", "enabled"}
 """Attributes of extensions that a step takes as an argument, or that select its program."""
 
-_PLAIN = (bool, int, float, str, bytes, type(None))
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+_CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
+_MOST_BYTES, _MOST_LEAVES = 2**13, 1000
+"""Of larger arrays and containers, only another object is noticed, not a change in place: reading them costs time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Constant:
+    """The value of an attribute.
+
+    Attributes:
+        given: The object that the attribute held.
+        value: A copy that later changes in place do not affect.
+        token: Equal to another's if a step computes the same with both.
+        is_fixed: Whether the object cannot change, so that it need not be read again.
+        content: The content of a container of numbers and texts, which takes less time to compare than a token.
+    """
+
+    given: Any
+    value: Any
+    token: Hashable
+    is_fixed: bool
+    content: bytes | None = None
+
+    def is_still(self, value: Any) -> bool:
+        """Returns whether an attribute is known to hold the same as before."""
+        return value is self.given and (self.is_fixed or (self.content is not None and _content(value) == self.content))
+
+
+_Values = dict[tuple[str, str], _Constant]
+"""By the names of extensions and attributes."""
 
 
 class Constants:
-    """The plain attributes that the losses of extensions read, as they were when `update` was last called.
+    """The attributes that the losses of extensions read, as they were when `update` was last called.
 
-    Every program of an epoch must have the same: also one that is compiled for a short last batch, after a hook has
-    changed an attribute. So `update` is called when an epoch begins, and steps are traced within `in_force`.
+    Numbers, texts, arrays, containers and dataclasses of these. Every program of an epoch must have the same: also one
+    that is compiled for a short last batch, after a hook has changed an attribute. So `update` is called when an epoch
+    begins, and steps are traced within `in_force`.
 
     Args:
         extensions: The extensions with a loss, by name. Empty with several processes, which may differ in an
@@ -29,10 +70,11 @@ class Constants:
 
     def __init__(self, extensions: Mapping[str, Any]) -> None:
         self._extensions = extensions
-        self._read: dict[str, set[str]] | None = None
-        self._values: dict[tuple[str, str], Any] = {}
-        self._is_traced = self._has_warned = False
-        self.token = ""
+        self._read: dict[str, tuple[list[str], set[str]]] | None = None
+        self._values: _Values = {}
+        self._in_state: _Values = {}
+        self._is_traced = self._has_warned = self._has_warned_of_state = False
+        self.token: Hashable = ()
         if extensions:
             self.update()
 
@@ -40,33 +82,52 @@ class Constants:
         """Takes the current values. Warns, once, if they are not those that a step was compiled with."""
         if not self._extensions:
             return
-        before, self._values = self._values, self._current()
-        self.token = repr(list(self._values.items()))
+        before, (self._values, arrays) = self._values, self._current()
+        self._check_state(arrays)
+        if len(before) == len(self._values) and all(map(operator.is_, before.values(), self._values.values())):
+            return
+        self.token = tuple((key, constant.token) for key, constant in self._values.items())
         if not self._is_traced or self._has_warned:
             return
-        changed = [key for key, value in self._values.items() if repr(before.get(key)) != repr(value)]
+        changed = [key for key, constant in self._values.items() if _differs(before.get(key), constant)]
         if changed:
             self._has_warned = True
-            listed = ", ".join(f"`extensions[{name!r}].{attribute}`" for name, attribute in changed[:3])
             warn(
-                f"{listed} changed, which a compiled step holds as a constant: each new value takes effect when an "
-                f"epoch begins, and compiles the step again. Changing `weight`, or computing the value from the `step` "
-                f"that `loss_fn` may take, compiles nothing."
+                f"{_listed(changed)} changed, which a compiled step holds as a constant: each new value takes effect "
+                f"when an epoch begins, and compiles the step again. Changing `weight`, or computing the value from "
+                f"the `step` that `loss_fn` may take, compiles nothing."
+            )
+
+    def _check_state(self, now: _Values) -> None:
+        """Warns, once, if an array that is part of the training state is another on the extension than at first."""
+        if self._has_warned_of_state or not now:
+            return
+        before = self._in_state
+        self._in_state = {**now, **before}
+        changed = [key for key, constant in now.items() if _differs(before.get(key, constant), constant)]
+        if changed:
+            self._has_warned_of_state = True
+            name, attribute = changed[0]
+            warn(
+                f"{_listed(changed)} changed, which does nothing: the arrays of an extension are part of the training "
+                f"state, and `loss_fn` reads them there. Assign "
+                f"`trainer.state.extensions[{name!r}]['variables'][{attribute!r}]`."
             )
 
     @contextlib.contextmanager
     def in_force(self) -> Iterator[None]:
         """Gives the extensions the values of `update` while a step is traced."""
         self._is_traced = True
-        now = self._current()
-        others = {key: value for key, value in self._values.items() if key in now and repr(now[key]) != repr(value)}
+        now, _ = self._current()
+        others = {key: one for key, one in self._values.items() if key in now and _differs(now[key], one)}
         try:
-            for (name, attribute), value in others.items():
-                vars(self._extensions[name])[attribute] = value  # nnx refuses `setattr` within a trace
+            for (name, attribute), constant in others.items():
+                # nnx refuses `setattr` within a trace
+                vars(self._extensions[name])[attribute] = _in_place_of(now[name, attribute].given, constant.value)
             yield
         finally:
             for name, attribute in others:
-                vars(self._extensions[name])[attribute] = now[name, attribute]
+                vars(self._extensions[name])[attribute] = now[name, attribute].given
 
     def traced(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """Returns a step, not jitted, that is traced with the values of `update`."""
@@ -79,15 +140,93 @@ class Constants:
 
         return with_constants
 
-    def _current(self) -> dict[tuple[str, str], Any]:
+    def _current(self) -> tuple[_Values, _Values]:
+        """Returns the current values, and those of arrays that are part of the training state."""
         if self._read is None:
-            self._read = {
-                name: fingerprint_and_reads(extension, ["loss_fn"])[1].of.get("self", set()) - _NO_CONSTANTS
-                for name, extension in self._extensions.items()
-            }
-        return {
-            (name, attribute): value
-            for name, extension in self._extensions.items()
-            for attribute, value in sorted(getattr(extension, "__dict__", {}).items())
-            if attribute in self._read[name] and type(value) in _PLAIN
-        }
+            self._read = {name: _reads(extension) for name, extension in self._extensions.items()}
+        values: _Values = {}
+        arrays: _Values = {}
+        for name, extension in self._extensions.items():
+            read, changed = self._read[name]
+            held = getattr(extension, "__dict__", {})
+            for attribute in read:
+                if attribute not in held:
+                    continue
+                key, value = (name, attribute), held[attribute]
+                is_state = isinstance(value, np.ndarray | jax.Array) and isinstance(extension, nnx.Module)
+                known = (self._in_state if is_state else self._values).get(key)
+                if known is not None and known.is_still(value):
+                    (arrays if is_state else values)[key] = known
+                elif type(value) in _PLAIN or (attribute not in changed and _is_compared(value)):
+                    (arrays if is_state else values)[key] = _constant(value)
+        return values, arrays
+
+
+def _reads(extension: Any) -> tuple[list[str], set[str]]:
+    """Returns the attributes that a loss reads of the extension itself, and the names that it changes, as caches."""
+    reads = fingerprint_and_reads(extension, ["loss_fn"])[1]
+    members = (member for kind in type(extension).__mro__ for member in vars(kind).values())
+    functions = (getattr(member, "__func__", None) or getattr(member, "fget", None) or member for member in members)
+    codes = (function.__code__ for function in functions if isinstance(function, types.FunctionType))
+    # The first parameter of a method has any name.
+    names = {"self", *(code.co_varnames[0] for code in codes if code.co_argcount)}
+    return sorted(set().union(*(reads.of.get(name, set()) for name in names)) - _NO_CONSTANTS), reads.changed
+
+
+def _is_compared(value: Any) -> bool:
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        return not isinstance(value, jax.core.Tracer)
+    if type(value) in _CONTAINERS:
+        leaves = jax.tree.leaves(value, is_leaf=_is_of_nnx)
+        return not any(map(_is_of_nnx, leaves))
+    is_record = dataclasses.is_dataclass(value) or isinstance(value, types.SimpleNamespace)
+    return is_record and not isinstance(value, type) and not _is_of_nnx(value)
+
+
+def _is_of_nnx(value: Any) -> bool:
+    return isinstance(value, nnx.Module | nnx.Variable)  # these are part of the state
+
+
+def _constant(value: Any) -> _Constant:
+    is_fixed = isinstance(value, jax.Array | np.generic) or type(value) in _PLAIN
+    leaves = [value] if is_fixed or isinstance(value, np.ndarray) else jax.tree.leaves(value)
+    too_large = len(leaves) > _MOST_LEAVES or sum(getattr(leaf, "nbytes", 0) for leaf in leaves) > _MOST_BYTES
+    if not too_large:
+        with contextlib.suppress(Exception):  # a donated array, or whatever the methods of an object raise
+            parts = _parts(value)
+            is_fixed = is_fixed or (parts is not value and type(value).__dataclass_params__.frozen)
+            content = _content(value) if all(type(leaf) in _PLAIN for leaf in leaves) else None
+            return _Constant(value, copy_containers(value, {}), (type(value), token(parts)), is_fixed, content)
+    # The object is held here, so no other gets its id.
+    return _Constant(value, value, (type(value), id(value)), is_fixed=True)
+
+
+def _content(value: Any) -> bytes | None:
+    try:
+        return marshal.dumps(value, 2)  # of this version: later ones depend on the number of references
+    except ValueError:
+        return None
+
+
+def _parts(value: Any) -> Any:
+    """Returns a value, or the fields of a dataclass that a step holds as constants."""
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    names = {field.name for field in dataclasses.fields(value)} - _NO_CONSTANTS
+    return {name: getattr(value, name) for name in sorted(names)}
+
+
+def _in_place_of(now: Any, value: Any) -> Any:
+    """Returns a value to trace with; of the configuration of an extension, weight and setting stay the current ones."""
+    if not dataclasses.is_dataclass(value) or type(now) is not type(value) or isinstance(value, type):
+        return value
+    current = {one.name: getattr(now, one.name) for one in dataclasses.fields(value) if one.name in _NO_CONSTANTS}
+    return dataclasses.replace(value, **current) if current else value
+
+
+def _listed(changed: list[tuple[str, str]]) -> str:
+    return ", ".join(f"`extensions[{name!r}].{attribute}`" for name, attribute in changed[:3])
+
+
+def _differs(one: _Constant | None, other: _Constant) -> bool:
+    return one is None or one.token != other.token

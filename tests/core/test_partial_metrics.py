@@ -357,6 +357,10 @@ class NoTree:
         (lambda batch: Begun(jnp.ones(3)), "`it` of type Begun, whose parts cannot be put together; give it a method"),
         (lambda batch: NoTree(), r"`it` of type NoTree, which has merge\(\) and compute\(\) but is no pytree"),
         (lambda batch: (batch["target"], 1.0), r"`it` of shapes \(8,\) and \(\); a pair is a scalar and its weight"),
+        (lambda batch: jnp.complex64(1j), "`it` of dtype complex64; metrics are real numbers. Report its parts"),
+        (lambda batch: (jnp.complex64(1j), 1.0), "`it` of dtype complex64; metrics are real numbers. Report its parts"),
+        (lambda batch: vector(jnp.ones(3) * 1j), "`it` of dtype complex64; metrics are real numbers. Report its parts"),
+        (lambda batch: jax.random.key(0), r"`it` of dtype key<\w+>; metrics are real numbers"),
         (lambda batch: jnp.ones(3), r"`it` of shape \(3,\); metrics are scalars"),
     ],
 )

@@ -291,6 +291,27 @@ def test_a_trainer_refuses_such_a_loader_when_it_is_made():
             "it is one batch; for arrays of a whole data set call train(data, num_epochs, batch_size).",
         ),
         (
+            (np.zeros((3, 2)), np.zeros(3)),
+            "`loader` is a tuple of arrays of shapes (3, 2), (3,), and a loader is expected: each item would be a "
+            "batch. Pass [(x, y)] if it is one batch; for a whole data set call train(data, num_epochs, batch_size).",
+        ),
+        (
+            lambda: (np.zeros((3, 2)), np.zeros(3)),
+            "`loader` returned an object that is a tuple of arrays of shapes (3, 2), (3,), and a loader is expected: "
+            "each item would be a batch. Pass [(x, y)] if it is one batch; for a whole data set call train(data, "
+            "num_epochs, batch_size).",
+        ),
+        (
+            "abc",
+            "`loader` is a str, which holds no batches in an order; it must be an iterable of batches, or a callable "
+            "that returns one.",
+        ),
+        (
+            {1},
+            "`loader` is a set, which holds no batches in an order; it must be an iterable of batches, or a callable "
+            "that returns one.",
+        ),
+        (
             np.zeros((3, 2)),
             "`loader` is an array of type ndarray: a loop over it gives its rows, not batches. Pass [batch] if it is "
             "one batch; for a whole data set call train(data, num_epochs, batch_size).",

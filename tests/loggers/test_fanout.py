@@ -287,3 +287,23 @@ def test_an_average_is_not_computed_for_a_callback_alone():
     fanout.defer_average(8, average)
     fanout.close()
     assert average.computed == 0
+
+
+class Emptying(Logger):
+    """Takes what it gets apart, as some adapters do."""
+
+    def log_scalars(self, scalars, step=None):
+        scalars.clear()
+
+    def log_hyperparams(self, params):
+        params["optimizer"].clear()
+
+
+def test_what_one_destination_does_to_its_row_reaches_no_other():
+    spy = Spy()
+    fanout = MetricFanout(lambda step, row, prefix: row.clear(), MetricsLogger(Emptying()), [Emptying(), spy])
+    fanout.log_hyperparams({"optimizer": {"name": "adam"}})
+    fanout.report("train", 3, metrics(0.5, 3))
+    fanout.log_throughput(4, Throughput(2.0, 1.0, 0.0))
+    assert spy.rows[:2] == [("hyperparameters", {"optimizer": {"name": "adam"}}), (3, {"train/loss": 0.5})]
+    assert spy.rows[2][1]["speed/steps_per_second"] == 2.0

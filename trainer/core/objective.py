@@ -13,7 +13,7 @@ from trainer.core.checks import check_call
 from trainer.core.modes import in_training_mode
 from trainer.core.module_views import View
 from trainer.core.nnx_bridge import Flat, refuse_changed_attributes, static_attributes, variables_of, with_variables
-from trainer.core.partial_metrics import partial_metrics
+from trainer.core.partial_metrics import Vector, Weighted, partial_metrics
 from trainer.errors import ArgumentError, ArgumentTypeError, ObjectiveError
 from trainer.state import TrainState
 from trainer.types import BATCH_WEIGHT, MODEL_OUTPUTS, Batch, ExtensionLike, LossFn, Metrics
@@ -171,10 +171,21 @@ def check_metrics(named: Mapping[str, Any], source: str = "loss_fn") -> Metrics:
     metrics: Metrics = {}
     for name, value in flat_metrics(named):
         found: Metrics = {**(partial_metrics(name, value, source) or {name: check_metric(name, value, source)})}
+        means = [one for one in found.values() if isinstance(one, jax.Array | Weighted | Vector)]
+        for leaf in jax.tree.leaves(means):  # of what has a merge of its own, the parts may be complex
+            if not _is_real(dtype := leaf.dtype):
+                raise ObjectiveError(
+                    f"`{source}` returned a metric `{name}` of dtype {dtype}; metrics are real numbers. Report its "
+                    f"parts, such as .real and .imag, or its absolute value."
+                )
         for twice in metrics.keys() & found.keys():
             raise ObjectiveError(f"`{source}` returned two metrics `{twice}`; rename one of them.")
         metrics |= found
     return metrics
+
+
+def _is_real(dtype: Any) -> bool:
+    return not jnp.issubdtype(dtype, jnp.complexfloating) and not jnp.issubdtype(dtype, jax.dtypes.extended)
 
 
 def check_metric(name: Any, value: Any, source: str = "loss_fn") -> jax.Array:

@@ -306,6 +306,11 @@ def check_batches(batches: Any, subject: str) -> None:
 
 def _check_iterable(batches: Any, subject: str) -> None:
     check_batches(batches, subject)
+    if isinstance(batches, str | bytes | set | frozenset) and batches:  # the pass tells of an empty one
+        raise ArgumentTypeError(
+            f"{subject} is a {type(batches).__name__}, which holds no batches in an order; it must be an iterable of "
+            f"batches, or a callable that returns one."
+        )
     if hasattr(batches, "__array__") and hasattr(batches, "shape"):
         raise ArgumentTypeError(
             f"{subject} is an array of type {type(batches).__name__}: a loop over it gives its rows, not batches. Pass "
@@ -322,15 +327,21 @@ def _check_iterable(batches: Any, subject: str) -> None:
 
 
 def _check_columns(loader: Any, subject: str) -> None:
-    """Refuses a list of the columns of a data set, ``[x, y]``: batches of one loader have equally many dimensions."""
-    if not isinstance(loader, list) or not all(hasattr(one, "__array__") and hasattr(one, "shape") for one in loader):
+    """Refuses the columns of a data set, ``[x, y]``: batches of one loader have equally many dimensions."""
+    arrays = isinstance(loader, list | tuple) and all(hasattr(a, "__array__") and hasattr(a, "shape") for a in loader)
+    if not arrays:
         return
     shapes = [tuple(one.shape) for one in loader]
     if all(shapes) and len({shape[0] for shape in shapes}) == 1 and len({len(shape) for shape in shapes}) > 1:
         listed = ", ".join(map(str, shapes[:5])) + (", …" if len(shapes) > 5 else "")
+        if isinstance(loader, list):
+            raise ArgumentTypeError(
+                f"{subject} is a list of arrays of shapes {listed}, and a list is a loader: each item would be a "
+                f"batch. Pass a tuple if they are the columns of one data set, (x, y)."
+            )
         raise ArgumentTypeError(
-            f"{subject} is a list of arrays of shapes {listed}, and a list is a loader: each item would be a batch. "
-            f"Pass a tuple if they are the columns of one data set, (x, y)."
+            f"{subject} is a tuple of arrays of shapes {listed}, and a loader is expected: each item would be a batch. "
+            f"Pass [(x, y)] if it is one batch; for a whole data set call train(data, num_epochs, batch_size)."
         )
 
 

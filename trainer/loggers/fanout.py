@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import copy
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
@@ -151,7 +152,7 @@ class MetricFanout:
             return
         numbers = {**read(metrics), "step": step}
         if self._log_callback is not None:
-            self._log_callback(step, numbers, prefix=prefix)
+            self._log_callback(step, copy.deepcopy(numbers), prefix=prefix)
         numbers = entries_of(numbers)
         if self._metrics_logger is not None:
             method = "log_training_metrics" if prefix == "train" else "log_validation_metrics"
@@ -180,7 +181,9 @@ class MetricFanout:
         if method in _OPTIONAL and not hasattr(logger, method):
             return
         try:
-            getattr(logger, method)(*arguments, **named)
+            # A copy: a destination may pop or add keys, and the next one gets the same.
+            given = [copy.deepcopy(one) if type(one) is dict else one for one in arguments]
+            getattr(logger, method)(*given, **named)
         except ObjectiveError:  # two metrics with the same name
             raise
         except Exception as error:

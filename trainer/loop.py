@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from trainer.batches import is_indexed
 from trainer.compile.dispatch import CompiledStep, DispatchPlan, explain_lost_state
 from trainer.data.loaders import check_batches, no_batch
 from trainer.data.memory import Epoch
@@ -183,9 +184,20 @@ def open_pass(
     elif position.batch:
         where = LoaderPosition()
     previous = before if isinstance(before, LoaderPass) else None
-    loader_pass = LoaderPass(loader, batch_size, name, limit, previous, run.epoch)
+    loader_pass = LoaderPass(
+        loader, batch_size, name, limit, previous, run.epoch, _passes(run, position, loader, limit)
+    )
     loader_pass.open(where, position.batch)
     return run.replace(position=dataclasses.replace(position, loader=loader_pass)), loader_pass
+
+
+def _passes(run: Run, position: FromLoader, loader: Any, limit: int | None) -> int:
+    """Returns the number of passes over an indexed loader that a run has finished; the run begins with an epoch."""
+    if run.epoch > position.first_epoch or not is_indexed(loader):
+        return run.epoch - position.first_epoch
+    # Consecutive calls to `train_epoch` are one run, each of which begins with its own epoch.
+    steps = min(len(loader), limit or len(loader))
+    return max(0, run.step - position.first_step - position.batch) // steps if steps else 0
 
 
 def prefetched(

@@ -5,12 +5,14 @@ called for every pass. The batch size and the epoch are passed by name, so that 
 the callable.
 """
 
+import contextlib
 import copy
 import functools
 import hashlib
 import inspect
 import operator
 import re
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any, Self
 
@@ -103,8 +105,40 @@ class _Indexed:
         batches = self._batches
         if batches is not None and not operator.length_hint(self._indices):
             self._batches = None
-            if callable(end := getattr(batches, "on_epoch_end", None)):
-                end()
+            _end_epoch(batches)
+
+
+_ends: dict[int, tuple[Any, int]] = {}
+"""By the id of an object that `is_indexed`: a weak reference to it, and how many epochs of it this process ended."""
+
+
+def _end_epoch(batches: Any) -> None:
+    if callable(end := getattr(batches, "on_epoch_end", None)):
+        end()
+        with contextlib.suppress(TypeError):  # an object with slots
+            key = id(batches)
+            _ends[key] = weakref.ref(batches, lambda _: _ends.pop(key, None)), _ended_epochs(batches) + 1
+
+
+def _ended_epochs(batches: Any) -> int:
+    reference, count = _ends.get(id(batches), (None, 0))
+    return count if reference is not None and reference() is batches else 0
+
+
+def end_finished_epochs(loader: Any, count: int) -> None:
+    """Calls ``on_epoch_end()`` of an object that `is_indexed` until this process has done so ``count`` times."""
+    if not is_factory(loader) and is_indexed(loader):
+        for _ in range(count - _ended_epochs(loader)):
+            _end_epoch(loader)
+
+
+def keeps_order(loader: Any, name: str) -> bool:
+    """Tells whether a loader is known to yield the same batches in an epoch, whatever was drawn from it before."""
+    if is_factory(loader):
+        return _parameters(loader, name, has_epoch=True)[1]
+    parts = [loader, *(getattr(loader, part, None) for part in ("dataset", "sampler", "batch_sampler"))]
+    tells_epoch = any(callable(getattr(part, "set_epoch", None)) for part in parts)  # a callback sets it
+    return tells_epoch or isinstance(loader, list | tuple) or is_indexed(loader)
 
 
 def finish_pass(iterator: Iterator[Batch]) -> None:

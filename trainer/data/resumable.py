@@ -19,8 +19,10 @@ from trainer.data.loaders import (
     check_seen,
     check_seen_again,
     digest_of,
+    end_finished_epochs,
     finish_pass,
     is_factory,
+    keeps_order,
     no_batch,
     open_loader,
 )
@@ -113,6 +115,7 @@ class LoaderPass:
         limit: The maximum number of batches in the pass, None for all.
         previous: The previous pass in this process, if any.
         epoch: As for `trainer.data.open_loader`.
+        passes: The number of passes over the loader before this one, also those of an interrupted process.
 
     Attributes:
         drawn: The number of batches drawn, including those before an interruption.
@@ -127,9 +130,10 @@ class LoaderPass:
         limit: int | None,
         previous: "LoaderPass | None" = None,
         epoch: int = 0,
+        passes: int = 0,
     ) -> None:
         self._loader, self._batch_size, self._name, self._limit = loader, batch_size, name, limit
-        self._epoch = epoch
+        self._epoch, self._passes = epoch, passes
         self._is_factory = is_factory(loader)
         self._iterator: Iterator[Batch] = iter(())
         self._stateful: tuple[Any, _Protocol] | None = None
@@ -148,6 +152,10 @@ class LoaderPass:
         self._first: bytes | None = None
         self._before = previous if self._compares else None
         self._begins_again = False
+        # In a resumed run the first batches of its passes, while it is unknown whether all begin with the same.
+        self._resumed: list[bytes | None] | None = None
+        if previous is not None and previous._loader is loader:
+            self._resumed = previous._resumed
         if self._to_restore is not None:
             self._latest = dataclasses.replace(self._to_restore, drawn=0)
         elif previous is not None and previous.over:
@@ -183,6 +191,8 @@ class LoaderPass:
         self.drawn += 1
         if self._compares and self.drawn == 1:
             self._compare(batch)
+        if self._resumed is not None and self.drawn == 1:
+            self._check_order(batch)
         if self._remembered is not None and self._stateful is not None:
             try:
                 position: LoaderPosition | CheckpointError = self._with_state(LoaderPosition(drawn=self.drawn))
@@ -221,8 +231,12 @@ class LoaderPass:
         if position is None and self._to_restore is not None:
             position = dataclasses.replace(self._to_restore, drawn=0)
         at_start = position is None or (position.state is None and not finished)
+        if position is not None and position.state is None:
+            end_finished_epochs(self._loader, self._passes)
         self._iterator = self._opened(position or LoaderPosition(), finished)
         self.drawn = finished
+        if position is not None and not finished and self._stateful is None:
+            self._resumed = None if keeps_order(self._loader, self._name) else []
         self._to_restore = None
         if position is not None:
             self._latest = position
@@ -299,6 +313,22 @@ class LoaderPass:
         self._compares = False
         is_same = before.over and not before._exhausted and self._first == before._first
         self._begins_again = is_same and self._stateful is None and before._iterator is not self._iterator
+
+    def _check_order(self, batch: Batch) -> None:
+        """Warns if the first two passes of a resumed run begin with other batches, as those of one that shuffles."""
+        assert self._resumed is not None
+        self._resumed.append(digest_of(batch))
+        if len(self._resumed) < 2:
+            return
+        first, second = self._resumed
+        self._resumed = None
+        if None not in (first, second) and first != second:
+            warn(
+                f"`{self._name}` begins every pass with another batch and cannot be set to a position (it has neither "
+                f"set_state(state) nor load_state_dict(state)), and the run was resumed: its order is that of the run "
+                f"without the interruption only if it depends on the epoch alone. Pass a callable that takes `epoch`, "
+                f"and shuffles by it."
+            )
 
     def _set(self, position: LoaderPosition, loader: Any) -> None:
         assert position.state is not None

@@ -17,7 +17,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import trainer
-from trainer.fit.setup import Live, Setup
+from trainer.fit.live import Live
+from trainer.fit.setup import Setup
 
 ROOT = Path(__file__).parent.parent
 

@@ -30,7 +30,7 @@ from trainer import (
     ReduceLROnPlateau,
     Trainer,
 )
-from trainer.fit.setup import Planned
+from trainer.fit.live import Planned
 
 
 class Terminal(io.StringIO):

@@ -37,8 +37,9 @@ from trainer.errors import ArgumentError, ArgumentTypeError, warn
 from trainer.fit.constants import Constants
 from trainer.fit.copies import LatestCopy
 from trainer.fit.fingerprint import fingerprints_of
+from trainer.fit.live import Live
 from trainer.fit.rate import RateInForce, configured_rate
-from trainer.fit.setup import Live, Setup
+from trainer.fit.setup import Setup
 from trainer.fit.unused_settings import warn_beside_optimizer, warn_beside_own_step
 from trainer.fit.whole_optimizer import ANY_HORIZON, WholeOptimizer
 from trainer.loggers.base import Logger, MetricsLoggerLike, names_checked

@@ -23,11 +23,12 @@ from trainer.fit.common_batches import compare_single
 from trainer.fit.compilation import tell_compilation
 from trainer.fit.ends import is_end, is_to_be_saved, leave, may_save, save_end
 from trainer.fit.finite import hold_if_finite, react_if_not_finite
+from trainer.fit.live import Planned
 from trainer.fit.plan import FitPlan
 from trainer.fit.resume import checked, find, planned_end, put_back
 from trainer.fit.run_file import write_start
 from trainer.fit.running import check_not_running, running
-from trainer.fit.setup import Planned, Setup
+from trainer.fit.setup import Setup
 from trainer.fit.speeds import figures_written, note_epoch
 from trainer.loggers.base import prefixed
 from trainer.loop import evaluate, open_pass, plan_dispatch, rare_collections, run_epoch

@@ -18,7 +18,8 @@ from trainer.data.resumable import left_in_place
 from trainer.errors import ArgumentError, ArgumentTypeError, warn
 from trainer.fit.common_batches import common_batches, length_of
 from trainer.fit.identity import describe_call
-from trainer.fit.setup import Planned, Setup
+from trainer.fit.live import Planned
+from trainer.fit.setup import Setup
 from trainer.fit.unused_settings import warn_of_overridden
 from trainer.run import FromLoader, InMemory, Position, Run
 from trainer.types import Batch

@@ -47,7 +47,7 @@ class ReadOnly:
 
     # The current call, or else the latest.
     should_stop = property(lambda self: self.setup.events.should_stop, doc="Whether a callback wants the run to end.")
-    planned = property(lambda self: self.setup.live.planned, doc="How far the run is meant to go, `fit.setup.Planned`.")
+    planned = property(lambda self: self.setup.live.planned, doc="How far the run is meant to go, `fit.live.Planned`.")
     has_ended = property(
         lambda self: self.setup.live.has_ended and not self.setup.live.failure,
         doc="Whether the latest call came to the end of a run, and no signal or exception ended it.",

@@ -15,8 +15,9 @@ from trainer.checkpoints.run_record import Restored
 from trainer.data.resumable import LoaderPass, LoaderPosition
 from trainer.errors import ArgumentTypeError, CheckpointError, warn
 from trainer.fit.identity import check_same_call
+from trainer.fit.live import Live
 from trainer.fit.plan import FitPlan
-from trainer.fit.setup import Live, Setup
+from trainer.fit.setup import Setup
 from trainer.run import FromLoader, InMemory, Run
 
 if TYPE_CHECKING:

@@ -1,9 +1,8 @@
-"""`Setup`: the parts of a trainer, which are checked once and never replaced; and `Live`, what a call changes."""
+"""`Setup`: the parts of a trainer, which are checked once and never replaced."""
 
 import contextlib
 import dataclasses
 import functools
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,18 +24,17 @@ from trainer.data.memory import Epoch, InMemoryData
 from trainer.data.padding import PaddedBatches, with_mask
 from trainer.data.resumable import LoaderPass, LoaderPosition
 from trainer.distributed.agreement import check_agreement, gathered
-from trainer.distributed.passes import CommonPass
 from trainer.distributed.replicas import check_replicas
 from trainer.errors import ArgumentError, CheckpointError, warn
 from trainer.fit.common_batches import check_lengths, common_batches, length_of
 from trainer.fit.constants import Constants
 from trainer.fit.copies import LatestCopy
+from trainer.fit.live import Live
 from trainer.fit.rate import RateInForce
 from trainer.fit.whole_optimizer import WholeOptimizer, has_same_shapes
 from trainer.loggers.base import Logger, MetricsLoggerLike
 from trainer.loggers.fanout import MetricFanout
 from trainer.loop import prefetched
-from trainer.metrics.throughput import Meter, Throughput
 from trainer.run import FromLoader, Run
 from trainer.sharding.placement import Placement
 from trainer.state import TrainState, own_except, step_of_one
@@ -44,80 +42,6 @@ from trainer.types import Batch, EvalParams, ExtensionLike, LogCallback, LossFn,
 
 _BYTES_COMPARED = 256 * 2**20
 """How much data in memory the processes compare, in a quarter of a second. Of larger data, evenly spread rows."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Planned:
-    """The planned length of a call to ``train``, or of a sequence of calls to ``train_epoch``.
-
-    Attributes:
-        first_step: The updates finished when it began.
-        num_steps: The total steps; None if unknown.
-        steps_per_epoch: The steps of an epoch; None if unknown.
-        first_epoch: The epochs finished when it began; 0 for calls to ``train_epoch``.
-        num_epochs: The total epochs. None for calls to ``train_epoch`` if the configuration leaves ``num_epochs`` at
-            its default: the caller decides when to stop.
-    """
-
-    first_step: int
-    num_steps: int | None
-    steps_per_epoch: int | None
-    first_epoch: int
-    num_epochs: int | None
-
-    @property
-    def last_epoch(self) -> int | None:
-        """The epochs finished at its end; None if unknown."""
-        return None if self.num_epochs is None else self.first_epoch + self.num_epochs
-
-    @property
-    def last_step(self) -> int | None:
-        """The updates finished at its end; None if unknown."""
-        return None if self.num_steps is None else self.first_step + self.num_steps
-
-
-@dataclasses.dataclass
-class Live:
-    """The mutable record of the current call, or else of the latest. It is never saved.
-
-    Attributes:
-        trainer: The trainer passed to events; a weak reference, since the trainer holds this object.
-        is_running: Whether a call to ``train`` or ``train_epoch`` is in progress.
-        validates: Whether the call has validation data.
-        planned: The planned length of the call; None before the first.
-        meter: Measures the throughput of the current or latest epoch.
-        failure: What ended the call, as text, if it raised; empty otherwise.
-        has_ended: Whether the call reached the end of a run: all epochs, or a stop requested by a callback.
-        start_step: The step at which the call began or was resumed.
-        idle_calls: How many calls in a row found a finished one to resume, after the first.
-        unsaved_step: The step at which a call to ``train_epoch`` left its state to a later call to save; None if it is
-            saved.
-        throughput: The throughput of the latest epoch.
-        figures_written: When the figures of epochs were last written, as `time.monotonic`.
-        rate_asked: When the learning rate of an epoch was last computed, as `time.monotonic`.
-        has_advised: Whether fusing was recommended.
-        has_warned: Whether there was a warning that the loss is not finite.
-        is_savable: Whether `Setup.check_savable` found that checkpoints can be saved.
-        passes: What compares the batches of single steps with those of other processes, by the name of the method.
-    """
-
-    trainer: Callable[[], Any]
-    is_running: bool = False
-    validates: bool = False
-    planned: Planned | None = None
-    meter: Meter | None = None
-    failure: str = ""
-    has_ended: bool = False
-    start_step: int = 0
-    idle_calls: int = 0
-    unsaved_step: int | None = None
-    throughput: Throughput | None = None
-    figures_written: float = 0.0
-    rate_asked: float = -math.inf
-    has_advised: bool = False
-    has_warned: bool = False
-    is_savable: bool = False
-    passes: dict[str, CommonPass] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

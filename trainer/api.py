@@ -314,7 +314,7 @@ class Trainer(Inspection):
     def save_checkpoint(
         self, path: str | os.PathLike[str] | None = None, *, background: bool | Literal["if_finite"] = False
     ) -> Path:
-        """Saves a checkpoint of the run, atomically.
+        """Saves a checkpoint of the run, atomically, and returns its path.
 
         It is ``save_run(path, trainer.run)``, with the states of the callbacks. If the state is spread over several
         processes, all of them call it. Without a path the name contains the step, and the run keeps the last
@@ -327,9 +327,6 @@ class Trainer(Inspection):
             background: Return as soon as a copy of the arrays is dispatched, and write in a thread. At most one
                 save is in flight; the next step of `train`, save or load, or `close`, raises its error.
                 "if_finite", which `train` uses, writes nothing, and warns later, if the state holds NaN or infinity.
-
-        Returns:
-            The path.
 
         Raises:
             ArgumentError: The extension is that of another program's format.

@@ -196,6 +196,23 @@ class TestValue:
         assert second.validation is None
         assert third.history[-1]["val_loss"] == 1.0
 
+    def test_a_validation_belongs_to_the_epoch_that_trained_the_state(self):
+        optimizer = optax.sgd(0.1)
+        state = TrainState.create(Busy(), optimizer, rng=jax.random.key(0))
+        step = CompiledStep(make_train_step(squared_error, optimizer))
+        run = Run.start(state)
+        assert run.validated({}).validation.epoch == -1
+        assert run.validated({"loss": 1.0}).validation_of_epoch == {}
+        for epoch in range(2):
+            run = step(run, DATA, 24)[0]
+            assert run.validated({}).validation.epoch == epoch
+            assert run.validated({"loss": 1.0}).validation_of_epoch == {"loss": 1.0}
+            run = run.end_epoch()
+            assert run.validated({}).validation.epoch == epoch
+            assert run.validated({"loss": 1.0}).validation_of_epoch == {}
+        # Outside an epoch that anybody counts the batches of, it is the current one.
+        assert run.replace(position=None).validated({}).validation.epoch == 2
+
     def test_saved_and_loaded_it_is_equal(self, tmp_path):
         trainer = build(settings=config(log_frequency=1))
         trainer.train(DATA, 1, 4, DATA, val_interval=2)

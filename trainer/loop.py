@@ -192,12 +192,11 @@ def open_pass(
 
 
 def _passes(run: Run, position: FromLoader, loader: Any, limit: int | None) -> int:
-    """Returns the number of passes over an indexed loader that a run has finished; the run begins with an epoch."""
-    if run.epoch > position.first_epoch or not is_indexed(loader):
-        return run.epoch - position.first_epoch
-    # Consecutive calls to `train_epoch` are one run, each of which begins with its own epoch.
-    steps = min(len(loader), limit or len(loader))
-    return max(0, run.step - position.first_step - position.batch) // steps if steps else 0
+    """Returns the number of passes over a loader that a run has finished; of an indexed one, only whole passes."""
+    # A pass that ends before the last index never ends an epoch of the loader.
+    if limit is not None and is_indexed(loader) and limit < len(loader):
+        return 0
+    return run.epoch - position.run_epoch
 
 
 def prefetched(

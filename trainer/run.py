@@ -53,6 +53,7 @@ class FromLoader:
         batch_size: The batch size that the loader is called with; 0 if it takes none.
         first_epoch: The epochs finished when the run, or the call to ``train_epoch``, began.
         first_step: The updates finished when the run began. Consecutive calls to ``train_epoch`` are one run.
+        run_epoch: The epochs finished when the run began. Steps cannot tell: callbacks may take some of their own.
         batch: The batches finished in the current epoch.
         loader: The open pass over the loader, queried for its position only when a checkpoint is taken (the query may
             be slow). In a restored run, the position itself. None if no loader is known.
@@ -61,6 +62,7 @@ class FromLoader:
     batch_size: int = 0
     first_epoch: int = 0
     first_step: int = 0
+    run_epoch: int = 0
     batch: int = 0
     loader: LoaderPass | LoaderPosition | None = None
 
@@ -70,7 +72,10 @@ Position = InMemory | FromLoader
 
 @dataclasses.dataclass(frozen=True)
 class Validation:
-    """The averages of the latest validation, the step of the validated state, and the epochs finished before it."""
+    """The averages of the latest validation, the step of the validated state, and the epoch that trained it.
+
+    Epochs count from 0; -1 stands for a state before the first step of epoch 0.
+    """
 
     step: int
     averages: Mapping[str, float]
@@ -198,7 +203,7 @@ class Run:
 
     @property
     def validation_of_epoch(self) -> Mapping[str, float]:
-        """The averages of the latest validation if it ran in the current epoch; else empty."""
+        """The averages of the latest validation if it ran in the current epoch, after a batch of it; else empty."""
         return {} if self.validation is None or self.validation.epoch != self.epoch else self.validation.averages
 
     @property
@@ -324,9 +329,10 @@ class Run:
 
     def validated(self, averages: Mapping[str, float]) -> Self:
         """Returns the run with the averages of a validation of its state, recorded in the history."""
-        return self.replace(validation=Validation(self.step, dict(averages), self.epoch)).recorded(
-            averages, prefix="val_"
-        )
+        # Between epochs, as after the last of a run that a callback stopped, it belongs to the epoch that has ended.
+        is_between = self.position is not None and not self.batch
+        validation = Validation(self.step, dict(averages), self.epoch - is_between)
+        return self.replace(validation=validation).recorded(averages, prefix="val_")
 
     def begin_epoch(self) -> Self:
         """Returns the run at the beginning of an epoch; a run resumed within an epoch is returned unchanged."""

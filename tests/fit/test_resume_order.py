@@ -5,7 +5,7 @@ import pytest
 
 from tests.problems import Linear, config, regression, squared_error
 from tests.test_api import assert_same_bits
-from trainer import Trainer
+from trainer import Callback, Trainer
 
 BATCHES = [regression(4, seed=seed) for seed in range(6)]
 SAID = "begins every pass with another batch and cannot be set to a position .* and the run was resumed: its order"
@@ -47,14 +47,15 @@ def by_epoch(epoch):
     return [BATCHES[index] for index in np.random.default_rng(epoch).permutation(len(BATCHES))]
 
 
-def run(caller, loader, num_epochs, directory, resume=False, save_interval=None):
+def run(caller, loader, num_epochs, directory, resume=False, save_interval=None, callbacks=(), **settings):
     trainer = Trainer(
         Linear(4),
-        config(max_checkpoints=50),
+        config(max_checkpoints=50, **settings),
         loss_fn=squared_error,
         workdir=directory,
         train_data_loader=loader,
         save_interval=save_interval,
+        callbacks=callbacks,
         progress=False,
     )
     if caller == "train":
@@ -80,6 +81,70 @@ def test_the_sequence_of_the_same_process_is_where_it_was(caller, tmp_path):
     loader = Shuffling()
     run(caller, loader, 2, tmp_path / "part")
     resumed = run(caller, loader, 4, tmp_path / "part", resume=True)
+    assert_same_bits(resumed.state, whole.state)
+
+
+@pytest.mark.filterwarnings("ignore:.*is never seen")
+@pytest.mark.parametrize("steps", [3, 6, 9], ids=["part of a pass", "a whole pass", "more than a pass"])
+@pytest.mark.parametrize("caller", ["train", "train_epoch"])
+def test_only_whole_passes_end_an_epoch_of_the_sequence(caller, steps, tmp_path):
+    whole = run(caller, Shuffling(), 4, tmp_path / "whole", steps_per_epoch=steps)
+    run(caller, Shuffling(), 2, tmp_path / "part", steps_per_epoch=steps)
+    resumed = run(caller, Shuffling(), 4, tmp_path / "part", resume=True, steps_per_epoch=steps)
+    assert_same_bits(resumed.state, whole.state)
+
+
+class Extra(Callback):
+    """Takes a step of its own after each of the loop, or takes steps back."""
+
+    is_busy = False
+
+    def __init__(self, act):
+        self._act = act
+
+    def on_batch_end(self, trainer, step, logs):
+        if not self.is_busy:
+            self.is_busy = True
+            self._act(trainer)
+            self.is_busy = False
+
+
+def take_back(trainer):
+    if trainer.run.batch == 5:
+        trainer.state = trainer.state.replace(step=trainer.step - 2)
+
+
+ACTS = {"takes steps": lambda trainer: trainer.train_step(BATCHES[0]), "takes steps back": take_back}
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("caller", ["train", "train_epoch"])
+def test_steps_of_callbacks_are_no_batches_of_the_sequence(caller, act, tmp_path):
+    extra = Extra(ACTS[act])
+    whole = run(caller, Shuffling(), 4, tmp_path / "whole", callbacks=[extra])
+    run(caller, Shuffling(), 2, tmp_path / "part", callbacks=[extra])
+    resumed = run(caller, Shuffling(), 4, tmp_path / "part", resume=True, callbacks=[extra])
+    assert_same_bits(resumed.state, whole.state)
+
+
+def test_epochs_over_other_data_are_no_passes_over_the_sequence(tmp_path):
+    def made(directory):
+        options = {"workdir": directory, "train_data_loader": Shuffling(), "callbacks": [Extra(ACTS["takes steps"])]}
+        return Trainer(Linear(4), config(), loss_fn=squared_error, progress=False, **options)
+
+    def trained(directory, epochs):
+        trainer = made(directory)
+        trainer.train(BATCHES, 2, 4)
+        while trainer.epoch < epochs:
+            trainer.train_epoch()
+        trainer.close()
+        return trainer
+
+    whole = trained(tmp_path / "whole", 6)
+    trained(tmp_path / "part", 4)
+    resumed = made(tmp_path / "part")
+    while resumed.epoch < 6:
+        resumed.train_epoch(resume=True)
     assert_same_bits(resumed.state, whole.state)
 
 

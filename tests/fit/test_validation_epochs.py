@@ -3,7 +3,7 @@
 import pytest
 
 from tests.problems import Linear, config, regression, squared_error
-from trainer import Callback, EarlyStopping, Trainer
+from trainer import Callback, EarlyStopping, Trainer, load_run
 
 STEPS = 4  # of an epoch
 
@@ -105,3 +105,23 @@ def test_a_call_does_not_return_the_validation_of_another():
     trainer = build(1, train_data_loader=batches())
     trainer.train(regression(32), 1, 8, regression(16))
     assert "val_loss" not in trainer.train_epoch()
+
+
+def test_the_validation_after_a_stop_is_that_of_the_epoch_that_ended(tmp_path):
+    ends = Ends()
+    trainer = build(100, callbacks=[StopsAfterThree(), ends], workdir=tmp_path)
+    trainer.train(regression(32), 5, 8, regression(16))
+    assert trainer.run.validation.epoch == 2
+    assert load_run(tmp_path / "checkpoint_12.msgpack", trainer.run).validation == trainer.run.validation
+    trainer.train(regression(32), 5, 8, regression(16))
+    assert ends.with_validation == [8]
+
+
+def test_with_calls_of_train_epoch_too():
+    ends = Ends()
+    trainer = build(100, 9, callbacks=[StopsAfterThree(), ends], train_data_loader=batches(), val_data_loader=batches())
+    while not trainer.should_stop:
+        trainer.train_epoch()
+    assert validated_epochs(trainer) == [3]
+    trainer.train_epoch()
+    assert ends.with_validation == []

@@ -132,7 +132,7 @@ def restore(loaded: Loaded, current: Run) -> Restored:
     )
     if progress.get("run"):
         try:
-            run = _with_record(run, progress["run"], epoch)
+            run = _with_record(run, progress["run"], epoch, progress.get("run_epoch"))
         except ValueError as error:
             raise CheckpointError(f"`{path}` holds a run that cannot be understood: {error}.") from error
     return Restored(path, run, callback_states, loaders)
@@ -140,9 +140,10 @@ def restore(loaded: Loaded, current: Run) -> Restored:
 
 def _packed(run: Run, callback_states: Callable[[], Sequence[Any]], loaders: Sequence[Any] | None) -> bytes:
     record = to_plain(_record(run), "run")
+    run_epoch = run.position.run_epoch if isinstance(run.position, FromLoader) else None
     if record is not None:
         try:
-            _with_record(run, record, run.epoch)
+            _with_record(run, record, run.epoch, run_epoch)
         except ValueError as error:
             raise CheckpointError(f"the run cannot be saved, since it could not be read back: {error}.") from error
     fields = {
@@ -151,6 +152,7 @@ def _packed(run: Run, callback_states: Callable[[], Sequence[Any]], loaders: Seq
         "loaders": pack(loaders, "loaders"),
         "listeners": pack(list(callback_states()), "callbacks"),
         "horizon": pack(run.horizon, "horizon"),
+        "run_epoch": pack(run_epoch, "run_epoch"),  # not in the record, to which earlier readers allow no addition
     }
     try:
         count, rows = run.history.packed()
@@ -196,7 +198,7 @@ def _record(run: Run) -> dict[str, Any] | None:
     }
 
 
-def _with_record(run: Run, plain: Any, epoch: int | None) -> Run:
+def _with_record(run: Run, plain: Any, epoch: int | None, run_epoch: Any = None) -> Run:
     if not isinstance(plain, dict) or not _FIELDS - _LATER_FIELDS <= plain.keys() <= _FIELDS:
         raise ValueError(f"it does not consist of {', '.join(sorted(_FIELDS))}")
     for name in _COUNTS:
@@ -227,11 +229,13 @@ def _with_record(run: Run, plain: Any, epoch: int | None) -> Run:
             f"{run.step} in epoch {epoch}"
         )
     where = {name: plain[name] for name in ("batch_size", "first_epoch", "first_step", "batch")}
+    run_epoch = plain["first_epoch"] if run_epoch is None else run_epoch
+    _check_count("run_epoch", run_epoch)
     found = None if loader is None else LoaderPosition.from_dict(loader)
     position = (
         InMemory(seed=tuple(plain["seed"]), num_examples=plain["num_examples"], **where)
         if plain["num_examples"]
-        else FromLoader(loader=found, **where)
+        else FromLoader(loader=found, run_epoch=run_epoch, **where)
     )
     validation = None
     if (validated := plain["validation_step"]) >= 0:

@@ -201,6 +201,10 @@ class LoaderPass:
             self._remembered.append((self.drawn, position))
         return batch
 
+    def is_over(self, loader: Any) -> bool:
+        """Returns whether it is a pass over this very loader."""
+        return self._loader is loader
+
     def remember(self, count: int) -> None:
         """Keeps the positions after the last ``count`` batches, for a caller that draws ahead of training.
 

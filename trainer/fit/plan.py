@@ -14,7 +14,7 @@ from trainer.core.checks import check_count, check_interval
 from trainer.core.own_step import no_loss_fn
 from trainer.data.loaders import check_loader, gives_batches, one_pass, takes_batch_size
 from trainer.data.memory import InMemoryData
-from trainer.data.resumable import left_in_place
+from trainer.data.resumable import LoaderPass, left_in_place
 from trainer.errors import ArgumentError, ArgumentTypeError, warn
 from trainer.fit.common_batches import common_batches, length_of
 from trainer.fit.identity import describe_call
@@ -132,7 +132,9 @@ def plan_run(
         setup.agree_on_run("train", run, counts, lengths, val_data=val_in_memory)
         horizon = setup.horizon_of(train_data, num_epochs) or None
         common["planned"] = Planned(run.step, horizon, setup.horizon_of(train_data, 1), run.epoch, num_epochs)
-        return _over_loader(run, train_data, "train_data", horizon=horizon, first_step=run.step, **common)
+        return _over_loader(
+            run, train_data, "train_data", horizon=horizon, first_step=run.step, run_epoch=run.epoch, **common
+        )
     data = setup.in_memory(train_data, batch_size, "train_data", limit=setup.config.steps_per_epoch)
     if setup.is_limited:
         data = setup.limited_data(data)
@@ -180,6 +182,9 @@ def plan_epoch(setup: Setup, run: Run, resume: Any) -> FitPlan:
     before = run.position
     continues = isinstance(before, FromLoader) and before.batch == 0
     first_step = before.first_step if continues and before is not None else run.step
+    run_epoch = run.epoch
+    if isinstance(before, FromLoader) and continues and _is_over(before, training):
+        run_epoch = before.run_epoch
     is_counted = setup.config.num_epochs != TrainingConfig.num_epochs
     return _over_loader(
         run,
@@ -197,6 +202,7 @@ def plan_epoch(setup: Setup, run: Run, resume: Any) -> FitPlan:
             setup.config.num_epochs if is_counted else None,
         ),
         first_step=first_step,
+        run_epoch=run_epoch,
         save_every=setup.save_every(setup.config.save_frequency),
         validate_every=None,
         held_out=held_out,
@@ -275,12 +281,21 @@ def first_batch(setup: Setup, plan: FitPlan) -> Batch:
 
 
 def _over_loader(
-    run: Run, loader: Any, name: str, *, batch_size: int, num_epochs: int, first_step: int, **more: Any
+    run: Run,
+    loader: Any,
+    name: str,
+    *,
+    batch_size: int,
+    num_epochs: int,
+    first_step: int,
+    run_epoch: int,
+    **more: Any,
 ) -> FitPlan:
     position = FromLoader(
         batch_size=batch_size if takes_batch_size(loader, name) else 0,
         first_epoch=run.epoch,
         first_step=first_step,
+        run_epoch=run_epoch,
         # An iterator continues from where the previous pass left it.
         loader=run.position.loader if isinstance(run.position, FromLoader) else None,
     )
@@ -295,6 +310,11 @@ def _over_loader(
         about=about,
         **more,
     )
+
+
+def _is_over(position: FromLoader, loader: Any) -> bool:
+    """Returns whether the latest epoch was over this loader; that of a resumed run is taken to be."""
+    return not isinstance(position.loader, LoaderPass) or position.loader.is_over(loader)
 
 
 def _is_loader(data: Any) -> bool:

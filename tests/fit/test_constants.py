@@ -2,8 +2,11 @@
 
 import collections
 import dataclasses
+import operator
+import tracemalloc
 import types
 import warnings
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -182,6 +185,17 @@ class Settings:
     at: float = 1.0
 
 
+@dataclasses.dataclass(frozen=True)
+class FrozenSettings:
+    at: Any = 1.0
+
+
+@dataclasses.dataclass
+class Tabled:
+    table: np.ndarray
+    at: float = 1.0
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeatConfig(ExtensionConfig):
     at: float = 1.0
@@ -197,6 +211,10 @@ def halve_value(extension):
 
 def halve_attribute(extension):
     extension.held.at *= 0.5
+
+
+def halve_listed(extension):
+    extension.held.at[0] *= 0.5
 
 
 def halve(extension):
@@ -246,6 +264,22 @@ HELD = {
     "dict of arrays": lambda kind: kind({"at": np.ones(2)}, lambda held: held["at"].mean(), halve_value),
     "namespace": lambda kind: kind(types.SimpleNamespace(at=1.0), lambda held: held.at, halve_attribute),
     "dataclass": lambda kind: kind(Settings(), lambda held: held.at, halve_attribute),
+    "frozen dataclass of a list": lambda kind: kind(FrozenSettings([1.0]), lambda held: held.at[0], halve_listed),
+    "frozen dataclass of a dict": lambda kind: kind(FrozenSettings({0: 1.0}), lambda held: held.at[0], halve_listed),
+    "frozen dataclass of a NumPy value": lambda kind: kind(
+        FrozenSettings(np.ones(2, np.float32)), lambda held: held.at[0], halve_listed
+    ),
+    "two frozen dataclasses": lambda kind: kind(
+        FrozenSettings((FrozenSettings([1.0]),)),
+        lambda held: held.at[0].at[0],
+        lambda extension: operator.setitem(extension.held.at[0].at, 0, extension.held.at[0].at[0] * 0.5),
+    ),
+    "dataclass with a large table": lambda kind: kind(
+        Tabled(np.ones(9999, np.float32)), lambda held: held.at * held.table[0], halve_attribute
+    ),
+    "namespace with a large table": lambda kind: kind(
+        types.SimpleNamespace(table=np.ones(9999, np.float32), at=1.0), lambda held: held.at, halve_attribute
+    ),
     "array": lambda kind: kind(np.ones(3, np.float32), lambda held: held.mean(), halve),
     "array in place": lambda kind: kind(np.ones(3, np.float32), lambda held: held.mean(), halve_in_place),
     "array of JAX": lambda kind: kind(jnp.float32(1), itself, halve),
@@ -300,3 +334,44 @@ def test_another_object_of_the_same_value_compiles_nothing():
     trainer = build(heat, callbacks=[compilations], steps_per_call=1)
     trainer.train(regression(8), 3, 4)  # warnings are errors
     assert compilations.names == ["train_step"]
+
+
+TABLES = {
+    "dataclass": Tabled,
+    "frozen dataclass": FrozenSettings,
+    "namespace": lambda table: types.SimpleNamespace(table=table),
+    "dataclass of a list": lambda table: FrozenSettings([table]),
+    "list of dataclasses": lambda table: [Tabled(table)],
+    "dict of namespaces": lambda table: {"a": types.SimpleNamespace(table=table)},
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_large_arrays_at_any_depth_are_neither_copied_nor_hashed(kind):
+    held = TABLES[kind](np.ones(2**20, np.float32))
+    tracemalloc.start()
+    try:
+        trainer = build(NoModule(held, lambda held: 1.0, lambda extension: None))
+        trainer.setup.constants.update()
+        assert tracemalloc.get_traced_memory()[1] < 2**21
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_another_large_array_takes_effect(kind):
+    def other(extension):
+        extension.held = TABLES[kind](np.full(9999, len(held) + 1.0, np.float32))
+        held.append(extension.held)
+
+    def read(value):
+        while not isinstance(value, np.ndarray):
+            value = vars(value) if hasattr(value, "__dict__") else value
+            value = next(iter(value.values() if isinstance(value, dict) else value))
+        return value[0]
+
+    held = []
+    trainer = build(NoModule(TABLES[kind](np.zeros(9999, np.float32)), read, other))
+    with pytest.warns(UserWarning, match="changed, which a compiled step holds"):
+        trainer.train(regression(8), 3, 4)
+    assert heats(trainer) == [0.0, 0.0, 1.0, 1.0, 2.0, 2.0]

@@ -23,7 +23,8 @@ _NO_CONSTANTS = {"weight", "enabled"}
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque)
 _MOST_BYTES, _MOST_LEAVES = 2**13, 1000
-"""Of larger arrays and containers, only another object is noticed, not a change in place: reading them costs time."""
+"""Of larger arrays and containers, also in a dataclass, only another object is noticed, not a change in place: reading
+them costs time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,28 +189,78 @@ def _is_of_nnx(value: Any) -> bool:
 
 
 def _constant(value: Any) -> _Constant:
-    is_fixed = isinstance(value, jax.Array | np.generic) or type(value) in _PLAIN
-    leaves = [value] if is_fixed or isinstance(value, np.ndarray) else jax.tree.leaves(value)
-    too_large = len(leaves) > _MOST_LEAVES or sum(getattr(leaf, "nbytes", 0) for leaf in leaves) > _MOST_BYTES
-    if not too_large:
+    parts = _parts(value)
+    is_record = parts is not value
+    large = {id(part): part for part in (parts.values() if is_record else [value]) if _is_large(part)}
+    if is_record or not large:
         with contextlib.suppress(Exception):  # a donated array, or whatever the methods of an object raise
-            parts = _parts(value)
-            is_fixed = is_fixed or (parts is not value and type(value).__dataclass_params__.frozen)
-            content = _content(value) if all(type(leaf) in _PLAIN for leaf in leaves) else None
-            return _Constant(value, copy_containers(value, {}), (type(value), token(parts)), is_fixed, content)
-    # The object is held here, so no other gets its id.
-    return _Constant(value, value, (type(value), id(value)), is_fixed=True)
+            read = parts
+            if large:  # the other fields are still compared
+                read = {name: _Same(part) if id(part) in large else part for name, part in parts.items()}
+            is_plain = all(type(leaf) in _PLAIN for leaf in jax.tree.leaves(read))
+            copied = copy_containers(value, {key: (part, part) for key, part in large.items()})
+            content = _content(value) if is_plain else None
+            return _Constant(value, copied, (type(value), token(read)), _cannot_change(value), content)
+    return _Constant(value, value, (type(value), _Same(value)), is_fixed=True)
+
+
+class _Same:
+    """Equal only for the same object, which it keeps alive, so that no other object gets its id."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+
+def _is_large(value: Any) -> bool:
+    """Returns whether reading a value whenever an epoch begins, at any depth, would take long."""
+    count, size = 0, 0
+    seen: set[int] = set()
+    left = [value]
+    while left and count + len(left) <= _MOST_LEAVES and size <= _MOST_BYTES:
+        whole = left.pop()
+        part = _parts(whole)
+        if isinstance(part, (Mapping, *_CONTAINERS)):
+            if id(whole) not in seen:
+                seen.add(id(whole))
+                left.extend(part.values() if isinstance(part, Mapping) else part)
+        else:
+            count, size = count + 1, size + getattr(part, "nbytes", 0)
+    return bool(left) or size > _MOST_BYTES
+
+
+def _cannot_change(value: Any) -> bool:
+    """Returns whether the same object always gives the same token."""
+    if isinstance(value, jax.Array | np.generic):
+        return True
+    if isinstance(value, tuple | frozenset):
+        return all(map(_cannot_change, value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        is_frozen = type(value).__dataclass_params__.frozen  # type: ignore[attr-defined]
+        return is_frozen and all(_cannot_change(getattr(value, field.name)) for field in dataclasses.fields(value))
+    try:
+        hash(value)
+    except Exception:  # as for a list
+        return False
+    return True
 
 
 def _content(value: Any) -> bytes | None:
     try:
-        return marshal.dumps(value, 2)  # of this version: later ones depend on the number of references
+        return marshal.dumps(_parts(value), 2)  # of this version: later ones depend on the number of references
     except ValueError:
         return None
 
 
 def _parts(value: Any) -> Any:
-    """Returns a value, or the fields of a dataclass that a step holds as constants."""
+    """Returns a value, or the fields of a dataclass or namespace that a step holds as constants."""
+    if isinstance(value, types.SimpleNamespace):
+        return dict(vars(value))
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return value
     names = {field.name for field in dataclasses.fields(value)} - _NO_CONSTANTS

@@ -250,8 +250,9 @@ class Trainer(Inspection):
                 ``epochs_per_validation``-th.
             resume: Continue an interrupted call at its next batch, bit for bit (on other devices, or with another
                 number of processes, within rounding). True or "latest": from the latest undamaged checkpoint, or from
-                the start if there is none, if this trainer has itself just trained a call to its end, or with
-                ``fast_dev_run``; a path: from that checkpoint. History, averages and callback states are restored.
+                the start if there is none, or if this trainer has itself just trained a call to its end; a path: from
+                that checkpoint. With ``fast_dev_run`` nothing is resumed, but a path must be that of a checkpoint.
+                History, averages and callback states are restored.
                 Different data, batches or keys are refused; a warning names any other changed argument.
 
         Returns:
@@ -353,17 +354,17 @@ class Trainer(Inspection):
     def close(self) -> None:
         """Ends a run of `train_epoch`: saves it, waits (`CheckpointError` if it failed), restores best params.
 
-        The latter with ``EarlyStopping(restore_best=True)``, if the run had not ended. Closes the loggers it made.
+        The latter with ``EarlyStopping(restore_best=True)``, if the run had not ended, its params are still those of
+        the last call, and no exception leaves ``with Trainer(...)``. Closes the loggers it made.
         """
-        try:
-            epochs.finish(self)
-        finally:
-            self.setup.fanout.close()
+        epochs.finish(self)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is not None:
+            epochs.keep_latest(self)
         self.close()
 
     def hold(self, run: Run) -> None:

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 from tests.callbacks.test_model_checkpoint import build, run
@@ -279,6 +280,82 @@ def test_a_loop_of_another_length_ends_where_it_is_closed(settings, tmp_path):
     other = Trainer(Busy(), settings, loss_fn=squared_error, workdir=tmp_path, **loaders)
     other.load_checkpoint(tmp_path / "checkpoint_9.msgpack")  # the latest state
     assert_same_bits(evaluated(other), keep.kept[2])
+
+
+def looped(callbacks, epochs=3):
+    trainer = Trainer(
+        Busy(),
+        config(epochs_per_validation=1),
+        optax.inject_hyperparams(optax.sgd)(learning_rate=0.1),
+        loss_fn=squared_error,
+        callbacks=callbacks,
+        train_data_loader=[regression(4, seed=seed) for seed in range(3)],
+        val_data_loader=[regression(8, seed=9)],
+        progress=False,
+    )
+    for _ in range(epochs):
+        trainer.train_epoch()
+    return trainer
+
+
+def assign(trainer):
+    trainer.state = trainer.state.replace(params=jax.tree.map(lambda array: array + 1, trainer.state.params))
+
+
+def assign_in_place(trainer):
+    trainer.state.params["outer"] = jax.tree.map(lambda array: array + 1, trainer.state.params["outer"])
+
+
+def load_other(trainer):
+    other = looped([], 4)
+    trainer.state = other.state.replace(step=trainer.state.step)
+
+
+CHANGES = {
+    "assigned": assign,
+    "assigned in place": assign_in_place,
+    "loaded": load_other,
+    "trained": lambda trainer: trainer.train_step(regression(4)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_state_that_changed_since_the_last_call_stays_when_it_is_closed(change):
+    with looped([best_first()]) as trainer:
+        CHANGES[change](trainer)
+        before = jax.tree.map(jnp.copy, evaluated(trainer))
+    trainer.close()
+    assert_same_bits(evaluated(trainer), before)
+
+
+def test_reading_the_state_and_another_learning_rate_change_no_params():
+    keep = Keep()
+    with looped([keep, best_first()]) as trainer:
+        assert trainer.state.params
+        trainer.set_learning_rate(0.5)
+        trainer.validate_step(regression(4))
+    assert_same_bits(evaluated(trainer), keep.kept[0])
+
+
+def test_nor_are_they_restored_where_an_exception_leaves_the_block():
+    keep = Keep()
+    with pytest.raises(KeyError), looped([keep, best_first()]) as trainer:
+        raise KeyError
+    trainer.close()
+    assert_same_bits(evaluated(trainer), keep.kept[2])
+
+
+def test_of_several_processes_one_alone_reads_no_checkpoint(tmp_path):
+    stopping = EarlyStopping(mode="max", patience=100, restore_best=True)
+    trainer = looped([stopping, ModelCheckpoint(tmp_path, mode="max", save_top_k=1)], 1)
+    trainer.train_step(regression(4))
+    stopping.load_state_dict(stopping.state_dict())  # as in a resumed run
+    before = jax.tree.map(jnp.copy, evaluated(trainer))
+    with pytest.warns(UserWarning, match=r"does not restore the best params, those of step 3: it keeps no copy"):
+        stopping.restore(trainer, from_disk=False)
+    assert_same_bits(evaluated(trainer), before)
+    stopping.restore(trainer)
+    assert (jax.tree.leaves(evaluated(trainer))[0] != jax.tree.leaves(before)[0]).any()
 
 
 @pytest.mark.parametrize("ends", [3, 5], ids=["in the middle", "at its end"])

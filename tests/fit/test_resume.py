@@ -190,6 +190,30 @@ def test_a_check_resumes_nothing(tmp_path):
     checked = made(fast_dev_run=True)
     checked.train(regression(8), 2, 4, resume=True)
     assert checked.step == 1
+    checked = made(fast_dev_run=True)
+    checked.train(regression(8), 2, 4, resume=tmp_path / "checkpoint_4.msgpack")
+    assert checked.step == 1
+    with pytest.raises(CheckpointError, match="checkpoint_5"):
+        checked.train(regression(8), 2, 4, resume=tmp_path / "checkpoint_5.msgpack")
+
+
+def test_calls_in_between_that_train_begin_the_count_of_idle_ones_anew(tmp_path):
+    def train(resume):
+        trainer.train(regression(8), 1, 4, resume=resume)
+
+    def made():
+        return Trainer(Busy(), config(checkpoint_dir=str(tmp_path)), loss_fn=squared_error, progress=False)
+
+    trainer = made()
+    train(False)
+    trainer = made()
+    train(True)
+    train(True)  # the second in a row that trains nothing
+    train(False)
+    train(True)
+    assert trainer.step == 6
+    train(tmp_path / "checkpoint_2.msgpack")
+    train(True)  # again; warnings are errors
 
 
 def test_with_nothing_saved_it_starts_from_the_start(tmp_path, uninterrupted):

@@ -34,10 +34,11 @@ class EarlyStopping(Checking):
         restore_best: Whether to restore the params and the model state of the best score at the end of the run, early
             or not; with ``eval_params`` also the optimizer state, from which those are computed. Calls to
             ``train_epoch`` end a run after ``TrainingConfig.num_epochs`` epochs; a loop of another length ends, and
-            restores them, in ``trainer.close()`` or at the end of ``with Trainer(...)``. Everything else stays
-            the latest, including the result of `train` and the checkpoint at the end of the run. The callback keeps a
-            copy of the best parts, which is not in checkpoints: a resumed run that finds nothing better takes them
-            from a `ModelCheckpoint` of the same metric; without one it warns and restores nothing.
+            restores them, in ``trainer.close()`` or at the end of ``with Trainer(...)``, unless an exception leaves
+            it or the params have changed since the last call. Everything else stays the latest, including the result
+            of `train` and the checkpoint at the end of the run. The callback keeps a copy of the best parts, which is
+            not in checkpoints: a resumed run that finds nothing better takes them from a `ModelCheckpoint` of the
+            same metric; without one it warns and restores nothing.
 
     Attributes:
         best_score: The best value so far; None before the first value that is not NaN.
@@ -102,15 +103,26 @@ class EarlyStopping(Checking):
         if getattr(trainer, "has_ended", self.should_stop):
             self.restore(trainer)
 
-    def restore(self, trainer: Any) -> None:
-        """Restores the best params if ``restore_best`` is set; at the end of a run the trainer has done so."""
+    def restore(self, trainer: Any, *, from_disk: bool = True) -> None:
+        """Restores the best params if ``restore_best`` is set; at the end of a run the trainer has done so.
+
+        Args:
+            trainer: The trainer.
+            from_disk: Whether to read the checkpoint of a `ModelCheckpoint` if the callback keeps no copy. Of several
+                processes, all must call it then.
+        """
         if not self._restore_best:
             return
         best, self._best = self._best, None
-        if best is None and self.best_score is not None:
+        if best is None and self.best_score is not None and from_disk:
             best = self._kept_on_disk(trainer)
         if best is not None:
             trainer.state = trainer.state.replace(**best)
+        elif not from_disk and self.best_score is not None:
+            warn(
+                f"EarlyStopping does not restore the best params, those of step {self.best_step}: it keeps no copy of "
+                f"them, and one of several processes may close alone. Call restore(trainer) of it in all of them."
+            )
         elif self.best_score is not None:
             warn(
                 f"EarlyStopping cannot restore the best params, those of step {self.best_step}: the run was resumed "

@@ -23,7 +23,7 @@ from trainer.fit.common_batches import compare_single
 from trainer.fit.compilation import tell_compilation
 from trainer.fit.ends import is_end, is_to_be_saved, leave, may_save, save_end
 from trainer.fit.finite import hold_if_finite, react_if_not_finite
-from trainer.fit.live import Planned
+from trainer.fit.live import End, Planned
 from trainer.fit.plan import FitPlan
 from trainer.fit.resume import checked, find, planned_end, put_back
 from trainer.fit.run_file import write_start
@@ -82,13 +82,15 @@ def fit(trainer: Trainer, plan: FitPlan, resume: bool | str | os.PathLike[str]) 
             plan.data.finish_import()
         raise
     leave(trainer, plan)
+    setup.live.end = End.of(trainer.run)
     return trainer.run
 
 
 def train_step(trainer: Trainer, batch: Batch) -> Metrics:
     """Runs one step on a placed batch and emits its events; see `Trainer.train_step`."""
     setup, drawn = trainer.setup, trainer.run.drawn
-    if setup.placement.num_processes > 1 and not setup.live.is_running:  # else the loop has compared it
+    # Within a call the loop has compared its own batches; those of a callback's own steps are not compared.
+    if setup.placement.num_processes > 1 and not setup.live.is_running:
         compare_single(setup.live.passes, setup.placement, "train_step", batch)
     if drawn is not None and setup.events.handles("on_batch_begin"):
         trainer.hold(trainer.run.drawing(None))  # a callback may run a step of its own
@@ -111,18 +113,34 @@ def train_step(trainer: Trainer, batch: Batch) -> Metrics:
 
 def finish(trainer: Trainer) -> None:
     """Saves what `train_epoch` left to a later call, waits for saves, restores best params; see `Trainer.close`."""
-    setup, run = trainer.setup, trainer.run
+    try:
+        _finish(trainer)
+    finally:
+        trainer.setup.fanout.close()
+
+
+def keep_latest(trainer: Trainer) -> None:
+    """Makes the latest state stay when the trainer is closed: an exception of the caller is not the end of a run."""
+    trainer.setup.live.end = None
+
+
+def _finish(trainer: Trainer) -> None:
+    setup, run, live = trainer.setup, trainer.run, trainer.setup.live
     # Of several processes, one may close because of an exception, and the others would not take part in the save.
-    if setup.live.unsaved_step == run.step and run.position is not None and setup.placement.num_processes == 1:
+    if live.unsaved_step == run.step and run.position is not None and setup.placement.num_processes == 1:
         setup.live.unsaved_step = None
         save_end(trainer)
     setup.finish_saves()
     # A loop over `train_epoch` whose number of epochs the configuration does not hold ends here.
-    if setup.live.planned is not None and not (setup.live.has_ended or setup.live.failure or setup.live.is_running):
+    if live.has_ended or live.failure or live.is_running or live.end is None:
+        return
+    # What the caller has assigned, loaded or trained since the last call stays.
+    if live.end.is_still(trainer.run):
         setup.live.has_ended = True
         for callback in flatten([setup.callbacks]):
             if isinstance(callback, EarlyStopping):
-                callback.restore(trainer)
+                # All processes read a checkpoint together, but one of several may close alone.
+                callback.restore(trainer, from_disk=setup.placement.num_processes == 1)
 
 
 def validate(trainer: Trainer, held_out: Callable[[], Iterator[Batch]], check: Callable[[], None]) -> None:

@@ -2,11 +2,15 @@
 
 import dataclasses
 import math
+import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
+
+import jax
 
 from trainer.distributed.passes import CommonPass
 from trainer.metrics.throughput import Meter, Throughput
+from trainer.run import Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +43,28 @@ class Planned:
         return None if self.num_steps is None else self.first_step + self.num_steps
 
 
+@dataclasses.dataclass(frozen=True)
+class End:
+    """What a call left: its last step, and weak references to the params and the model state, which others may free."""
+
+    step: int
+    leaves: tuple[weakref.ref[Any], ...]
+
+    @classmethod
+    def of(cls, run: Run) -> Self:
+        """Returns the end of a call that left this run."""
+        return cls(run.step, tuple(map(weakref.ref, _evaluated_leaves(run))))
+
+    def is_still(self, run: Run) -> bool:
+        """Returns whether a run has that step, and the very same params and model state."""
+        if self.step != run.step:
+            return False
+        now = _evaluated_leaves(run.with_edits())
+        return len(now) == len(self.leaves) and all(
+            leaf is known() for leaf, known in zip(now, self.leaves, strict=True)
+        )
+
+
 @dataclasses.dataclass
 class Live:
     """The mutable record of the current call, or else of the latest. It is never saved.
@@ -62,6 +88,7 @@ class Live:
         has_warned: Whether there was a warning that the loss is not finite.
         is_savable: Whether `Setup.check_savable` found that checkpoints can be saved.
         passes: What compares the batches of single steps with those of other processes, by the name of the method.
+        end: What the latest finished call left; None before the first, and after an exception outside of calls.
     """
 
     trainer: Callable[[], Any]
@@ -81,3 +108,10 @@ class Live:
     has_warned: bool = False
     is_savable: bool = False
     passes: dict[str, CommonPass] = dataclasses.field(default_factory=dict)
+    end: End | None = None
+
+
+def _evaluated_leaves(run: Run) -> list[Any]:
+    # By number: the keys of a state are made anew whenever it is put together.
+    state = jax.tree.unflatten(run.layout.treedef, range(len(run.leaves)))
+    return [run.leaves[number] for number in jax.tree.leaves((state.params, state.model_state))]

@@ -51,10 +51,11 @@ def find(setup: Setup, run: Run, plan: FitPlan, resume: Any) -> Restored | None:
             f"`resume` is {resume!r:.60} of type {type(resume).__name__}; it must be a bool, 'latest', or the path of "
             f"a checkpoint."
         )
-    if resume is False or setup.fast_dev_run:  # a check begins and ends with itself
+    if resume is False:
         return None
-    if resume is not True and resume != "latest":
-        return setup.checkpointer.load(resume, run)
+    found = None if resume is True or resume == "latest" else setup.checkpointer.load(resume, run)
+    if found is not None or setup.fast_dev_run:
+        return None if setup.fast_dev_run else found  # a check begins and ends with itself
     here = run.position
     # This trainer has itself just finished the call or the epoch: `while trainer.epoch < n` must terminate.
     if plan.caller == "train" and here is not None and _has_just_trained(setup.live, run):
@@ -127,6 +128,7 @@ def _has_just_trained(live: Live, run: Run) -> bool:
     if not live.has_ended or live.failure:
         return False
     if run.step != live.start_step:
+        live.idle_calls = 0
         return True
     live.idle_calls += 1
     if live.idle_calls == 2:

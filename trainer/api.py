@@ -59,7 +59,7 @@ class Trainer(Inspection):
         logger: A logger, or several: they get the same metrics, epoch averages, texts, … The caller closes them.
         checkpoint_dir: The directory for checkpoints without a path, created at the first save.
         save_interval: `train` saves a checkpoint at multiples of this step; None: only at its end. Without a directory,
-            the default saves none; another number asks for them.
+            the default saves none; another number or ``resume`` asks for them.
         log_callback: Called as ``log_callback(step, metrics, prefix="train")``, or ``"val"``.
         callbacks: A `trainer.CallbackList`, or any sequence of callbacks.
         extensions: Extensions that contribute losses or handle events, by name.

@@ -397,3 +397,14 @@ def test_a_wish_to_stop_counts_whichever_process_it_is_from():
     own.should_stop = False
     dispatcher.share_stop([[], []])
     assert not dispatcher.should_stop
+
+
+@pytest.mark.parametrize("shared", [[[], []], [["the time is up"], []]], ids=["goes on", "stops"])
+def test_a_wish_that_changes_after_it_was_shared_counts_at_the_next_time(shared):
+    own = Callback()
+    dispatcher = build(own)
+    dispatcher.share_stop(shared)
+    for own.should_stop in (True, False, True):
+        assert dispatcher.should_stop == any(shared)
+    dispatcher.share_stop([dispatcher.own_stop_reasons(), []])
+    assert dispatcher.should_stop

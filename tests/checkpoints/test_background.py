@@ -494,6 +494,21 @@ class TestWithoutADirectory:
             Trainer(Busy(), settings, loss_fn=squared_error, train_data_loader=[regression(8)] * 5).train_epoch()
         assert len(list(tmp_path.glob("checkpoints/*.msgpack"))) == 2
 
+    @pytest.mark.filterwarnings("ignore:`train_data.* cannot be set to a position")
+    @pytest.mark.parametrize("method", ["train", "train_epoch"])
+    def test_resume_asks_for_saves_where_it_looks_for_them(self, method):
+        data = [regression(2)] * 1100
+
+        def resumed():
+            trainer = build(None, train_data_loader=data, steps_per_call=1000)
+            trainer.train(data, 1, 2, resume=True) if method == "train" else trainer.train_epoch(resume=True)
+            return trainer
+
+        assert resumed().step == 1100
+        assert latest_checkpoint("checkpoints").name == "checkpoint_1000.msgpack"
+        assert (again := resumed()).step == 1100
+        assert again.setup.live.start_step == 1000
+
     @pytest.mark.parametrize(
         "options", [{}, {"save_interval": None}, {"save_interval": 10**6}, {"fast_dev_run": True}], ids=str
     )

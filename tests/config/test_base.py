@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal, Optional
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -325,6 +326,16 @@ class TestNumbersOfArrays:
             training(batch_size=np.bool_(True))
         with pytest.raises(ConfigError, match=r"batch_size` is array\(\[1, 2\]\) of type ndarray"):
             training(batch_size=np.array([1, 2]))
+
+    def test_a_key_is_no_number(self):
+        key = jax.random.key(0)
+        with pytest.raises(ConfigError, match=r"(?s)batch_size` is Array\(\(\), dtype=key.* it must be int"):
+            training(batch_size=key)
+        assert training(metadata={"keys": [key]}).to_dict()["metadata"]["keys"] == [key]
+
+    def test_nor_is_an_abstract_array(self):
+        with pytest.raises(ConfigError, match=r"batch_size` is ShapeDtypeStruct\(.* it must be int"):
+            training(batch_size=jax.ShapeDtypeStruct((), jnp.int32))
 
     def test_in_metadata_they_become_plain(self, tmp_path):
         made = training(metadata={"score": np.float64(0.5), "seeds": [np.int64(1), jnp.asarray(2)]})

@@ -5,6 +5,7 @@ import io
 import itertools
 import re
 
+import jax
 import numpy as np
 import pytest
 
@@ -230,6 +231,31 @@ def test_examples_by_their_index_are_refused():
         open_loader(lambda: examples, 2, "loader")
     with pytest.raises(BatchError, match=f"`train_data` {message}"):
         Trainer(Linear(), config(), loss_fn=squared_error).train(examples, 1, 4)
+
+
+def first_entry(model, batch, rng, step):
+    del rng, step
+    return (model.layer(batch["input"]) ** 2).mean(), {}
+
+
+def test_a_list_of_examples_is_said_once():
+    rows = [{"input": np.ones(3, np.float32), "target": np.float32(1)}] * 8
+    trainer = Trainer(Linear(), config(), loss_fn=first_entry)
+    with pytest.warns(UserWarning, match="`train_data` is a list of 8 items that look like examples") as said:
+        trainer.train(rows, 2, 4)
+    assert (len(said), trainer.step) == (1, 16)
+    trainer.train(jax.tree.map(lambda *leaves: np.stack(leaves), *rows), 1, 4)  # as the message says
+    assert trainer.step == 18
+
+
+@pytest.mark.parametrize(
+    ("shapes", "batch_size"),
+    [(((4, 3), (4,)), 2), (((4, 3), ()), 4), (((3,), ()), 9), (((3,), ()), 1)],
+    ids=["batches", "batches with a scalar", "fewer than a batch", "one by one as asked"],
+)
+def test_of_other_lists_nothing_is_said(shapes, batch_size):
+    batch = {name: np.ones(shape, np.float32) for name, shape in zip(("input", "target"), shapes, strict=True)}
+    Trainer(Linear(), config(), loss_fn=first_entry).train([batch] * 8, 1, batch_size)
 
 
 def test_a_callable_without_signature_is_called_with_nothing():

@@ -310,7 +310,11 @@ class TestLoadersOfEvaluations:
         return [{name: leaf[start:end] for name, leaf in data.items()} for start, end in pairs]
 
     def test_a_short_first_batch_is_padded_to_the_batch_size(self):
-        trainer, given, seen = build(None, pad_to="batch"), self.batches(*self.SIZES), []
+        trainer, seen = build(None, pad_to="batch"), []
+
+        def given(batch_size):
+            assert batch_size == BATCH
+            return self.batches(*self.SIZES)
 
         def outputs(model, batch):
             seen.append(len(batch["input"]))
@@ -322,6 +326,33 @@ class TestLoadersOfEvaluations:
         np.testing.assert_allclose(found, trainer.predict(data, BATCH, outputs), rtol=1e-6)
         assert set(seen) == {BATCH}
         assert trainer.train(data, 1, BATCH, val_data=given)["batch_weight"] == sum(self.SIZES)
+
+    @pytest.mark.parametrize(
+        "wrap", [lambda batches: batches, lambda batches: lambda: batches], ids=["list", "callable"]
+    )
+    def test_a_loader_that_is_not_given_the_batch_size_keeps_its_own(self, wrap):
+        sizes, seen = (4, 4, 3), []
+
+        def seeing(model, batch, rng, step):
+            seen.append(len(batch["input"]))
+            return masked_error(model, batch, rng, step)
+
+        trainer, given, data = build(None, loss_fn=seeing, pad_to="batch"), wrap(self.batches(*sizes)), regression(11)
+        seen.clear()
+        found = trainer.evaluate(given, 1000)
+        assert set(seen) == {4}
+        assert found["loss"] == pytest.approx(trainer.evaluate(data, 11)["loss"])
+        seen.clear()
+        assert trainer.train(regression(BATCH), 1, BATCH, val_data=given)["batch_weight"] == sum(sizes)
+        assert set(seen) <= {4, BATCH}
+        seen.clear()
+
+        def outputs(model, batch):
+            seen.append(len(batch["input"]))
+            return model(batch["input"])
+
+        np.testing.assert_allclose(trainer.predict(given, 1000, outputs), trainer.predict(data, 11, outputs), rtol=1e-6)
+        assert set(seen) == {4, 11}
 
     def test_longer_batches_are_taken_as_they_are(self):
         trainer = build(None, pad_to="batch")

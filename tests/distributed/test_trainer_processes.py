@@ -123,6 +123,9 @@ found["data"] = told(lambda: trainer.train(own, 1, 16))
 found["epochs"] = told(lambda: trainer.train(data(), 1 + process, 16))
 trainer = trainer_on(mesh, directory, loss_fn=lambda *args: (objective(*args)[0] * (1.0 + process), {}))
 found["code"] = told(lambda: trainer.train(data(), 1, 16))
+trainer = trainer_on(mesh, directory, train_data_loader=[data(8)], val_data_loader=None if process else [data(8)])
+found["loader"] = told(lambda: trainer.train(data(), 1, 16, val_data=None if process else [data(8)]))
+found["loader of epochs"] = told(trainer.train_epoch)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     Trainer(Perceptron(__import__("flax").nnx.Rngs(0)), config(), loss_fn=objective)
@@ -143,6 +146,8 @@ def test_a_disagreement_is_told_by_all_before_the_first_step():
         assert "`train/train_data` is " in found["data"]
         assert "`train/num_epochs` is 1 in process 0 and 2 in process 1" in found["epochs"]
         assert "`train_steps/program` is a text of" in found["code"]
+        assert '`train/loaders` is ["val_data"] in process 0 and [] in process 1' in found["loader"]
+        assert '"val_data_loader"] in process 0 and ["train_data_loader"] in process 1' in found["loader of epochs"]
         assert "there are 2 processes and no `mesh`: each trains a model of its own" in found["no mesh"][0]
         assert found["step"] == 0
 
@@ -452,6 +457,32 @@ def test_where_the_time_of_one_process_is_up_all_end_after_the_same_epoch():
     assert found[0][1:] == found[1][1:] == [2, 2 * -(-len(data()["input"]) // 16), "the time of 0:00:10 is up", True]
 
 
+LATE = """
+import tempfile
+from tests.distributed.test_trainer_processes import trainer_on
+from tests.sharding.test_trainer_mesh import data
+from trainer import Callback, make_mesh
+from trainer.fit import setup as fit_setup
+from trainer.fit.setup import Setup
+
+late, share, shared, gathered, waits = Callback(), Setup.share_stop, [], fit_setup.gathered, []
+
+def gathering(*values, timeout_seconds=300.0, **options):
+    waits.append(timeout_seconds)
+    return gathered(*values, timeout_seconds=timeout_seconds, **options)
+
+def sharing(setup):
+    share(setup)
+    shared.append(setup)  # at the start of the run, and after each epoch
+    late.should_stop = process == 1 and len(shared) >= 2
+
+Setup.share_stop, fit_setup.gathered = sharing, gathering
+trainer = trainer_on(make_mesh({"data": 2}), tempfile.mkdtemp(), callbacks=[late])
+trainer.train(data(32), 5, 16)
+print(json.dumps([trainer.epoch, trainer.step, trainer.should_stop, set(waits) == {1800.0}]))
+"""
+
+
 STOPPED = """
 import tempfile
 from tests.distributed.test_trainer_processes import trainer_on
@@ -471,6 +502,14 @@ while trainer.epoch < 5 and not trainer.should_stop:
     trainer.train_epoch()
 print(json.dumps([*found, trainer.epoch]))
 """
+
+
+@pytest.mark.slow
+def test_a_wish_that_comes_after_it_was_shared_ends_all_after_the_next_epoch():
+    results, _ = finish(start(JOIN + LATE, 2), timeout=90)
+    assert [status for status, _, _ in results] == [0, 0], results
+    found = [json.loads(out.splitlines()[-1]) for _, out, _ in results]
+    assert found == [[2, 4, True, True]] * 2
 
 
 @pytest.mark.slow

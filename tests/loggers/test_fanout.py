@@ -1,5 +1,7 @@
 """`MetricFanout`: which destination gets what, when, and who is closed."""
 
+import threading
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -297,6 +299,15 @@ class Emptying(Logger):
 
     def log_hyperparams(self, params):
         params["optimizer"].clear()
+
+
+def test_hyperparameters_that_cannot_be_copied_are_logged():
+    spy, lock = Spy(), threading.Lock()
+    settings = config(metadata={"device": jax.devices()[0], "held": [{"lock": lock}]})
+    trainer = Trainer(Linear(4), settings, loss_fn=squared_error, logger=[Emptying(), spy])
+    trainer.train(regression(8), 1, 8)
+    assert spy.rows[0][1]["metadata"] == settings.metadata
+    assert spy.rows[0][1]["metadata"]["held"][0]["lock"] is lock
 
 
 def test_what_one_destination_does_to_its_row_reaches_no_other():

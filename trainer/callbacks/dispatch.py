@@ -34,7 +34,7 @@ class CallbackDispatcher:
         self._extensions = extensions
         self._all = CallbackList((callbacks, *extensions.values(), *([] if display is None else [display])))
         self.emit = self._all.emit  # three times in every step
-        self._reasons_elsewhere: list[str] = []
+        self._shared_reasons: list[str] | None = None
         # Taken before any event changes them.
         self._made = [(callback, _attributes_of(callback)) for callback in flatten([callbacks])]
         self._made += [(one, {"class": _short(type(one).__qualname__)}) for one in extensions.values()]
@@ -58,12 +58,16 @@ class CallbackDispatcher:
 
     @property
     def should_stop(self) -> bool:
-        """Whether any callback or extension asks to end the run, here or at the last `share_stop` in any process."""
-        return self._all.should_stop or bool(self._reasons_elsewhere)
+        """Whether any callback or extension asks to end the run.
+
+        With several processes, whether one did in any of them at the last `share_stop`: what a callback of this process
+        says since then, the others do not know, and all must end together.
+        """
+        return self._all.should_stop if self._shared_reasons is None else bool(self._shared_reasons)
 
     def stop_reasons(self) -> list[str]:
         """Returns why callbacks ask to end the run: their ``reason``, or their class name."""
-        return self.own_stop_reasons() or self._reasons_elsewhere
+        return self.own_stop_reasons() or self._shared_reasons or []
 
     def own_stop_reasons(self) -> list[str]:
         """Returns why callbacks of this process ask to end the run."""
@@ -72,7 +76,7 @@ class CallbackDispatcher:
 
     def share_stop(self, reasons: Sequence[Sequence[str]]) -> None:
         """Takes the `own_stop_reasons` of each process, in process order: the run ends in all if it does in one."""
-        self._reasons_elsewhere = [f"{why}, in process {process}" for process, own in enumerate(reasons) for why in own]
+        self._shared_reasons = [f"{why}, in process {process}" for process, own in enumerate(reasons) for why in own]
 
     def state_dict(self) -> list[dict[str, Any]]:
         """Returns the states of the callbacks and extensions that have ``state_dict`` and ``load_state_dict``.

@@ -17,6 +17,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+import jax
+import jax.numpy as jnp
+
 from trainer.core.checks import did_you_mean
 from trainer.errors import ConfigError, warn
 from trainer.paths import in_home
@@ -220,7 +223,7 @@ def _config_class(hint: Any) -> type[Config] | None:
 
 def _coerce(value: Any, hint: Any, path: str) -> Any:
     """Returns ``value`` as the annotated type; raises if the conversion would lose or invent information."""
-    if hasattr(value, "dtype") and getattr(value, "shape", None) == ():  # a number of NumPy or JAX
+    if _is_number_of_array(value):
         value = value.item()
     union = typing.get_origin(hint) in (types.UnionType, typing.Union)
     options = typing.get_args(hint) if union else (hint,)
@@ -248,6 +251,13 @@ def _coerce(value: Any, hint: Any, path: str) -> Any:
     raise ConfigError(f"`{path}` is {value!r:.60} of type {type(value).__name__}; it must be {wanted}.")
 
 
+def _is_number_of_array(value: Any) -> bool:
+    """Returns whether a value is a number of NumPy or JAX. A PRNG key has a shape of () and is none."""
+    if not hasattr(value, "dtype") or getattr(value, "shape", None) != () or not hasattr(value, "item"):
+        return False
+    return not isinstance(value, jax.Array) or not jnp.issubdtype(value.dtype, jax.dtypes.extended)
+
+
 def _type_name(option: Any) -> str:
     return option.__name__ if isinstance(option, type) and not typing.get_args(option) else str(option)
 
@@ -259,7 +269,7 @@ def _plain(value: Any) -> Any:
         return {key: _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(entry) for entry in value]
-    if hasattr(value, "dtype") and getattr(value, "shape", None) == ():
+    if _is_number_of_array(value):
         return value.item()
     return str(value) if isinstance(value, Path) else value
 

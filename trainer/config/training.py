@@ -29,7 +29,7 @@ class TrainingConfig(Config):
             for saves at the end of a run. The default, written out, does not: equal configurations do the same, and a
             file made by `to_yaml` holds all fields, given or not.
         save_frequency: ``train_epoch`` saves every ``save_frequency`` steps; the default only into a directory that
-            was given.
+            was given, or with ``resume``.
         max_checkpoints: How many checkpoints with default names to keep per run: the last ones written; None keeps all.
         log_frequency: Loggers get the training metrics of the first step, every ``log_frequency``-th step, and the
             last. The history has these rows and more: at least a hundred, or all if the run has fewer steps;

@@ -108,6 +108,8 @@ def plan_run(
         num_epochs = 1
     held_out, val_in_memory = _held_out(setup, val_data, batch_size)
     in_memory = not _is_loader(train_data)
+    if isinstance(train_data, list):
+        _warn_of_examples(train_data, batch_size)
     if setup.is_limited and not in_memory:
         train_data = setup.limited_loader(train_data, batch_size, "train_data")
         held_out = setup.limited_validation(held_out, _again(setup, train_data))
@@ -115,7 +117,7 @@ def plan_run(
         "caller": "train",
         "num_epochs": num_epochs,
         "batch_size": batch_size,
-        "save_every": setup.save_every(setup.save_interval),
+        "save_every": setup.save_every(setup.save_interval, resume),
         "validate_every": None if held_out is None else val_interval,
         "held_out": held_out,
     }
@@ -168,7 +170,8 @@ def plan_epoch(setup: Setup, run: Run, resume: Any) -> FitPlan:
         )
     size, loader, held_out = setup.config.batch_size, setup.val_data_loader, None
     lengths = {"train_data_loader": length_of(setup.train_data_loader, setup.config.steps_per_epoch)}
-    lengths["val_data_loader"] = length_of(loader, setup.config.validation_steps)
+    if loader is not None:
+        lengths["val_data_loader"] = length_of(loader, setup.config.validation_steps)
     setup.agree_on_run("train_epoch", run, {"resume": str(resume)}, lengths)
     if loader is not None:
         if setup.loss_fn is None:
@@ -203,7 +206,7 @@ def plan_epoch(setup: Setup, run: Run, resume: Any) -> FitPlan:
         ),
         first_step=first_step,
         run_epoch=run_epoch,
-        save_every=setup.save_every(setup.config.save_frequency),
+        save_every=setup.save_every(setup.config.save_frequency, resume),
         validate_every=None,
         held_out=held_out,
         arguments=describe_call(setup, {}, loaders={"train_data_loader": training, "val_data_loader": loader}),
@@ -223,7 +226,11 @@ def plan_evaluation(setup: Setup, run: Run, data: Any, batch_size: int) -> Itera
             f"set, (x, y), or iter(...) of it if they are batches."
         )
     held = None if _is_loader(data) else setup.in_memory(data, batch_size, "data")
-    batches = setup.padded(_all_of(data, batch_size), batch_size, grows=True) if held is None else held.in_order()
+    if held is None:
+        batches = _all_of(data, batch_size)
+        batches = setup.padded(batches, _rows_of(setup, data, "data", batch_size), grows=True)
+    else:
+        batches = held.in_order()
     lengths = {"data": length_of(data)} if held is None else {}
     setup.agree_on_run("evaluate", run, {"batch_size": batch_size}, lengths, data=held)
     return common_batches(batches, setup.placement, "evaluation")
@@ -236,7 +243,7 @@ def plan_prediction(setup: Setup, run: Run, data: Any, batch_size: int) -> Itera
         setup.agree_on_run("predict", run, {"batch_size": batch_size}, {"data": length_of(data)})
         # With several processes, none knows which rows of a batch are the padding of another process.
         if setup.placement.num_processes == 1:
-            batches = setup.padded(batches, batch_size, mask=False, grows=True)
+            batches = setup.padded(batches, _rows_of(setup, data, "data", batch_size), mask=False, grows=True)
         return common_batches(batches, setup.placement, "prediction")
     held = setup.in_memory(data, batch_size, "data", mask=False)
     setup.agree_on_run("predict", run, {"batch_size": batch_size}, {}, data=held)
@@ -317,6 +324,23 @@ def _is_over(position: FromLoader, loader: Any) -> bool:
     return not isinstance(position.loader, LoaderPass) or position.loader.is_over(loader)
 
 
+def _warn_of_examples(batches: list[Any], batch_size: int) -> None:
+    """Warns if the items of a list seem to be examples: they are as many as a batch has, and are trained one by one."""
+    if not 1 < batch_size <= len(batches):
+        return
+    try:
+        shapes = [leaf.shape for leaf in jax.tree.leaves(batches[0]) if hasattr(leaf, "shape")]
+    except Exception:  # keys that cannot be sorted, of which the pass tells
+        return
+    if not shapes or gives_batches(batches) or batch_size in {shape[0] for shape in shapes if shape}:
+        return
+    warn(
+        f"`train_data` is a list of {len(batches)} items that look like examples, and each is trained as a batch: "
+        f"`batch_size` = {batch_size} counts for nothing. For batches of examples, stack them: "
+        f"jax.tree.map(lambda *rows: np.stack(rows), *train_data)."
+    )
+
+
 def _is_loader(data: Any) -> bool:
     """Returns whether the data is a loader (callable or iterable), not an array or a pytree other than a list."""
     if isinstance(data, Mapping | str | bytes) or hasattr(data, "__array__"):
@@ -335,14 +359,23 @@ def _all_of(loader: Any, batch_size: int) -> Iterator[Batch]:
 def _passes_over(setup: Setup, loader: Any, batch_size: int, name: str) -> Callable[[], Iterator[Batch]]:
     """Returns a function that opens a pass over a validation loader, limited to ``validation_steps`` batches."""
     check_loader(loader, name, has_epoch=True)
-    limit = setup.config.validation_steps
+    limit, rows = setup.config.validation_steps, _rows_of(setup, loader, name, batch_size)
 
     def opened() -> Iterator[Batch]:
         bound, epoch = "set `TrainingConfig.validation_steps`", setup.live.trainer().run.epoch
         batches = one_pass(loader, batch_size, name, limit, bound=bound, epoch=epoch)
-        return setup.padded(batches, batch_size, grows=True)
+        return setup.padded(batches, rows, grows=True)
 
     return opened
+
+
+def _rows_of(setup: Setup, loader: Any, name: str, batch_size: int) -> int | None:
+    """Returns how many rows to pad batches to that are only evaluated; None for as many as the first has.
+
+    A loader that is not given ``batch_size`` has its own. But several processes pad to ``batch_size``, since none knows
+    the first batch of another.
+    """
+    return batch_size if setup.placement.num_processes > 1 or takes_batch_size(loader, name) else None
 
 
 def _again(setup: Setup, batches: list[Batch]) -> Callable[[], Iterator[Batch]]:

@@ -43,6 +43,9 @@ from trainer.types import Batch, EvalParams, ExtensionLike, LogCallback, LossFn,
 _BYTES_COMPARED = 256 * 2**20
 """How much data in memory the processes compare, in a quarter of a second. Of larger data, evenly spread rows."""
 
+_SECONDS_OF_AN_EVENT = 1800.0
+"""How long processes wait for one whose callback samples or uploads, as long as for a batch of its loader."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Setup:
@@ -128,6 +131,8 @@ class Setup:
             DistributedError: In all processes, if one of them differs.
         """
         self.placement.check_context()
+        # Also which loaders there are: where one process has none, it would not take part in comparing their lengths.
+        arguments = {**arguments, "loaders": sorted(lengths)}
         self.agree(what, {**arguments, "step": run.step, "epoch": run.epoch, "rng": list(self.seed)}, **data)
         if lengths and self.placement.num_processes > 1:
             check_lengths(lengths)
@@ -135,7 +140,9 @@ class Setup:
     def share_stop(self) -> None:
         """Makes all processes end the run after the same epoch if a callback of any of them asks for it."""
         if self.placement.num_processes > 1:
-            self.events.share_stop(gathered(self.events.own_stop_reasons(), name="reasons to stop"))
+            own = self.events.own_stop_reasons()
+            shared = gathered(own, name="reasons to stop", timeout_seconds=_SECONDS_OF_AN_EVENT)
+            self.events.share_stop(shared)
 
     def agree_on_state(self, run: Run) -> None:
         """Checks that replicated arrays of the state are equal in all processes, before a run trains on it.
@@ -192,10 +199,14 @@ class Setup:
                 )
             raise
 
-    def save_every(self, interval: int | None) -> int | None:
-        """Returns ``interval``, or None for no saves: neither a directory nor an interval of the caller's was given."""
+    def save_every(self, interval: int | None, resume: Any) -> int | None:
+        """Returns ``interval``, or None for no saves, since nothing asks for them.
+
+        A directory does, an interval other than the default, or ``resume``: without saves there is nothing to resume.
+        """
         is_own = interval != TrainingConfig.save_frequency  # also the default of `save_interval`
-        return interval if self.is_directory_given or (is_own and not self.fast_dev_run) else None
+        is_asked = (is_own or resume is not False) and not self.fast_dev_run
+        return interval if self.is_directory_given or is_asked else None
 
     def with_mask(self, batch: Any) -> Any:
         """Returns a single batch, with the mask that the objective expects if batches are padded."""
@@ -391,7 +402,7 @@ class Setup:
                 found = position.loader.position(position.batch)
         except CheckpointError as error:  # do not raise yet: the other processes wait in `gathered`
             failure = str(error)
-        everyone = gathered([dataclasses.asdict(found), failure])
+        everyone = gathered([dataclasses.asdict(found), failure], timeout_seconds=_SECONDS_OF_AN_EVENT)
         for process, (_, problem) in enumerate(everyone):
             if problem:
                 raise CheckpointError(f"the loader of process {process} cannot be resumed: {problem}")

@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import copy
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
@@ -152,7 +151,7 @@ class MetricFanout:
             return
         numbers = {**read(metrics), "step": step}
         if self._log_callback is not None:
-            self._log_callback(step, copy.deepcopy(numbers), prefix=prefix)
+            self._log_callback(step, _copied(numbers), prefix=prefix)
         numbers = entries_of(numbers)
         if self._metrics_logger is not None:
             method = "log_training_metrics" if prefix == "train" else "log_validation_metrics"
@@ -182,7 +181,7 @@ class MetricFanout:
             return
         try:
             # A copy: a destination may pop or add keys, and the next one gets the same.
-            given = [copy.deepcopy(one) if type(one) is dict else one for one in arguments]
+            given = [_copied(one) if type(one) is dict else one for one in arguments]
             getattr(logger, method)(*given, **named)
         except ObjectiveError:  # two metrics with the same name
             raise
@@ -195,6 +194,13 @@ class MetricFanout:
                     f"{name} failed in {method}: {error!r}. The training continues, what it cannot log is lost, and "
                     f"its next failures are not reported."
                 )
+
+
+def _copied(value: Any) -> Any:
+    """Returns a copy of nested dicts and lists. What they hold stays the same: not every object can be copied."""
+    if isinstance(value, dict):
+        return {key: _copied(entry) for key, entry in value.items()}
+    return [_copied(entry) for entry in value] if isinstance(value, list) else value
 
 
 def entries_of(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -187,6 +187,15 @@ class TestPruning:
         assert restored.id == first.run.id
         assert checkpoints.saved_path(restored) == path
 
+    @pytest.mark.parametrize("keep", [1, 2])
+    def test_a_kill_after_the_last_save_leaves_none_too_many(self, keep, tmp_path, monkeypatch):
+        with monkeypatch.context() as killed:
+            killed.setattr(Written, "prune", lambda self, keep: None)
+            train(build(tmp_path, keep=keep), 3)
+        assert list(names_in(tmp_path).values()) == [2, 4, 6, 8, 10, 12]
+        train(build(tmp_path, keep=keep), 3, resume=True)
+        assert list(names_in(tmp_path).values()) == [10, 12][-keep:]
+
     def test_none_keeps_all(self, tmp_path):
         train(build(tmp_path, keep=None), 3)
         assert list(names_in(tmp_path).values()) == [2, 4, 6, 8, 10, 12]

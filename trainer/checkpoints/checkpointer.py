@@ -166,6 +166,12 @@ class Checkpointer:
         restored = self.load_latest(run)
         return run if restored is None else restored.run
 
+    def prune(self, run: Run) -> None:
+        """Removes what a kill right after the latest save of a run left of its older ones."""
+        if self._max_checkpoints is not None and (path := self.saved_path(run)) is not None:
+            self._written.add(path.name, run.id)
+            self._written.prune(self._max_checkpoints)
+
     def leave_out(self, run: Run) -> None:
         """Warns that the state is not finite, so it is not saved."""
         self._saved = run.id, run.step, self.directory / default_name(run.step, run.leaves)

@@ -217,6 +217,8 @@ def _run_epochs(
             setup.fanout.log_test_metrics(trainer.run.validation.averages)
         if is_to_be_saved(setup, plan, trainer.run):
             save_end(trainer)
+        elif restored is not None and restored.run.step == trainer.run.step and setup.placement.num_processes == 1:
+            setup.checkpointer.prune(trainer.run)  # no save follows that would
         setup.live.has_ended = is_end(setup, plan, trainer.run)
 
 

@@ -152,6 +152,60 @@ class TestSchedules:
         with pytest.raises(ArgumentError, match=r"it lacks `hyperparams_states/learning_rate/count`"):
             trainer.opt_state = optax.tree_utils.tree_set(trainer.opt_state, learning_rate=0.5)
 
+    SAME = {
+        "nan_to_num": lambda leaf: jnp.nan_to_num(leaf) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf,
+        "numpy": lambda leaf: np.asarray(leaf) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf,
+        "float64": lambda leaf: np.asarray(leaf, np.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf,
+    }
+
+    @pytest.mark.parametrize("by", ["state", "opt_state"])
+    @pytest.mark.parametrize("change", SAME)
+    def test_a_map_over_the_state_that_leaves_its_value_is_none(self, change, by):
+        trainer, other = self.scheduled(), self.scheduled()
+        for each in (trainer, other):
+            each.train_step(DATA)
+        setattr(trainer, by, jax.tree.map(self.SAME[change], getattr(trainer, by)))
+        for each in (trainer, other):
+            each.train_step(DATA)
+        assert_same_bits(trainer.state, other.state)
+
+    def test_nor_is_one_to_another_precision(self):
+        trainer = self.scheduled()
+        trainer.train_step(DATA)
+        rate = trainer.opt_state.hyperparams["learning_rate"]
+        narrow = {jnp.dtype("float32"): jnp.bfloat16}
+        trainer.state = jax.tree.map(lambda leaf: leaf.astype(narrow.get(leaf.dtype, leaf.dtype)), trainer.state)
+        assert trainer.opt_state.hyperparams["learning_rate"].dtype == rate.dtype
+
+    @pytest.mark.parametrize("rate", [0, 1, 0.05, np.nan], ids=repr)
+    def test_but_one_that_changes_it_is(self, rate):
+        trainer = self.scheduled()
+        trainer.train_step(DATA)
+        with pytest.raises(StateError, match=self.MESSAGE):
+            trainer.opt_state = trainer.opt_state._replace(
+                hyperparams={**trainer.opt_state.hyperparams, "learning_rate": rate}
+            )
+        trainer.opt_state.hyperparams["learning_rate"] = rate
+        with pytest.raises(StateError, match=self.MESSAGE):
+            trainer.train_step(DATA)
+
+    @pytest.mark.parametrize("rate", ["equal", "due"])
+    def test_edits_of_its_value_or_with_its_state_are_none(self, rate):
+        trainer, other = self.scheduled(), self.scheduled()
+        fresh = trainer.optimizer.init(trainer.state.params)
+        trainer.train(DATA, 1, 8)
+        other.train(DATA, 1, 8)
+        if rate == "equal":
+            held = trainer.opt_state.hyperparams
+            held.update({name: np.asarray(value) for name, value in held.items()})
+        else:
+            for each in (trainer, other):
+                each.opt_state.hyperparams_states.update(fresh.hyperparams_states)
+            trainer.opt_state.hyperparams.update(fresh.hyperparams)
+        for each in (trainer, other):
+            each.train_step(DATA)
+        assert_same_bits(trainer.state, other.state)
+
     def test_another_beside_it_can_be_set(self):
         trainer = self.scheduled()
         trainer.opt_state.hyperparams["momentum"] = 0.25

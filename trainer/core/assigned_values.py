@@ -24,8 +24,9 @@ def with_edits_as_arrays(state: Any, recorded: list[Any], held: list[Any], treed
         treedef: The structure that it must have.
 
     Raises:
-        StateError: The structure or a shape differs, an array of integers cannot hold its new value, or a value is set
-            that a schedule overwrites. The last is raised once for each edit, since the state keeps its own value.
+        StateError: The structure or a shape differs, an array of integers cannot hold its new value, or another value
+            is set where a schedule overwrites it. The last is raised once for each edit, since the state keeps its own
+            value.
     """
     if jax.tree.structure(state) != treedef:
         raise StateError(
@@ -35,7 +36,7 @@ def with_edits_as_arrays(state: Any, recorded: list[Any], held: list[Any], treed
     paths, given = _paths(state), jax.tree.leaves(state)
     changed = [index for index, (new, before) in enumerate(zip(given, recorded, strict=True)) if new is not before]
     for index in changed:
-        if _schedule_of(index, paths):
+        if _is_overwritten(index, paths, changed, given[index], held[index]):
             recorded[index] = given[index]
             raise StateError(_scheduled(paths[index]))
     arrays = list(held)
@@ -63,8 +64,8 @@ def as_arrays(state: Any, held: Any) -> Any:
         held: The state of the run.
 
     Raises:
-        StateError: A number takes the place of an array, an array of integers cannot hold its new value, or a value is
-            set that a schedule overwrites.
+        StateError: A number takes the place of an array, an array of integers cannot hold its new value, or another
+            value is set where a schedule overwrites it.
     """
     leaves, old_leaves = jax.tree.leaves(state), jax.tree.leaves(held)
     treedef: Any = jax.tree.structure(state)
@@ -74,8 +75,7 @@ def as_arrays(state: Any, held: Any) -> Any:
         changed = [index for index, (new, old) in enumerate(zip(leaves, old_leaves, strict=True)) if new is not old]
         paths = _paths(state) if changed else []
         for index in changed:
-            schedule = _schedule_of(index, paths)
-            if schedule and not set(schedule) & set(changed):
+            if _is_overwritten(index, paths, changed, leaves[index], old_leaves[index]):
                 raise StateError(_scheduled(paths[index]))
             leaves[index] = _as_array(paths[index], leaves[index], old_leaves[index])
     return jax.tree.unflatten(treedef, leaves)
@@ -120,6 +120,25 @@ def _in_dtype(path: str, value: Any, dtype: Any) -> Any:
 
 def _paths(tree: Any) -> list[str]:
     return [leaf_path(path) for path, _ in jax.tree.leaves_with_path(tree)]
+
+
+def _is_overwritten(index: int, paths: list[str], changed: list[int], new: Any, held: jax.Array) -> bool:
+    """Returns whether a schedule will overwrite the new value of a leaf, so that the change would be lost.
+
+    An equal value is none, and neither is a change of the schedule's own state: that sets the value which is due.
+    """
+    schedule = _schedule_of(index, paths)
+    return bool(schedule) and not set(schedule) & set(changed) and not held.is_deleted() and not _is_equal(new, held)
+
+
+def _is_equal(new: Any, held: Any) -> bool:
+    """Returns whether two values are equal, NaN included; of two floats, in the narrower of their dtypes."""
+    new, held = np.asarray(new), np.asarray(held)
+    if all(jnp.issubdtype(each.dtype, jnp.inexact) for each in (new, held)):
+        narrow = min(new.dtype, held.dtype, key=lambda dtype: dtype.itemsize)
+        with np.errstate(over="ignore"):
+            new, held = new.astype(narrow), held.astype(narrow)
+    return new.shape == held.shape and bool(((new == held) | ((new != new) & (held != held))).all())
 
 
 def _schedule_of(index: int, paths: list[str]) -> list[int]:

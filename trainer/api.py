@@ -46,7 +46,8 @@ class Trainer(Inspection):
             batch statistics, disabled dropout); a warning is given if all are. With a ``mesh`` it may be a callable
             that makes the module, ``lambda rngs: Model(rngs=rngs)``: then no device ever holds the whole model. Or a
             state to start from, which is copied; the key is then the state's, and ``wrt`` the one it was created with.
-            ``state.replace(opt_state=optimizer.init(state.params))`` starts a new optimizer.
+            ``state.replace(opt_state=optimizer.init(state.params))`` starts a new optimizer; with the ``opt_state`` of
+            another optimizer, the state can be evaluated but not trained (`ArgumentError`).
         training_config: How to train.
         optimizer: Any optax transformation; if left out, it is built from ``training_config``.
         train_data_loader: What `train_epoch` trains on: an iterable of batches, or a callable that returns one and

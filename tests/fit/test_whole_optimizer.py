@@ -8,7 +8,7 @@ from optax import contrib
 
 from tests.problems import Linear, config, regression
 from tests.test_api import assert_same_bits, build
-from trainer import ArgumentError, ReduceLROnPlateau, SchedulerConfig, StateError, ema_of_params
+from trainer import ArgumentError, ReduceLROnPlateau, SchedulerConfig, StateError, ema_of_params, make_mesh
 
 DATA = regression(24)
 
@@ -131,10 +131,97 @@ def test_that_of_another_optimizer_is_refused_by_name(name, by):
     brings = {
         "opt_state": lambda: setattr(trainer, "opt_state", first.opt_state),
         "state": lambda: setattr(trainer, "state", trainer.state.replace(opt_state=first.opt_state)),
-        "Trainer": lambda: linear(optimizer, first.state, **options),
+        "Trainer": lambda: linear(optimizer, first.state, **options).train_step(DATA),
     }
     with pytest.raises(ArgumentError, match=r"`opt_state` is not that of the optimizer of this trainer: " + message):
         brings[by]()
+
+
+def score(model, batch):
+    return model(batch["input"])
+
+
+def foreign_to(optimizer, **options):
+    """A trainer of an optimizer, made of a state of SGD; and the trainer that the state is from."""
+    first = linear(optax.sgd(0.1, momentum=0.9))
+    first.train_step(DATA)
+    return linear(optimizer, first.state, **options), first
+
+
+REFUSED = {
+    "train": lambda trainer: trainer.train(DATA, 1, 8),
+    "train_epoch": lambda trainer: trainer.train_epoch(),
+    "train_step": lambda trainer: trainer.train_step(DATA),
+    "compile": lambda trainer: trainer.compile(DATA),
+    "find_learning_rate": lambda trainer: trainer.find_learning_rate(DATA, 8),
+    "find_batch_size": lambda trainer: trainer.find_batch_size(DATA, high=2),
+}
+
+
+class TestAStateThatIsOnlyEvaluated:
+    MESSAGE = (
+        r"`opt_state` is not that of the optimizer of this trainer: it lacks .*init\(state.params\)` starts it anew"
+    )
+
+    @pytest.mark.parametrize("mesh", [0, 8], ids=["no mesh", "8 devices"])
+    @pytest.mark.parametrize("make", [optax.adam, None], ids=["adam", "configured"])
+    def test_needs_no_optimizer_of_its_own(self, make, mesh):
+        scheduler = SchedulerConfig(scheduler_type="cosine") if make is None else None
+        settings = config(scheduler=scheduler, gradient_clip_norm=1.0)
+        options = {"settings": settings, "mesh": make_mesh({"data": mesh}) if mesh else None}
+        trainer, first = foreign_to(make and make(0.1), **options)
+        assert trainer.evaluate(DATA, 8) == pytest.approx(first.evaluate(DATA, 8), rel=1e-5)
+        np.testing.assert_allclose(trainer.validate_step(DATA)["loss"], first.validate_step(DATA)["loss"], rtol=1e-5)
+        np.testing.assert_allclose(trainer.predict(DATA, 8, score), first.predict(DATA, 8, score), rtol=1e-5)
+        trainer.state = trainer.state.replace(params=jax.tree.map(lambda leaf: leaf * 0, trainer.state.params))
+        assert not trainer.predict(DATA, 8, score).any()
+
+    @pytest.mark.parametrize("use", REFUSED)
+    def test_is_refused_before_it_is_trained_and_can_be_put_right(self, use, tmp_path):
+        heard = []
+
+        class Listener:
+            def on_batch_begin(self, trainer, step):
+                heard.append(step)
+
+            def on_train_begin(self, trainer):
+                heard.append("train")
+
+        optimizer = optax.inject_hyperparams(optax.adam)(0.1)
+        loader = [jax.tree.map(lambda leaf: leaf[:8], DATA)]
+        options = {"callbacks": [Listener()], "train_data_loader": loader, "workdir": tmp_path / "run"}
+        trainer, first = foreign_to(optimizer, **options)
+        for _ in range(2):
+            with pytest.raises(ArgumentError, match=self.MESSAGE):
+                REFUSED[use](trainer)
+        with pytest.raises(ArgumentError, match="is not that of the optimizer"):
+            trainer.opt_state = optax.sgd(0.1).init(trainer.state.params)
+        assert_same_bits(trainer.state, first.state)
+        assert not heard
+        assert not (tmp_path / "run").exists()
+        trainer.opt_state = optimizer.init(trainer.state.params)
+        REFUSED[use](trainer)
+        if use == "train_step":
+            other = linear(optimizer, first.state.replace(opt_state=optimizer.init(first.state.params)))
+            other.train_step(DATA)
+            assert_same_bits(trainer.state, other.state)
+
+    def test_a_configured_optimizer_is_initialized_by_the_search_for_a_rate(self):
+        trainer, first = foreign_to(None)
+        own = linear(model=first.state.model())
+        assert trainer.find_learning_rate(DATA, 8).losses[0] == own.find_learning_rate(DATA, 8).losses[0]
+
+    def test_is_refused_at_once_where_an_evaluation_needs_it(self):
+        with pytest.raises(ArgumentError, match=self.MESSAGE):
+            foreign_to(optax.adam(0.1), params_average=ema_of_params(0.5))
+
+    def test_an_average_in_it_is_evaluated(self):
+        first = linear(optax.sgd(0.1), params_average=ema_of_params(0.5))
+        first.train(DATA, 1, 8)
+        trainer = linear(optax.adam(0.1), first.state, params_average=ema_of_params(0.5))
+        assert (
+            trainer.evaluate(DATA, 8) == first.evaluate(DATA, 8) != linear(model=first.state.model()).evaluate(DATA, 8)
+        )
 
 
 def test_another_shape_is_refused_by_name():

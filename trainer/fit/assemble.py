@@ -163,11 +163,16 @@ def assemble(
     precision = as_precision(precision)
     held = {"wrt": wrt, "extensions": losses, "nonfinite": nonfinite}
     whole = WholeOptimizer(training_config, optimizer, optimizer_parts, params_average)
-    run = _initial_run(model, rng, whole, held, placement, precision, has_own_step=step_fn is not None)
+    run, is_foreign = _initial_run(model, rng, whole, held, placement, precision, has_own_step=step_fn is not None)
     check_view(combined(in_precision(precision), in_parts(plan_of(remat))), run.peek())
-    eval_params = _resolved_eval_params(eval_params, run, whole)
+    try:
+        eval_params = _resolved_eval_params(eval_params, run, whole)
+    except Exception:
+        if is_foreign:  # an evaluation needs that of the optimizer, so it is refused at once
+            whole.fitted(run.peek().opt_state, run.peek().params)  # raises
+        raise
     _warn_of_mode(run.peek().model(), wrt)
-    live = Live(weakref.ref(trainer), validates=val_data_loader is not None)
+    live = Live(weakref.ref(trainer), validates=val_data_loader is not None, has_foreign_opt_state=is_foreign)
     constants = Constants(losses if placement.num_processes == 1 else {})
     make = functools.partial(make_train_step, objective, wrt=wrt, extensions=losses, precision=precision, **settings)
 
@@ -259,20 +264,25 @@ def _initial_run(
     placement: Placement,
     precision: Precision | None,
     has_own_step: bool,
-) -> Run:
+) -> tuple[Run, bool]:
+    """Returns the initial run, and whether its optimizer state is that of another optimizer."""
+    is_foreign = False
     if isinstance(model, TrainState):
         state = model.copy()
         step_of_one(state)  # raises if the state is stacked
         if not has_own_step:
-            state = state.replace(opt_state=whole.fitted(state.opt_state, state.params))
-        return Run.start(placement.adopt(state)).replace(position=None)
+            try:
+                state = state.replace(opt_state=whole.fitted(state.opt_state, state.params))
+            except ArgumentError:
+                is_foreign = True  # `check_opt_state` raises it before a step; an evaluation does not need it
+        return Run.start(placement.adopt(state)).replace(position=None), is_foreign
     state = placement.create(model, whole.build(ANY_HORIZON), rng, held)
     if not jax.tree.leaves(state.params):
         raise ArgumentError(
             f"`model` has no parameters: `wrt` = {held['wrt']!r} selects none of its variables, so there is nothing to "
             f"train."
         )
-    return Run.start(placement.adopt(state.with_precision(precision))).replace(position=None)
+    return Run.start(placement.adopt(state.with_precision(precision))).replace(position=None), is_foreign
 
 
 def _resolved_eval_params(given: EvalParams | None, run: Run, whole: WholeOptimizer) -> EvalParams | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from trainer.compile.cost import ProgramCost, cost_of
 from trainer.compile.dispatch import CompileReport
 from trainer.errors import warn
+from trainer.fit.running import check_opt_state
 from trainer.metrics.throughput import Meter
 from trainer.types import Batch
 
@@ -30,6 +31,7 @@ def tell_compilation(trainer: Trainer, report: CompileReport, step: int, meter: 
 def compile_step(trainer: Trainer, batch: Batch, without_remat: bool) -> ProgramCost:
     """Compiles the step for batches like this one; see `Trainer.compile`."""
     setup = trainer.setup
+    check_opt_state(setup, trainer.run)
     batch, _ = setup.placement.abstract_batch(setup.with_mask(batch))
     if not setup.live.is_running:  # within an epoch they stay as they are
         setup.constants.update()

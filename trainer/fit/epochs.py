@@ -27,7 +27,7 @@ from trainer.fit.live import End, Planned
 from trainer.fit.plan import FitPlan
 from trainer.fit.resume import checked, find, planned_end, put_back
 from trainer.fit.run_file import write_start
-from trainer.fit.running import check_not_running, running
+from trainer.fit.running import check_not_running, check_opt_state, running
 from trainer.fit.setup import Setup
 from trainer.fit.speeds import figures_written, note_epoch
 from trainer.loggers.base import prefixed
@@ -46,6 +46,7 @@ def fit(trainer: Trainer, plan: FitPlan, resume: bool | str | os.PathLike[str]) 
     """Executes a plan, from its start or from a checkpoint, and returns the final run."""
     check_not_running(trainer, plan.caller)
     setup, before = trainer.setup, trainer.run
+    check_opt_state(setup, before)
     setup.live.validates = plan.held_out is not None
     setup.latest_copy.check(before)
     if not setup.live.is_savable and may_save(setup, plan, before):
@@ -89,6 +90,8 @@ def fit(trainer: Trainer, plan: FitPlan, resume: bool | str | os.PathLike[str]) 
 def train_step(trainer: Trainer, batch: Batch) -> Metrics:
     """Runs one step on a placed batch and emits its events; see `Trainer.train_step`."""
     setup, drawn = trainer.setup, trainer.run.drawn
+    if setup.live.has_foreign_opt_state:
+        check_opt_state(setup, trainer.run)
     # Within a call the loop has compared its own batches; those of a callback's own steps are not compared.
     if setup.placement.num_processes > 1 and not setup.live.is_running:
         compare_single(setup.live.passes, setup.placement, "train_step", batch)

@@ -20,6 +20,7 @@ from trainer.core.other_names import ATTRIBUTES, missing_attribute, not_assigned
 from trainer.errors import ArgumentError
 from trainer.fit.plan import plan_prediction, search_batches
 from trainer.fit.read_only import ReadOnly
+from trainer.fit.running import check_opt_state
 from trainer.loop import predict
 from trainer.sharding.placement import next_batch_from
 from trainer.types import Batch
@@ -130,6 +131,8 @@ class Inspection(ReadOnly):
             raise ArgumentError("the learning rate of a `step_fn` is its own, and cannot be searched.")
         rates = rates_between(low, high, steps)
         first = float(rates[0])
+        if setup.given_optimizer is not None:  # the configured one is initialized here
+            check_opt_state(setup, self.run)
         state = self.run.state_with_edits().copy()
         optimizer = self.optimizer if setup.given_optimizer is not None else self._optimizer_at(first)
         if setup.given_optimizer is None:
@@ -155,6 +158,7 @@ class Inspection(ReadOnly):
         from trainer.features.search import largest_that_fits
 
         batch_length(example, "example")
+        check_opt_state(self.setup, self.run)
         step, run = self.setup.make_compiled_step(), self.setup.with_weights(self.run).with_edits()
 
         def cost(size: int) -> ProgramCost:

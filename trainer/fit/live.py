@@ -87,6 +87,8 @@ class Live:
         has_advised: Whether fusing was recommended.
         has_warned: Whether there was a warning that the loss is not finite.
         is_savable: Whether `Setup.check_savable` found that checkpoints can be saved.
+        has_foreign_opt_state: Whether the trainer was made of a state whose ``opt_state`` does not fit its optimizer;
+            see `check_opt_state`.
         passes: What compares the batches of single steps with those of other processes, by the name of the method.
         end: What the latest finished call left; None before the first, and after an exception outside of calls.
     """
@@ -107,6 +109,7 @@ class Live:
     has_advised: bool = False
     has_warned: bool = False
     is_savable: bool = False
+    has_foreign_opt_state: bool = False
     passes: dict[str, CommonPass] = dataclasses.field(default_factory=dict)
     end: End | None = None
 

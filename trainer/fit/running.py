@@ -12,6 +12,8 @@ from trainer.errors import ArgumentError, TrainingInterrupted
 
 if TYPE_CHECKING:
     from trainer.api import Trainer
+    from trainer.fit.setup import Setup
+    from trainer.run import Run
 
 
 def check_not_running(trainer: Trainer, caller: str) -> None:
@@ -21,6 +23,17 @@ def check_not_running(trainer: Trainer, caller: str) -> None:
             f"{caller}() was called while this trainer is training, and would replace the position of that run; call "
             f"train_step(batch) for single steps, or train another Trainer."
         )
+
+
+def check_opt_state(setup: Setup, run: Run) -> None:
+    """Raises `ArgumentError` if the trainer was made of a state whose ``opt_state`` is that of another optimizer.
+
+    Evaluation and prediction do not need it. So this is called by what makes a step, before anything has happened.
+    """
+    if setup.live.has_foreign_opt_state:
+        state = run.peek()
+        setup.whole_optimizer.fitted(state.opt_state, state.params)
+        setup.live.has_foreign_opt_state = False  # the caller has assigned another since
 
 
 @contextlib.contextmanager

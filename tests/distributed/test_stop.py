@@ -224,6 +224,47 @@ class TestErrors:
         )
 
 
+LOADED = """
+import tempfile
+from tests.distributed.test_trainer_processes import trainer_on
+from tests.sharding.test_trainer_mesh import data
+from trainer import Callback, make_mesh
+
+class Stops(Callback):
+    def on_epoch_end(self, trainer, epoch, logs):
+        self.should_stop = process == 1
+
+class Restored(Stops):
+    def state_dict(self):
+        return {"should_stop": self.should_stop}
+
+    def load_state_dict(self, state):
+        self.should_stop = state["should_stop"]
+
+parts = [{name: column[process::2] for name, column in data(16).items()}] * 2
+found = []
+for kind in Restored, Stops:
+    trainer = trainer_on(
+        make_mesh({"data": 2}), tempfile.mkdtemp(), callbacks=[kind()], train_data_loader=parts
+    )
+    path = trainer.save_checkpoint(os.path.join(directory, f"{kind.__name__}.orbax"))
+    trainer.train_epoch()
+    found.append(trainer.should_stop)
+    trainer.load_checkpoint(path)
+    found.append(trainer.should_stop)
+print(json.dumps(found))
+barrier("done")
+"""
+
+
+@pytest.mark.slow
+def test_a_checkpoint_takes_back_a_stop_in_all_processes_or_in_none(tmp_path):
+    """A callback that the checkpoint does not restore still asks for it, in its own process, and all must agree."""
+    results = run(f"directory = {str(tmp_path)!r}\n{LOADED}", 2)
+    assert [status for status, _, _ in results] == [0, 0], results
+    assert [json.loads(out.splitlines()[-1]) for _, out, _ in results] == [[True, False, True, True]] * 2
+
+
 def test_one_process_watches_without_a_thread():
     before = threading.active_count()
     with Signals():

@@ -78,6 +78,11 @@ class CallbackDispatcher:
         """Takes the `own_stop_reasons` of each process, in process order: the run ends in all if it does in one."""
         self._shared_reasons = [f"{why}, in process {process}" for process, own in enumerate(reasons) for why in own]
 
+    @property
+    def has_shared_stop(self) -> bool:
+        """Whether a callback of any process asked to end the run at the last `share_stop`; all know the same."""
+        return bool(self._reasons_elsewhere)
+
     def state_dict(self) -> list[dict[str, Any]]:
         """Returns the states of the callbacks and extensions that have ``state_dict`` and ``load_state_dict``.
 

@@ -32,6 +32,9 @@ def load(trainer: Trainer, path: str | os.PathLike[str]) -> None:
     if restored.callback_states is not None and setup.events.has_states:
         with put_back(trainer, trainer.run, copy.deepcopy(setup.events.state_dict())):
             setup.events.load_state_dict(restored.callback_states)
+    # A run shares it again after each epoch. Here, callbacks of any process may have taken back what they asked for.
+    if setup.events.has_shared_stop and not setup.live.is_running:
+        setup.share_stop()
     own = trainer.run  # which keeps its identity, wherever the state is from
     run = restored.run.replace(
         id=own.id, position=None, validation=None, logged_step=0, average=own.average, arguments=None

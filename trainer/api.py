@@ -288,9 +288,9 @@ class Trainer(Inspection):
         Raises:
             ArgumentError, BatchError, ObjectiveError: An argument cannot be used, or the objective breaks its contract.
         """
-        batches = plan_evaluation(self.setup, self.run, data, check_count(batch_size, "batch_size"))
+        plan = plan_evaluation(self.setup, self.run, data, check_count(batch_size, "batch_size"))
         state = self.run.state_with_edits()
-        with self.setup.evaluating(state):
+        with plan as batches, self.setup.evaluating(state):
             return evaluate(self.setup.eval_step, state, batches, placement=self.setup.placement)
 
     def set_learning_rate(self, value: float) -> None:

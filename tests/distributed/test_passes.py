@@ -70,6 +70,7 @@ COURSES = {
     ),
 }
 QUICK = "rows, trained", "number, trained"
+CALLERS = "train_epoch", "train"
 
 
 @pytest.mark.parametrize(
@@ -113,3 +114,92 @@ def test_a_pass_exchanges_a_message_for_each_shape_and_at_its_end():
         found, keys = json.loads(out.splitlines()[-1])
         assert found == {"one shape": 2, "short last": 3, "two shapes": 3}
         assert keys == []
+
+
+LEFT = """
+import threading
+from trainer.distributed import coordination, rounds
+
+def threads():
+    return sum(thread.name == "trainer-pass" for thread in threading.enumerate())
+
+def keys(name):
+    barrier(name)
+    kept = [key for key in rounds.rounds_in_store() if not key.startswith("barrier")]
+    kept += coordination.read_directory("trainer/passes")
+    barrier(f"{name} seen")
+    return kept
+
+def only_full(model, batch):
+    if len(batch["input"]) < 16:
+        raise ValueError("a short batch")
+    return model(batch["input"])
+
+found, trainer = {}, made()
+for _ in range(2):
+    trainer.find_learning_rate(lambda: iter(parts(8, 8, 8, 8)), 8, steps=10)
+found["range test"] = [threads(), keys("range test")]
+try:
+    trainer.predict(lambda: iter(parts(8, 4, 8)), 8, only_full)
+except ValueError as error:
+    # The traceback holds the frames, and with them the batches.
+    found["prediction"] = [str(error).splitlines()[0], threads(), keys("prediction")]
+single = made()
+for size in 8, 4, 8:
+    single.train_step(parts(size)[0])
+    single.validate_step(parts(size)[0])
+found["open"] = threads()
+single.close()
+found["single steps"] = [threads(), keys("single steps")]
+single.train_step(parts(8)[0])
+single.close()
+print(json.dumps(found))
+barrier("done")
+"""
+
+
+@pytest.mark.slow
+def test_a_pass_that_is_left_before_its_end_leaves_no_thread_and_no_key():
+    results = run(HEAD + LEFT, 2)
+    assert [status for status, _, _ in results] == [0, 0], results
+    for _, out, _ in results:
+        found = json.loads(out.splitlines()[-1])
+        assert found == {
+            "range test": [0, []],
+            "prediction": ["a short batch", 0, []],
+            "open": 2,
+            "single steps": [0, []],
+        }
+
+
+LIMITED = """
+FEWER, MORE = parts(*[8] * (5 - process)), parts(*[8] * (3 + process))
+both = {"train_data_loader": FEWER, "val_data_loader": MORE}
+found = {}
+for name, limit in {"fast_dev_run": 2, "overfit_batches": 2}.items():
+    for caller in "train_epoch", "train":
+        trainer = made(**{name: limit}, **(both if caller == "train_epoch" else {}))
+        trainer.train_epoch() if caller == "train_epoch" else trainer.train(FEWER, 1, 8, MORE)
+        found[f"{caller}, {name}"] = trainer.step
+
+class Unknown(list):
+    def __len__(self):
+        if process == 1:
+            raise RuntimeError("not yet")
+        return super().__len__()
+
+found["unknown"] = made().evaluate(Unknown(parts(8, 8)), 8)["loss"] > 0
+print(json.dumps(found))
+barrier("done")
+"""
+
+
+@pytest.mark.slow
+def test_only_the_lengths_of_what_is_drawn_are_compared():
+    """The loaders are longer than the run is, and of other lengths in each process; with overfitting, one is unused."""
+    results = run(HEAD + LIMITED, 2)
+    assert [status for status, _, _ in results] == [0, 0], results
+    for _, out, _ in results:
+        found = json.loads(out.splitlines()[-1])
+        limited = {f"{caller}, {name}": 2 for name in ("fast_dev_run", "overfit_batches") for caller in CALLERS}
+        assert found == {**limited, "unknown": True}

@@ -81,7 +81,7 @@ class CallbackDispatcher:
     @property
     def has_shared_stop(self) -> bool:
         """Whether a callback of any process asked to end the run at the last `share_stop`; all know the same."""
-        return bool(self._reasons_elsewhere)
+        return bool(self._shared_reasons)
 
     def state_dict(self) -> list[dict[str, Any]]:
         """Returns the states of the callbacks and extensions that have ``state_dict`` and ``load_state_dict``.

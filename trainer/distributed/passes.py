@@ -5,6 +5,7 @@ inferred shapes, and a step computes wrong numbers or hangs; if one process has 
 """
 
 import collections
+import contextlib
 import hashlib
 import threading
 import weakref
@@ -15,10 +16,11 @@ import jax
 
 from trainer.batches import describe, summarize
 from trainer.distributed.agreement import who_holds_what
-from trainer.distributed.coordination import POLL_SECONDS
-from trainer.distributed.rounds import exchange, leave_unfinished, values_so_far
+from trainer.distributed.coordination import POLL_SECONDS, count_up, delete_directory
+from trainer.distributed.rounds import delete_round, exchange, leave_unfinished, values_so_far
 from trainer.errors import DistributedError
 
+_PASSES = "trainer/passes"
 _MOST_SENT = 16
 _LONGEST_SENT = 200
 
@@ -52,7 +54,8 @@ class CommonPass:
         self._name, self._own_examples, self._timeout_seconds = name, own_examples, timeout_seconds
         self._count = first
         self._kind: Hashable = None
-        self._seen: dict[Hashable, list[Any]] = {}
+        # The entry in `_changes`, and the description that `_sequence` hashes.
+        self._seen: dict[Hashable, tuple[list[Any], str]] = {}
         # From which batch on: the examples in the global batch, this process's share, and the arrays.
         self._changes: collections.deque[tuple[int, list[Any]]] = collections.deque(maxlen=_MOST_SENT)
         self._sequence = hashlib.sha256()
@@ -67,17 +70,28 @@ class CommonPass:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.leave()
+
+    def leave(self) -> None:
+        """Leaves the pass. Unless it has ended, the other processes raise at their next exchange.
+
+        The last process to leave deletes what the pass left in the store.
+        """
         self._left.set()
-        if self._watcher is None:
+        if not self._identity:  # nothing was exchanged
             return
-        try:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator is gone, which ends this process too
             if not self._has_ended:
-                # So that no process waits here for this one.
+                # So that no process waits here for this one, and this one's thread for none.
                 leave_unfinished(self._round(), f"left the {self._name}")
-        except jax.errors.JaxRuntimeError:  # the coordinator is gone, which ends this process too
-            return
-        if not self._is_answering:
-            self._watcher.join()
+            if self._watcher is not None:
+                self._watcher.join()
+            counted = f"{_PASSES}/{self._identity}"
+            if count_up(f"{counted}/left") == jax.process_count():
+                delete_directory(counted)
+                # An error may keep a process from counting a complete exchange, so the others may be one round off.
+                for number in range(self._rounds - 1, self._rounds + 2):
+                    delete_round(self._round(number))
 
     def draw(self, batch: Any, examples: int) -> None:
         """Counts a batch, after comparing it with those of the other processes if its shapes are new.
@@ -109,10 +123,12 @@ class CommonPass:
     def _change(self, kind: Hashable, batch: Any, examples: int) -> None:
         is_new = kind not in self._seen
         if is_new:
-            self._seen[kind] = [examples, self._own_examples(examples), summarize(batch)[:_LONGEST_SENT]]
+            entry = [examples, self._own_examples(examples), summarize(batch)[:_LONGEST_SENT]]
+            self._seen[kind] = entry, describe(batch)
+        entry, described = self._seen[kind]
         self._kind = kind
-        self._changes.append((self._count, self._seen[kind]))
-        self._sequence.update(f"{self._count} {describe(batch)}\n".encode())
+        self._changes.append((self._count, entry))
+        self._sequence.update(f"{self._count} {described}\n".encode())
         if is_new or self._failure is not None:
             self._exchange()
 
@@ -141,8 +157,8 @@ class CommonPass:
             self._rounds += 1
             self._is_exchanging = False
 
-    def _round(self) -> str:
-        return f"batches {self._identity} {self._rounds}"
+    def _round(self, number: int | None = None) -> str:
+        return f"batches {self._identity} {self._rounds if number is None else number}"
 
     def _message(self) -> dict[str, Any]:
         return {"count": self._count, "changes": list(self._changes), "sequence": self._sequence.hexdigest()}

@@ -24,11 +24,22 @@ def length_of(loader: Any, limit: int | None = None) -> int | None:
     return length if length is None or limit is None else min(length, limit)
 
 
+def length_to_compare(loader: Any, placement: Placement, limit: int | None = None) -> int | None:
+    """Returns `length_of` for `check_lengths`, where several processes compare it; else None, without calling it.
+
+    A length may be slow, or raise; it is then unknown, since one process must not raise where the others wait for it.
+    """
+    if placement.num_processes > 1:
+        with contextlib.suppress(Exception):
+            return length_of(loader, limit)
+    return None
+
+
 def check_lengths(lengths: Mapping[str, int | None]) -> None:
     """Checks that the loaders of all processes have equally many batches, as far as their lengths are known.
 
     Args:
-        lengths: The result of `length_of` for each loader, by its name.
+        lengths: The result of `length_to_compare` for each loader, by its name.
 
     Raises:
         DistributedError: In all processes, naming the lengths.
@@ -65,6 +76,17 @@ def common_batches(
     return _compared(batches, placement, name, first, may_be_short)
 
 
+@contextlib.contextmanager
+def common_pass(batches: Iterator[Batch], placement: Placement, name: str, **options: Any) -> Iterator[Iterator[Batch]]:
+    """A context with the `common_batches` of a pass. At its end no process waits in the pass for this one."""
+    common = common_batches(batches, placement, name, **options)
+    try:
+        yield common
+    finally:
+        if common is not batches:
+            common.close()  # type: ignore[attr-defined]
+
+
 def _compared(
     batches: Iterator[Batch], placement: Placement, name: str, first: int, may_be_short: bool
 ) -> Iterator[Batch]:
@@ -90,10 +112,17 @@ def compare_single(passes: dict[str, CommonPass], placement: Placement, caller: 
     """
     if placement.num_processes == 1:
         return
+    examples = checked_batch(batch)[1] or 1
     if caller not in passes:
         passes[caller] = CommonPass(f"calls of {caller}", placement.own_examples)
     try:
-        passes[caller].draw(batch, checked_batch(batch)[1] or 1)
-    except DistributedError:
-        del passes[caller]
+        passes[caller].draw(batch, examples)
+    except BaseException:  # Ctrl-C may come in the middle of an exchange, which cannot be resumed
+        passes.pop(caller).leave()
         raise
+
+
+def leave_single(passes: dict[str, CommonPass]) -> None:
+    """Ends what `compare_single` began; the next single step begins anew."""
+    while passes:
+        passes.popitem()[1].leave()

@@ -19,7 +19,7 @@ from trainer.checkpoints.run_record import Restored
 from trainer.distributed.signals import Signals
 from trainer.errors import ObjectiveError
 from trainer.fit.cadence import steps_due
-from trainer.fit.common_batches import compare_single
+from trainer.fit.common_batches import compare_single, leave_single
 from trainer.fit.compilation import tell_compilation
 from trainer.fit.ends import is_end, is_to_be_saved, leave, may_save, save_end
 from trainer.fit.finite import hold_if_finite, react_if_not_finite
@@ -129,6 +129,7 @@ def keep_latest(trainer: Trainer) -> None:
 
 def _finish(trainer: Trainer) -> None:
     setup, run, live = trainer.setup, trainer.run, trainer.setup.live
+    leave_single(live.passes)
     # Of several processes, one may close because of an exception, and the others would not take part in the save.
     if live.unsaved_step == run.step and run.position is not None and setup.placement.num_processes == 1:
         setup.live.unsaved_step = None

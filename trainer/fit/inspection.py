@@ -75,9 +75,9 @@ class Inspection(ReadOnly):
         Raises:
             ArgumentError, BatchError: An argument cannot be used, or an output of ``fn`` lacks one row per example.
         """
-        batches = plan_prediction(self.setup, self.run, data, check_count(batch_size, "batch_size"))
+        plan = plan_prediction(self.setup, self.run, data, check_count(batch_size, "batch_size"))
         state = self.run.state_with_edits()
-        with self.setup.evaluating(state):
+        with plan as batches, self.setup.evaluating(state):
             return predict(self.setup.predict_step(fn), state, batches, placement=self.setup.placement)
 
     def export_prediction(

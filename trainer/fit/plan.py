@@ -16,7 +16,7 @@ from trainer.data.loaders import check_loader, gives_batches, one_pass, takes_ba
 from trainer.data.memory import InMemoryData
 from trainer.data.resumable import LoaderPass, left_in_place
 from trainer.errors import ArgumentError, ArgumentTypeError, warn
-from trainer.fit.common_batches import common_batches, length_of
+from trainer.fit.common_batches import common_pass, length_to_compare
 from trainer.fit.identity import describe_call
 from trainer.fit.live import Planned
 from trainer.fit.setup import Setup
@@ -128,7 +128,9 @@ def plan_run(
     given = {"train_data": train_data, "val_data": val_data}
     loaders = {name: one for name, one in given.items() if _is_loader(one)}
     limits = {"train_data": setup.config.steps_per_epoch, "val_data": setup.config.validation_steps}
-    lengths = {name: length_of(one, limits[name]) for name, one in loaders.items()}
+    # With `overfit_batches`, validation is on the training batches.
+    drawn = {name: one for name, one in loaders.items() if name == "train_data" or setup.overfit_batches is None}
+    lengths = {name: length_to_compare(one, setup.placement, limits[name]) for name, one in drawn.items()}
     if not in_memory:
         common["arguments"] = describe_call(setup, told, val_data=val_in_memory, loaders=loaders)
         setup.agree_on_run("train", run, counts, lengths, val_data=val_in_memory)
@@ -169,10 +171,6 @@ def plan_epoch(setup: Setup, run: Run, resume: Any) -> FitPlan:
             "pass one, or call train(data, num_epochs, batch_size)."
         )
     size, loader, held_out = setup.config.batch_size, setup.val_data_loader, None
-    lengths = {"train_data_loader": length_of(setup.train_data_loader, setup.config.steps_per_epoch)}
-    if loader is not None:
-        lengths["val_data_loader"] = length_of(loader, setup.config.validation_steps)
-    setup.agree_on_run("train_epoch", run, {"resume": str(resume)}, lengths)
     if loader is not None:
         if setup.loss_fn is None:
             no_loss_fn()
@@ -181,6 +179,11 @@ def plan_epoch(setup: Setup, run: Run, resume: Any) -> FitPlan:
     if setup.is_limited:
         training = setup.limited_train_data_loader
         held_out = setup.limited_validation(held_out, _again(setup, training))
+    lengths = {"train_data_loader": length_to_compare(training, setup.placement, setup.config.steps_per_epoch)}
+    if loader is not None and setup.overfit_batches is None:
+        limit = setup.config.validation_steps
+        lengths["val_data_loader"] = length_to_compare(loader, setup.placement, limit)
+    setup.agree_on_run("train_epoch", run, {"resume": str(resume)}, lengths)
     # Consecutive calls are one run, so that early stopping counts across them.
     before = run.position
     continues = isinstance(before, FromLoader) and before.batch == 0
@@ -213,8 +216,9 @@ def plan_epoch(setup: Setup, run: Run, resume: Any) -> FitPlan:
     )
 
 
-def plan_evaluation(setup: Setup, run: Run, data: Any, batch_size: int) -> Iterator[Batch]:
-    """Returns the batches of a call to ``evaluate``, on which all processes agree.
+@contextlib.contextmanager
+def plan_evaluation(setup: Setup, run: Run, data: Any, batch_size: int) -> Iterator[Iterator[Batch]]:
+    """A context with the batches of a call to ``evaluate``, on which all processes agree.
 
     Raises:
         ArgumentTypeError: The data are a list of arrays of one length: columns of a data set, or batches.
@@ -231,23 +235,28 @@ def plan_evaluation(setup: Setup, run: Run, data: Any, batch_size: int) -> Itera
         batches = setup.padded(batches, _rows_of(setup, data, "data", batch_size), grows=True)
     else:
         batches = held.in_order()
-    lengths = {"data": length_of(data)} if held is None else {}
+    lengths = {"data": length_to_compare(data, setup.placement)} if held is None else {}
     setup.agree_on_run("evaluate", run, {"batch_size": batch_size}, lengths, data=held)
-    return common_batches(batches, setup.placement, "evaluation")
+    with common_pass(batches, setup.placement, "evaluation") as common:
+        yield common
 
 
-def plan_prediction(setup: Setup, run: Run, data: Any, batch_size: int) -> Iterator[Batch]:
-    """Returns the batches of a call to ``predict``, on which all processes agree."""
+@contextlib.contextmanager
+def plan_prediction(setup: Setup, run: Run, data: Any, batch_size: int) -> Iterator[Iterator[Batch]]:
+    """A context with the batches of a call to ``predict``, on which all processes agree."""
     if _is_loader(data):
         batches = _all_of(data, batch_size)
-        setup.agree_on_run("predict", run, {"batch_size": batch_size}, {"data": length_of(data)})
+        lengths = {"data": length_to_compare(data, setup.placement)}
+        setup.agree_on_run("predict", run, {"batch_size": batch_size}, lengths)
         # With several processes, none knows which rows of a batch are the padding of another process.
         if setup.placement.num_processes == 1:
             batches = setup.padded(batches, _rows_of(setup, data, "data", batch_size), mask=False, grows=True)
-        return common_batches(batches, setup.placement, "prediction")
+        with common_pass(batches, setup.placement, "prediction") as common:
+            yield common
+        return
     held = setup.in_memory(data, batch_size, "data", mask=False)
     setup.agree_on_run("predict", run, {"batch_size": batch_size}, {}, data=held)
-    return held.in_order()
+    yield held.in_order()
 
 
 @contextlib.contextmanager
@@ -270,11 +279,11 @@ def search_batches(setup: Setup, data: Any, batch_size: int | None) -> Iterator[
         return
     check_loader(data, name, has_epoch=True)
     limit = setup.config.steps_per_epoch
-    with left_in_place(data, name):
+    with left_in_place(data, name), contextlib.ExitStack() as passes:
 
         def opened(number: int) -> Iterator[Batch]:
             batches = setup.padded(one_pass(data, size, name, limit, bound="", epoch=number), size)
-            return common_batches(batches, setup.placement, "range test")
+            return passes.enter_context(common_pass(batches, setup.placement, "range test"))
 
         yield opened
 

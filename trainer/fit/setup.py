@@ -26,7 +26,7 @@ from trainer.data.resumable import LoaderPass, LoaderPosition
 from trainer.distributed.agreement import check_agreement, gathered
 from trainer.distributed.replicas import check_replicas
 from trainer.errors import ArgumentError, CheckpointError, warn
-from trainer.fit.common_batches import check_lengths, common_batches, length_of
+from trainer.fit.common_batches import check_lengths, common_pass, length_of
 from trainer.fit.constants import Constants
 from trainer.fit.copies import LatestCopy
 from trainer.fit.live import Live
@@ -123,7 +123,7 @@ class Setup:
             what: The call.
             run: The run.
             arguments: The arguments to compare.
-            lengths: The result of `length_of` for each loader, by name.
+            lengths: The result of `length_to_compare` for each loader, by name.
             **data: The data in memory, by name.
 
         Raises:
@@ -230,10 +230,8 @@ class Setup:
             if self.prefetch and not isinstance(batches, Epoch):
                 ahead = prefetched(batches, self.prefetch, placement=self.placement, may_be_short=may_be_short)
                 batches = exits.enter_context(ahead)
-            common = common_batches(batches, self.placement, name, first=first, may_be_short=may_be_short)
-            if common is not batches:
-                exits.callback(common.close)  # type: ignore[attr-defined]
-            yield common
+            common = common_pass(batches, self.placement, name, first=first, may_be_short=may_be_short)
+            yield exits.enter_context(common)
 
     def check_micro_batches(self, data: InMemoryData) -> None:
         """Checks that every training batch has enough examples for the micro-batches of a step.

@@ -353,10 +353,9 @@ class Trainer(Inspection):
         resuming.load(self, path)
 
     def close(self) -> None:
-        """Ends a run of `train_epoch`: saves it, waits (`CheckpointError` if it failed), restores best params.
+        """Ends a run of `train_epoch`: saves it, waits (`CheckpointError` if it failed), closes the loggers it made.
 
-        The latter with ``EarlyStopping(restore_best=True)``, if the run had not ended, its params are still those of
-        the last call, and no exception leaves ``with Trainer(...)``. Closes the loggers it made.
+        ``EarlyStopping(restore_best=True)`` restores, if params changed only in calls and no exception leaves ``with``.
         """
         epochs.finish(self)
 

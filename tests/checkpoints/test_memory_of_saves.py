@@ -78,8 +78,7 @@ def ordinary(directory):
     path, saving = extra(lambda: save_state(Path(directory) / "a", state))
     loaded, loading = extra(lambda: load_state(path, like=state))
     same = all(map(np.array_equal, jax.tree.leaves(loaded.params), jax.tree.leaves(state.params)))
-    trainer = Trainer(Linear(), config(), loss_fn=squared_error, workdir=directory)
-    trainer.state = state
+    trainer = Trainer(state, config(), optimizer=optax.sgd(0.1), loss_fn=squared_error, workdir=directory)
     _, in_background = extra(lambda: [trainer.save_checkpoint(background=True), trainer.close()])
     _, copying = extra(lambda: [np.array(leaf) for _ in range(2) for leaf in jax.tree.leaves(state.params)])
     return {"saving": saving, "loading": loading, "in_background": in_background, "copying": copying, "same": same}

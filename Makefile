@@ -99,7 +99,7 @@ docs: $(READY) .docs-packages/.ready
 # Executes the notebooks anew, and writes what they print and draw into them.
 notebooks: $(READY)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .jupyter $(JUPYTER)
-	PYTHONPATH=.jupyter $(RUN) -m nbconvert --to notebook --execute --inplace examples/notebooks/*.ipynb
+	PYTHONPATH=$(CURDIR)/.jupyter $(RUN) -m nbconvert --to notebook --execute --inplace examples/notebooks/*.ipynb
 
 # Runs the examples anew, and draws the pictures of docs/gallery.md from what they learned.
 gallery: $(READY)

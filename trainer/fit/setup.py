@@ -284,14 +284,14 @@ class Setup:
     def with_state(self, run: Run, state: TrainState) -> Run:
         """Returns the run with a state that the caller assigned, in the structure and types that the steps take."""
         state.check_alive()
-        step_of_one(state)  # raises if the state is stacked
+        step = step_of_one(state)  # first, as it raises for a stacked state
         state, held = run.with_arrays(state), run.peek().opt_state
         if self.step_fn is None and not has_same_shapes(state.opt_state, held):
             opt_state = self.whole_optimizer.fitted(state.opt_state, state.params, held)
             state = state.replace(opt_state=opt_state)
         # Last, since arrays made of NumPy arrays, or placed on the device that they are on, may share memory with them.
         state = own_except(self.placement.adopt(state), run.leaves)
-        return run.with_state(state, keeps_position=self.live.is_running)
+        return run.with_state(state, step=step, keeps_position=self.live.is_running)
 
     def with_learning_rate(self, run: Run, value: float) -> Run:
         """Returns the run with another learning rate in its state; see `TrainState.with_learning_rate`."""

@@ -21,6 +21,7 @@ import contextlib
 import inspect
 import signal
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,12 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
     while frame is not None and frame.f_code.co_filename.startswith(_OURS):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)
+
+
+def first_of(texts: Sequence[str], most: int = 5, separator: str = ", ") -> str:
+    """Returns ``a, b and 3 more``: the first texts, and the number of the others, so that messages stay short."""
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return separator.join(texts[:most]) + more
 
 
 class TrainerError(Exception):

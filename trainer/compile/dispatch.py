@@ -15,7 +15,7 @@ from trainer.core.checks import check_count
 from trainer.core.flops import known_flops, product_dtype
 from trainer.core.private_api import is_about_lost_array
 from trainer.core.tree_paths import leaf_path
-from trainer.errors import ArgumentError, StateError
+from trainer.errors import ArgumentError, StateError, first_of
 from trainer.run import Layout, Run, flatten_state
 from trainer.state import TrainState
 from trainer.steps import fuse_steps
@@ -391,8 +391,7 @@ def _differences(before: TrainState, after: TrainState) -> str:
     parts = []
     for paths, others, is_what in ((new, set(old), "new"), (old, set(new), "missing")):
         if one_sided := [f"`{path}`" for path in paths if path not in others]:
-            more = f" and {len(one_sided) - 5} more" if len(one_sided) > 5 else ""
-            parts.append(f"{', '.join(one_sided[:5])}{more} {'is' if len(one_sided) == 1 else 'are'} {is_what}")
+            parts.append(f"{first_of(one_sided)} {'is' if len(one_sided) == 1 else 'are'} {is_what}")
     return "; ".join(parts) or "the leaves are the same, but their containers, or data beside the arrays, are not"
 
 

@@ -21,7 +21,7 @@ from flax.typing import HashableMapping
 from trainer.core.path_patterns import as_filter, check_selects
 from trainer.core.static_values import copy_containers, token
 from trainer.core.tree_paths import join_path, leaf_path
-from trainer.errors import ObjectiveError
+from trainer.errors import ObjectiveError, first_of
 
 if TYPE_CHECKING:  # importing chex takes a tenth of the time of `import trainer`
     import chex
@@ -200,10 +200,9 @@ def refuse_changed_attributes(before: Flat, module: Any, where: str) -> None:
         if path not in before or path not in after or token(before[path]) != token(after[path])
     ]
     if changed:
-        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
         raise ObjectiveError(
-            f"The forward pass changed plain Python attributes: {'; '.join(changed[:5])}{more}. They are part of the "
-            f"compiled program, so the change would be lost. Hold what a step changes in an nnx.Variable "
+            f"The forward pass changed plain Python attributes: {first_of(changed, separator='; ')}. They are part of "
+            f"the compiled program, so the change would be lost. Hold what a step changes in an nnx.Variable "
             f"(`self.calls = nnx.Variable(jnp.array(0))`, `self.calls[...] += 1`), and set the rest in the constructor."
         )
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from trainer.core.checks import check_choice
 from trainer.core.tree_paths import leaf_path
-from trainer.errors import ArgumentError, NonFiniteError, ObjectiveError
+from trainer.errors import ArgumentError, NonFiniteError, ObjectiveError, first_of
 from trainer.types import NONFINITE, RECORDS, SKIPPED, Metrics
 
 if TYPE_CHECKING:
@@ -93,10 +93,9 @@ def check_finite(state: TrainState) -> None:
     # Gradients say more than the params that they make non-finite.
     spoilt = {name.replace("grads/", "params/", 1) for name in names if name.startswith("grads/")}
     leaves = tuple(name for name in names if name not in spoilt)
-    listed = ", ".join(f"`{name}`" for name in leaves[:5])
-    more = f" and {len(leaves) - 5} more" if len(leaves) > 5 else ""
+    listed = first_of([f"`{name}`" for name in leaves])
     raise NonFiniteError(
-        f"step {step} is not finite: {listed}{more} {'is' if len(leaves) == 1 else 'are'} NaN or infinite. The state "
+        f"step {step} is not finite: {listed} {'is' if len(leaves) == 1 else 'are'} NaN or infinite. The state "
         f"is that before the step. A smaller learning rate or `gradient_clip_norm` may help; `nonfinite` = 'skip' "
         f"leaves such steps out; `debug` = True (trainer.make_check_step) finds where it begins.",
         step,

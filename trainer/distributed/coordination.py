@@ -15,6 +15,7 @@ from concurrent.futures import Future
 import jax
 
 from trainer.core.private_api import coordination_client
+from trainer.errors import first_of
 
 POLL_SECONDS = 1.0
 """How often a process polls for messages of others."""
@@ -93,5 +94,4 @@ def delete_directory(directory: str) -> None:
 
 def name_processes(numbers: Sequence[int]) -> str:
     """Formats ``process 1``, or ``processes 0, 2 and 8 more``."""
-    more = f" and {len(numbers) - 8} more" * (len(numbers) > 8)
-    return f"process{'es' * (len(numbers) > 1)} {', '.join(map(str, numbers[:8]))}{more}"
+    return f"process{'es' * (len(numbers) > 1)} {first_of([str(number) for number in numbers], 8)}"

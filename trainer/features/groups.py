@@ -10,7 +10,7 @@ import optax
 
 from trainer.core.path_patterns import check_pattern, first_match, matches, matches_nothing
 from trainer.core.tree_paths import leaf_path
-from trainer.errors import ArgumentError, ArgumentTypeError
+from trainer.errors import ArgumentError, ArgumentTypeError, first_of
 from trainer.state import TrainState, check_optimizer
 
 _SHOWN = ("learning_rate", "weight_decay")
@@ -176,8 +176,7 @@ def _check_labels(params: Any, groups: Mapping[str, Any]) -> None:
     lost = [f"`{path}`" for path, pattern in taken.items() if pattern is None]
     problems = []
     if lost:
-        more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
-        problems.append(f"no group has {', '.join(lost[:5])}{more}: add one, such as '*' at the end for all others")
+        problems.append(f"no group has {first_of(lost)}: add one, such as '*' at the end for all others")
     for pattern in groups:
         if pattern in taken.values():
             continue

@@ -12,7 +12,7 @@ from trainer.config import TrainingConfig, make_optimizer, make_schedule
 from trainer.core.assigned_values import widened
 from trainer.core.optimizer import LookaheadOptState, adapt_optimizer, initial_opt_state
 from trainer.core.tree_paths import leaf_path
-from trainer.errors import ArgumentError
+from trainer.errors import ArgumentError, first_of
 
 ANY_HORIZON = 2**31 - 1
 """A placeholder horizon, used if only the structure of the optimizer state matters."""
@@ -153,8 +153,4 @@ def _difference(opt_state: Any, wanted: Any) -> str:
             f"`{path}`, {have[path]} and not {shape}" for path, shape in want.items() if have.get(path, shape) != shape
         ],
     }
-    return "; ".join(
-        f"{what} {', '.join(named[:3])}" + (f" and {len(named) - 3} more" if len(named) > 3 else "")
-        for what, named in kinds.items()
-        if named
-    )
+    return "; ".join(f"{what} {first_of(named, 3)}" for what, named in kinds.items() if named)
